@@ -1,0 +1,1 @@
+"""folojax: batched language-model generation as pure JAX functions."""

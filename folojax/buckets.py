@@ -1,0 +1,114 @@
+"""Which shapes exist: every executable an engine may need is listed here, before it is paid for.
+
+A step's arrays are padded up to the next size of each axis. Few sizes mean few executables, many
+sizes mean little padding.
+"""
+
+import bisect
+import dataclasses
+import itertools
+from collections.abc import Iterator
+
+from folojax.config import EngineConfig
+from folojax.kv_cache import split_segments
+from folojax.sched.pages import pages_for
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefillShape:
+    """`rows` rows of `columns` tokens, each with a table of `table_pages` pages."""
+
+    rows: int
+    columns: int
+    table_pages: int
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeShape:
+    """`rows` rows over the first `segments` segments of the cache."""
+
+    rows: int
+    segments: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Buckets:
+    """The sizes of each axis, ascending.
+
+    Attributes:
+        decode_rows: B, up to max_num_seqs.
+        prefill_rows: R; rows beyond the largest go into further calls.
+        prefill_columns: C.
+        table_pages: N of a prefill row, up to the pages of max_model_len.
+        segments: Pages of each cache segment (`kv_cache.split_segments`).
+    """
+
+    decode_rows: tuple[int, ...]
+    prefill_rows: tuple[int, ...]
+    prefill_columns: int
+    table_pages: tuple[int, ...]
+    segments: tuple[int, ...]
+
+    def prefill_shape(self, num_rows: int, num_pages: int) -> PrefillShape:
+        """The smallest shape that holds so many rows, with so many pages in the longest table."""
+        return PrefillShape(
+            rows=round_up(num_rows, self.prefill_rows),
+            columns=self.prefill_columns,
+            table_pages=round_up(num_pages, self.table_pages),
+        )
+
+    def decode_shape(self, num_rows: int, extent: int) -> DecodeShape:
+        """The smallest shape for so many rows whose pages have ids below `extent`."""
+        extents = tuple(itertools.accumulate(self.segments))
+        return DecodeShape(
+            rows=round_up(num_rows, self.decode_rows),
+            segments=1 + bisect.bisect_left(extents, extent),
+        )
+
+    def shapes(self) -> Iterator[PrefillShape | DecodeShape]:
+        """Every shape that a step can have."""
+        for rows, pages in itertools.product(self.prefill_rows, self.table_pages):
+            yield PrefillShape(rows, self.prefill_columns, pages)
+        extents = tuple(itertools.accumulate(self.segments))
+        for below, rows in zip((0, *self.decode_rows), self.decode_rows, strict=False):
+            for segments, extent in enumerate(extents, start=1):
+                if extent > below:  # every row has a page, so fewer cannot hold this many rows
+                    yield DecodeShape(rows, segments)
+
+
+def make_buckets(config: EngineConfig, min_decode_rows: int = 1) -> Buckets:
+    """Buckets of a resolved config.
+
+    Args:
+        config: Resolved.
+        min_decode_rows: Smallest B; 2 where products with a single row are slow.
+    """
+    assert config.max_model_len is not None, "resolve first"
+    assert config.num_pages is not None, "resolve first"
+    most_rows = pages_for(config.max_num_batched_tokens, config.prefill_row_len)
+    max_pages = pages_for(config.max_model_len, config.page_size)
+    return Buckets(
+        decode_rows=_powers(config.max_num_seqs, 2, min_decode_rows),
+        prefill_rows=_powers(most_rows, 2),
+        prefill_columns=config.prefill_row_len,
+        table_pages=_powers(max_pages, 4, min(4, max_pages)),
+        segments=split_segments(config.num_pages),
+    )
+
+
+def round_up(value: int, sizes: tuple[int, ...]) -> int:
+    """The first of the ascending `sizes` that is not below `value`.
+
+    >>> round_up(5, (1, 4, 8))
+    8
+    """
+    assert value <= sizes[-1], f"{value} is beyond the largest bucket {sizes[-1]}"
+    return sizes[bisect.bisect_left(sizes, value)]
+
+
+def _powers(last: int, factor: int, first: int = 1) -> tuple[int, ...]:
+    """`first`, times `factor`, ... up to `last`, which is always there (or `first`, if larger)."""
+    sizes = [first]
+    while sizes[-1] < last:
+        sizes.append(min(sizes[-1] * factor, last))
+    return tuple(sizes)

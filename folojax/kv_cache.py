@@ -1,0 +1,194 @@
+"""The paged KV cache: an immutable pytree whose layout is known only here and in `attention`.
+
+A page holds S tokens of one request for every layer. Keys lie transposed inside their page, so
+that scores are a plain product over the pages where they lie:
+
+    keys    [P, K, D, S]        values  [P, K, S, D]        one array per layer and segment
+
+Pages are numbered through *segments* of growing size (8, 8, 16, 32 ... pages):
+
+    page id     0 ........ 7 | 8 ....... 15 | 16 .............. 31 | 32 ...
+    segment          0       |       1      |          2           |   3
+
+A decode step reads whole arrays, because XLA copies a slice before a product. Segments bound what
+it reads all the same: pages are allocated lowest first, and the step is given only the segments
+that hold pages in use (`take_segments`), the others stay where they are.
+"""
+
+import dataclasses
+from typing import NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int, Num
+
+SegmentArrays: TypeAlias = tuple[Num[Array, "P K _ _"], ...]  # one array per layer
+
+
+class KVCache(NamedTuple):
+    """Keys and values, `keys[segment][layer]`."""
+
+    keys: tuple[SegmentArrays, ...]
+    values: tuple[SegmentArrays, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KVLayout:
+    """Shape of a cache.
+
+    Attributes:
+        segments: Pages of each segment, in page-id order.
+        page_size: S, tokens of a page.
+        num_layers: L.
+        num_kv_heads: K.
+        head_dim: D.
+        dtype: Of the values that go in and come out. bfloat16 is stored as uint16 on CPU, where
+            XLA would otherwise send the whole array through float32 on every write.
+    """
+
+    segments: tuple[int, ...]
+    page_size: int
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: jnp.dtype
+
+    @property
+    def num_pages(self) -> int:
+        """Pages of all segments."""
+        return sum(self.segments)
+
+    @property
+    def bytes_per_page(self) -> int:
+        """Bytes of one page over all layers, keys and values."""
+        elements = 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.page_size
+        return elements * jnp.dtype(self.dtype).itemsize
+
+
+def split_segments(num_pages: int, first: int = 8) -> tuple[int, ...]:
+    """Sizes of segments that double the extent each time: 8, 8, 16, 32, ... up to `num_pages`.
+
+    >>> split_segments(100)
+    (8, 8, 16, 32, 36)
+    """
+    sizes: list[int] = []
+    while (extent := sum(sizes)) < num_pages:
+        sizes.append(min(max(first, extent), num_pages - extent))
+    return tuple(sizes)
+
+
+def init_cache(layout: KVLayout) -> KVCache:
+    """A cache of zeros."""
+    dtype = _storage_dtype(layout.dtype)
+
+    def segment(num_pages: int, *page_shape: int) -> SegmentArrays:
+        shape = (num_pages, layout.num_kv_heads, *page_shape)
+        return tuple(jnp.zeros(shape, dtype) for _ in range(layout.num_layers))
+
+    size, dim = layout.page_size, layout.head_dim
+    return KVCache(
+        keys=tuple(segment(pages, dim, size) for pages in layout.segments),
+        values=tuple(segment(pages, size, dim) for pages in layout.segments),
+    )
+
+
+def num_pages(cache: KVCache) -> int:
+    """P: pages of all segments."""
+    return sum(segment[0].shape[0] for segment in cache.keys)
+
+
+def page_size(cache: KVCache) -> int:
+    """S: tokens of a page."""
+    return cache.values[0][0].shape[2]
+
+
+def take_segments(cache: KVCache, count: int) -> tuple[KVCache, KVCache]:
+    """Splits a cache into its first `count` segments and the rest; copies nothing."""
+    return (
+        KVCache(cache.keys[:count], cache.values[:count]),
+        KVCache(cache.keys[count:], cache.values[count:]),
+    )
+
+
+def join_segments(head: KVCache, tail: KVCache) -> KVCache:
+    """The inverse of `take_segments`."""
+    return KVCache(head.keys + tail.keys, head.values + tail.values)
+
+
+def write(
+    cache: KVCache,
+    layer: int,
+    page: Int[Array, " T"],
+    offset: Int[Array, " T"],
+    key: Float[Array, "T K D"],
+    value: Float[Array, "T K D"],
+) -> KVCache:
+    """Stores one token per row at (page, offset) of a layer; pages outside the cache drop theirs.
+
+    In place where the cache is donated to the jitted function that calls this.
+    """
+    keys, values, first = list(cache.keys), list(cache.values), 0
+    for index, (segment_keys, segment_values) in enumerate(zip(*cache, strict=True)):
+        old_key, old_value = segment_keys[layer], segment_values[layer]
+        size = old_key.shape[0]
+        # A negative index would wrap around: send whatever lies outside to `size`, to be dropped.
+        local = jnp.where((page >= first) & (page < first + size), page - first, size)
+        new_key = old_key.at[local, :, :, offset].set(_store(key, old_key.dtype), mode="drop")
+        new_value = old_value.at[local, :, offset].set(_store(value, old_value.dtype), mode="drop")
+        keys[index] = _replace(segment_keys, layer, new_key)
+        values[index] = _replace(segment_values, layer, new_value)
+        first += size
+    return KVCache(tuple(keys), tuple(values))
+
+
+def layer_segments(
+    cache: KVCache, layer: int, dtype: jnp.dtype
+) -> list[tuple[Float[Array, "P K D S"], Float[Array, "P K S D"]]]:
+    """Keys and values of a layer, segment by segment, where they lie."""
+    return [
+        (_load(keys[layer], dtype), _load(values[layer], dtype))
+        for keys, values in zip(*cache, strict=True)
+    ]
+
+
+def gather_pages(
+    cache: KVCache, layer: int, page_table: Int[Array, "R N"], dtype: jnp.dtype
+) -> tuple[Float[Array, "R N K D S"], Float[Array, "R N K S D"]]:
+    """Copies the pages of a table out of a layer; the content of padding entries is unspecified."""
+
+    def gather(arrays: list[Array]) -> Array:
+        first, out = 0, None
+        for array in arrays:
+            size = array.shape[0]
+            picked = array[jnp.clip(page_table - first, 0, size - 1)]
+            is_later = (page_table >= first)[:, :, None, None, None]
+            out = picked if out is None else jnp.where(is_later, picked, out)
+            first += size
+        assert out is not None, "a cache has at least one segment"
+        return out
+
+    keys = gather([segment[layer] for segment in cache.keys])
+    values = gather([segment[layer] for segment in cache.values])
+    return _load(keys, dtype), _load(values, dtype)
+
+
+def _replace(arrays: SegmentArrays, layer: int, new: Array) -> SegmentArrays:
+    return (*arrays[:layer], new, *arrays[layer + 1 :])
+
+
+def _storage_dtype(dtype: jnp.dtype) -> jnp.dtype:
+    is_bf16_on_cpu = dtype == jnp.bfloat16 and jax.default_backend() == "cpu"
+    return jnp.dtype(jnp.uint16) if is_bf16_on_cpu else jnp.dtype(dtype)
+
+
+def _store(x: Array, storage: jnp.dtype) -> Array:
+    if storage == jnp.uint16:
+        return lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16)
+    return x.astype(storage)
+
+
+def _load(x: Array, dtype: jnp.dtype) -> Array:
+    if x.dtype == jnp.uint16:
+        return lax.bitcast_convert_type(x, jnp.bfloat16)
+    return x.astype(dtype)

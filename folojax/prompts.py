@@ -1,0 +1,81 @@
+"""The forms in which a prompt may come."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+from folojax.sampling_params import SamplingParams
+from folojax.tokenizer import Tokenizer
+
+Prompt: TypeAlias = str | Mapping[str, Any] | Sequence[int]
+"""Text, token ids, {"prompt": text} or {"prompt_token_ids": ids}."""
+
+
+class ParsedPrompt(NamedTuple):
+    """The text, where one was given, and its tokens."""
+
+    text: str | None
+    token_ids: Sequence[int]
+
+
+def parse_prompts(
+    prompts: Prompt | Sequence[Prompt], tokenizer: Tokenizer | None
+) -> list[ParsedPrompt]:
+    """Reads one prompt or a list of them.
+
+    Raises:
+        ValueError: a prompt has none of the known forms, or is text without a tokenizer.
+    """
+    if isinstance(prompts, str | Mapping) or _is_token_ids(prompts):
+        prompts = [prompts]
+    if not isinstance(prompts, Sequence):
+        raise ValueError(f"prompts is a {type(prompts).__name__}; it must be a prompt or a list")
+    return [_parse(prompt, index, tokenizer) for index, prompt in enumerate(prompts)]
+
+
+def params_per_prompt(
+    params: SamplingParams | Sequence[SamplingParams], num_prompts: int
+) -> list[SamplingParams]:
+    """One SamplingParams for each prompt.
+
+    Raises:
+        ValueError: a list of another length, or something else.
+    """
+    if isinstance(params, SamplingParams):
+        return [params] * num_prompts
+    if not all(isinstance(item, SamplingParams) for item in params):
+        raise ValueError("sampling_params must be a SamplingParams, or a list with one per prompt")
+    if len(params) != num_prompts:
+        raise ValueError(
+            f"sampling_params has {len(params)} entries for {num_prompts} prompts: give one for "
+            "all, or one for each"
+        )
+    return list(params)
+
+
+def _parse(prompt: Any, index: int, tokenizer: Tokenizer | None) -> ParsedPrompt:
+    if isinstance(prompt, Mapping):
+        if "prompt_token_ids" in prompt:
+            return ParsedPrompt(prompt.get("prompt"), prompt["prompt_token_ids"])
+        if "prompt" not in prompt:
+            raise ValueError(
+                f'prompt {index} has keys {sorted(prompt)}; it needs "prompt" or "prompt_token_ids"'
+            )
+        prompt = prompt["prompt"]
+    if isinstance(prompt, str):
+        if tokenizer is None:
+            raise ValueError(
+                f"prompt {index} is text, but the engine has no tokenizer: pass tokenizer=, or "
+                "token ids"
+            )
+        return ParsedPrompt(prompt, tokenizer.encode(prompt))
+    if isinstance(prompt, Sequence):
+        return ParsedPrompt(None, prompt)
+    raise ValueError(
+        f"prompt {index} is a {type(prompt).__name__}; it must be text, token ids or a dict"
+    )
+
+
+def _is_token_ids(prompts: Any) -> bool:
+    """Whether a list is one prompt of ids; an empty list is no prompts rather than an empty one."""
+    is_list = isinstance(prompts, Sequence) and not isinstance(prompts, str) and len(prompts) > 0
+    return is_list and all(isinstance(item, int) for item in prompts)

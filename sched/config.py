@@ -1,0 +1,107 @@
+"""The scheduler's limits, checked once and frozen."""
+
+from dataclasses import dataclass
+
+from folojax.sched.pages import pages_for
+from folojax.sched.queue import POLICIES
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchedulerConfig:
+    """Limits of every step and of every request.
+
+    Attributes:
+        max_num_seqs: most requests that run at once.
+        max_num_batched_tokens: most tokens in one step, the budget.
+        max_model_len: most tokens of one request, prompt and output; at least 2.
+        num_pages: pages in the KV pool.
+        page_size: tokens in a page.
+        policy: "fcfs", or "priority" (smallest priority first, then arrival).
+        enable_chunked_prefill: whether a prompt may be spread over several steps.
+        long_prefill_token_threshold: most tokens of one request in one step; 0 is no cap.
+
+    Raises:
+        ValueError: with every mismatch in one text.
+    """
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    num_pages: int
+    page_size: int
+    policy: str = "fcfs"
+    enable_chunked_prefill: bool = True
+    long_prefill_token_threshold: int = 0
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"{name} is {getattr(self, name)!r}; it must be an int of at least {least}"
+            for name, least in _LEAST.items()
+            if not _is_int_from(getattr(self, name), least)
+        ]
+        if self.policy not in POLICIES:
+            problems.append(f"policy is {self.policy!r}; it must be one of {', '.join(POLICIES)}")
+        if not problems:  # the limits can be compared only once each of them is a number
+            problems = self._conflicts()
+        if problems:
+            raise ValueError("; ".join(problems))
+
+    def request_problems(self, prompt_len: int, max_tokens: int) -> list[str]:
+        """Says why a request of this size can never run; empty when it can."""
+        if prompt_len == 0:
+            return ["the prompt is empty; at least one token is needed to start from"]
+        if prompt_len >= self.max_model_len:
+            return [
+                f"prompt has {prompt_len:,} tokens; max_model_len is {self.max_model_len:,} and "
+                f"one token must be left for the output: shorten it to at most "
+                f"{self.max_model_len - 1:,} tokens or raise max_model_len"
+            ]
+        # The last token is returned, never fed back: its K/V are not needed.
+        most_tokens = min(prompt_len + max_tokens, self.max_model_len) - 1
+        num_pages = pages_for(most_tokens, self.page_size)
+        if num_pages > self.num_pages:
+            return [
+                f"the request (prompt of {prompt_len:,} tokens, max_tokens {max_tokens:,}) may "
+                f"need {num_pages:,} pages of {self.page_size:,} tokens; the pool has "
+                f"{self.num_pages:,}: shorten it, lower max_tokens or raise num_pages"
+            ]
+        return []
+
+    def _conflicts(self) -> list[str]:
+        budget = self.max_num_batched_tokens
+        conflicts = []
+        if budget < self.max_num_seqs:
+            conflicts.append(
+                f"max_num_batched_tokens is {budget:,}; max_num_seqs is {self.max_num_seqs:,} and "
+                f"each running request needs one token a step: raise the first to at least "
+                f"{self.max_num_seqs:,} or lower the second"
+            )
+        if not self.enable_chunked_prefill:
+            if budget < self.max_model_len:
+                conflicts.append(
+                    f"max_num_batched_tokens is {budget:,}; without chunked prefill a prompt of "
+                    f"max_model_len, {self.max_model_len:,}, must fit in one step: raise it to at "
+                    f"least {self.max_model_len:,}, lower max_model_len, or set "
+                    f"enable_chunked_prefill=True"
+                )
+            if self.long_prefill_token_threshold:
+                conflicts.append(
+                    f"long_prefill_token_threshold is {self.long_prefill_token_threshold:,}; it "
+                    f"cuts prompts into chunks, which enable_chunked_prefill=False forbids: set "
+                    f"it to 0 or enable chunked prefill"
+                )
+        return conflicts
+
+
+_LEAST = {
+    "max_num_seqs": 1,
+    "max_num_batched_tokens": 1,
+    "max_model_len": 2,  # one token to start from and one to answer with
+    "num_pages": 1,
+    "page_size": 1,
+    "long_prefill_token_threshold": 0,
+}
+
+
+def _is_int_from(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least

@@ -1,0 +1,177 @@
+"""What one step is to compute: the scheduler's answer, and the draft that it grows from.
+
+The batch of a step, in the order of `num_scheduled_tokens`::
+
+    |<--- cached_requests --->|<------------- new_requests ------------->|
+    | running before the step | admitted in this step, or resumed in it  |
+"""
+
+from dataclasses import dataclass, field
+
+from folojax.sched.request import Request
+
+
+@dataclass(frozen=True)
+class NewRequest:
+    """A request that joins the batch: all that a runner without memory of it needs.
+
+    Attributes:
+        request_id: its id.
+        prompt_token_ids: the whole prompt, also when only a chunk of it is scheduled.
+        output_token_ids: empty, or the output kept over a preemption.
+        params: as they came with the request.
+        num_computed_tokens: tokens whose K/V are in the cache before this step.
+        page_ids: its pages, in token order, those reserved for this step included.
+    """
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    output_token_ids: tuple[int, ...]
+    params: object
+    num_computed_tokens: int
+    page_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class CachedRequests:
+    """What changed for the requests that stay in the batch; entry i of each tuple belongs together.
+
+    Attributes:
+        request_ids: in batch order.
+        new_token_ids: per request, tokens sampled since the last plan that had it.
+        num_computed_tokens: per request, tokens whose K/V are in the cache before this step.
+        new_page_ids: per request, pages to append to its table.
+    """
+
+    request_ids: tuple[str, ...]
+    new_token_ids: tuple[tuple[int, ...], ...]
+    num_computed_tokens: tuple[int, ...]
+    new_page_ids: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class SchedulerOutput:
+    """The plan of one step. All its pages are reserved: running it can't lack memory.
+
+    A runner drops what `finished_request_ids` and `preempted_request_ids` name before it adds
+    `new_requests`: the id of a finished request may be in use again.
+
+    Attributes:
+        new_requests: requests that join the batch, resumed ones among them.
+        cached_requests: requests that were in the batch before.
+        num_scheduled_tokens: tokens to compute by request id; its order is the batch order.
+        total_num_scheduled_tokens: their sum, at most the budget.
+        sampled_request_ids: requests whose last known token is computed in this step, so that
+            it samples the next one; in batch order.
+        finished_request_ids: finished since the plan before, for whatever reason.
+        preempted_request_ids: lost their pages while this plan was made.
+    """
+
+    new_requests: tuple[NewRequest, ...]
+    cached_requests: CachedRequests
+    num_scheduled_tokens: dict[str, int]
+    total_num_scheduled_tokens: int
+    sampled_request_ids: tuple[str, ...]
+    finished_request_ids: tuple[str, ...]
+    preempted_request_ids: tuple[str, ...]
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to compute; the finished ids are to be dropped all the same."""
+        return self.total_num_scheduled_tokens == 0
+
+
+@dataclass(frozen=True)
+class RequestUpdate:
+    """What a step gave one request; how it ended, if it did, is in the request itself.
+
+    Attributes:
+        request: the request, its new tokens already in `output_token_ids`.
+        new_token_ids: what this step sampled; empty for a row that failed.
+    """
+
+    request: Request
+    new_token_ids: tuple[int, ...]
+
+
+@dataclass(eq=False)
+class PlanDraft:
+    """A plan while it is made: requests come in, and a victim of preemption goes out again.
+
+    Attributes:
+        budget_left: tokens that may still be scheduled.
+        requests: the batch so far, by id, in order.
+        num_scheduled_tokens: tokens to compute by request id, in the same order.
+        new_page_ids: pages reserved for this step by request id.
+        new_request_ids: the part of the batch that joins in this step.
+        preempted_request_ids: victims so far.
+    """
+
+    budget_left: int
+    requests: dict[str, Request] = field(default_factory=dict)
+    num_scheduled_tokens: dict[str, int] = field(default_factory=dict)
+    new_page_ids: dict[str, list[int]] = field(default_factory=dict)
+    new_request_ids: set[str] = field(default_factory=set)
+    preempted_request_ids: list[str] = field(default_factory=list)
+
+    def put(self, request: Request, num_tokens: int, page_ids: list[int]) -> None:
+        """Schedules `num_tokens` of a request, for which `page_ids` were reserved."""
+        assert 0 < num_tokens <= self.budget_left, f"{num_tokens} tokens of {self.budget_left}"
+        self.budget_left -= num_tokens
+        self.requests[request.request_id] = request
+        self.num_scheduled_tokens[request.request_id] = num_tokens
+        self.new_page_ids[request.request_id] = page_ids
+
+    def put_new(self, request: Request, num_tokens: int, page_ids: list[int]) -> None:
+        """Schedules a request that joins the batch."""
+        self.put(request, num_tokens, page_ids)
+        self.new_request_ids.add(request.request_id)
+
+    def put_victim(self, request: Request) -> None:
+        """Notes a preempted request, and takes its tokens back out if they were scheduled."""
+        self.preempted_request_ids.append(request.request_id)
+        if self.requests.pop(request.request_id, None) is not None:
+            self.budget_left += self.num_scheduled_tokens.pop(request.request_id)
+            del self.new_page_ids[request.request_id]
+
+    def publish(self, finished_request_ids: tuple[str, ...]) -> SchedulerOutput:
+        """Returns the finished plan, and marks every output token in it as reported."""
+        cached = [r for r in self.requests.values() if r.request_id not in self.new_request_ids]
+        joining = [r for r in self.requests.values() if r.request_id in self.new_request_ids]
+        plan = SchedulerOutput(
+            new_requests=tuple(
+                NewRequest(
+                    request_id=request.request_id,
+                    prompt_token_ids=request.prompt_token_ids,
+                    output_token_ids=tuple(request.output_token_ids),
+                    params=request.params,
+                    num_computed_tokens=request.num_computed_tokens,
+                    page_ids=tuple(request.page_ids),
+                )
+                for request in joining
+            ),
+            cached_requests=CachedRequests(
+                request_ids=tuple(request.request_id for request in cached),
+                new_token_ids=tuple(
+                    tuple(request.output_token_ids[request.num_reported_tokens :])
+                    for request in cached
+                ),
+                num_computed_tokens=tuple(request.num_computed_tokens for request in cached),
+                new_page_ids=tuple(
+                    tuple(self.new_page_ids[request.request_id]) for request in cached
+                ),
+            ),
+            num_scheduled_tokens=self.num_scheduled_tokens,
+            total_num_scheduled_tokens=sum(self.num_scheduled_tokens.values()),
+            sampled_request_ids=tuple(
+                request_id
+                for request_id, request in self.requests.items()
+                if request.num_computed_tokens + self.num_scheduled_tokens[request_id]
+                == request.num_tokens
+            ),
+            finished_request_ids=finished_request_ids,
+            preempted_request_ids=tuple(self.preempted_request_ids),
+        )
+        for request in self.requests.values():
+            request.num_reported_tokens = request.num_output_tokens
+        return plan

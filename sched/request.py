@@ -1,0 +1,171 @@
+r"""One generation request: what was asked, what has happened, and when it ends.
+
+The life of a request::
+
+    add_request        schedule               update_from_output
+        |                  |                          |
+        v     admitted     v     EOS or stop id       v
+     WAITING ----------> RUNNING ---------------> FINISHED_STOPPED
+                         ^     | \--------------> FINISHED_LENGTH   max_tokens, max_model_len
+                         |     |  \-------------> FINISHED_ERROR    its row failed on the device
+               resumed,  |     |
+         output kept and |     | out of pages: its pages are freed,
+              recomputed |     | num_computed_tokens = 0
+                         |     v
+                        PREEMPTED
+
+     finish_requests: WAITING, RUNNING or PREEMPTED --> FINISHED_ABORTED (or FINISHED_STOPPED,
+     for a stop string, which only the caller can see)
+"""
+
+import enum
+from dataclasses import dataclass, field
+
+NOT_ARRIVED = -1
+"""`Request.arrival_index` of a request that no scheduler has taken yet."""
+
+
+class RequestStatus(enum.Enum):
+    """Where a request is in its life; the drawing is in the module's docstring."""
+
+    WAITING = enum.auto()
+    RUNNING = enum.auto()
+    PREEMPTED = enum.auto()
+    FINISHED_STOPPED = enum.auto()
+    FINISHED_LENGTH = enum.auto()
+    FINISHED_ABORTED = enum.auto()
+    FINISHED_ERROR = enum.auto()
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether no token will follow."""
+        return self in _FINISH_REASONS
+
+    @property
+    def finish_reason(self) -> str | None:
+        """What the user is told: "stop", "length", "abort" or "error"; None while unfinished."""
+        return _FINISH_REASONS.get(self)
+
+
+_FINISH_REASONS = {
+    RequestStatus.FINISHED_STOPPED: "stop",
+    RequestStatus.FINISHED_LENGTH: "length",
+    RequestStatus.FINISHED_ABORTED: "abort",
+    RequestStatus.FINISHED_ERROR: "error",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StopRule:
+    """When sampled tokens end a request.
+
+    Attributes:
+        max_tokens: most output tokens, at least 1; already resolved, never "no limit".
+        eos_token_ids: the model's end tokens; empty when the request ignores them.
+        stop_token_ids: the user's own end tokens.
+        min_tokens: outputs that must exist, the newest included, before either kind of token
+            ends the request. `max_tokens` ends it all the same.
+
+    Raises:
+        ValueError: `max_tokens` is below 1 or `min_tokens` below 0.
+    """
+
+    max_tokens: int
+    eos_token_ids: frozenset[int] = frozenset()
+    stop_token_ids: frozenset[int] = frozenset()
+    min_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens is {self.max_tokens}; it must be at least 1")
+        if self.min_tokens < 0:
+            raise ValueError(f"min_tokens is {self.min_tokens}; it must be at least 0")
+
+    def check(self, num_output_tokens: int, token: int) -> tuple[RequestStatus | None, int | None]:
+        """Says whether the newest token ends the request.
+
+        Args:
+            num_output_tokens: outputs so far, `token` included.
+            token: the newest output.
+
+        Returns:
+            The finished status, or None to go on; and the stop id that ended it, or None. EOS
+            wins over a stop id (it has no stop reason), and both win over the length.
+        """
+        if num_output_tokens >= self.min_tokens:
+            if token in self.eos_token_ids:
+                return RequestStatus.FINISHED_STOPPED, None
+            if token in self.stop_token_ids:
+                return RequestStatus.FINISHED_STOPPED, token
+        if num_output_tokens >= self.max_tokens:
+            return RequestStatus.FINISHED_LENGTH, None
+        return None, None
+
+
+# Requests are compared by identity: an id may be used again once its first owner has finished.
+@dataclass(eq=False)
+class Request:
+    """A prompt, its stop rule and the state that the scheduler keeps of it.
+
+    The caller sets the first five fields; the rest belongs to the scheduler, and is for reading.
+
+    Attributes:
+        request_id: unique among the live requests.
+        prompt_token_ids: what to continue.
+        stop: when to end.
+        params: opaque here; carried to the plan for whoever samples.
+        priority: smaller is more urgent; the "fcfs" policy does not look at it.
+        arrival_index: order of `add_request` calls, NOT_ARRIVED before.
+        status: where the request is in its life.
+        output_token_ids: sampled so far; kept over a preemption.
+        num_computed_tokens: tokens, from the first on, whose K/V are in the cache.
+        page_ids: pages that hold those K/V, in token order; one reference each.
+        num_preemptions: how often its pages were taken away.
+        num_reported_tokens: output tokens that a `SchedulerOutput` has carried already.
+        stop_reason: stop id or text that ended it; the reason when it failed; else None.
+    """
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    stop: StopRule
+    params: object = None
+    priority: int = 0
+
+    arrival_index: int = field(default=NOT_ARRIVED, kw_only=True)
+    status: RequestStatus = field(default=RequestStatus.WAITING, kw_only=True)
+    output_token_ids: list[int] = field(default_factory=list, kw_only=True)
+    num_computed_tokens: int = field(default=0, kw_only=True)
+    page_ids: list[int] = field(default_factory=list, kw_only=True)
+    num_preemptions: int = field(default=0, kw_only=True)
+    num_reported_tokens: int = field(default=0, kw_only=True)
+    stop_reason: int | str | None = field(default=None, kw_only=True)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Length of the prompt."""
+        return len(self.prompt_token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens sampled so far."""
+        return len(self.output_token_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and output together: what `num_computed_tokens` is to catch up with."""
+        return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """Prompt and output, as a copy: O(length), so not for the loop over running requests."""
+        return (*self.prompt_token_ids, *self.output_token_ids)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether no token will follow."""
+        return self.status.is_finished
+
+    @property
+    def urgency(self) -> tuple[int, int]:
+        """Sort key of the "priority" policy, the most urgent first; unique once arrived."""
+        return self.priority, self.arrival_index

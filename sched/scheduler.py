@@ -1,0 +1,290 @@
+"""Which tokens of which requests the next step computes.
+
+There are no phases: prompt chunks, decoding and recomputation are all a request catching its
+`num_computed_tokens` up to its `num_tokens`. One step::
+
+    schedule()
+      running, in order  ---> chunk = min(tokens behind, budget left, cap) ---> pages reserved --.
+                                                  out of pages: preempt a victim, try again      |
+                                                  (its pages are freed, its tokens taken back)   |
+      waiting, in order  ---> the same, until the budget, max_num_seqs or the pages end;         |
+                              not in a step that preempted, and never past the head of the queue |
+                                                                                                 v
+    (the device runs it) <-------------------------------------------------------- SchedulerOutput
+         |
+         v  sampled tokens
+    update_from_output()
+      num_computed_tokens advances, tokens are appended, stop rules checked, pages of finished
+      requests freed, and the requests forgotten
+
+Laws that follow, and that its parts lean on:
+
+- Every running request gets a token in every step. Requests keep their order, and only the last
+  of a step can have a chunk cut short by the budget; so the next step's chunks before it are no
+  larger, and leave it something.
+- While a request is unfinished, a plan is never empty. The first running request (FCFS) or the
+  most urgent one (priority) is never a victim while others run, and alone it has the whole pool,
+  which `add_request` has made sure is enough.
+- Under FCFS, running and then waiting requests are in order of arrival.
+"""
+
+from collections.abc import Iterable, Mapping
+
+from folojax.sched.config import SchedulerConfig
+from folojax.sched.integrity import check_integrity
+from folojax.sched.pages import PageAllocator, pages_for
+from folojax.sched.plan import PlanDraft, RequestUpdate, SchedulerOutput
+from folojax.sched.queue import make_queue
+from folojax.sched.request import Request, RequestStatus
+
+
+class Scheduler:
+    """Keeps every unfinished request, and plans one step at a time.
+
+    Calls alternate: `schedule`, then `update_from_output` with that plan. Requests may be added
+    and finished between the two. A plan that was never run may be dropped: the next `schedule`
+    plans its tokens again (but reports new, finished and preempted requests only once).
+
+    Attributes:
+        config: the limits.
+        allocator: the pages; for reading.
+    """
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        self.config = config
+        self.allocator = PageAllocator(config.num_pages)
+        self._requests: dict[str, Request] = {}
+        self._waiting = make_queue(config.policy)
+        self._running: list[Request] = []
+        self._num_arrived = 0
+        # Ids in order of finishing; a dict, as an id can be used and finished twice between plans.
+        self._unreported_finished_ids: dict[str, None] = {}
+        self._plan: SchedulerOutput | None = None
+        # The unfinished requests of that plan; by id alone, a request finished meanwhile could
+        # not be told from a later one that took over its id.
+        self._planned: dict[str, Request] = {}
+
+    @property
+    def num_running(self) -> int:
+        """Requests that hold a place in the batch."""
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests in the queue, new or preempted."""
+        return len(self._waiting)
+
+    def has_unfinished_requests(self) -> bool:
+        """Whether a request is waiting or running."""
+        return bool(self._requests)
+
+    def has_finished_requests(self) -> bool:
+        """Whether requests have finished that no plan has reported yet."""
+        return bool(self._unreported_finished_ids)
+
+    def get_request(self, request_id: str) -> Request | None:
+        """Returns an unfinished request, or None: finished ones are not remembered."""
+        return self._requests.get(request_id)
+
+    def validate(self, request: Request) -> None:
+        """Raises the ValueError that `add_request` would raise, and changes nothing."""
+        problems = self.config.request_problems(request.num_prompt_tokens, request.stop.max_tokens)
+        if request.request_id in self._requests:
+            problems.append(
+                f"request id {request.request_id!r} belongs to an unfinished request: use another "
+                f"id, or abort that request first"
+            )
+        if problems:
+            raise ValueError("; ".join(problems))
+
+    def add_request(self, request: Request) -> None:
+        """Queues a new request.
+
+        Raises:
+            ValueError: the id belongs to an unfinished request, the prompt is empty or leaves no
+                room for one token, or the request could outgrow the whole pool.
+        """
+        self.validate(request)
+        assert request.status is RequestStatus.WAITING, f"a used request: {request.status}"
+        request.arrival_index = self._num_arrived
+        self._num_arrived += 1
+        self._requests[request.request_id] = request
+        self._waiting.add(request)
+
+    def schedule(self) -> SchedulerOutput:
+        """Plans the next step and reserves its pages."""
+        draft = PlanDraft(budget_left=self.config.max_num_batched_tokens)
+        self._schedule_running(draft)
+        if not draft.preempted_request_ids:
+            self._admit_waiting(draft)
+        assert draft.requests or not self._requests, "requests are left, and none can run"
+        self._plan = draft.publish(tuple(self._unreported_finished_ids))
+        self._planned = draft.requests
+        self._unreported_finished_ids = {}
+        return self._plan
+
+    def update_from_output(
+        self,
+        output: SchedulerOutput,
+        sampled: Mapping[str, int],
+        failed: Mapping[str, str] = {},
+    ) -> list[RequestUpdate]:
+        """Takes in what a step computed.
+
+        Args:
+            output: the plan that was run, the latest of `schedule`.
+            sampled: the new token of each request in `output.sampled_request_ids`, without the
+                failed ones. Requests finished since the plan was made may be in it or not.
+            failed: requests of the plan whose row went wrong, with the reason; they finish with
+                FINISHED_ERROR and that reason, and their neighbours go on.
+
+        Returns:
+            One update for each request that got a token or failed, in batch order.
+
+        Raises:
+            AssertionError: another plan, or samples that don't belong to it; nothing has changed.
+        """
+        assert output is self._plan, "the plan is not the latest, or was taken in already"
+        planned = self._planned
+        may_sample = set(output.sampled_request_ids) - set(failed)
+        missing = [id_ for id_ in may_sample if id_ in planned and id_ not in sampled]
+        surplus = [id_ for id_ in sampled if id_ not in may_sample]
+        unknown = [id_ for id_ in failed if id_ not in output.num_scheduled_tokens]
+        assert not missing, f"no token for {missing}"
+        assert not surplus, f"a token that was not asked for: {surplus}"
+        assert not unknown, f"failed, but not in the plan: {unknown}"
+        self._plan, self._planned = None, {}
+
+        updates = []
+        for request_id, request in planned.items():
+            request.num_computed_tokens += output.num_scheduled_tokens[request_id]
+            if request_id in failed:
+                self._finish(request, RequestStatus.FINISHED_ERROR, failed[request_id])
+                updates.append(RequestUpdate(request, ()))
+            elif request_id in sampled:
+                self._append_token(request, sampled[request_id])
+                updates.append(RequestUpdate(request, (sampled[request_id],)))
+        if any(update.request.is_finished for update in updates):
+            self._running = [request for request in self._running if not request.is_finished]
+        return updates
+
+    def finish_requests(
+        self,
+        request_ids: str | Iterable[str],
+        status: RequestStatus,
+        stop_reason: int | str | None = None,
+    ) -> list[Request]:
+        """Ends requests from outside, in whatever state they are, and frees their pages.
+
+        Args:
+            request_ids: one id or several; ids that are unknown or finished are ignored.
+            status: the finished status to give them, FINISHED_ABORTED for an abort.
+            stop_reason: what ended them, such as a stop string.
+
+        Returns:
+            The requests that this call finished, with the output they had so far.
+        """
+        assert status.is_finished, f"{status} does not finish a request"
+        ids = (request_ids,) if isinstance(request_ids, str) else dict.fromkeys(request_ids)
+        requests = [self._requests[id_] for id_ in ids if id_ in self._requests]
+        self._waiting.remove_many(r for r in requests if r.status is not RequestStatus.RUNNING)
+        for request in requests:
+            self._finish(request, status, stop_reason)
+        self._running = [request for request in self._running if not request.is_finished]
+        return requests
+
+    def shutdown(self) -> list[Request]:
+        """Aborts all requests and returns them; the scheduler is empty and can be used on."""
+        return self.finish_requests(tuple(self._requests), RequestStatus.FINISHED_ABORTED)
+
+    def check(self) -> None:
+        """Raises AssertionError unless queue, batch, requests and pages agree; O(everything)."""
+        check_integrity(
+            self.config, self.allocator, self._requests.values(), self._running, self._waiting
+        )
+
+    def _chunk_size(self, request: Request, budget_left: int) -> int:
+        cap = self.config.long_prefill_token_threshold or budget_left
+        return min(request.num_tokens - request.num_computed_tokens, budget_left, cap)
+
+    def _schedule_running(self, draft: PlanDraft) -> None:
+        for request in self._running:
+            if request.status is not RequestStatus.RUNNING:
+                continue  # a victim of this same step
+            num_tokens = self._chunk_size(request, draft.budget_left)
+            page_ids = self._reserve_or_preempt(request, num_tokens, draft)
+            if page_ids is not None:
+                draft.put(request, num_tokens, page_ids)
+        if draft.preempted_request_ids:
+            self._running = [r for r in self._running if r.status is RequestStatus.RUNNING]
+
+    def _admit_waiting(self, draft: PlanDraft) -> None:
+        while self._waiting and len(self._running) < self.config.max_num_seqs and draft.budget_left:
+            request = self._waiting.peek()
+            num_tokens = self._chunk_size(request, draft.budget_left)
+            if not self.config.enable_chunked_prefill and num_tokens < request.num_tokens:
+                return  # nor may a shorter one jump the head of the queue
+            page_ids = self._reserve(request, num_tokens)
+            if page_ids is None:
+                return
+            self._waiting.pop()
+            request.status = RequestStatus.RUNNING
+            self._running.append(request)
+            draft.put_new(request, num_tokens, page_ids)
+
+    def _reserve(self, request: Request, num_tokens: int) -> list[int] | None:
+        """Gives a request the pages for its next tokens, and returns those; None if too few."""
+        num_pages = pages_for(request.num_computed_tokens + num_tokens, self.config.page_size)
+        page_ids = self.allocator.allocate(num_pages - len(request.page_ids))
+        if page_ids is not None:
+            request.page_ids.extend(page_ids)
+        return page_ids
+
+    def _reserve_or_preempt(
+        self, request: Request, num_tokens: int, draft: PlanDraft
+    ) -> list[int] | None:
+        """As `_reserve`, with preemption; None when the request became the victim itself."""
+        while (page_ids := self._reserve(request, num_tokens)) is None:
+            victim = self._choose_victim()
+            self._preempt(victim, draft)
+            if victim is request:
+                return None
+        return page_ids
+
+    def _choose_victim(self) -> Request:
+        running = [r for r in self._running if r.status is RequestStatus.RUNNING]
+        if self.config.policy == "priority":
+            return max(running, key=lambda request: request.urgency)
+        return running[-1]
+
+    def _preempt(self, victim: Request, draft: PlanDraft) -> None:
+        self._release_pages(victim)
+        victim.status = RequestStatus.PREEMPTED
+        victim.num_preemptions += 1
+        draft.put_victim(victim)
+        # Later victims of a step go in front of earlier ones, and they arrived before them.
+        self._waiting.prepend(victim)
+
+    def _append_token(self, request: Request, token: int) -> None:
+        request.output_token_ids.append(token)
+        status, stop_reason = request.stop.check(request.num_output_tokens, token)
+        if status is None and request.num_tokens >= self.config.max_model_len:
+            status = RequestStatus.FINISHED_LENGTH
+        if status is not None:
+            self._finish(request, status, stop_reason)
+
+    def _finish(
+        self, request: Request, status: RequestStatus, stop_reason: int | str | None
+    ) -> None:
+        """Ends a request; taking it out of the queue or the batch is left to the caller."""
+        self._release_pages(request)
+        request.status = status
+        request.stop_reason = stop_reason
+        del self._requests[request.request_id]
+        self._planned.pop(request.request_id, None)
+        self._unreported_finished_ids[request.request_id] = None
+
+    def _release_pages(self, request: Request) -> None:
+        self.allocator.free(request.page_ids)
+        request.page_ids = []
+        request.num_computed_tokens = 0

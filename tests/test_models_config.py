@@ -1,0 +1,113 @@
+"""What is read from a config.json, and what is refused."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from folojax.models.config import LinearRope, Llama3Rope, ModelConfig, config_from_hf
+from folojax.models.registry import FAMILIES, family_of
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+}
+LLAMA3: dict[str, Any] = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+def test_defaults_are_those_of_the_architecture():
+    config = config_from_hf(LLAMA)
+    assert config == ModelConfig(
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=96,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=4,
+        head_dim=16,
+        max_position=512,
+        rope_theta=10_000.0,
+        rope_scaling=None,
+        rms_norm_eps=1e-5,
+        tie_embeddings=False,
+        qkv_bias=False,
+        qk_norm=False,
+    )
+    assert hash(config) == hash(config_from_hf(dict(LLAMA)))
+    qwen2 = config_from_hf(LLAMA | {"architectures": ["Qwen2ForCausalLM"]})
+    assert (qwen2.qkv_bias, qwen2.qk_norm, qwen2.head_dim) == (True, False, 16)
+    qwen3 = config_from_hf(LLAMA | {"architectures": ["Qwen3ForCausalLM"]})
+    assert (qwen3.qkv_bias, qwen3.qk_norm, qwen3.head_dim) == (False, True, 128)
+
+
+@pytest.mark.parametrize(
+    ("keys", "scaling"),
+    [
+        ({"rope_theta": 5e5}, None),
+        ({"rope_theta": 5e5, "rope_scaling": None}, None),
+        ({"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}, None),
+        ({"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}}, LinearRope),
+        ({"rope_theta": 5e5, "rope_scaling": LLAMA3 | {"rope_type": "llama3"}}, Llama3Rope),
+        (
+            {"rope_parameters": LLAMA3 | {"rope_theta": 5e5, "rope_type": "llama3"}},
+            Llama3Rope,
+        ),
+    ],
+)
+def test_rotary_settings_are_read_in_both_spellings(keys, scaling):
+    config = config_from_hf(LLAMA | keys)
+    assert config.rope_theta == 5e5
+    assert config.rope_scaling is None if scaling is None else type(config.rope_scaling) is scaling
+    if scaling is Llama3Rope:
+        assert config.rope_scaling == Llama3Rope(**LLAMA3)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"architectures": ["GemmaForCausalLM"]}, r"GemmaForCausalLM.*LlamaForCausalLM, Qwen2"),
+        ({"architectures": None}, "architectures None"),
+        ({"vocab_size": None}, "lacks vocab_size"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'.*'silu'"),
+        ({"mlp_bias": True}, "mlp_bias"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"use_sliding_window": True, "sliding_window": 4096}, "sliding_window 4096"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
+        ({"quantization_config": {"quant_method": "awq"}}, "awq"),
+        ({"rope_interleaved": True}, "rope_interleaved"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "'yarn'.*llama3"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "needs factor"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"hidden_size": 66}, "no head_dim"),
+        ({"head_dim": 15}, "head_dim is 15"),
+        ({"num_key_value_heads": 3}, "num_kv_heads 3"),
+        ({"num_hidden_layers": 0, "rms_norm_eps": -1.0}, "num_layers is 0.*rms_norm_eps is -1"),
+    ],
+)
+def test_what_is_not_supported_is_named(keys, message):
+    with pytest.raises(ValueError, match=message):
+        config_from_hf(LLAMA | keys)
+
+
+def test_an_inactive_sliding_window_is_no_obstacle():
+    keys = {"sliding_window": 4096, "use_sliding_window": False, "layer_types": ["full_attention"]}
+    assert config_from_hf(LLAMA | keys) == config_from_hf(LLAMA)
+
+
+def test_every_family_can_be_a_config():
+    for name in FAMILIES:
+        config = config_from_hf(LLAMA | {"architectures": [name]})
+        assert config.architecture == family_of([name])[0] == name
+        with pytest.raises(ValueError, match="architecture is 'Other'"):
+            dataclasses.replace(config, architecture="Other")

@@ -1,0 +1,176 @@
+"""The decoder against transformers, and the laws every caller leans on."""
+
+import functools
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from folojax.models.checkpoint import build_module, load_params, open_checkpoint
+from folojax.models.config import ModelConfig
+from folojax.models.dense_attend import dense_attend
+from folojax.models.interface import Attend
+from folojax.models.llama import init_params
+from tests import reference
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    # Small, so that some of the tiny model's frequencies are scaled, some kept, some on the ramp.
+    "original_max_position_embeddings": 64,
+}
+LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0}
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama-tied": ("llama", {"tie_word_embeddings": True}),
+    "llama-mha-wide-heads": ("llama", {"num_key_value_heads": 4, "head_dim": 24}),
+    "llama-llama3-rope": ("llama", {"rope_parameters": LLAMA3_ROPE}),
+    "llama-linear-rope": ("llama", {"rope_parameters": LINEAR_ROPE}),
+    "qwen2-tied": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen2-sharded": ("qwen2", {"max_shard_size": "100KB"}),
+    "qwen3": ("qwen3", {}),
+    "qwen3-tied": ("qwen3", {"tie_word_embeddings": True}),
+}
+
+TINY = ModelConfig(
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=48,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    max_position=128,
+    rope_theta=10_000.0,
+    rope_scaling=None,
+    rms_norm_eps=1e-6,
+    tie_embeddings=False,
+    qkv_bias=True,
+    qk_norm=True,
+)
+
+
+@functools.cache
+def tiny():
+    module = build_module(TINY, jnp.float32)
+    return module, jax.jit(init_params, static_argnums=0)(module, jax.random.key(0))
+
+
+def dense_logits(module, params, tokens, first_position=0):
+    tokens = jnp.asarray(tokens, jnp.int32)
+    positions = jnp.arange(len(tokens), dtype=jnp.int32) + first_position
+    return _dense_logits(module, params, tokens, positions)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _dense_logits(module, params, tokens, positions):
+    hidden, _ = module.apply({"params": params}, tokens, positions, None, dense_attend)
+    return module.apply({"params": params}, hidden, method="logits")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_are_those_of_transformers(case, tmp_path):
+    kind, overrides = CASES[case]
+    model = reference.save_tiny(kind, tmp_path, **overrides)
+    assert (tmp_path / "model.safetensors.index.json").exists() == ("sharded" in case)
+    tokens = np.random.default_rng(0).integers(0, 128, 64).tolist()
+
+    checkpoint = open_checkpoint(tmp_path)
+    module = build_module(checkpoint.config, jnp.float32)
+    ours = dense_logits(module, load_params(checkpoint, jnp.float32), tokens)
+
+    theirs = reference.logits(model, tokens)
+    assert theirs.std() > 0.5, "logits too flat to tell anything"
+    chex.assert_trees_all_close(np.asarray(ours), theirs, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_is_near_float32(dtype, tmp_path):
+    model = reference.save_tiny("qwen3", tmp_path)
+    tokens = np.random.default_rng(0).integers(0, 128, 64).tolist()
+    checkpoint = open_checkpoint(tmp_path)
+    params = load_params(checkpoint, dtype)
+    chex.assert_tree_all_finite(params)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype(dtype)}
+
+    ours = dense_logits(build_module(checkpoint.config, dtype), params, tokens)
+
+    assert ours.dtype == jnp.float32
+    theirs = reference.logits(model, tokens)
+    error = np.sqrt(np.mean((np.asarray(ours) - theirs) ** 2)) / theirs.std()
+    assert error < (0.05 if dtype == jnp.bfloat16 else 0.01)
+
+
+def test_the_loaded_tree_is_the_initialised_tree(tmp_path):
+    for kind in ("llama", "qwen2", "qwen3"):
+        reference.save_tiny(kind, tmp_path / kind, tie_word_embeddings=kind == "qwen2")
+        checkpoint = open_checkpoint(tmp_path / kind)
+        module = build_module(checkpoint.config, jnp.bfloat16)
+        shapes = jax.eval_shape(functools.partial(init_params, module), jax.random.key(0))
+        chex.assert_trees_all_equal_shapes_and_dtypes(load_params(checkpoint, jnp.bfloat16), shapes)
+
+
+def test_fused_parameters_are_few():
+    module = build_module(TINY, jnp.float32)
+    shapes = jax.eval_shape(functools.partial(init_params, module), jax.random.key(0))
+    layers = [shapes.pop(f"layers_{layer}") for layer in range(TINY.num_layers)]
+    assert {name: leaf.shape for name, leaf in shapes.items()} == {
+        "embed": (64, 32),
+        "final_norm": (32,),
+        "lm_head": (32, 64),
+    }
+    for layer in layers:
+        assert {name: leaf.shape for name, leaf in layer.items()} == {
+            "attn_norm": (32,),
+            "qkv": (32, (4 + 2 * 2) * 8),
+            "qkv_bias": ((4 + 2 * 2) * 8,),
+            "q_norm": (8,),
+            "k_norm": (8,),
+            "o": (4 * 8, 32),
+            "mlp_norm": (32,),
+            "gate_up": (32, 2 * 48),
+            "down": (48, 32),
+        }
+
+
+def test_attend_is_called_once_a_layer_and_threads_the_cache():
+    module, params = tiny()
+    tokens = jnp.arange(5, dtype=jnp.int32)
+
+    def counting(cache, layer, query, key, value):
+        _, out = dense_attend(None, layer, query, key, value)
+        return (*cache, (layer, query.shape, key.shape, value.shape)), out
+
+    assert isinstance(counting, Attend)
+    calls = []
+    jax.eval_shape(
+        lambda: calls.extend(module.apply({"params": params}, tokens, tokens, (), counting)[1])
+    )
+    assert calls == [(layer, (5, 4, 8), (5, 2, 8), (5, 2, 8)) for layer in range(2)]
+
+
+def test_later_tokens_do_not_change_earlier_ones():
+    module, params = tiny()
+    tokens = np.random.default_rng(0).integers(0, 64, 24)
+    other = np.concatenate([tokens[:16], tokens[:8]])
+    first, second = (dense_logits(module, params, row) for row in (tokens, other))
+    chex.assert_trees_all_equal(first[:16], second[:16])
+    assert not np.allclose(first[16:], second[16:])
+
+
+def test_only_differences_of_positions_matter():
+    module, params = tiny()
+    near, far = (dense_logits(module, params, np.arange(12), first) for first in (0, 50))
+    chex.assert_trees_all_close(near, far, atol=1e-4)
+
+
+def test_padding_tokens_outside_the_vocabulary_stay_finite():
+    module, params = tiny()
+    chex.assert_tree_all_finite(dense_logits(module, params, [-1, 3, 64, 2**31 - 1]))
