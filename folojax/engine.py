@@ -128,7 +128,7 @@ class Engine:
         return self._commit(plan, results)
 
     def abort(self, request_ids: str | Iterable[str]) -> list[RequestOutput]:
-        """Ends requests where they stand; returns them with what they have. Unknown ids: nothing."""
+        """Ends requests where they stand and returns them; unknown ids are passed over."""
         ids = [request_ids] if isinstance(request_ids, str) else list(request_ids)
         outputs = []
         for request_id in ids:

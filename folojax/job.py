@@ -155,7 +155,7 @@ def make_job(
         search = None
         if params.stop:
             assert tokenizer is not None, "stop strings were accepted without a tokenizer"
-            search = StopStringSearch(tokenizer, params.stop, **decode_options(params))
+            search = StopStringSearch(tokenizer, tuple(params.stop), **decode_options(params))
         request = Request(child_id, prompt_token_ids, stop, row, priority)
         samples.append(Sample(index, request, sample_seed, [], search))
     return Job(request_id, prompt, prompt_token_ids, params, samples, time.perf_counter())

@@ -130,7 +130,7 @@ class LLM:
         """Answers conversations: renders the chat template, then generates.
 
         Args:
-            messages: One conversation or a list of them; a message is {"role": ..., "content": ...}.
+            messages: One conversation, or a list of them; a message has "role" and "content".
             sampling_params: As in `generate`.
             use_tqdm: As in `generate`.
             chat_template: Jinja text in place of the tokenizer's own.
@@ -138,19 +138,21 @@ class LLM:
         Raises:
             ValueError: there is no template, or as in `generate`.
         """
+        is_one = bool(messages) and all(isinstance(message, Mapping) for message in messages)
+        conversations: Any = [messages] if is_one else messages
+        prompts = [self.render_chat(one, chat_template) for one in conversations]
+        return self.generate(prompts, sampling_params, use_tqdm)
+
+    def render_chat(
+        self, messages: Sequence[Mapping[str, Any]], chat_template: str | None = None
+    ) -> Prompt:
+        """The prompt of one conversation, as `generate` takes it: what `chat` would continue."""
         if self.engine.tokenizer is None:
             raise ValueError("chat needs a tokenizer: pass tokenizer=, or generate from token ids")
-        is_one = all(isinstance(message, Mapping) for message in messages)
-        conversations: Any = [messages] if is_one and messages else messages
-        prompts = [
-            {
-                "prompt_token_ids": self.engine.tokenizer.apply_chat_template(
-                    conversation, chat_template, add_generation_prompt=True
-                )
-            }
-            for conversation in conversations
-        ]
-        return self.generate(prompts, sampling_params, use_tqdm)
+        token_ids = self.engine.tokenizer.apply_chat_template(
+            messages, chat_template, add_generation_prompt=True
+        )
+        return {"prompt_token_ids": token_ids}
 
     def add_request(
         self,

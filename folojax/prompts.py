@@ -26,7 +26,7 @@ def parse_prompts(
         ValueError: a prompt has none of the known forms, or is text without a tokenizer.
     """
     if isinstance(prompts, str | Mapping) or _is_token_ids(prompts):
-        prompts = [prompts]
+        return [_parse(prompts, 0, tokenizer)]
     if not isinstance(prompts, Sequence):
         raise ValueError(f"prompts is a {type(prompts).__name__}; it must be a prompt or a list")
     return [_parse(prompt, index, tokenizer) for index, prompt in enumerate(prompts)]

@@ -1,6 +1,7 @@
 """Sampling parameters of the running requests, as arrays indexed by slot."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 
@@ -61,18 +62,17 @@ class RowTable:
 
     def rows(self, slot: np.ndarray, position: np.ndarray) -> SamplingRows:
         """The parameters of slots whose next token stands at `position`."""
-        is_banned = (position < self._banned_until[slot])[:, None]
-        return SamplingRows(
-            temperature=self._temperature[slot],
-            top_k=self._top_k[slot],
-            top_p=self._top_p[slot],
-            min_p=self._min_p[slot],
-            seed=self._seed[slot],
-            banned=np.where(is_banned, self._banned[slot], np.int32(self._vocab_size)),
+        banned: Any = np.where(
+            (position < self._banned_until[slot])[:, None],
+            self._banned[slot],
+            np.int32(self._vocab_size),
         )
+        fields = (self._temperature, self._top_k, self._top_p, self._min_p, self._seed)
+        arrays: list[Any] = [field[slot] for field in fields]
+        return SamplingRows(*arrays, banned)
 
-    def sampling_class(self, slot: np.ndarray, rows: SamplingRows) -> SamplingClass:
-        """What the most demanding of the rows needs."""
-        if (np.asarray(rows.banned) < self._vocab_size).any():
+    def sampling_class(self, slot: Any, rows: SamplingRows) -> SamplingClass:
+        """What the most demanding of the rows needs; `slot` is the array that gave `rows`."""
+        if bool((rows.banned < self._vocab_size).any()):
             return SamplingClass.MASKED
         return SamplingClass(int(self._class[slot].max()))

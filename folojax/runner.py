@@ -45,9 +45,7 @@ class RunnerStats:
 
 @dataclasses.dataclass
 class _Row:
-    """A request of the batch. `token_ids` is what was known when it joined; later tokens are
-    sampled, and stay on the device.
-    """
+    """A request of the batch; of its tokens, those that were known when it joined."""
 
     request_id: str
     slot: int
@@ -128,11 +126,9 @@ class Runner:
         for shape in shapes:
             for needed in sampling:
                 if isinstance(shape, PrefillShape):
-                    inputs = self._prefill_inputs(shape, [])
-                    self._call_prefill(inputs, needed)
+                    self._call_prefill(self._prefill_inputs(shape, []), needed)
                 else:
-                    inputs = self._decode_inputs(shape, [])
-                    self._call_decode(inputs, shape.segments, needed)
+                    self._call_decode(self._decode_inputs(shape, []), shape.segments, needed)
         return len(shapes) * len(sampling)
 
     def _update_rows(self, plan: SchedulerOutput) -> None:
@@ -173,11 +169,11 @@ class Runner:
         return [chunk.row.request_id if chunk.has_sample else None for chunk in chunks], out
 
     def _prefill_inputs(self, shape: PrefillShape, chunks: list[_Chunk]) -> PrefillInputs:
-        tokens = np.zeros((shape.rows, shape.columns), np.int32)
-        start = np.zeros(shape.rows, np.int32)
-        length = np.zeros(shape.rows, np.int32)
-        page_table = np.full((shape.rows, shape.table_pages), self._layout.num_pages, np.int32)
-        slot = np.full(shape.rows, self._table.num_slots, np.int32)
+        tokens = _ints((shape.rows, shape.columns))
+        start = _ints(shape.rows)
+        length = _ints(shape.rows)
+        page_table = _ints((shape.rows, shape.table_pages), self._layout.num_pages)
+        slot = _ints(shape.rows, self._table.num_slots)
         for i, chunk in enumerate(chunks):
             length[i] = chunk.end - chunk.start
             tokens[i, : length[i]] = chunk.row.token_ids[chunk.start : chunk.end]
@@ -207,11 +203,11 @@ class Runner:
 
     def _decode_inputs(self, shape: DecodeShape, rows: list[_Row]) -> DecodeInputs:
         num_items = sum(self.buckets.segments[: shape.segments])
-        slot = np.full(shape.rows, self._table.num_slots, np.int32)
-        position = np.zeros(shape.rows, np.int32)
-        page_ids = np.full(num_items, num_items, np.int32)
-        page_rows = np.full(num_items, shape.rows, np.int32)
-        page_index = np.zeros(num_items, np.int32)
+        slot = _ints(shape.rows, self._table.num_slots)
+        position = _ints(shape.rows)
+        page_ids = _ints(num_items, num_items)
+        page_rows = _ints(num_items, shape.rows)
+        page_index = _ints(num_items)
         first = 0
         for i, row in enumerate(rows):
             slot[i], position[i] = row.slot, row.num_computed_tokens
@@ -249,3 +245,8 @@ def _read(
                 sample = SampledToken(tokens[i], logprobs[i])
                 results[request_id] = sample if is_valid[i] else None
     return results
+
+
+def _ints(shape: int | tuple[int, ...], value: int = 0) -> Any:
+    """An array for the device. Any: a jitted function takes NumPy arrays for JAX ones."""
+    return np.full(shape, value, np.int32)

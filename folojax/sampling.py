@@ -149,7 +149,7 @@ def _min_p_floor(scaled: Float[Array, "B V"], rows: SamplingRows) -> Float[Array
 def _top_p_target(
     scaled: Float[Array, "B V"], floor: Float[Array, " B"], rows: SamplingRows
 ) -> Float[Array, " B"]:
-    """Mass to be reached, in units of the largest token's; top-p counts what is left by the others."""
+    """The mass to reach, in units of the likeliest token's; of what min-p and top-k have left."""
     weight = jnp.exp(scaled - scaled.max(axis=1, keepdims=True))
     return rows.top_p * jnp.where(scaled >= floor[:, None], weight, 0.0).sum(axis=1)
 

@@ -105,9 +105,9 @@ class SamplingParams:
     def _number(self, name: str, low: float, high: float, is_open_below: bool = False) -> str:
         value = getattr(self, name)
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if is_number and math.isfinite(value) and low <= value <= high:
-            if not (is_open_below and value == low):
-                return ""
+        is_excluded = is_open_below and value == low
+        if is_number and math.isfinite(value) and low <= value <= high and not is_excluded:
+            return ""
         bracket = "(" if is_open_below else "["
         wanted = f"in {bracket}{low}, {high}]" if high < math.inf else f"of at least {low}"
         return f"{name} is {value!r}; it must be a finite number {wanted}"

@@ -11,6 +11,8 @@ One axis dictionary for the whole project, in shapes, einsums and comments:
 Carried state (`EngineState`) is donated to every step and dead afterwards; reported output
 (`StepOutput`) is a different type. Padding is spelled with out-of-range indices: a row whose slot
 is `M` or a work item whose page is `P` is dropped by every scatter, so nothing masks it twice.
+
+Inputs may be NumPy arrays: handing those to a jitted call is their cheapest way to the device.
 """
 
 from typing import NamedTuple

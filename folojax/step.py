@@ -43,15 +43,16 @@ def prefill(
     """
     rows, columns = inputs.tokens.shape
     plan = plan_chunks(inputs, state.cache)
-    hidden, cache = model.apply(
+    result: Any = model.apply(
         {"params": params},
         inputs.tokens.reshape(-1),
         plan.query_position.reshape(-1),
         state.cache,
         functools.partial(attend_chunks, plan),
     )
+    hidden, cache = result
     last = jnp.arange(rows) * columns + jnp.maximum(inputs.length - 1, 0)
-    logits = model.apply({"params": params}, hidden[last], method="logits")
+    logits: Any = model.apply({"params": params}, hidden[last], method="logits")
     out = sample(logits, inputs.sampling, inputs.start + inputs.length, sampling)
     tokens = state.tokens.at[inputs.slot].set(out.tokens, mode="drop")
     return EngineState(cache, tokens), out
@@ -78,14 +79,15 @@ def decode(
         sampling: At least as demanding as every row.
     """
     plan = plan_tokens(inputs, state.cache)
-    hidden, cache = model.apply(
+    result: Any = model.apply(
         {"params": params},
         state.tokens.at[inputs.slot].get(mode="clip"),
         inputs.position,
         state.cache,
         functools.partial(attend_tokens, plan),
     )
-    logits = model.apply({"params": params}, hidden, method="logits")
+    hidden, cache = result
+    logits: Any = model.apply({"params": params}, hidden, method="logits")
     out = sample(logits, inputs.sampling, inputs.position + 1, sampling)
     tokens = state.tokens.at[inputs.slot].set(out.tokens, mode="drop")
     return EngineState(cache, tokens), out

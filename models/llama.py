@@ -12,7 +12,14 @@ from jaxtyping import Array, Float, Int, Key, UInt32
 from folojax.models.config import ModelConfig
 from folojax.models.dense_attend import dense_attend
 from folojax.models.interface import Attend
-from folojax.models.layers import project, rms_norm, rotary_tables, rotate, swiglu
+from folojax.models.layers import (
+    project,
+    project_transposed,
+    rms_norm,
+    rotary_tables,
+    rotate,
+    swiglu,
+)
 
 # As transformers initialises: a fresh model is only ever a stand-in of the right shapes.
 _KERNEL_INIT = nn.initializers.normal(0.02)
@@ -142,8 +149,9 @@ class Llama(nn.Module):
     def logits(self, hidden: Float[Array, "M E"]) -> Float[Array, "M V"]:
         """Scores of the next token in float32, for hidden states that `__call__` returned."""
         with jax.named_scope("logits"):
-            kernel = self.embed.T if self.config.tie_embeddings else self.lm_head
-            return project(hidden, kernel)
+            if self.config.tie_embeddings:
+                return project_transposed(hidden, self.embed)
+            return project(hidden, self.lm_head)
 
 
 def init_params(module: nn.Module, rng: Key[Array, ""] | UInt32[Array, " 2"]) -> dict[str, Any]:

@@ -104,6 +104,7 @@ class PageAllocator:
         assert len(free) + len(used) == self.num_pages, (
             f"{len(free)} free + {len(used)} used pages, but the pool has {self.num_pages}"
         )
+        assert len(self._maybe_used) == sum(self._is_maybe_used), "a page is twice in the heap"
         assert self.extent == max(used, default=-1) + 1, (
             f"extent is {self.extent}, but the highest page in use is {max(used, default=None)}"
         )

@@ -39,13 +39,16 @@ class RequestStatus(enum.Enum):
     @property
     def is_finished(self) -> bool:
         """Whether no token will follow."""
-        return self in _FINISH_REASONS
+        return self not in _UNFINISHED
 
     @property
     def finish_reason(self) -> str | None:
         """What the user is told: "stop", "length", "abort" or "error"; None while unfinished."""
         return _FINISH_REASONS.get(self)
 
+
+# A tuple: the scheduler asks for every request in every step, and hashing a member is slow.
+_UNFINISHED = (RequestStatus.RUNNING, RequestStatus.WAITING, RequestStatus.PREEMPTED)
 
 _FINISH_REASONS = {
     RequestStatus.FINISHED_STOPPED: "stop",

@@ -146,13 +146,13 @@ class Scheduler:
         """
         assert output is self._plan, "the plan is not the latest, or was taken in already"
         planned = self._planned
-        may_sample = set(output.sampled_request_ids) - set(failed)
-        missing = [id_ for id_ in may_sample if id_ in planned and id_ not in sampled]
-        surplus = [id_ for id_ in sampled if id_ not in may_sample]
-        unknown = [id_ for id_ in failed if id_ not in output.num_scheduled_tokens]
-        assert not missing, f"no token for {missing}"
-        assert not surplus, f"a token that was not asked for: {surplus}"
-        assert not unknown, f"failed, but not in the plan: {unknown}"
+        may_sample = set(output.sampled_request_ids) - failed.keys()
+        missing = (may_sample & planned.keys()) - sampled.keys()
+        surplus = sampled.keys() - may_sample
+        unknown = failed.keys() - output.num_scheduled_tokens.keys()
+        assert not missing, f"no token for {sorted(missing)}"
+        assert not surplus, f"a token that was not asked for: {sorted(surplus)}"
+        assert not unknown, f"failed, but not in the plan: {sorted(unknown)}"
         self._plan, self._planned = None, {}
 
         updates = []

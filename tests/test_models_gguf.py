@@ -154,7 +154,7 @@ def test_special_tokens_and_chat_template_are_kept(tokenizer):
     assert tokenizer.decode(tokenizer.encode(ours), skip_special_tokens=True).startswith("system\n")
 
 
-def test_converting_and_loading_need_no_torch(tmp_path, cache, embedded):
+def test_converting_and_loading_need_no_torch(tmp_path):
     code = """
 import sys
 sys.modules["torch"] = None

@@ -61,11 +61,11 @@ def test_all_or_nothing():
 
 def test_shared_page_returns_with_its_last_owner():
     allocator = PageAllocator(2)
-    pages = allocator.allocate(1)
-    allocator.share(pages)
-    allocator.free(pages)
+    assert allocator.allocate(1) == [0]
+    allocator.share([0])
+    allocator.free([0])
     assert allocator.num_used == 1
-    allocator.free(pages)
+    allocator.free([0])
     assert allocator.num_free == 2
     assert allocator.extent == 0
 

@@ -305,37 +305,31 @@ def test_latest_arrival_is_the_victim_among_equal_priorities():
 
 def test_budget_of_a_victim_is_given_back():
     scheduler = make_scheduler(
-        num_pages=8, policy="priority", max_num_batched_tokens=10, long_prefill_token_threshold=8
+        num_pages=8, policy="priority", max_num_batched_tokens=16, long_prefill_token_threshold=8
     )
-    low = add(scheduler, "low", 30, max_tokens=1, priority=1)
-    step(scheduler)  # 8 tokens, 2 pages
-    add(scheduler, "high", 31, max_tokens=1, priority=0)
-    plans = [step(scheduler) for _ in range(3)]
-    assert [plan.num_scheduled_tokens for plan in plans] == [
-        {"low": 8, "high": 2},
-        {"low": 8, "high": 2},
-        {"low": 6, "high": 4},
-    ]
-    assert low.is_finished
-    add(scheduler, "lower", 12, max_tokens=4, priority=1)
+    add(scheduler, "low", 7, max_tokens=8, priority=2)
     step(scheduler)
-    plan = step(scheduler)
-    assert plan.total_num_scheduled_tokens <= 10
+    add(scheduler, "high", 24, max_tokens=4, priority=0)
+    add(scheduler, "middle", 24, max_tokens=4, priority=1)
+    assert step(scheduler).num_scheduled_tokens == {"low": 1, "high": 8, "middle": 7}
+    plan = step(scheduler)  # low takes the seventh page; high needs two more
+    assert plan.preempted_request_ids == ("low",)
+    assert plan.num_scheduled_tokens == {"high": 8, "middle": 8}
 
 
 def test_several_victims_of_one_step_keep_their_order():
-    scheduler = make_scheduler(num_pages=6, max_num_batched_tokens=10)
-    add(scheduler, "b", 2, max_tokens=20)
-    add(scheduler, "c", 2, max_tokens=20)
-    add(scheduler, "d", 2, max_tokens=20)
-    order = []
-    for _ in range(200):
-        if not scheduler.has_unfinished_requests():
-            break
-        plan = step(scheduler)
-        order.extend(plan.finished_request_ids)
-    order.extend(scheduler.schedule().finished_request_ids)
-    assert order == ["b", "c", "d"]
+    scheduler = make_scheduler(num_pages=6, long_prefill_token_threshold=12)
+    add(scheduler, "a", 20, max_tokens=4)
+    for name in "bcd":
+        add(scheduler, name, 2, max_tokens=10)
+    assert step(scheduler).num_scheduled_tokens == {"a": 12, "b": 2, "c": 2, "d": 2}
+    plan = step(scheduler)
+    assert plan.num_scheduled_tokens == {"a": 8, "b": 1}
+    assert plan.preempted_request_ids == ("d", "c")
+    resumed: list[str] = []
+    while scheduler.has_unfinished_requests():
+        resumed.extend(new.request_id for new in step(scheduler).new_requests)
+    assert list(dict.fromkeys(resumed)) == ["b", "c", "d"]
     assert_empty(scheduler)
 
 
@@ -376,7 +370,7 @@ def test_several_victims_of_one_step_keep_their_order():
     ],
 )
 def test_stop_rules(stop, tokens, status, stop_reason):
-    rule = {name: frozenset(ids) if isinstance(ids, set) else ids for name, ids in stop.items()}
+    rule: dict = {name: frozenset(x) if isinstance(x, set) else x for name, x in stop.items()}
     scheduler = make_scheduler()
     request = add(scheduler, "a", 3, **rule)
     for token in tokens:
@@ -487,13 +481,14 @@ def running(scheduler: Scheduler) -> None:
 
 
 def mid_chunk(scheduler: Scheduler) -> None:
-    add(scheduler, "x", 30)
+    add(scheduler, "x", 12, max_tokens=5)
     step(scheduler)
 
 
 def preempted(scheduler: Scheduler) -> None:
     add(scheduler, "old", 4)
     add(scheduler, "x", 4)
+    step(scheduler)
     while not scheduler.num_waiting:
         step(scheduler)
     scheduler.finish_requests("old", RequestStatus.FINISHED_ABORTED)
@@ -522,7 +517,7 @@ def unknown(scheduler: Scheduler) -> None:
 def test_abort_in_every_state(
     reach: Callable[[Scheduler], None], status: RequestStatus | None, num_outputs: int | None
 ):
-    scheduler = make_scheduler(num_pages=8 if reach is mid_chunk else 4, max_num_batched_tokens=8)
+    scheduler = make_scheduler(num_pages=4, max_num_batched_tokens=8)
     reach(scheduler)
     request = scheduler.get_request("x")
     assert (request and request.status) == status
