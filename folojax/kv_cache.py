@@ -21,6 +21,7 @@ from typing import NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Num
 
 SegmentArrays: TypeAlias = tuple[Num[Array, "P K _ _"], ...]  # one array per layer
@@ -52,7 +53,7 @@ class KVLayout:
     num_layers: int
     num_kv_heads: int
     head_dim: int
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @property
     def num_pages(self) -> int:
@@ -177,8 +178,8 @@ def _replace(arrays: SegmentArrays, layer: int, new: Array) -> SegmentArrays:
     return (*arrays[:layer], new, *arrays[layer + 1 :])
 
 
-def _storage_dtype(dtype: jnp.dtype) -> jnp.dtype:
-    is_bf16_on_cpu = dtype == jnp.bfloat16 and jax.default_backend() == "cpu"
+def _storage_dtype(dtype: DTypeLike) -> jnp.dtype:
+    is_bf16_on_cpu = jnp.dtype(dtype) == jnp.bfloat16 and jax.default_backend() == "cpu"
     return jnp.dtype(jnp.uint16) if is_bf16_on_cpu else jnp.dtype(dtype)
 
 

@@ -12,6 +12,7 @@ from flax import linen as nn
 from tqdm.auto import tqdm
 
 from folojax.buckets import make_buckets
+from folojax.compilation_cache import enable_compilation_cache
 from folojax.config import EngineConfig
 from folojax.engine import Engine, EngineMetrics
 from folojax.kv_cache import KVLayout
@@ -62,6 +63,7 @@ class LLM:
         if trust_remote_code is not False:
             raise ValueError("trust_remote_code: code that ships with a model is never run here")
         config = _engine_config(config, fields)
+        enable_compilation_cache()
         checkpoint: Checkpoint | None = None
         if isinstance(model, tuple):
             module, params = model

@@ -74,18 +74,34 @@ def logits(model: Any, tokens: Sequence[int]) -> np.ndarray:
         return model(torch.tensor([list(tokens)])).logits[0].float().numpy()
 
 
-def greedy(model: Any, prompt: Sequence[int], num_tokens: int) -> list[int]:
-    """The `num_tokens` tokens that argmax chooses after the prompt; no token ends it."""
-    import torch
+def greedy(
+    model: Any, prompt: Sequence[int], num_tokens: int
+) -> tuple[list[int], np.ndarray, np.ndarray]:
+    """What transformers' own `generate` makes of a prompt, greedily; no token ends it.
 
-    tokens, cache, chosen = torch.tensor([list(prompt)]), None, []
+    Returns:
+        The tokens, their log-probabilities, and the gaps between the two largest logits.
+    """
+    import torch
+    from transformers import GenerationConfig
+
+    config = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=num_tokens,
+        pad_token_id=0,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    # What the given config leaves open, generate takes from the model's own.
+    model.generation_config.eos_token_id = None
+    ids = torch.tensor([list(prompt)])
     with torch.no_grad():
-        for _ in range(num_tokens):
-            out = model(tokens, past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
-            tokens = out.logits[:, -1:].argmax(-1)
-            chosen.append(int(tokens))
-    return chosen
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
+    tokens = out.sequences[0, len(prompt) :].tolist()
+    scores = torch.stack(out.logits)[:, 0].float()
+    logprobs = torch.log_softmax(scores, -1)[torch.arange(len(tokens)), tokens]
+    top_two = scores.topk(2).values
+    return tokens, logprobs.numpy(), (top_two[:, 0] - top_two[:, 1]).numpy()
 
 
 def save_tiny(

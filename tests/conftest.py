@@ -1,0 +1,65 @@
+"""Settings and engines that all tests share."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import pytest
+from jaxtyping import install_import_hook
+
+# Shapes in signatures are checked in every call, where arrays are handled. (Not at the user's door:
+# there a wrong type must meet our own ValueError.)
+_ARRAY_MODULES = ("attention", "kv_cache", "models", "sampling", "state", "step")
+install_import_hook([f"folojax.{name}" for name in _ARRAY_MODULES], "beartype.beartype")
+
+from folojax import LLM  # noqa: E402  (after the hook)
+from folojax.compilation_cache import enable_compilation_cache  # noqa: E402
+from folojax.models.checkpoint import build_module, load_params, open_checkpoint  # noqa: E402
+from tests.reference import save_tiny  # noqa: E402
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_debug_key_reuse", True)
+enable_compilation_cache()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="run the longer proofs too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--slow"):
+        slow = [item for item in items if "slow" in item.keywords]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if "slow" not in item.keywords]
+
+
+@pytest.fixture(scope="session")
+def tiny_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Llama in the Hugging Face layout, without a tokenizer."""
+    directory = tmp_path_factory.mktemp("tiny-llama")
+    save_tiny("llama", directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_directory: Path) -> tuple:
+    """That model in memory: (module, params), so that engines share what is compiled."""
+    checkpoint = open_checkpoint(tiny_directory)
+    return build_module(checkpoint.config, jax.numpy.float32), load_params(
+        checkpoint, jax.numpy.float32
+    )
+
+
+@pytest.fixture(scope="session")
+def shared_real_llm() -> LLM:
+    """The embedded model, in float32, with limits that make prompts wait and come in chunks."""
+    return LLM(dtype="float32", max_num_seqs=4, max_num_batched_tokens=64, max_model_len=1024)
+
+
+@pytest.fixture
+def real_llm(shared_real_llm: LLM) -> Iterator[LLM]:
+    """The same engine for many tests; each must leave it empty."""
+    yield shared_real_llm
+    shared_real_llm.engine.scheduler.check()
+    assert shared_real_llm.metrics().num_used_pages == 0
+    assert not shared_real_llm.has_unfinished_requests()

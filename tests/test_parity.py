@@ -1,0 +1,141 @@
+"""The engine against an independent reference: Hugging Face transformers on the same weights."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from folojax import (
+    LLM,
+    DecodeInputs,
+    KVLayout,
+    PrefillInputs,
+    SamplingClass,
+    SamplingParams,
+    SamplingRows,
+    decode,
+    init_state,
+    prefill,
+)
+from folojax.models.checkpoint import build_module, load_params, open_checkpoint
+from tests import reference
+
+PARAGRAPH = (
+    "The history of the lighthouse is a history of patience. For centuries people lit fires on "
+    "hills, then in towers of stone, and later behind lenses as tall as a man, so that others "
+    "whom they would never meet might come home. In 1823 Augustin Fresnel built a lens of many "
+    "rings that bent the light of a single lamp into one beam, and ships saw it from thirty "
+    "kilometres away. Keepers climbed the stairs every evening, trimmed the wick, wound the "
+    "clockwork and wrote the weather in a book; their children learned to read from it. When "
+    "electric lamps came, fewer keepers were needed, and after the satellites almost none. Many "
+    "towers stand empty today, yet people still walk out to them at dusk and wait for the light, "
+)
+
+
+def check_greedy(llm: LLM, model: object, prompts: list[list[int]], num_tokens: int) -> None:
+    """Every token equal, and log-probabilities within 1e-3."""
+    params = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True, logprobs=0)
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    for prompt, output in zip(prompts, outputs, strict=True):
+        tokens, logprobs, gaps = reference.greedy(model, prompt, num_tokens)
+        completion = output.outputs[0]
+        assert list(completion.token_ids) == tokens, f"smallest gap {gaps.min()}"
+        assert completion.logprobs is not None
+        ours = [entry[t].logprob for entry, t in zip(completion.logprobs, tokens, strict=True)]
+        np.testing.assert_allclose(ours, logprobs, atol=1e-3)
+
+
+def test_embedded_model_gives_the_tokens_of_transformers_generate(real_llm: LLM) -> None:
+    """16 prompts of 3 to 200 tokens, four at a time, chunked: 64 new tokens each."""
+    ids = real_llm.get_tokenizer().encode(PARAGRAPH * 2)
+    lengths = [3, 5, 8, 13, 16, 17, 31, 40, 48, 63, 64, 65, 100, 129, 160, 200]
+    prompts = [ids[start : start + length] for start, length in enumerate(lengths)]
+    assert [len(prompt) for prompt in prompts] == lengths
+    check_greedy(real_llm, reference.embedded_model(), prompts, num_tokens=64)
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen2", "qwen3"])
+def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple:
+    directory = tmp_path_factory.mktemp(request.param)
+    is_sharded = request.param == "qwen2"
+    model = reference.save_tiny(
+        request.param, directory, max_shard_size="50KB" if is_sharded else "1GB"
+    )
+    assert (directory / "model.safetensors.index.json").exists() == is_sharded
+    return directory, model
+
+
+def test_tiny_models_give_the_tokens_of_transformers_generate(tiny: tuple) -> None:
+    directory, model = tiny
+    llm = _without_tokenizer(directory)
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(3, 128, length).tolist() for length in (3, 16, 17, 70, 100)]
+    check_greedy(llm, model, prompts, num_tokens=32)
+
+
+def test_prefill_and_decode_give_the_logits_of_transformers(tiny: tuple) -> None:
+    """The functional layer, without an engine: chunks of 16 and then single tokens."""
+    directory, model = tiny
+    checkpoint = open_checkpoint(directory)
+    module = build_module(checkpoint.config, jnp.float32)
+    params = load_params(checkpoint, jnp.float32)
+    config = checkpoint.config
+    tokens = np.random.default_rng(1).integers(3, config.vocab_size, 64).tolist()
+    expected = jax.nn.log_softmax(reference.logits(model, tokens), axis=-1)
+    layout = KVLayout(
+        segments=(4, 4),
+        page_size=16,
+        num_layers=config.num_layers,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        dtype=jnp.dtype(jnp.float32),
+    )
+    state = init_state(layout, max_num_seqs=1)
+    pages = np.array([6, 1, 7, 2], np.int32)
+
+    def forced(num_rows: int) -> SamplingRows:
+        """Bans all but the next token of the text, so that its log-probability is reported."""
+        return SamplingRows(
+            temperature=np.zeros(num_rows, np.float32),
+            top_k=np.full(num_rows, config.vocab_size, np.int32),
+            top_p=np.ones(num_rows, np.float32),
+            min_p=np.zeros(num_rows, np.float32),
+            seed=np.zeros((num_rows, 2), np.uint32),
+            banned=np.array([[t for t in range(config.vocab_size) if t != wanted]], np.int32),
+        )
+
+    for first in range(0, 32, 16):
+        wanted = tokens[first + 16]
+        inputs = PrefillInputs(
+            tokens=np.array([tokens[first : first + 16]], np.int32),
+            start=np.array([first], np.int32),
+            length=np.array([16], np.int32),
+            page_table=pages[None],
+            slot=np.array([0], np.int32),
+            sampling=forced(1),
+        )
+        state, out = prefill(params, state, inputs, model=module, sampling=SamplingClass.MASKED)
+        assert out.tokens.tolist() == [wanted]
+        np.testing.assert_allclose(out.logprobs, expected[first + 15, wanted][None], atol=1e-4)
+    for position in range(32, 63):
+        wanted = tokens[position + 1]
+        used = position // 16 + 1
+        inputs = DecodeInputs(
+            slot=np.array([0], np.int32),
+            position=np.array([position], np.int32),
+            page_ids=np.append(pages[:used], np.full(8 - used, 8)).astype(np.int32),
+            page_rows=np.array([0] * used + [1] * (8 - used), np.int32),
+            page_index=np.append(np.arange(used), np.zeros(8 - used)).astype(np.int32),
+            sampling=forced(1),
+        )
+        state, out = decode(params, state, inputs, model=module, sampling=SamplingClass.MASKED)
+        assert out.tokens.tolist() == [wanted]
+        np.testing.assert_allclose(out.logprobs, expected[position, wanted][None], atol=1e-4)
+
+
+def _without_tokenizer(directory: Path) -> LLM:
+    checkpoint = open_checkpoint(directory)
+    model = (build_module(checkpoint.config, jnp.float32), load_params(checkpoint, jnp.float32))
+    return LLM(model, max_num_seqs=4, max_num_batched_tokens=64)
