@@ -18,7 +18,14 @@ from folojax.outputs import (
 )
 from folojax.sampling import SamplingClass
 from folojax.sampling_params import SamplingParams
-from folojax.state import DecodeInputs, EngineState, PrefillInputs, SamplingRows, init_state
+from folojax.state import (
+    DecodeInputs,
+    EngineState,
+    PrefillInputs,
+    SamplingRows,
+    greedy_rows,
+    init_state,
+)
 from folojax.step import decode, prefill
 
 __version__ = "0.1.0"
@@ -40,6 +47,7 @@ __all__ = [
     "SamplingRows",
     "batch_metrics",
     "decode",
+    "greedy_rows",
     "init_state",
     "prefill",
 ]

@@ -156,7 +156,7 @@ def attend_tokens(
 
 
 def _paged_product(
-    product: str, flat: Float[Array, "PK G A"], arrays: list[Float[Array, "P K A Z"]]
+    product: str, flat: Float[Array, "PK G A"], arrays: list[Float[Array, "_ K A Z"]]
 ) -> Float[Array, "PK G Z"]:
     """A batched product with the pages of all segments, without joining them first."""
     out, first = [], 0

@@ -3,6 +3,7 @@
 import hashlib
 import platform
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -14,7 +15,8 @@ def enable_compilation_cache() -> None:
 
     A cache directory that the program (or JAX_COMPILATION_CACHE_DIR) has set already is kept.
     """
-    if jax.config.jax_compilation_cache_dir is not None:
+    config: Any = jax.config  # its options are attributes that no type checker sees
+    if config.jax_compilation_cache_dir is not None:
         return
     jax.config.update("jax_compilation_cache_dir", str(cache_root() / "xla" / _machine()))
     # The engine's executables are many and small: by default JAX would keep none of them.

@@ -4,6 +4,7 @@ import dataclasses
 
 from folojax.sched.config import SchedulerConfig
 from folojax.sched.pages import pages_for
+from folojax.sched.queue import POLICIES
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,6 +50,11 @@ class EngineConfig:
             problems.append(
                 f"enable_chunked_prefill is {self.enable_chunked_prefill!r}; "
                 "it must be True or False"
+            )
+        if self.scheduling_policy not in POLICIES:
+            problems.append(
+                f"scheduling_policy is {self.scheduling_policy!r}; "
+                f"it must be one of {', '.join(POLICIES)}"
             )
         if problems:
             raise ValueError("EngineConfig: " + "; ".join(problems))

@@ -24,6 +24,8 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Num
 
+from folojax.models.config import ModelConfig
+
 SegmentArrays: TypeAlias = tuple[Num[Array, "P K _ _"], ...]  # one array per layer
 
 
@@ -54,6 +56,20 @@ class KVLayout:
     num_kv_heads: int
     head_dim: int
     dtype: DTypeLike
+
+    @classmethod
+    def of(
+        cls, config: ModelConfig, dtype: DTypeLike, segments: tuple[int, ...], page_size: int
+    ) -> "KVLayout":
+        """The layout for a model."""
+        return cls(
+            segments=segments,
+            page_size=page_size,
+            num_layers=config.num_layers,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            dtype=dtype,
+        )
 
     @property
     def num_pages(self) -> int:
@@ -128,7 +144,14 @@ def write(
     """Stores one token per row at (page, offset) of a layer; pages outside the cache drop theirs.
 
     In place where the cache is donated to the jitted function that calls this.
+
+    A page is handed on with its old content, which later owners give a weight of zero; a NaN or
+    infinity among the values would spoil them all the same. So no such value is ever stored: it
+    becomes zero, and its key NaN, which its own request cannot miss and nobody else reads.
     """
+    is_finite = jnp.isfinite(value).all(axis=-1, keepdims=True)
+    value = jnp.where(is_finite, value, 0)
+    key = jnp.where(is_finite, key, jnp.nan)
     keys, values, first = list(cache.keys), list(cache.values), 0
     for index, (segment_keys, segment_values) in enumerate(zip(*cache, strict=True)):
         old_key, old_value = segment_keys[layer], segment_values[layer]

@@ -277,14 +277,6 @@ def _make_engine(
     is_half_on_cpu = module.dtype != jnp.float32 and jax.default_backend() == "cpu"
     # A product with a single row converts all weights to float32 there, in every call.
     buckets = make_buckets(config, min_decode_rows=2 if is_half_on_cpu else 1)
-    model = module.config
-    layout = KVLayout(
-        segments=buckets.segments,
-        page_size=config.page_size,
-        num_layers=model.num_layers,
-        num_kv_heads=model.num_kv_heads,
-        head_dim=model.head_dim,
-        dtype=module.dtype,
-    )
+    layout = KVLayout.of(module.config, module.dtype, buckets.segments, config.page_size)
     runner = Runner(module, params, layout, buckets, config.max_num_seqs)
     return Engine(Scheduler(config.scheduler()), runner, tokenizer, eos_token_ids, config.seed)

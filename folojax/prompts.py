@@ -27,7 +27,7 @@ def parse_prompts(
     """
     if isinstance(prompts, str | Mapping) or _is_token_ids(prompts):
         return [_parse(prompts, 0, tokenizer)]
-    if not isinstance(prompts, Sequence):
+    if not isinstance(prompts, Sequence) or isinstance(prompts, bytes | bytearray):
         raise ValueError(f"prompts is a {type(prompts).__name__}; it must be a prompt or a list")
     return [_parse(prompt, index, tokenizer) for index, prompt in enumerate(prompts)]
 
@@ -42,7 +42,8 @@ def params_per_prompt(
     """
     if isinstance(params, SamplingParams):
         return [params] * num_prompts
-    if not all(isinstance(item, SamplingParams) for item in params):
+    is_list = isinstance(params, Sequence)
+    if not is_list or not all(isinstance(item, SamplingParams) for item in params):
         raise ValueError("sampling_params must be a SamplingParams, or a list with one per prompt")
     if len(params) != num_prompts:
         raise ValueError(
@@ -68,7 +69,7 @@ def _parse(prompt: Any, index: int, tokenizer: Tokenizer | None) -> ParsedPrompt
                 "token ids"
             )
         return ParsedPrompt(prompt, tokenizer.encode(prompt))
-    if isinstance(prompt, Sequence):
+    if isinstance(prompt, Sequence) and not isinstance(prompt, bytes | bytearray):
         return ParsedPrompt(None, prompt)
     raise ValueError(
         f"prompt {index} is a {type(prompt).__name__}; it must be text, token ids or a dict"
@@ -77,5 +78,5 @@ def _parse(prompt: Any, index: int, tokenizer: Tokenizer | None) -> ParsedPrompt
 
 def _is_token_ids(prompts: Any) -> bool:
     """Whether a list is one prompt of ids; an empty list is no prompts rather than an empty one."""
-    is_list = isinstance(prompts, Sequence) and not isinstance(prompts, str) and len(prompts) > 0
-    return is_list and all(isinstance(item, int) for item in prompts)
+    is_list = isinstance(prompts, Sequence) and not isinstance(prompts, str | bytes | bytearray)
+    return is_list and len(prompts) > 0 and all(isinstance(item, int) for item in prompts)

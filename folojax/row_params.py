@@ -67,9 +67,15 @@ class RowTable:
             self._banned[slot],
             np.int32(self._vocab_size),
         )
-        fields = (self._temperature, self._top_k, self._top_p, self._min_p, self._seed)
-        arrays: list[Any] = [field[slot] for field in fields]
-        return SamplingRows(*arrays, banned)
+        fields: tuple[Any, ...] = (
+            self._temperature[slot],
+            self._top_k[slot],
+            self._top_p[slot],
+            self._min_p[slot],
+            self._seed[slot],
+            banned,
+        )
+        return SamplingRows(*fields)
 
     def sampling_class(self, slot: Any, rows: SamplingRows) -> SamplingClass:
         """What the most demanding of the rows needs; `slot` is the array that gave `rows`."""

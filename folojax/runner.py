@@ -25,6 +25,8 @@ from folojax.sampling import SamplingClass
 from folojax.sched.plan import SchedulerOutput
 from folojax.state import DecodeInputs, EngineState, PrefillInputs, StepOutput, init_state, is_alive
 
+_SLOT_MULTIPLE = 32
+
 
 class SampledToken(NamedTuple):
     """What a step gave one request."""
@@ -79,10 +81,12 @@ class Runner:
         self.buckets = buckets
         self.stats = RunnerStats()
         self._layout = layout
-        self._table = RowTable(max_num_seqs, model.config.vocab_size)
+        # Rounded up, so that engines with other limits share their executables.
+        num_slots = -(-max_num_seqs // _SLOT_MULTIPLE) * _SLOT_MULTIPLE
+        self._table = RowTable(num_slots, model.config.vocab_size)
         self._rows: dict[str, _Row] = {}
-        self._free_slots = list(range(max_num_seqs))
-        self.state: EngineState = init_state(layout, max_num_seqs)
+        self._free_slots = list(range(num_slots))
+        self.state: EngineState = init_state(layout, num_slots)
 
     def run(self, plan: SchedulerOutput) -> dict[str, SampledToken | None]:
         """Computes a plan; returns the sampled token of each request that has one in this step.
@@ -119,6 +123,11 @@ class Runner:
             self._leave(request_id)
         if not is_alive(self.state):
             self.state = init_state(self._layout, self._table.num_slots)
+
+    def check_is_empty(self) -> None:
+        """Asserts that no request is remembered and every slot is free."""
+        assert not self._rows, f"rows are left: {sorted(self._rows)}"
+        assert sorted(self._free_slots) == list(range(self._table.num_slots)), "slots are missing"
 
     def warm_up(self, sampling: Sequence[SamplingClass]) -> int:
         """Compiles every planned shape by running it on padding; returns how many there are."""

@@ -131,6 +131,8 @@ def _largest_reaching(
         return jnp.where(reached, higher, bits)
 
     bits = lax.fori_loop(0, 32, set_bit, jnp.zeros(ordered.shape[0], jnp.uint32))
+    # A target that rounding has put out of reach, or that underflowed to 0, would give a NaN.
+    bits = jnp.clip(bits, ordered.min(axis=1), ordered.max(axis=1))
     is_negative = bits < jnp.uint32(1 << 31)
     raw = jnp.where(is_negative, ~bits, bits ^ jnp.uint32(1 << 31))
     return lax.bitcast_convert_type(raw, jnp.float32)

@@ -1,7 +1,6 @@
 """What a user may ask of a sampler; names and defaults as in vLLM."""
 
 import dataclasses
-import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -9,6 +8,9 @@ from folojax.sampling import SamplingClass
 
 GREEDY_TEMPERATURE = 1e-5
 """Temperatures below this are greedy."""
+
+MAX_TEMPERATURE = 1e38
+"""The sampler computes in float32, where more than 3.4e38 is infinite."""
 
 MAX_N = 16384
 
@@ -19,7 +21,7 @@ class SamplingParams:
 
     Attributes:
         n: Samples of the prompt, 1 to 16384; sample i of seed s has seed s + i.
-        temperature: Finite, at least 0; below 1e-5 is greedy: exact argmax, lowest id wins a tie.
+        temperature: 0 to 1e38; below 1e-5 is greedy: exact argmax, lowest id wins a tie.
         top_p: In (0, 1]: smallest set of tokens that holds this mass. 1 is off.
         top_k: Most tokens to choose from. 0 or -1 is off.
         min_p: In [0, 1]: drops tokens below this share of the likeliest one's probability.
@@ -59,15 +61,20 @@ class SamplingParams:
     def __post_init__(self) -> None:
         # Kept as tuples, so that a shared SamplingParams can be neither changed nor unhashable.
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
-        object.__setattr__(self, "stop", _as_tuple("stop", stop))
-        object.__setattr__(self, "stop_token_ids", _as_tuple("stop_token_ids", self.stop_token_ids))
-        problems = [problem for problem in self._problems() if problem]
+        problems = []
+        for name, value in (("stop", stop), ("stop_token_ids", self.stop_token_ids)):
+            items = () if value is None else value
+            if not isinstance(items, Iterable):
+                problems.append(f"{name} is {value!r}; it must be a list")
+                items = ()
+            object.__setattr__(self, name, tuple(items))
+        problems += [problem for problem in self._problems() if problem]
         if problems:
             raise ValueError("SamplingParams: " + "; ".join(problems))
 
     def _problems(self) -> Iterable[str]:
         yield self._int("n", 1, MAX_N)
-        yield self._number("temperature", 0.0, math.inf)
+        yield self._number("temperature", 0.0, MAX_TEMPERATURE)
         yield self._number("top_p", 0.0, 1.0, is_open_below=True)
         yield self._int("top_k", -1)
         yield self._number("min_p", 0.0, 1.0)
@@ -106,11 +113,10 @@ class SamplingParams:
         value = getattr(self, name)
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         is_excluded = is_open_below and value == low
-        if is_number and math.isfinite(value) and low <= value <= high and not is_excluded:
+        if is_number and low <= value <= high and not is_excluded:
             return ""
         bracket = "(" if is_open_below else "["
-        wanted = f"in {bracket}{low}, {high}]" if high < math.inf else f"of at least {low}"
-        return f"{name} is {value!r}; it must be a finite number {wanted}"
+        return f"{name} is {value!r}; it must be a finite number in {bracket}{low}, {high}]"
 
     def _bool(self, name: str) -> str:
         value = getattr(self, name)
@@ -133,11 +139,3 @@ class SamplingParams:
 def _is_int(value: Any) -> bool:
     # bool is an int to Python, but `top_k=True` is a mistake.
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _as_tuple(name: str, value: Any) -> tuple[Any, ...]:
-    if value is None:
-        return ()
-    if not isinstance(value, Iterable):
-        raise ValueError(f"SamplingParams: {name} is {value!r}; it must be a list")
-    return tuple(value)

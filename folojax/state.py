@@ -89,6 +89,18 @@ def init_state(layout: KVLayout, max_num_seqs: int) -> EngineState:
     return EngineState(init_cache(layout), jnp.zeros(max_num_seqs, jnp.int32))
 
 
+def greedy_rows(num_rows: int) -> SamplingRows:
+    """Sampling parameters that cut and draw nothing, for rows that take the likeliest token."""
+    return SamplingRows(
+        temperature=jnp.zeros(num_rows),
+        top_k=jnp.full(num_rows, jnp.iinfo(jnp.int32).max),
+        top_p=jnp.ones(num_rows),
+        min_p=jnp.zeros(num_rows),
+        seed=jnp.zeros((num_rows, 2), jnp.uint32),
+        banned=jnp.zeros((num_rows, 0), jnp.int32),
+    )
+
+
 def is_alive(state: EngineState) -> bool:
     """False when a step that was interrupted has consumed the state without returning one."""
     return not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))

@@ -81,7 +81,6 @@ class StopStringSearch:
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], **decode_options: bool) -> None:
         self._tokenizer = tokenizer
         self._stop = stop
-        self._longest = max(map(len, stop))
         self._options = decode_options
         self._token_ids: list[int] = []
         self._window_start = 0  # the window gives a token its left context ...
@@ -100,12 +99,15 @@ class StopStringSearch:
         text = self._decode(self._token_ids[self._window_start :])
         if text.endswith(INCOMPLETE) or len(text) <= len(known):
             return None
-        search_from = max(0, len(self.text) - self._longest + 1)
+        num_old = len(self.text)
         self.text += text[len(known) :]
         self._window_start, self._window_read = self._window_read, len(self._token_ids)
         if not is_searched:
             return None
-        found = [(self.text.find(stop, search_from), stop) for stop in self._stop]
+        # A stop string that was complete before has been passed over (min_tokens).
+        found = [
+            (self.text.find(stop, max(0, num_old - len(stop) + 1)), stop) for stop in self._stop
+        ]
         found = [(start, stop) for start, stop in found if start >= 0]
         if not found:
             return None

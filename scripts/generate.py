@@ -88,6 +88,11 @@ def generate(args: argparse.Namespace) -> None:
             max_model_len=args.max_model_len,
         )
     inputs = _as_inputs(llm, texts, args.chat)
+    log.print(
+        f"{len(texts)} prompts; {llm.config.max_num_seqs} at once, "
+        f"{llm.config.num_pages} pages of {llm.config.page_size} tokens",
+        style="dim",
+    )
     if args.compare_sequential:
         with log.status("Compiling, so that neither run pays for it"):
             _warm_up(llm, inputs, params)
@@ -95,7 +100,7 @@ def generate(args: argparse.Namespace) -> None:
     _print_outputs(console, texts, outputs)
     report: dict[str, Any] = {
         "outputs": [
-            {"prompt": text} | _as_dict(output) for text, output in zip(texts, outputs, strict=True)
+            _as_dict(output) | {"prompt": text} for text, output in zip(texts, outputs, strict=True)
         ],
         "batch": _as_dict(batch_metrics(outputs)),
     }
@@ -202,10 +207,10 @@ def _ms(seconds: float | None) -> str:
     return "-" if seconds is None else f"{seconds * 1e3:.0f} ms"
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Runs the command; a mistake of the user's is one line and exit code 2."""
     try:
-        generate(parse_args())
+        generate(parse_args(argv))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -1,5 +1,6 @@
 """Settings and engines that all tests share."""
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -48,6 +49,17 @@ def tiny_model(tiny_directory: Path) -> tuple:
     return build_module(checkpoint.config, jax.numpy.float32), load_params(
         checkpoint, jax.numpy.float32
     )
+
+
+@pytest.fixture(scope="session")
+def text_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Llama with the tokenizer and chat template of the embedded model."""
+    directory = tmp_path_factory.mktemp("tiny-text")
+    save_tiny("llama", directory, vocab_size=49152, num_hidden_layers=1)
+    for path in open_checkpoint(None).directory.iterdir():
+        if "token" in path.name or path.suffix == ".jinja":
+            shutil.copy(path, directory)
+    return directory
 
 
 @pytest.fixture(scope="session")

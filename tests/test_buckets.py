@@ -1,0 +1,122 @@
+"""The compile plan: every shape a step can ask for is listed, and none is too small."""
+
+import itertools
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from folojax.buckets import Buckets, DecodeShape, PrefillShape, make_buckets, round_up
+from folojax.config import EngineConfig
+from folojax.sched.pages import pages_for
+
+
+def resolve(**fields: Any) -> EngineConfig:
+    return EngineConfig(**fields).resolve(max_position=100_000)
+
+
+CONFIGS = st.builds(
+    lambda seqs, more, row_len, model_len, page_size, pages: resolve(
+        max_num_seqs=seqs,
+        max_num_batched_tokens=seqs + more,
+        prefill_row_len=row_len,
+        max_model_len=model_len,
+        page_size=page_size,
+        num_pages=pages,
+    ),
+    st.integers(1, 40),
+    st.integers(0, 200),
+    st.integers(1, 40),
+    st.integers(2, 600),
+    st.integers(1, 64),
+    st.integers(1, 400),
+)
+
+
+@given(config=CONFIGS, min_rows=st.sampled_from([1, 2]))
+def test_every_step_has_a_listed_shape_that_holds_it(config: EngineConfig, min_rows: int) -> None:
+    buckets = make_buckets(config, min_rows)
+    shapes = set(buckets.shapes())
+    assert config.num_pages is not None
+    assert config.max_model_len is not None
+
+    for rows in range(1, config.max_num_seqs + 1):
+        for extent in range(rows, config.num_pages + 1):  # a row has a page of its own at least
+            decode = buckets.decode_shape(rows, extent)
+            assert decode in shapes
+            assert decode.rows >= max(rows, min_rows)
+            assert sum(buckets.segments[: decode.segments]) >= extent
+            assert sum(buckets.segments[: decode.segments - 1]) < extent
+
+    most_pages = pages_for(config.max_model_len, config.page_size)
+    for rows, pages in itertools.product(
+        range(1, buckets.prefill_rows[-1] + 1), range(1, most_pages + 1)
+    ):
+        prefill = buckets.prefill_shape(rows, pages)
+        assert prefill in shapes
+        assert prefill.columns == config.prefill_row_len
+        assert prefill.rows >= rows
+        assert prefill.table_pages >= pages
+
+
+@given(config=CONFIGS)
+def test_sizes_ascend_to_their_limits_and_no_further(config: EngineConfig) -> None:
+    buckets = make_buckets(config)
+    for sizes in (buckets.decode_rows, buckets.prefill_rows, buckets.table_pages):
+        assert list(sizes) == sorted(set(sizes))
+    assert config.max_model_len is not None
+    assert buckets.decode_rows[-1] == config.max_num_seqs
+    assert buckets.table_pages[-1] == pages_for(config.max_model_len, config.page_size)
+    assert sum(buckets.segments) == config.num_pages
+    # The whole budget, spent on one prompt, fits into one call.
+    room = buckets.prefill_rows[-1] * buckets.prefill_columns
+    assert room >= config.max_num_batched_tokens
+
+
+@given(config=CONFIGS)
+def test_no_shape_is_listed_twice_and_there_are_few(config: EngineConfig) -> None:
+    shapes = list(make_buckets(config).shapes())
+    assert len(shapes) == len(set(shapes)) < 150
+
+
+def test_the_plan_of_a_small_engine() -> None:
+    buckets = make_buckets(
+        resolve(
+            max_num_seqs=5,
+            max_num_batched_tokens=33,
+            prefill_row_len=16,
+            max_model_len=160,
+            page_size=16,
+            num_pages=20,
+        )
+    )
+    assert buckets == Buckets(
+        decode_rows=(1, 2, 4, 5),
+        prefill_rows=(1, 2, 3),
+        prefill_columns=16,
+        table_pages=(4, 10),
+        segments=(8, 8, 4),
+    )
+    assert buckets.decode_shape(3, 8) == DecodeShape(rows=4, segments=1)
+    assert buckets.decode_shape(5, 9) == DecodeShape(rows=5, segments=2)
+    assert buckets.prefill_shape(3, 5) == PrefillShape(rows=3, columns=16, table_pages=10)
+
+
+def test_more_rows_than_pages_of_a_segment_need_more_segments() -> None:
+    """Twenty rows have twenty pages, so no step of theirs can do with eight."""
+    buckets = make_buckets(resolve(max_num_seqs=20, num_pages=40))
+    shapes = set(buckets.shapes())
+    assert DecodeShape(8, 1) in shapes
+    assert DecodeShape(16, 1) not in shapes
+    assert DecodeShape(16, 2) in shapes
+
+
+@pytest.mark.parametrize(("value", "expected"), [(0, 1), (1, 1), (2, 4), (4, 4), (5, 8), (8, 8)])
+def test_round_up(value: int, expected: int) -> None:
+    assert round_up(value, (1, 4, 8)) == expected
+
+
+def test_rounding_up_beyond_the_largest_is_our_own_error() -> None:
+    with pytest.raises(AssertionError, match="9 is beyond the largest bucket 8"):
+        round_up(9, (1, 4, 8))

@@ -1,0 +1,126 @@
+"""EngineConfig: every field is checked by name, and resolving fills in what the model decides."""
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+
+from folojax.config import EngineConfig
+
+INTEGERS = {
+    "max_model_len": 2,
+    "max_num_seqs": 1,
+    "max_num_batched_tokens": 1,
+    "page_size": 1,
+    "num_pages": 1,
+    "long_prefill_token_threshold": 0,
+    "prefill_row_len": 1,
+    "seed": 0,
+}
+NONE_ALLOWED = {"max_model_len", "num_pages"}
+BAD: list[tuple[str, Any]] = [
+    *[(name, low - 1) for name, low in INTEGERS.items()],
+    *[(name, bad) for name in INTEGERS for bad in (True, 4.0, "8", -7, [8], math.nan)],
+    *[(name, None) for name in INTEGERS if name not in NONE_ALLOWED],
+    *[("enable_chunked_prefill", bad) for bad in (1, 0, None, "yes")],
+    *[("scheduling_policy", bad) for bad in ("lifo", "", "FCFS", None, 3, ["fcfs"])],
+]
+
+
+def test_the_defaults_are_accepted_and_every_field_is_checked_here() -> None:
+    EngineConfig()
+    assert {name for name, _ in BAD} == {field.name for field in dataclasses.fields(EngineConfig)}
+
+
+@pytest.mark.parametrize(("name", "low"), INTEGERS.items())
+def test_the_lowest_value_is_accepted(name: str, low: int) -> None:
+    fields: dict[str, Any] = {name: low}
+    assert getattr(EngineConfig(**fields), name) == low
+
+
+@pytest.mark.parametrize(("name", "value"), BAD)
+def test_a_bad_value_is_named_with_its_field(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match="EngineConfig: ") as info:
+        EngineConfig(**{name: value})
+    assert f"{name} is {value!r}" in str(info.value)
+
+
+def test_all_problems_are_named_at_once() -> None:
+    fields: dict[str, Any] = dict(BAD)
+    with pytest.raises(ValueError, match="EngineConfig") as info:
+        EngineConfig(**fields)
+    assert all(f"{name} is {value!r}" in str(info.value) for name, value in fields.items())
+
+
+def test_it_is_frozen_hashable_and_keyword_only() -> None:
+    config = EngineConfig()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.page_size = 3  # type: ignore[misc]
+    assert hash(config) == hash(EngineConfig())
+    assert config == EngineConfig()
+    positional: Any = EngineConfig
+    with pytest.raises(TypeError):
+        positional(128)
+
+
+def test_resolving_takes_the_models_limit_and_makes_room() -> None:
+    config = EngineConfig(max_num_seqs=3, page_size=64)
+    short = config.resolve(max_position=100)
+    assert (short.max_model_len, short.num_pages) == (100, 5)  # 3 requests of 100 tokens
+    long = config.resolve(max_position=1000)
+    assert (long.max_model_len, long.num_pages) == (1000, 24)  # 3 requests of 512
+    longer = config.resolve(max_position=8192)
+    assert (longer.max_model_len, longer.num_pages) == (8192, 128)  # one request of all
+    assert config == EngineConfig(max_num_seqs=3, page_size=64)
+
+
+def test_resolving_keeps_what_was_given_and_is_idempotent() -> None:
+    config = EngineConfig(max_model_len=50, num_pages=7, page_size=4, max_num_seqs=2, seed=3)
+    resolved = config.resolve(max_position=64)
+    assert resolved == config
+    assert EngineConfig().resolve(512) == EngineConfig().resolve(512).resolve(512)
+
+
+def test_the_scheduler_gets_every_limit() -> None:
+    config = EngineConfig(
+        max_model_len=50,
+        max_num_seqs=2,
+        max_num_batched_tokens=20,
+        page_size=4,
+        num_pages=7,
+        scheduling_policy="priority",
+        long_prefill_token_threshold=9,
+    )
+    scheduler = config.scheduler()
+    assert scheduler.policy == "priority"
+    for field in dataclasses.fields(scheduler):
+        if field.name != "policy":
+            assert getattr(scheduler, field.name) == getattr(config, field.name)
+
+
+@pytest.mark.parametrize(
+    ("fields", "names"),
+    [
+        ({"max_model_len": 513}, ("max_model_len", "513", "512")),
+        (
+            {"max_num_seqs": 33, "max_num_batched_tokens": 32},
+            ("max_num_batched_tokens", "32", "max_num_seqs", "33"),
+        ),
+        (
+            {"enable_chunked_prefill": False, "max_num_batched_tokens": 511},
+            ("max_num_batched_tokens", "511", "512"),
+        ),
+        (
+            {"enable_chunked_prefill": False, "long_prefill_token_threshold": 5},
+            ("long_prefill_token_threshold", "5", "enable_chunked_prefill"),
+        ),
+    ],
+)
+def test_limits_that_contradict_each_other_are_refused(
+    fields: dict[str, Any], names: tuple[str, ...]
+) -> None:
+    config = EngineConfig(**fields)
+    with pytest.raises(ValueError, match=f"{names[0]} is ") as info:
+        config.resolve(max_position=512)
+    assert all(name in str(info.value) for name in names)

@@ -1,0 +1,83 @@
+"""The one-way direction of the house, read from the imports."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# Each module of the data path may import those before it, and nothing that comes later.
+PATH = (
+    ("kv_cache", "state", "sampling", "attention", "step"),
+    ("sampling_params", "row_params"),
+    ("config", "buckets"),
+    ("runner",),
+    ("tokenizer", "outputs", "prompts", "job"),
+    ("engine",),
+    ("compilation_cache", "llm"),
+)
+
+
+def imports(path: Path) -> set[str]:
+    """Every module that a file imports, wherever in the file."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} has a relative import"
+            found.add(node.module or "")
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def ours(path: Path) -> set[str]:
+    return {name for name in imports(path) if name.split(".")[0] in ("folojax", "models", "sched")}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "sched").glob("*.py")), ids=lambda p: p.stem)
+def test_sched_is_plain_python(path: Path) -> None:
+    roots = {name.split(".")[0] for name in imports(path)}
+    assert not roots & {"jax", "jaxlib", "flax", "numpy", "torch", "time"}
+    assert all(name.startswith("folojax.sched") for name in ours(path))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "models").glob("*.py")), ids=lambda p: p.stem)
+def test_models_do_not_know_the_engine(path: Path) -> None:
+    assert all(name.startswith("folojax.models") for name in ours(path))
+
+
+def test_the_engine_imports_one_way() -> None:
+    order = {name: rank for rank, names in enumerate(PATH) for name in names}
+    files = {path.stem: path for path in (ROOT / "folojax").glob("*.py") if path.stem != "__init__"}
+    assert set(files) == set(order), "a new module needs its place in PATH"
+    for stem, path in files.items():
+        for name in ours(path):
+            other = name.split(".")[1] if "." in name else ""
+            if other in order:
+                assert order[other] <= order[stem], f"{stem} imports {other}"
+
+
+def test_torch_is_never_imported_at_run_time() -> None:
+    for folder in ("folojax", "models", "sched", "scripts"):
+        for path in (ROOT / folder).glob("*.py"):
+            assert "torch" not in {name.split(".")[0] for name in imports(path)}, path
+
+
+def test_the_folders_of_the_card_are_linked_into_the_package() -> None:
+    for name in ("models", "sched"):
+        link = ROOT / "folojax" / name
+        assert link.is_symlink()
+        assert not link.readlink().is_absolute()
+        assert not (ROOT / name / "__init__.py").exists()
+
+
+def test_files_are_one_idea_long() -> None:
+    long = [
+        (path, lines)
+        for folder in ("folojax", "models", "sched", "scripts", "tests")
+        for path in (ROOT / folder).glob("*.py")
+        if (lines := len(path.read_text().splitlines())) > 400 and "test_" not in path.name
+    ]
+    assert not long

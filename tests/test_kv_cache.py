@@ -1,0 +1,224 @@
+"""The paged cache: what is written is read back, and nothing else moves."""
+
+import functools
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from folojax import kv_cache
+from folojax.kv_cache import KVCache, KVLayout, split_segments
+
+SEGMENTS = (3, 3, 5)
+S, L, K, D = 4, 2, 2, 8
+P = sum(SEGMENTS)
+
+
+def make_layout(dtype: Any = jnp.float32, segments: tuple[int, ...] = SEGMENTS) -> KVLayout:
+    return KVLayout(
+        segments=segments,
+        page_size=S,
+        num_layers=L,
+        num_kv_heads=K,
+        head_dim=D,
+        dtype=jnp.dtype(dtype),
+    )
+
+
+write = functools.partial(jax.jit, static_argnums=1)(kv_cache.write)
+gather = functools.partial(jax.jit, static_argnums=(1, 3))(kv_cache.gather_pages)
+
+
+def random_tokens(num_tokens: int, seed: int = 0) -> tuple[jax.Array, jax.Array]:
+    """Keys and values: [T, K, D] each, in float32."""
+    key, value = np.random.default_rng(seed).normal(size=(2, num_tokens, K, D)).astype(np.float32)
+    return jnp.asarray(key), jnp.asarray(value)
+
+
+def read(cache: KVCache, layer: int, dtype: Any = jnp.float32) -> tuple[np.ndarray, np.ndarray]:
+    """All tokens of a layer in the order of page ids: [P, S, K, D] each."""
+    num_pages = kv_cache.num_pages(cache)
+    keys, values = gather(cache, layer, jnp.arange(num_pages)[None, :], jnp.dtype(dtype))
+    chex.assert_shape(keys, (1, num_pages, K, D, S))
+    chex.assert_shape(values, (1, num_pages, K, S, D))
+    return np.asarray(keys)[0].transpose(0, 3, 1, 2), np.asarray(values)[0].transpose(0, 2, 1, 3)
+
+
+def full_cache() -> tuple[KVCache, np.ndarray, np.ndarray]:
+    """A cache whose layer 1 holds a different number everywhere, and these [P, S, K, D]."""
+    key, value = random_tokens(P * S)
+    page, offset = jnp.arange(P * S) // S, jnp.arange(P * S) % S
+    cache = write(kv_cache.init_cache(make_layout()), 1, page, offset, key, value)
+    shape = (P, S, K, D)
+    return cache, np.array(key).reshape(shape), np.array(value).reshape(shape)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_every_page_of_every_segment_round_trips(dtype: Any) -> None:
+    rng = np.random.default_rng(0)
+    where = rng.permutation(P * S)  # tokens come in any order
+    key, value = (x.astype(dtype) for x in random_tokens(P * S))
+    cache = kv_cache.init_cache(make_layout(dtype))
+    cache = write(cache, 1, jnp.asarray(where // S), jnp.asarray(where % S), key, value)
+    keys, values = read(cache, 1, dtype)
+    assert keys.dtype == values.dtype == dtype
+    np.testing.assert_array_equal(keys.reshape(-1, K, D)[where], key)
+    np.testing.assert_array_equal(values.reshape(-1, K, D)[where], value)
+    other_keys, other_values = read(cache, 0, dtype)
+    assert not other_keys.any()
+    assert not other_values.any()
+
+
+def test_a_write_changes_its_token_alone() -> None:
+    cache, keys, values = full_cache()
+    page, offset = np.array([0, 2, 3, 5, 6, P - 1]), np.array([0, 3, 1, 2, 0, 3])
+    key, value = random_tokens(6, seed=1)
+    new_keys, new_values = read(write(cache, 1, page, offset, key, value), 1)
+    keys[page, offset], values[page, offset] = key, value
+    np.testing.assert_array_equal(new_keys, keys)
+    np.testing.assert_array_equal(new_values, values)
+
+
+@pytest.mark.parametrize("page", [P, P + 1, 2 * P, 2**31 - 1, -1, -3, -P, -P - 1, -(2**31)])
+def test_a_page_outside_the_cache_is_dropped_and_never_wraps(page: int) -> None:
+    cache, keys, values = full_cache()
+    key, value = random_tokens(3, seed=1)
+    pages = jnp.array([page, 4, page], jnp.int32)
+    new_keys, new_values = read(write(cache, 1, pages, jnp.array([0, 1, 2]), key, value), 1)
+    keys[4, 1], values[4, 1] = key[1], value[1]
+    np.testing.assert_array_equal(new_keys, keys)
+    np.testing.assert_array_equal(new_values, values)
+
+
+def test_gather_follows_the_table_and_padding_touches_no_other_entry() -> None:
+    cache, keys, values = full_cache()
+    table = np.array([[7, 0, P], [10, 3, 2], [P, P, 5]], np.int32)
+    got_keys, got_values = gather(cache, 1, jnp.asarray(table), jnp.dtype(jnp.float32))
+    for row, column in np.argwhere(table < P):
+        page = table[row, column]
+        np.testing.assert_array_equal(got_keys[row, column], keys[page].transpose(1, 2, 0))
+        np.testing.assert_array_equal(got_values[row, column], values[page].transpose(1, 0, 2))
+
+
+def test_layer_segments_are_the_pages_in_order() -> None:
+    cache, keys, values = full_cache()
+    segments = kv_cache.layer_segments(cache, 1, jnp.dtype(jnp.float32))
+    assert [pages.shape[0] for pages, _ in segments] == list(SEGMENTS)
+    np.testing.assert_array_equal(
+        np.concatenate([pages for pages, _ in segments]), keys.transpose(0, 2, 3, 1)
+    )
+    np.testing.assert_array_equal(
+        np.concatenate([pages for _, pages in segments]), values.transpose(0, 2, 1, 3)
+    )
+
+
+@pytest.mark.parametrize("count", range(len(SEGMENTS) + 1))
+def test_taking_segments_and_joining_them_copies_nothing(count: int) -> None:
+    cache, *_ = full_cache()
+    head, tail = kv_cache.take_segments(cache, count)
+    assert kv_cache.num_pages(head) == sum(SEGMENTS[:count])
+    assert kv_cache.num_pages(tail) == sum(SEGMENTS[count:])
+    joined = kv_cache.join_segments(head, tail)
+    chex.assert_trees_all_equal_structs(joined, cache)
+    for new, old in zip(jax.tree.leaves(joined), jax.tree.leaves(cache), strict=True):
+        assert new is old
+
+
+def test_a_cache_of_fewer_segments_has_the_same_pages() -> None:
+    cache, keys, values = full_cache()
+    head, _ = kv_cache.take_segments(cache, 2)
+    head_keys, head_values = read(head, 1)
+    np.testing.assert_array_equal(head_keys, keys[:6])
+    np.testing.assert_array_equal(head_values, values[:6])
+    # Page 6 is now outside.
+    key, value = random_tokens(1, seed=1)
+    chex.assert_trees_all_equal(write(head, 1, jnp.array([6]), jnp.array([0]), key, value), head)
+
+
+def test_sizes_are_those_of_the_layout() -> None:
+    layout = make_layout()
+    cache = kv_cache.init_cache(layout)
+    assert kv_cache.num_pages(cache) == layout.num_pages == P
+    assert kv_cache.page_size(cache) == S
+    leaves = jax.tree.leaves(cache)
+    assert len(leaves) == 2 * L * len(SEGMENTS)
+    assert sum(leaf.nbytes for leaf in leaves) == layout.num_pages * layout.bytes_per_page
+    assert not any(np.asarray(leaf).any() for leaf in leaves)
+
+
+def test_every_bit_pattern_of_bfloat16_survives() -> None:
+    bits = np.arange(2**16, dtype=np.uint16)
+    num_pages = 2**16 // (S * K * D)
+    numbers = jax.lax.bitcast_convert_type(jnp.asarray(bits), jnp.bfloat16).reshape(-1, K, D)
+    token = jnp.arange(num_pages * S)
+    cache = kv_cache.init_cache(make_layout(jnp.bfloat16, (num_pages,)))
+    if jax.default_backend() == "cpu":
+        assert cache.keys[0][0].dtype == jnp.uint16
+    finite = jnp.where(jnp.isfinite(numbers), numbers, 1)[::-1]
+    cache = write(cache, 0, token // S, token % S, numbers, finite)
+    keys, values = read(cache, 0, jnp.bfloat16)
+    # A NaN stays one; which of them is nobody's business.
+    is_nan = np.isnan(np.asarray(numbers, np.float32)).ravel()
+    np.testing.assert_array_equal(np.isnan(keys.astype(np.float32)).ravel(), is_nan)
+    np.testing.assert_array_equal(keys.view(np.uint16).ravel()[~is_nan], bits[~is_nan])
+    np.testing.assert_array_equal(
+        values.view(np.uint16).reshape(-1, K, D), np.asarray(finite).view(np.uint16)
+    )
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_value_that_is_no_number_is_stored_as_zero_with_a_nan_for_key(
+    bad: float, dtype: Any
+) -> None:
+    key, value = (x.astype(dtype) for x in random_tokens(3))
+    cache = kv_cache.init_cache(make_layout(dtype))
+    page, offset = jnp.array([2, 3, 9]), jnp.array([0, 1, 2])
+    cache = write(cache, 1, page, offset, key, value.at[1, 0, 3].set(bad))
+    keys, values = (np.asarray(x)[page, offset] for x in read(cache, 1, dtype))
+    # Token 1 in head 0, and nothing else.
+    assert np.isnan(keys[1, 0].astype(np.float32)).all()
+    assert not values[1, 0].any()
+    keys[1, 0], values[1, 0] = key[1, 0], value[1, 0]
+    np.testing.assert_array_equal(keys, key)
+    np.testing.assert_array_equal(values, value)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_donated_cache_is_written_in_place(dtype: Any) -> None:
+    donating = functools.partial(jax.jit, static_argnums=1, donate_argnums=0)(kv_cache.write)
+    cache = kv_cache.init_cache(make_layout(dtype, (64, 64)))
+    key, value = (x.astype(dtype) for x in random_tokens(2))
+    before = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(cache)]
+    new = donating(cache, 1, jnp.array([3, 100]), jnp.array([0, 1]), key, value)
+    assert [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(new)] == before
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(cache))
+    # Nor does the executable copy the cache on the way.
+    layout = jax.eval_shape(lambda: kv_cache.init_cache(make_layout(dtype, (64, 64))))
+    lowered = donating.lower(layout, 1, jnp.array([3, 100]), jnp.array([0, 1]), key, value)
+    memory = lowered.compile().memory_analysis()
+    assert memory is not None
+    assert memory.temp_size_in_bytes < new.keys[0][0].nbytes
+
+
+@given(num_pages=st.integers(1, 5000), first=st.integers(1, 40))
+def test_segments_add_up_and_double_the_extent(num_pages: int, first: int) -> None:
+    sizes = split_segments(num_pages, first)
+    assert sum(sizes) == num_pages
+    assert all(size >= 1 for size in sizes)
+    assert sizes[0] == min(first, num_pages)
+    for index in range(1, len(sizes)):
+        extent = sum(sizes[:index])
+        # Doubled exactly, but for the last, which is cut to fit.
+        assert sizes[index] == extent or (index == len(sizes) - 1 and sizes[index] < extent)
+
+
+@given(first=st.integers(1, 64), num_pages=st.integers(0, 4096), more=st.integers(0, 4096))
+def test_a_larger_pool_begins_with_the_same_segments(first: int, num_pages: int, more: int) -> None:
+    sizes = split_segments(num_pages, first)
+    assert split_segments(num_pages + more, first)[: max(len(sizes) - 1, 0)] == sizes[:-1]

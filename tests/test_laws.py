@@ -1,0 +1,155 @@
+"""What a request generates is its own: no neighbour, order, budget or pool changes it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import chex
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from folojax import LLM, RequestOutput, SamplingParams
+from folojax.models.checkpoint import build_module, load_params, open_checkpoint
+
+NUM_REQUESTS = 10
+
+
+def make_prompts() -> list[list[int]]:
+    rng = np.random.default_rng(0)
+    return [rng.integers(3, 128, length).tolist() for length in rng.integers(1, 90, NUM_REQUESTS)]
+
+
+def make_params(index: int) -> SamplingParams:
+    """Greedy and seeded requests, with every kind of truncation, of different lengths."""
+    kinds = (
+        SamplingParams(temperature=0, max_tokens=30),
+        SamplingParams(temperature=1.0, top_k=100, seed=index, max_tokens=25),
+        SamplingParams(temperature=0.8, top_k=20, seed=index, max_tokens=40),
+        SamplingParams(temperature=1.3, top_p=0.9, min_p=0.01, seed=index, max_tokens=35),
+    )
+    return kinds[index % len(kinds)]
+
+
+def make_llm(model: tuple, *, num_pages: int = 48, **options: Any) -> LLM:
+    """Small pages and few buckets: every shape of a step costs a compilation."""
+    return LLM(model, page_size=16, max_model_len=160, num_pages=num_pages, **options)
+
+
+def run(llm: LLM, order: Sequence[int], arrivals: int = NUM_REQUESTS) -> dict[int, RequestOutput]:
+    """Runs requests in an order, `arrivals` of them before each step; checks what is left after."""
+    prompts, waiting = make_prompts(), list(order)
+    outputs: dict[int, RequestOutput] = {}
+    while waiting or llm.has_unfinished_requests():
+        for index in waiting[:arrivals]:
+            llm.add_request(str(index), prompts[index], make_params(index))
+        waiting = waiting[arrivals:]
+        for output in llm.step():
+            outputs[int(output.request_id)] = output
+        llm.engine.scheduler.check()
+    check_is_empty(llm)
+    assert sorted(outputs) == sorted(order)
+    return outputs
+
+
+def check_is_empty(llm: LLM) -> None:
+    metrics = llm.metrics()
+    assert (metrics.num_running, metrics.num_waiting, metrics.num_used_pages) == (0, 0, 0)
+    llm.engine.step()  # reports the last finished ids, so that the runner lets go of their slots
+    llm.engine.runner.check_is_empty()
+
+
+def check_same(found: dict[int, RequestOutput], expected: dict[int, RequestOutput]) -> None:
+    """Tokens equal, log-probabilities to rounding (other buckets may add up in another order)."""
+    for index, output in found.items():
+        ours, theirs = output.outputs[0], expected[index].outputs[0]
+        assert ours.token_ids == theirs.token_ids, f"request {index}"
+        assert ours.finish_reason == theirs.finish_reason
+        chex.assert_trees_all_close(
+            np.array(ours.cumulative_logprob), np.array(theirs.cumulative_logprob), atol=1e-3
+        )
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_model: tuple) -> dict[int, RequestOutput]:
+    """Each request by itself in an engine of its own."""
+    outputs: dict[int, RequestOutput] = {}
+    for index in range(NUM_REQUESTS):
+        outputs |= run(make_llm(tiny_model, max_num_seqs=1), [index])
+    return outputs
+
+
+@pytest.mark.parametrize("max_num_seqs", [2, 8])
+@pytest.mark.parametrize("budget", [16, 64, 512])
+def test_batch_and_budget_change_no_token(
+    tiny_model: tuple, alone: dict, budget: int, max_num_seqs: int
+) -> None:
+    llm = make_llm(tiny_model, max_num_seqs=max_num_seqs, max_num_batched_tokens=budget)
+    check_same(run(llm, range(NUM_REQUESTS)), alone)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_arrival_order_changes_no_token(tiny_model: tuple, alone: dict, seed: int) -> None:
+    order = np.random.default_rng(seed).permutation(NUM_REQUESTS).tolist()
+    llm = make_llm(tiny_model, max_num_seqs=8, max_num_batched_tokens=64)
+    check_same(run(llm, order, arrivals=1 + seed), alone)
+
+
+@pytest.mark.parametrize("budget", [16, 64, 512])
+def test_preemption_changes_no_token(tiny_model: tuple, alone: dict, budget: int) -> None:
+    """A pool that holds the largest request and little more."""
+    llm = make_llm(tiny_model, num_pages=10, max_num_seqs=8, max_num_batched_tokens=budget)
+    outputs = run(llm, range(NUM_REQUESTS))
+    assert sum(output.metrics.num_preemptions for output in outputs.values()) >= 1
+    check_same(outputs, alone)
+
+
+def test_priority_changes_the_order_and_no_token(tiny_model: tuple, alone: dict) -> None:
+    llm = make_llm(
+        tiny_model, max_num_seqs=2, max_num_batched_tokens=64, scheduling_policy="priority"
+    )
+    prompts = make_prompts()
+    for index in range(NUM_REQUESTS):
+        llm.add_request(str(index), prompts[index], make_params(index), priority=-index)
+    outputs: dict[int, RequestOutput] = {}
+    while llm.has_unfinished_requests():
+        outputs |= {int(output.request_id): output for output in llm.step()}
+    check_same(outputs, alone)
+    starts = [outputs[i].metrics.first_scheduled_time_s or 0.0 for i in range(NUM_REQUESTS)]
+    assert starts == sorted(starts, reverse=True)
+
+
+def test_chunked_prefill_off_changes_no_token(tiny_model: tuple, alone: dict) -> None:
+    llm = make_llm(tiny_model, max_num_seqs=8, enable_chunked_prefill=False)
+    check_same(run(llm, range(NUM_REQUESTS)), alone)
+
+
+def test_a_cap_on_long_prompts_changes_no_token(tiny_model: tuple, alone: dict) -> None:
+    llm = make_llm(
+        tiny_model, max_num_seqs=8, max_num_batched_tokens=64, long_prefill_token_threshold=24
+    )
+    check_same(run(llm, range(NUM_REQUESTS)), alone)
+
+
+def test_rows_in_bfloat16_are_their_own_too(tiny_directory: Path) -> None:
+    """A uint16 cache and a least bucket of two rows, on CPU."""
+    checkpoint = open_checkpoint(tiny_directory)
+    model = (build_module(checkpoint.config, jnp.bfloat16), load_params(checkpoint, jnp.bfloat16))
+    llm = make_llm(model, num_pages=16, max_num_seqs=2, max_num_batched_tokens=16)
+    prompt, params = make_prompts()[0], make_params(2)
+    single, _ = llm.generate([prompt, [3]], [params, SamplingParams(max_tokens=1)], use_tqdm=False)
+    double = llm.generate([prompt, prompt], params, use_tqdm=False)
+    for output in double:
+        assert output.outputs[0].token_ids == single.outputs[0].token_ids
+
+
+def test_real_model_is_unmoved_by_its_neighbours(real_llm: LLM) -> None:
+    prompts = ["The sea is", "Once upon a time there was a king who"]
+    params = [
+        SamplingParams(temperature=0, max_tokens=16),
+        SamplingParams(temperature=0.9, top_p=0.8, seed=8, max_tokens=16),
+    ]
+    together = real_llm.generate(prompts, params, use_tqdm=False)
+    for prompt, one, output in zip(prompts, params, together, strict=True):
+        single = real_llm.generate(prompt, one, use_tqdm=False)[0]
+        assert single.outputs[0].token_ids == output.outputs[0].token_ids

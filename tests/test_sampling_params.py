@@ -1,0 +1,187 @@
+"""SamplingParams: what is refused and how, and what the sampler is told."""
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+
+from folojax.sampling import SamplingClass
+from folojax.sampling_params import SamplingParams
+
+NAN, INF = math.nan, math.inf
+NOT_INTEGERS = [True, 1.0, "1", NAN, INF, [1], (1,)]
+NOT_NUMBERS = [True, "0.5", NAN, INF, -INF, [0.5], 1j, -0.1, -(10**400), 10**400]
+
+BAD: list[tuple[str, Any]] = [
+    *[("n", bad) for bad in (0, -1, 16385, None, *NOT_INTEGERS)],
+    *[("temperature", bad) for bad in (None, 1e39, *NOT_NUMBERS)],
+    *[("top_p", bad) for bad in (None, 0, 0.0, -0.0, 1.0001, 2, *NOT_NUMBERS)],
+    *[("top_k", bad) for bad in (-2, None, *NOT_INTEGERS)],
+    *[("min_p", bad) for bad in (None, 1.0001, *NOT_NUMBERS)],
+    *[("max_tokens", bad) for bad in (0, -1, *NOT_INTEGERS)],
+    *[("min_tokens", bad) for bad in (-1, None, *NOT_INTEGERS)],
+    *[("seed", bad) for bad in (-1, 2**64, *NOT_INTEGERS)],
+    *[("logprobs", bad) for bad in (-1, 1, 5, *NOT_INTEGERS)],
+    *[("stop", bad) for bad in (5, 1.5, True, [""], ["a", ""], [1], [None], [["a"]], b"a")],
+    *[("stop_token_ids", bad) for bad in (5, True, [-1], [1.0], [True], ["1"], [None], "12")],
+    *[
+        (name, bad)
+        for name in (
+            "ignore_eos",
+            "include_stop_str_in_output",
+            "detokenize",
+            "skip_special_tokens",
+            "spaces_between_special_tokens",
+        )
+        for bad in (0, 1, None, "true")
+    ],
+]
+
+
+def test_every_field_has_bad_values_here() -> None:
+    fields = {field.name for field in dataclasses.fields(SamplingParams)}
+    assert {name for name, _ in BAD} == fields
+
+
+@pytest.mark.parametrize(("name", "value"), BAD)
+def test_a_bad_value_is_named_with_its_field(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match="SamplingParams: ") as info:
+        SamplingParams(**{name: value})
+    is_list = name in ("stop", "stop_token_ids") and isinstance(value, list | str | bytes)
+    shown = list(value) if is_list else value
+    assert f"{name} is {shown!r}; " in str(info.value)
+
+
+def test_an_empty_stop_string_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"stop is \[''\]"):
+        SamplingParams(stop="")
+
+
+def test_all_problems_are_named_at_once() -> None:
+    fields: dict[str, Any] = dict(BAD)
+    with pytest.raises(ValueError, match="SamplingParams") as info:
+        SamplingParams(**fields)
+    assert all(f"{name} is " in str(info.value) for name in fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "names"),
+    [
+        ({"min_tokens": 17}, ("min_tokens is 17", "max_tokens=16")),
+        ({"min_tokens": 3, "max_tokens": 2}, ("min_tokens is 3", "max_tokens=2")),
+        ({"stop": "a", "detokenize": False}, ("stop is ['a']", "detokenize is False")),
+        ({"n": 2, "temperature": 0.0}, ("n is 2", "temperature is 0.0")),
+        ({"n": 2, "temperature": 9e-6}, ("n is 2", "temperature is 9e-06")),
+    ],
+)
+def test_fields_that_contradict_each_other_are_refused(
+    fields: dict[str, Any], names: tuple[str, ...]
+) -> None:
+    with pytest.raises(ValueError, match="SamplingParams: ") as info:
+        SamplingParams(**fields)
+    assert all(name in str(info.value) for name in names)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"n": 1},
+        {"n": 16384},
+        {"temperature": 0},
+        {"temperature": 0.0},
+        {"temperature": 2},
+        {"temperature": 100.0},
+        {"top_p": 1},
+        {"top_p": 1e-6},
+        {"top_k": -1},
+        {"top_k": 0},
+        {"top_k": 1},
+        {"top_k": 10**6},
+        {"min_p": 0},
+        {"min_p": 1},
+        {"min_p": 0.05},
+        {"max_tokens": None},
+        {"max_tokens": 1},
+        {"max_tokens": None, "min_tokens": 1000},
+        {"min_tokens": 16},
+        {"seed": 0},
+        {"seed": 2**64 - 1},
+        {"logprobs": 0},
+        {"stop": None},
+        {"stop": []},
+        {"stop": ["a", "bc"]},
+        {"stop_token_ids": None},
+        {"stop_token_ids": range(3)},
+        {"stop_token_ids": [0, 7]},
+        {"detokenize": False, "stop_token_ids": [0]},
+        {"ignore_eos": True, "include_stop_str_in_output": True},
+        {"skip_special_tokens": False, "spaces_between_special_tokens": False},
+    ],
+    ids=str,
+)
+def test_good_values_are_kept_as_they_are(fields: dict[str, Any]) -> None:
+    params = SamplingParams(**fields)
+    for name, value in fields.items():
+        got = getattr(params, name)
+        assert got == (tuple(value or ()) if name.startswith("stop") else value)
+
+
+def test_a_stop_string_is_one_string() -> None:
+    assert SamplingParams(stop="abc").stop == ("abc",)
+
+
+def test_lists_are_copied() -> None:
+    stop, ids = ["a"], [1]
+    params = SamplingParams(stop=stop, stop_token_ids=ids)
+    stop.append("b")
+    ids.append(2)
+    assert (params.stop, params.stop_token_ids) == (("a",), (1,))
+
+
+def test_iterators_are_read_once() -> None:
+    params = SamplingParams(stop=iter(["a", "b"]), stop_token_ids=iter([1, 2]))
+    assert (params.stop, params.stop_token_ids) == (("a", "b"), (1, 2))
+
+
+def test_it_is_frozen_hashable_and_keyword_only() -> None:
+    params = SamplingParams(stop=["a"], stop_token_ids=[1])
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        params.top_k = 3  # type: ignore[misc]
+    same = SamplingParams(stop="a", stop_token_ids=(1,))
+    assert params == same
+    assert hash(params) == hash(same)
+    positional: Any = SamplingParams
+    with pytest.raises(TypeError):
+        positional(1)
+    assert dataclasses.replace(params, top_k=3).stop == ("a",)
+
+
+@pytest.mark.parametrize(
+    ("temperature", "is_greedy"),
+    [(0, True), (0.0, True), (9.9e-6, True), (1e-5, False), (1, False)],
+)
+def test_temperatures_below_the_limit_are_greedy(temperature: float, is_greedy: bool) -> None:
+    assert SamplingParams(temperature=temperature).is_greedy == is_greedy
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, SamplingClass.RANDOM),
+        ({"temperature": 0.0}, SamplingClass.GREEDY),
+        ({"temperature": 0.0, "top_k": 5, "top_p": 0.5, "min_p": 0.1}, SamplingClass.GREEDY),
+        ({"temperature": 0.3, "seed": 1}, SamplingClass.RANDOM),
+        ({"top_k": 0}, SamplingClass.RANDOM),
+        ({"top_k": -1}, SamplingClass.RANDOM),
+        ({"top_k": 1}, SamplingClass.TRUNCATED),
+        ({"top_p": 0.99}, SamplingClass.TRUNCATED),
+        ({"min_p": 0.01}, SamplingClass.TRUNCATED),
+    ],
+    ids=str,
+)
+def test_the_class_is_the_least_that_serves(
+    fields: dict[str, Any], expected: SamplingClass
+) -> None:
+    assert SamplingParams(**fields).sampling_class == expected
