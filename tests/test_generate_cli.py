@@ -113,6 +113,7 @@ def test_help_has_examples(script: ModuleType, capsys: pytest.CaptureFixture[str
         script.main(["--help"])
     assert stop.value.code == 0
     assert "--compare-sequential" in capsys.readouterr().out
+    assert script.__doc__ is not None
     assert script.__doc__.count("python scripts/generate.py") >= 4
 
 
@@ -120,14 +121,10 @@ def test_ctrl_c_ends_it_with_130(text_directory: Path) -> None:
     """A run that would take minutes, interrupted once it has begun to generate."""
     limits = ["--max-model-len", "128", "--max-tokens", "100", "--num-prompts", "5000"]
     command = [sys.executable, str(SCRIPT), "--model", str(text_directory), *limits, "--ignore-eos"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    assert process.stderr is not None
-    try:
-        started = process.stderr.readline()
-        assert b"5000 prompts" in started
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        assert process.stderr is not None
+        assert b"5000 prompts" in process.stderr.readline()
         process.send_signal(signal.SIGINT)
         error = process.stderr.read()
         assert process.wait(timeout=60) == 130
-    finally:
-        process.kill()
     assert error.decode().strip().splitlines()[-1] == "interrupted"
