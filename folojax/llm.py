@@ -18,7 +18,7 @@ from folojax.engine import Engine, EngineMetrics
 from folojax.kv_cache import KVLayout
 from folojax.models.checkpoint import Checkpoint, build_module, load_params, open_checkpoint
 from folojax.outputs import RequestOutput
-from folojax.prompts import Prompt, params_per_prompt, parse_prompts
+from folojax.prompts import Prompt, params_per_prompt, parse_prompt, parse_prompts
 from folojax.runner import Runner
 from folojax.sampling import SamplingClass
 from folojax.sampling_params import SamplingParams
@@ -174,11 +174,9 @@ class LLM:
         Raises:
             ValueError: the request is refused; nothing was queued.
         """
-        parsed = parse_prompts([prompt], self.engine.tokenizer)
+        text, token_ids = parse_prompt(prompt, self.engine.tokenizer)
         (params,) = params_per_prompt(sampling_params or self.default_params, 1)
-        self.engine.add_request(
-            request_id, parsed[0].token_ids, params, prompt=parsed[0].text, priority=priority
-        )
+        self.engine.add_request(request_id, token_ids, params, prompt=text, priority=priority)
 
     def step(self) -> list[RequestOutput]:
         """Runs one step of the batch; returns the requests that have finished since the last."""

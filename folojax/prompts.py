@@ -3,11 +3,14 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
+import jax
+import numpy as np
+
 from folojax.sampling_params import SamplingParams
 from folojax.tokenizer import Tokenizer
 
 Prompt: TypeAlias = str | Mapping[str, Any] | Sequence[int]
-"""Text, token ids, {"prompt": text} or {"prompt_token_ids": ids}."""
+"""Text, token ids (a list, or an array in a dict), {"prompt": text}, {"prompt_token_ids": ids}."""
 
 
 class ParsedPrompt(NamedTuple):
@@ -15,6 +18,11 @@ class ParsedPrompt(NamedTuple):
 
     text: str | None
     token_ids: Sequence[int]
+
+
+def parse_prompt(prompt: Prompt, tokenizer: Tokenizer | None) -> ParsedPrompt:
+    """Reads one prompt; ValueError as in `parse_prompts`."""
+    return _parse(prompt, 0, tokenizer)
 
 
 def parse_prompts(
@@ -56,7 +64,7 @@ def params_per_prompt(
 def _parse(prompt: Any, index: int, tokenizer: Tokenizer | None) -> ParsedPrompt:
     if isinstance(prompt, Mapping):
         if "prompt_token_ids" in prompt:
-            return ParsedPrompt(prompt.get("prompt"), prompt["prompt_token_ids"])
+            return ParsedPrompt(prompt.get("prompt"), _token_ids(prompt["prompt_token_ids"], index))
         if "prompt" not in prompt:
             raise ValueError(
                 f'prompt {index} has keys {sorted(prompt)}; it needs "prompt" or "prompt_token_ids"'
@@ -69,8 +77,14 @@ def _parse(prompt: Any, index: int, tokenizer: Tokenizer | None) -> ParsedPrompt
                 "token ids"
             )
         return ParsedPrompt(prompt, tokenizer.encode(prompt))
-    if isinstance(prompt, Sequence) and not isinstance(prompt, bytes | bytearray):
-        return ParsedPrompt(None, prompt)
+    return ParsedPrompt(None, _token_ids(prompt, index))
+
+
+def _token_ids(prompt: Any, index: int) -> Sequence[int]:
+    if isinstance(prompt, np.ndarray | jax.Array) and prompt.ndim == 1:
+        return prompt.tolist()
+    if isinstance(prompt, Sequence) and not isinstance(prompt, str | bytes | bytearray):
+        return prompt
     raise ValueError(
         f"prompt {index} is a {type(prompt).__name__}; it must be text, token ids or a dict"
     )

@@ -50,8 +50,8 @@ class RowTable:
         """Sets a slot's parameters."""
         params = row.params
         self._temperature[slot] = 0.0 if params.is_greedy else params.temperature
-        self._top_k[slot] = params.top_k if params.top_k > 0 else self._vocab_size
-        self._top_k[slot] = min(self._top_k[slot], self._vocab_size)
+        has_top_k = 0 < params.top_k < self._vocab_size
+        self._top_k[slot] = params.top_k if has_top_k else self._vocab_size
         self._top_p[slot] = params.top_p
         self._min_p[slot] = params.min_p
         self._seed[slot] = row.seed >> 32, row.seed & 0xFFFFFFFF

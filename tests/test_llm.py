@@ -32,10 +32,11 @@ def generate(llm: LLM, prompts: Any, params: Any = GREEDY) -> list:
 def test_every_form_of_a_prompt_is_the_same_prompt(llm: LLM) -> None:
     text = "The sea is"
     ids = llm.get_tokenizer().encode(text)
-    forms: list[Any] = [text, ids, {"prompt": text}, {"prompt_token_ids": ids}]
+    array = np.array(ids)
+    forms: list[Any] = [text, ids, {"prompt": text}, {"prompt_token_ids": array}]
     expected = generate(llm, [text])[0]
     assert expected.prompt_token_ids == tuple(ids)
-    for form in [*forms, forms, np.array(ids).tolist()]:
+    for form in [*forms, forms]:
         for output in generate(llm, form):
             assert output.outputs[0].token_ids == expected.outputs[0].token_ids
             assert output.outputs[0].text == expected.outputs[0].text
@@ -134,6 +135,7 @@ def test_a_template_cannot_leave_the_sandbox(llm: LLM) -> None:
         ([None], "NoneType"),
         (7, "int"),
         ([{"text": "x"}], "text"),
+        ([{"prompt_token_ids": 5}], "int"),
     ],
 )
 def test_a_bad_prompt_is_refused_and_queues_nothing(llm: LLM, prompts: Any, message: str) -> None:
@@ -169,6 +171,19 @@ def test_params_must_match_the_prompts(llm: LLM) -> None:
         generate(llm, ["x"], [GREEDY, GREEDY])
     with pytest.raises(ValueError, match="SamplingParams"):
         generate(llm, ["x"], [{"temperature": 0}])
+
+
+def test_add_request_takes_one_prompt(llm: LLM) -> None:
+    for bad in (5, [["x"]], ["x", "y"], None):
+        with pytest.raises(ValueError, match="prompt"):
+            llm.add_request("one", bad, GREEDY)  # type: ignore[arg-type]
+
+
+def test_a_huge_top_k_is_off(llm: LLM) -> None:
+    seeded = SamplingParams(seed=3, max_tokens=4, ignore_eos=True)
+    huge = dataclasses.replace(seeded, top_k=2**40)
+    expected = generate(llm, "The sea is", seeded)[0].outputs[0].token_ids
+    assert generate(llm, "The sea is", huge)[0].outputs[0].token_ids == expected
 
 
 def test_a_duplicate_id_is_refused(llm: LLM) -> None:
