@@ -34,8 +34,7 @@ class TokenPlan(NamedTuple):
 
     page: Int[Array, " B"]
     offset: Int[Array, " B"]
-    page_ids: Int[Array, " W"]
-    page_rows: Int[Array, " W"]
+    page_table: Int[Array, "B N"]
     owner: Int[Array, " P"]  # row of the page; B for a page that nobody reads
     is_valid: Bool[Array, "P S"]
 
@@ -57,21 +56,20 @@ def plan_chunks(inputs: PrefillInputs, cache: KVCache) -> ChunkPlan:
 
 
 def plan_tokens(inputs: DecodeInputs, cache: KVCache) -> TokenPlan:
-    """Turns the list of work items into a map from pages to rows."""
+    """Turns the page tables inside out: a map from pages to rows."""
     page_size, num_pages = kv_cache.page_size(cache), kv_cache.num_pages(cache)
-    num_rows = inputs.slot.shape[0]
-    owner = jnp.full(num_pages, num_rows).at[inputs.page_ids].set(inputs.page_rows, mode="drop")
-    index = jnp.zeros(num_pages, jnp.int32).at[inputs.page_ids].set(inputs.page_index, mode="drop")
+    rows, table_pages = inputs.page_table.shape
+    row = jnp.broadcast_to(jnp.arange(rows)[:, None], (rows, table_pages))
+    column = jnp.broadcast_to(jnp.arange(table_pages)[None, :], (rows, table_pages))
+    owner = jnp.full(num_pages, rows).at[inputs.page_table].set(row, mode="drop")
+    index = jnp.zeros(num_pages, jnp.int32).at[inputs.page_table].set(column, mode="drop")
     position = jnp.append(inputs.position, -1)[owner]
     key_position = index[:, None] * page_size + jnp.arange(page_size)[None, :]
-    # The new token's page is the row's last work item, found without a search.
-    is_last = inputs.page_index == jnp.append(inputs.position, -1)[inputs.page_rows] // page_size
-    row = jnp.where(is_last, inputs.page_rows, num_rows)
+    last = jnp.minimum(inputs.position // page_size, table_pages - 1)
     return TokenPlan(
-        page=jnp.full(num_rows, num_pages).at[row].set(inputs.page_ids, mode="drop"),
+        page=jnp.take_along_axis(inputs.page_table, last[:, None], axis=1)[:, 0],
         offset=inputs.position % page_size,
-        page_ids=inputs.page_ids,
-        page_rows=inputs.page_rows,
+        page_table=inputs.page_table,
         owner=owner,
         is_valid=key_position <= position[:, None],
     )
@@ -117,9 +115,9 @@ def attend_tokens(
 ) -> tuple[KVCache, Float[Array, "B H D"]]:
     """Paged attention with the pages as the batch axis: the cache is read once, where it lies.
 
-    Every page takes the query of the row that owns it. Scores are shifted by the row's maximum,
-    pages give partial sums, and these are added up in the order of the row's own pages: a row's
-    result depends neither on its neighbours nor on which pages it was given.
+    Every page takes the query of the row that owns it and gives a partial maximum, sum and value
+    (1/S of the cache's data); a row then combines its pages' partials through its table, in their
+    order. So a row's result depends neither on its neighbours nor on which pages it was given.
     """
     cache = kv_cache.write(cache, layer, plan.page, plan.offset, key, value)
     rows, heads, dim = query.shape
@@ -127,31 +125,24 @@ def attend_tokens(
     kv_heads, size = segments[0][0].shape[1], segments[0][0].shape[3]
     groups = heads // kv_heads
     num_pages = plan.owner.shape[0]
+    is_valid = plan.is_valid[:, None, None, :]
 
-    owner_query = query[jnp.minimum(plan.owner, rows - 1)].reshape(
-        num_pages * kv_heads, groups, dim
-    )
-    score = _paged_product("ngd,nds->ngs", owner_query, [keys for keys, _ in segments])
+    page_query = query[jnp.minimum(plan.owner, rows - 1)].reshape(-1, groups, dim)
+    score = _paged_product("ngd,nds->ngs", page_query, [keys for keys, _ in segments])
     score = score.reshape(num_pages, kv_heads, groups, size) * dim**-0.5
-    score = jnp.where(plan.is_valid[:, None, None, :], score, MASKED)
-
-    page_max = score.max(axis=-1)
-    row_max = jax.ops.segment_max(page_max, plan.owner, num_segments=rows + 1)
-    weight = jnp.exp(score - row_max[plan.owner][..., None])
-    weight = jnp.where(plan.is_valid[:, None, None, :], weight, 0.0)
-
-    page_weight = weight.astype(query.dtype).reshape(num_pages * kv_heads, groups, size)
+    page_max = jnp.where(is_valid, score, MASKED).max(axis=-1)
+    weight = jnp.where(is_valid, jnp.exp(score - page_max[..., None]), 0.0)
+    page_weight = weight.astype(query.dtype).reshape(-1, groups, size)
     partial = _paged_product("ngs,nsd->ngd", page_weight, [values for _, values in segments])
     partial = partial.reshape(num_pages, kv_heads, groups, dim)
 
-    def sum_rows(x: Array) -> Array:
-        in_row_order = x.at[plan.page_ids].get(mode="clip")
-        return jax.ops.segment_sum(
-            in_row_order, plan.page_rows, num_segments=rows + 1, indices_are_sorted=True
-        )[:rows]
-
-    total = sum_rows(weight.sum(axis=-1))
-    out = sum_rows(partial) / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)[..., None]
+    # [B, N] pages a row. Gathers: sums by scatter would be atomic on a GPU, in any order and slow.
+    is_page = (plan.page_table < num_pages)[:, :, None, None]
+    row_max = jnp.where(is_page, page_max.at[plan.page_table].get(mode="clip"), MASKED)
+    scale = jnp.exp(row_max - row_max.max(axis=1, keepdims=True)) * is_page
+    total = (scale * weight.sum(axis=-1).at[plan.page_table].get(mode="clip")).sum(axis=1)
+    out = (scale[..., None] * partial.at[plan.page_table].get(mode="clip")).sum(axis=1)
+    out = out / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)[..., None]
     return cache, out.reshape(rows, heads, dim).astype(query.dtype)
 
 

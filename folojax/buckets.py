@@ -9,7 +9,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterator
 
-from folojax.config import EngineConfig
+from folojax.config import ResolvedConfig
 from folojax.kv_cache import split_segments
 from folojax.sched.pages import pages_for
 
@@ -25,10 +25,11 @@ class PrefillShape:
 
 @dataclasses.dataclass(frozen=True)
 class DecodeShape:
-    """`rows` rows over the first `segments` segments of the cache."""
+    """`rows` rows with tables of `table_pages` pages, in the first `segments` cache segments."""
 
     rows: int
     segments: int
+    table_pages: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,14 +40,16 @@ class Buckets:
         decode_rows: B, up to max_num_seqs.
         prefill_rows: R; rows beyond the largest go into further calls.
         prefill_columns: C.
-        table_pages: N of a prefill row, up to the pages of max_model_len.
+        prefill_pages: N of a prefill row, up to the pages of max_model_len.
+        decode_pages: N of a decode row, likewise; coarser, as only partial sums are gathered.
         segments: Pages of each cache segment (`kv_cache.split_segments`).
     """
 
     decode_rows: tuple[int, ...]
     prefill_rows: tuple[int, ...]
     prefill_columns: int
-    table_pages: tuple[int, ...]
+    prefill_pages: tuple[int, ...]
+    decode_pages: tuple[int, ...]
     segments: tuple[int, ...]
 
     def prefill_shape(self, num_rows: int, num_pages: int) -> PrefillShape:
@@ -54,45 +57,52 @@ class Buckets:
         return PrefillShape(
             rows=round_up(num_rows, self.prefill_rows),
             columns=self.prefill_columns,
-            table_pages=round_up(num_pages, self.table_pages),
+            table_pages=round_up(num_pages, self.prefill_pages),
         )
 
-    def decode_shape(self, num_rows: int, extent: int) -> DecodeShape:
-        """The smallest shape for so many rows whose pages have ids below `extent`."""
+    def decode_shape(self, num_rows: int, extent: int, num_pages: int) -> DecodeShape:
+        """The smallest shape for so many rows of at most `num_pages` pages, ids below `extent`."""
         extents = tuple(itertools.accumulate(self.segments))
         return DecodeShape(
             rows=round_up(num_rows, self.decode_rows),
             segments=1 + bisect.bisect_left(extents, extent),
+            table_pages=round_up(num_pages, self.decode_pages),
         )
 
     def shapes(self) -> Iterator[PrefillShape | DecodeShape]:
         """Every shape that a step can have."""
-        for rows, pages in itertools.product(self.prefill_rows, self.table_pages):
+        for rows, pages in itertools.product(self.prefill_rows, self.prefill_pages):
             yield PrefillShape(rows, self.prefill_columns, pages)
         extents = tuple(itertools.accumulate(self.segments))
-        for below, rows in zip((0, *self.decode_rows), self.decode_rows, strict=False):
-            for segments, extent in enumerate(extents, start=1):
-                if extent > below:  # every row has a page, so fewer cannot hold this many rows
-                    yield DecodeShape(rows, segments)
+        for fewer_rows, rows in _with_previous(self.decode_rows):
+            for fewer_pages, pages in _with_previous(self.decode_pages):
+                for segments, extent in enumerate(extents, start=1):
+                    # More than `fewer_rows` rows, each with a page, and one with more than
+                    # `fewer_pages`: a smaller cache cannot hold them.
+                    if extent > fewer_rows + fewer_pages:
+                        yield DecodeShape(rows, segments, pages)
 
 
-def make_buckets(config: EngineConfig, min_decode_rows: int = 1) -> Buckets:
-    """Buckets of a resolved config.
+def make_buckets(config: ResolvedConfig, backend: str = "cpu", min_decode_rows: int = 1) -> Buckets:
+    """Buckets of an engine.
 
     Args:
-        config: Resolved.
+        config: Its limits.
+        backend: JAX's name of the platform. A CPU pays for every padded row and every idle page;
+            a GPU's step is bound by the weights' and pages' bytes: fewer row sizes, one segment.
         min_decode_rows: Smallest B; 2 where products with a single row are slow.
     """
-    assert config.max_model_len is not None, "resolve first"
-    assert config.num_pages is not None, "resolve first"
     most_rows = pages_for(config.max_num_batched_tokens, config.prefill_row_len)
     max_pages = pages_for(config.max_model_len, config.page_size)
+    is_cpu = backend == "cpu"
+    row_factor = 2 if is_cpu else 4
     return Buckets(
-        decode_rows=_powers(config.max_num_seqs, 2, min_decode_rows),
-        prefill_rows=_powers(most_rows, 2),
+        decode_rows=_powers(config.max_num_seqs, row_factor, min_decode_rows),
+        prefill_rows=_powers(most_rows, row_factor),
         prefill_columns=config.prefill_row_len,
-        table_pages=_powers(max_pages, 4, min(4, max_pages)),
-        segments=split_segments(config.num_pages),
+        prefill_pages=_powers(max_pages, 4, min(4, max_pages)),
+        decode_pages=_powers(max_pages, 4, min(8, max_pages)),
+        segments=split_segments(config.num_pages) if is_cpu else (config.num_pages,),
     )
 
 
@@ -104,6 +114,11 @@ def round_up(value: int, sizes: tuple[int, ...]) -> int:
     """
     assert value <= sizes[-1], f"{value} is beyond the largest bucket {sizes[-1]}"
     return sizes[bisect.bisect_left(sizes, value)]
+
+
+def _with_previous(sizes: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """Each size with the one before it, 0 before the first."""
+    return zip((0, *sizes), sizes, strict=False)
 
 
 def _powers(last: int, factor: int, first: int = 1) -> tuple[int, ...]:

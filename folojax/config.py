@@ -15,7 +15,8 @@ class EngineConfig:
         max_model_len: Most tokens of one request, prompt and output; None takes the model's limit.
         max_num_seqs: Most requests that run at once.
         max_num_batched_tokens: Most tokens computed in one step; longer prompts are cut in chunks.
-        page_size: Tokens in a KV page.
+            None is 512 on CPU, 4,096 elsewhere.
+        page_size: Tokens in a KV page. None is 64 on CPU, 128 elsewhere.
         num_pages: Pages in the pool; None makes room for `max_num_seqs` requests of 512 tokens,
             and for one request of `max_model_len`.
         scheduling_policy: "fcfs", or "priority" (smallest priority first, then arrival).
@@ -23,26 +24,26 @@ class EngineConfig:
             hold `max_model_len` tokens.
         long_prefill_token_threshold: Most tokens of one prompt in one step; 0 is no cap.
         prefill_row_len: Prompts are computed in rows of so many tokens: short rows waste less on
-            padding, long rows copy fewer pages.
+            padding, long rows copy fewer pages. None is 16 on CPU, 128 elsewhere.
         seed: Of the seeds that requests without one are given.
     """
 
     max_model_len: int | None = None
     max_num_seqs: int = 32
-    max_num_batched_tokens: int = 512
-    page_size: int = 64
+    max_num_batched_tokens: int | None = None
+    page_size: int | None = None
     num_pages: int | None = None
     scheduling_policy: str = "fcfs"
     enable_chunked_prefill: bool = True
     long_prefill_token_threshold: int = 0
-    prefill_row_len: int = 16
+    prefill_row_len: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
         problems = []
         for name, low in _LOWEST.items():
             value = getattr(self, name)
-            if value is None and name in ("max_model_len", "num_pages"):
+            if value is None and name in _OPTIONAL:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < low:
                 problems.append(f"{name} is {value!r}; it must be an integer of at least {low}")
@@ -59,33 +60,47 @@ class EngineConfig:
         if problems:
             raise ValueError("EngineConfig: " + "; ".join(problems))
 
-    def resolve(self, max_position: int) -> "EngineConfig":
-        """Fills in what depends on the model.
+    def resolve(self, max_position: int, backend: str = "cpu") -> "ResolvedConfig":
+        """Fills in what depends on the model and the device.
 
         Args:
             max_position: Longest sequence the model was made for, in tokens.
+            backend: JAX's name of the platform.
 
         Raises:
             ValueError: `max_model_len` is beyond it, or the limits contradict each other.
         """
-        max_model_len = max_position if self.max_model_len is None else self.max_model_len
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        defaults = _CPU_DEFAULTS if backend == "cpu" else _GPU_DEFAULTS
+        for name, default in {**defaults, "max_model_len": max_position}.items():
+            if fields[name] is None:
+                fields[name] = default
+        max_model_len = fields["max_model_len"]
         if max_model_len > max_position:
             raise ValueError(
                 f"max_model_len is {max_model_len}, but the model was made for {max_position} "
                 f"positions: lower EngineConfig.max_model_len to {max_position} or less"
             )
-        num_pages = self.num_pages
-        if num_pages is None:
+        if fields["num_pages"] is None:
             num_tokens = max(max_model_len, self.max_num_seqs * min(max_model_len, 512))
-            num_pages = pages_for(num_tokens, self.page_size)
-        resolved = dataclasses.replace(self, max_model_len=max_model_len, num_pages=num_pages)
+            fields["num_pages"] = pages_for(num_tokens, fields["page_size"])
+        resolved = ResolvedConfig(**fields)
         resolved.scheduler()  # its checks
         return resolved
 
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ResolvedConfig(EngineConfig):
+    """An EngineConfig in which nothing is left open."""
+
+    max_model_len: int
+    max_num_batched_tokens: int
+    page_size: int
+    num_pages: int
+    prefill_row_len: int
+
     def scheduler(self) -> SchedulerConfig:
-        """The scheduler's part of a resolved config."""
-        assert self.max_model_len is not None, "resolve first"
-        assert self.num_pages is not None, "resolve first"
+        """The scheduler's part."""
         return SchedulerConfig(
             max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=self.max_num_batched_tokens,
@@ -97,6 +112,18 @@ class EngineConfig:
             long_prefill_token_threshold=self.long_prefill_token_threshold,
         )
 
+
+_OPTIONAL = (
+    "max_model_len",
+    "num_pages",
+    "max_num_batched_tokens",
+    "page_size",
+    "prefill_row_len",
+)
+
+# Measured: docs/log.md and docs/gpu.md.
+_CPU_DEFAULTS = {"max_num_batched_tokens": 512, "page_size": 64, "prefill_row_len": 16}
+_GPU_DEFAULTS = {"max_num_batched_tokens": 4096, "page_size": 128, "prefill_row_len": 128}
 
 _LOWEST = {
     "max_model_len": 2,

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from folojax.buckets import make_buckets
 from folojax.compilation_cache import enable_compilation_cache
-from folojax.config import EngineConfig
+from folojax.config import EngineConfig, ResolvedConfig
 from folojax.engine import Engine, EngineMetrics
 from folojax.kv_cache import KVLayout
 from folojax.models.checkpoint import Checkpoint, build_module, load_params, open_checkpoint
@@ -64,16 +64,19 @@ class LLM:
             raise ValueError("trust_remote_code: code that ships with a model is never run here")
         config = _engine_config(config, fields)
         enable_compilation_cache()
+        backend = jax.default_backend()
         checkpoint: Checkpoint | None = None
         if isinstance(model, tuple):
             module, params = model
         else:
             compute_dtype = _resolve_dtype(dtype)
             checkpoint = open_checkpoint(model, revision)
-            config.resolve(checkpoint.config.max_position)  # before the weights are paid for
+            config.resolve(
+                checkpoint.config.max_position, backend
+            )  # before the weights are paid for
             module = build_module(checkpoint.config, compute_dtype)
             params = load_params(checkpoint, compute_dtype)
-        self.config = config.resolve(module.config.max_position)
+        self.config = config.resolve(module.config.max_position, backend)
         self.default_params = _default_params(checkpoint)
         self._next_id = itertools.count()
         self._early: list[RequestOutput] = []  # finished while generate() waited for others
@@ -268,13 +271,13 @@ def _find_tokenizer(tokenizer: Any, checkpoint: Checkpoint | None) -> Tokenizer 
 def _make_engine(
     module: nn.Module,
     params: Any,
-    config: EngineConfig,
+    config: ResolvedConfig,
     tokenizer: Tokenizer | None,
     eos_token_ids: tuple[int, ...],
 ) -> Engine:
     is_half_on_cpu = module.dtype != jnp.float32 and jax.default_backend() == "cpu"
     # A product with a single row converts all weights to float32 there, in every call.
-    buckets = make_buckets(config, min_decode_rows=2 if is_half_on_cpu else 1)
+    buckets = make_buckets(config, jax.default_backend(), 2 if is_half_on_cpu else 1)
     layout = KVLayout.of(module.config, module.dtype, buckets.segments, config.page_size)
     runner = Runner(module, params, layout, buckets, config.max_num_seqs)
     return Engine(Scheduler(config.scheduler()), runner, tokenizer, eos_token_ids, config.seed)

@@ -202,7 +202,8 @@ class Runner:
 
     def _decode(self, rows: list[_Row]) -> tuple[list[str | None], StepOutput]:
         extent = 1 + max(int(row.page_ids.max()) for row in rows)
-        shape = self.buckets.decode_shape(len(rows), extent)
+        most_pages = max(len(row.page_ids) for row in rows)
+        shape = self.buckets.decode_shape(len(rows), extent, most_pages)
         inputs = self._decode_inputs(shape, rows)
         sampling = self._table.sampling_class(inputs.slot, inputs.sampling)
         out = self._call_decode(inputs, shape.segments, sampling)
@@ -211,21 +212,13 @@ class Runner:
         return [row.request_id for row in rows], out
 
     def _decode_inputs(self, shape: DecodeShape, rows: list[_Row]) -> DecodeInputs:
-        num_items = sum(self.buckets.segments[: shape.segments])
         slot = _ints(shape.rows, self._table.num_slots)
         position = _ints(shape.rows)
-        page_ids = _ints(num_items, num_items)
-        page_rows = _ints(num_items, shape.rows)
-        page_index = _ints(num_items)
-        first = 0
+        page_table = _ints((shape.rows, shape.table_pages), self._layout.num_pages)
         for i, row in enumerate(rows):
             slot[i], position[i] = row.slot, row.num_computed_tokens
-            items = slice(first, first + len(row.page_ids))
-            page_ids[items], page_rows[items] = row.page_ids, i
-            page_index[items] = np.arange(len(row.page_ids))
-            first = items.stop
-        sampling = self._table.rows(slot, position + 1)
-        return DecodeInputs(slot, position, page_ids, page_rows, page_index, sampling)
+            page_table[i, : len(row.page_ids)] = row.page_ids
+        return DecodeInputs(slot, position, page_table, self._table.rows(slot, position + 1))
 
     def _call_decode(
         self, inputs: DecodeInputs, num_segments: int, sampling: SamplingClass

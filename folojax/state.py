@@ -4,13 +4,13 @@ One axis dictionary for the whole project, in shapes, einsums and comments:
 
     B  rows of a decode step        R  rows of a prefill step     C  tokens of a prefill row
     M  request slots                P  pages                      S  tokens in a page
-    N  pages of one row             W  (page, row) work items     X  ids that may be banned
-    L  layers                       H  query heads                K  key/value heads
-    G  query heads per kv head      D  head dim                   V  vocabulary
+    N  pages of one row             X  ids that may be banned     L  layers
+    H  query heads                  K  key/value heads            G  query heads per kv head
+    D  head dim                     V  vocabulary
 
 Carried state (`EngineState`) is donated to every step and dead afterwards; reported output
 (`StepOutput`) is a different type. Padding is spelled with out-of-range indices: a row whose slot
-is `M` or a work item whose page is `P` is dropped by every scatter, so nothing masks it twice.
+is `M` or a table entry that is `P` is dropped by every scatter, so nothing masks it twice.
 
 Inputs may be NumPy arrays: handing those to a jitted call is their cheapest way to the device.
 """
@@ -54,20 +54,11 @@ class PrefillInputs(NamedTuple):
 
 
 class DecodeInputs(NamedTuple):
-    """One token for every running row; the token itself is in the state.
-
-    The pages in use are listed as work items, grouped by row and in the order of the row:
-
-        page_ids    4  0  7 | 1 | 2  5 | P  P      W items for W pages of the cache
-        page_rows   0  0  0 | 1 | 2  2 | B  B
-        page_index  0  1  2 | 0 | 0  1 | 0  0
-    """
+    """One token for every running row; the token itself is in the state."""
 
     slot: Int[Array, " B"]  # M for a padding row
     position: Int[Array, " B"]  # of the input token: how many tokens of the row are cached
-    page_ids: Int[Array, " W"]
-    page_rows: Int[Array, " W"]
-    page_index: Int[Array, " W"]
+    page_table: Int[Array, "B N"]  # the row's pages in order; P is padding
     sampling: SamplingRows
 
 

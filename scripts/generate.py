@@ -56,7 +56,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, help="the same seed gives the same text")
     add("--ignore-eos", action="store_true", help="go on to --max-tokens")
     add("--max-num-seqs", type=int, default=32, help="most requests at once; default: 32")
-    add("--max-num-batched-tokens", type=int, default=512, help="budget of a step; default: 512")
+    add("--max-num-batched-tokens", type=int, help="budget of a step; default: by device")
     add("--max-model-len", type=int, help="most tokens of a request; default: the model's limit")
     add("--compare-sequential", action="store_true", help="run one request at a time too")
     add("--json", type=Path, metavar="OUT", help="write results and metrics to this file")

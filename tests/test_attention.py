@@ -190,25 +190,20 @@ def decode(
     """
     count = len(cache.keys) if num_segments is None else num_segments
     head, tail = kv_cache.take_segments(cache, count)
-    size, num_items, rows = kv_cache.page_size(cache), kv_cache.num_pages(head), len(order)
-    page_ids = np.full(num_items, num_items, np.int32)
-    page_rows = np.full(num_items, rows, np.int32)
-    page_index, position = np.zeros(num_items, np.int32), np.zeros(rows, np.int32)
+    size, num_pages, rows = kv_cache.page_size(cache), kv_cache.num_pages(head), len(order)
+    table = np.full((rows, max(map(len, pages))), num_pages, np.int32)
+    position = np.zeros(rows, np.int32)
     new = Tokens(*(np.full((rows, *x.shape[1:]), 7.0, x.dtype) for x in sequences[0]))
-    first = 0
     for row, index in enumerate(order):
         if index is None:
             continue
         position[row] = sequences[index].size - 1
         assert len(pages[index]) > position[row] // size
-        items = slice(first, first + len(pages[index]))
-        page_ids[items], page_rows[items] = pages[index], row
-        page_index[items] = np.arange(len(pages[index]))
-        first = items.stop
+        table[row, : len(pages[index])] = pages[index]
         for x, tokens in zip(new, sequences[index], strict=True):
             x[row] = tokens[-1]
     slot = np.full(rows, M, np.int32)
-    arrays: list[Any] = [slot, position, page_ids, page_rows, page_index, sampling_rows(rows)]
+    arrays: list[Any] = [slot, position, table, sampling_rows(rows)]
     inputs = DecodeInputs(*arrays)
     head, out = _attend_tokens(head, inputs, new)
     return kv_cache.join_segments(head, tail), list(np.asarray(out))
@@ -338,6 +333,7 @@ def test_a_token_does_not_depend_on_its_row_or_the_bucket(heads: Heads, page_siz
     _, expected = decode(case.cache, case.sequences, case.pages, ALL)
     orders: list[list[int | None]] = [
         [5, 3, 1, 0, 2, 4],
+        [None, 4, 2, None, 1, 0],
         [None, 4, None, 3, 2, None, 1, 0],
         [*ALL, *[None] * 10],
         [2, 3],
@@ -346,9 +342,11 @@ def test_a_token_does_not_depend_on_its_row_or_the_bucket(heads: Heads, page_siz
     orders += [[index, None] for index in ALL]
     for order in orders:
         _, out = decode(case.cache, case.sequences, case.pages, order)
+        # Another number of rows is another executable, which may round its sums differently.
+        atol = 0.0 if len(order) == len(ALL) else 2e-6
         for row, index in enumerate(order):
             if index is not None:
-                np.testing.assert_array_equal(out[row], expected[index])
+                np.testing.assert_allclose(out[row], expected[index], rtol=0, atol=atol)
 
 
 @LAW_CASES

@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from folojax.buckets import Buckets, DecodeShape, PrefillShape, make_buckets, round_up
-from folojax.config import EngineConfig
+from folojax.config import EngineConfig, ResolvedConfig
 from folojax.sched.pages import pages_for
 
 
-def resolve(**fields: Any) -> EngineConfig:
+def resolve(**fields: Any) -> ResolvedConfig:
     return EngineConfig(**fields).resolve(max_position=100_000)
 
 
@@ -35,21 +35,22 @@ CONFIGS = st.builds(
 
 
 @given(config=CONFIGS, min_rows=st.sampled_from([1, 2]))
-def test_every_step_has_a_listed_shape_that_holds_it(config: EngineConfig, min_rows: int) -> None:
-    buckets = make_buckets(config, min_rows)
+def test_every_step_has_a_listed_shape_that_holds_it(config: ResolvedConfig, min_rows: int) -> None:
+    buckets = make_buckets(config, min_decode_rows=min_rows)
     shapes = set(buckets.shapes())
-    assert config.num_pages is not None
-    assert config.max_model_len is not None
 
+    most_pages = pages_for(config.max_model_len, config.page_size)
     for rows in range(1, config.max_num_seqs + 1):
         for extent in range(rows, config.num_pages + 1):  # a row has a page of its own at least
-            decode = buckets.decode_shape(rows, extent)
+            # The longest row: the other rows have a page each.
+            longest = min(extent - rows + 1, most_pages)
+            decode = buckets.decode_shape(rows, extent, longest)
             assert decode in shapes
+            assert decode.table_pages >= longest
             assert decode.rows >= max(rows, min_rows)
             assert sum(buckets.segments[: decode.segments]) >= extent
             assert sum(buckets.segments[: decode.segments - 1]) < extent
 
-    most_pages = pages_for(config.max_model_len, config.page_size)
     for rows, pages in itertools.product(
         range(1, buckets.prefill_rows[-1] + 1), range(1, most_pages + 1)
     ):
@@ -61,13 +62,18 @@ def test_every_step_has_a_listed_shape_that_holds_it(config: EngineConfig, min_r
 
 
 @given(config=CONFIGS)
-def test_sizes_ascend_to_their_limits_and_no_further(config: EngineConfig) -> None:
+def test_sizes_ascend_to_their_limits_and_no_further(config: ResolvedConfig) -> None:
     buckets = make_buckets(config)
-    for sizes in (buckets.decode_rows, buckets.prefill_rows, buckets.table_pages):
+    for sizes in (
+        buckets.decode_rows,
+        buckets.prefill_rows,
+        buckets.decode_pages,
+        buckets.prefill_pages,
+    ):
         assert list(sizes) == sorted(set(sizes))
-    assert config.max_model_len is not None
     assert buckets.decode_rows[-1] == config.max_num_seqs
-    assert buckets.table_pages[-1] == pages_for(config.max_model_len, config.page_size)
+    most_pages = pages_for(config.max_model_len, config.page_size)
+    assert buckets.decode_pages[-1] == buckets.prefill_pages[-1] == most_pages
     assert sum(buckets.segments) == config.num_pages
     # The whole budget, spent on one prompt, fits into one call.
     room = buckets.prefill_rows[-1] * buckets.prefill_columns
@@ -75,9 +81,9 @@ def test_sizes_ascend_to_their_limits_and_no_further(config: EngineConfig) -> No
 
 
 @given(config=CONFIGS)
-def test_no_shape_is_listed_twice_and_there_are_few(config: EngineConfig) -> None:
+def test_no_shape_is_listed_twice_and_there_are_few(config: ResolvedConfig) -> None:
     shapes = list(make_buckets(config).shapes())
-    assert len(shapes) == len(set(shapes)) < 150
+    assert len(shapes) == len(set(shapes)) < 300
 
 
 def test_the_plan_of_a_small_engine() -> None:
@@ -95,11 +101,12 @@ def test_the_plan_of_a_small_engine() -> None:
         decode_rows=(1, 2, 4, 5),
         prefill_rows=(1, 2, 3),
         prefill_columns=16,
-        table_pages=(4, 10),
+        prefill_pages=(4, 10),
+        decode_pages=(8, 10),
         segments=(8, 8, 4),
     )
-    assert buckets.decode_shape(3, 8) == DecodeShape(rows=4, segments=1)
-    assert buckets.decode_shape(5, 9) == DecodeShape(rows=5, segments=2)
+    assert buckets.decode_shape(3, 8, 2) == DecodeShape(rows=4, segments=1, table_pages=8)
+    assert buckets.decode_shape(5, 9, 9) == DecodeShape(rows=5, segments=2, table_pages=10)
     assert buckets.prefill_shape(3, 5) == PrefillShape(rows=3, columns=16, table_pages=10)
 
 
@@ -107,9 +114,9 @@ def test_more_rows_than_pages_of_a_segment_need_more_segments() -> None:
     """Twenty rows have twenty pages, so no step of theirs can do with eight."""
     buckets = make_buckets(resolve(max_num_seqs=20, num_pages=40))
     shapes = set(buckets.shapes())
-    assert DecodeShape(8, 1) in shapes
-    assert DecodeShape(16, 1) not in shapes
-    assert DecodeShape(16, 2) in shapes
+    assert DecodeShape(8, 1, 8) in shapes
+    assert DecodeShape(16, 1, 8) not in shapes
+    assert DecodeShape(16, 2, 8) in shapes
 
 
 @pytest.mark.parametrize(("value", "expected"), [(0, 1), (1, 1), (2, 4), (4, 4), (5, 8), (8, 8)])
@@ -120,3 +127,9 @@ def test_round_up(value: int, expected: int) -> None:
 def test_rounding_up_beyond_the_largest_is_our_own_error() -> None:
     with pytest.raises(AssertionError, match="9 is beyond the largest bucket 8"):
         round_up(9, (1, 4, 8))
+
+
+def test_a_gpu_has_fewer_row_sizes_and_one_segment() -> None:
+    buckets = make_buckets(resolve(max_num_seqs=200, num_pages=400), "gpu")
+    assert buckets.decode_rows == (1, 4, 16, 64, 200)
+    assert buckets.segments == (400,)

@@ -18,7 +18,13 @@ INTEGERS = {
     "prefill_row_len": 1,
     "seed": 0,
 }
-NONE_ALLOWED = {"max_model_len", "num_pages"}
+NONE_ALLOWED = {
+    "max_model_len",
+    "num_pages",
+    "max_num_batched_tokens",
+    "page_size",
+    "prefill_row_len",
+}
 BAD: list[tuple[str, Any]] = [
     *[(name, low - 1) for name, low in INTEGERS.items()],
     *[(name, bad) for name in INTEGERS for bad in (True, 4.0, "8", -7, [8], math.nan)],
@@ -47,7 +53,7 @@ def test_a_bad_value_is_named_with_its_field(name: str, value: Any) -> None:
 
 
 def test_all_problems_are_named_at_once() -> None:
-    fields: dict[str, Any] = dict(BAD)
+    fields: dict[str, Any] = dict(entry for entry in BAD if entry[1] is not None)
     with pytest.raises(ValueError, match="EngineConfig") as info:
         EngineConfig(**fields)
     assert all(f"{name} is {value!r}" in str(info.value) for name, value in fields.items())
@@ -78,8 +84,17 @@ def test_resolving_takes_the_models_limit_and_makes_room() -> None:
 def test_resolving_keeps_what_was_given_and_is_idempotent() -> None:
     config = EngineConfig(max_model_len=50, num_pages=7, page_size=4, max_num_seqs=2, seed=3)
     resolved = config.resolve(max_position=64)
-    assert resolved == config
+    for field in dataclasses.fields(config):
+        given = getattr(config, field.name)
+        assert getattr(resolved, field.name) == given or given is None
     assert EngineConfig().resolve(512) == EngineConfig().resolve(512).resolve(512)
+
+
+def test_the_device_chooses_what_was_left_open() -> None:
+    cpu, gpu = EngineConfig().resolve(4096), EngineConfig().resolve(4096, "gpu")
+    assert (cpu.page_size, cpu.max_num_batched_tokens, cpu.prefill_row_len) == (64, 512, 16)
+    assert (gpu.page_size, gpu.max_num_batched_tokens, gpu.prefill_row_len) == (128, 4096, 128)
+    assert EngineConfig(page_size=32).resolve(4096, "gpu").page_size == 32
 
 
 def test_the_scheduler_gets_every_limit() -> None:
@@ -91,7 +106,7 @@ def test_the_scheduler_gets_every_limit() -> None:
         num_pages=7,
         scheduling_policy="priority",
         long_prefill_token_threshold=9,
-    )
+    ).resolve(64)
     scheduler = config.scheduler()
     assert scheduler.policy == "priority"
     for field in dataclasses.fields(scheduler):

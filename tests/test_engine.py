@@ -22,7 +22,7 @@ def shared_llm(tiny_model: tuple) -> LLM:
         tiny_model,
         page_size=16,
         num_pages=48,
-        max_model_len=160,
+        max_model_len=128,
         max_num_seqs=8,
         max_num_batched_tokens=64,
     )
@@ -91,7 +91,7 @@ def test_nothing_compiles_after_warm_up(llm: LLM) -> None:
                 )
                 for i in range(1 + 2 * round_)
             ]
-            prompts = [prompt(int(rng.integers(1, 120)), i) for i in range(len(params))]
+            prompts = [prompt(int(rng.integers(1, 90)), i) for i in range(len(params))]
             llm.generate(prompts, params, use_tqdm=False)
         assert counter.count == 0
     finally:
@@ -124,8 +124,8 @@ def test_max_num_seqs_bounds_the_batch(llm: LLM) -> None:
 
 def test_a_prompt_over_the_budget_is_computed_in_chunks(llm: LLM) -> None:
     before = llm.metrics().num_prefill_calls
-    llm.generate(prompt(130), GREEDY, use_tqdm=False)
-    assert llm.metrics().num_prefill_calls - before == 3  # 64 + 64 + 2
+    llm.generate(prompt(115), GREEDY, use_tqdm=False)
+    assert llm.metrics().num_prefill_calls - before == 2  # 64 + 51
 
 
 def test_eos_ends_a_request_unless_ignored(llm: LLM) -> None:
@@ -166,7 +166,7 @@ def test_length_is_max_tokens_or_max_model_len(llm: LLM) -> None:
     output = llm.generate(prompt(6), GREEDY, use_tqdm=False)[0].outputs[0]
     assert (len(output.token_ids), output.finish_reason) == (12, "length")
     unbounded = dataclasses.replace(GREEDY, max_tokens=None)
-    output = llm.generate(prompt(150), unbounded, use_tqdm=False)[0].outputs[0]
+    output = llm.generate(prompt(118), unbounded, use_tqdm=False)[0].outputs[0]
     assert (len(output.token_ids), output.finish_reason) == (10, "length")
 
 
@@ -194,7 +194,7 @@ def test_abort_of_a_preempted_request_frees_everything(tiny_model: tuple) -> Non
         tiny_model,
         page_size=16,
         num_pages=10,
-        max_model_len=160,
+        max_model_len=128,
         max_num_seqs=8,
         max_num_batched_tokens=64,
     )
@@ -246,11 +246,11 @@ def test_a_row_of_nan_fails_alone_and_leaves_nothing_behind(tiny_model: tuple) -
         (module, params | {"embed": params["embed"].at[77].set(np.nan)}),
         page_size=16,
         num_pages=10,
-        max_model_len=160,
+        max_model_len=128,
         max_num_seqs=8,
         max_num_batched_tokens=64,
     )
-    allowed = [token for token in prompt(150, 3) if token != 77]
+    allowed = [token for token in prompt(120, 3) if token != 77]
     params_ = dataclasses.replace(GREEDY, max_tokens=6)
     expected = token_ids(llm, allowed[:9], params_)
     assert 77 not in expected

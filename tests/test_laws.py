@@ -17,7 +17,7 @@ NUM_REQUESTS = 10
 
 def make_prompts() -> list[list[int]]:
     rng = np.random.default_rng(0)
-    return [rng.integers(3, 128, length).tolist() for length in rng.integers(1, 90, NUM_REQUESTS)]
+    return [rng.integers(3, 128, length).tolist() for length in rng.integers(1, 85, NUM_REQUESTS)]
 
 
 def make_params(index: int) -> SamplingParams:
@@ -33,7 +33,7 @@ def make_params(index: int) -> SamplingParams:
 
 def make_llm(model: tuple, *, num_pages: int = 48, **options: Any) -> LLM:
     """Small pages and few buckets: every shape of a step costs a compilation."""
-    return LLM(model, page_size=16, max_model_len=160, num_pages=num_pages, **options)
+    return LLM(model, page_size=16, max_model_len=128, num_pages=num_pages, **options)
 
 
 def run(llm: LLM, order: Sequence[int], arrivals: int = NUM_REQUESTS) -> dict[int, RequestOutput]:
@@ -98,7 +98,7 @@ def test_arrival_order_changes_no_token(tiny_model: tuple, alone: dict, seed: in
 @pytest.mark.parametrize("budget", [16, 64, 512])
 def test_preemption_changes_no_token(tiny_model: tuple, alone: dict, budget: int) -> None:
     """A pool that holds the largest request and little more."""
-    llm = make_llm(tiny_model, num_pages=10, max_num_seqs=8, max_num_batched_tokens=budget)
+    llm = make_llm(tiny_model, num_pages=9, max_num_seqs=8, max_num_batched_tokens=budget)
     outputs = run(llm, range(NUM_REQUESTS))
     assert sum(output.metrics.num_preemptions for output in outputs.values()) >= 1
     check_same(outputs, alone)

@@ -113,9 +113,7 @@ def test_prefill_and_decode_give_the_logits_of_transformers(tiny: tuple) -> None
         row = DecodeInputs(
             slot=jnp.array([0]),
             position=jnp.array([position]),
-            page_ids=jnp.append(pages[:used], jnp.full(8 - used, 8)),
-            page_rows=jnp.array([0] * used + [1] * (8 - used)),
-            page_index=jnp.append(jnp.arange(used), jnp.zeros(8 - used, jnp.int32)),
+            page_table=jnp.append(pages[:used], jnp.full(4 - used, 8))[None],
             sampling=forced(wanted),
         )
         state, out = decode(params, state, row, model=module, sampling=SamplingClass.MASKED)
