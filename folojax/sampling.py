@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key, UInt
 
@@ -53,9 +54,9 @@ def sample(
         position: Of the token to be drawn in its sequence: its randomness.
         sampling: At least as demanding as every row.
     """
-    log_mass = jax.nn.logsumexp(logits, axis=-1)
     processed = _ban(logits, rows.banned) if sampling >= SamplingClass.MASKED else logits
-    is_valid = jnp.isfinite(log_mass) & (processed.max(axis=-1) > -jnp.inf)
+    is_valid = jnp.isfinite(jax.nn.logsumexp(logits, axis=-1))
+    is_valid &= processed.max(axis=-1) > -jnp.inf  # the bans have left something
     if sampling > SamplingClass.GREEDY:
         is_greedy = (rows.temperature == 0)[:, None]
         scaled = processed / jnp.where(is_greedy, 1.0, rows.temperature[:, None])
@@ -64,8 +65,8 @@ def sample(
             noisy = jnp.where(scaled >= truncate(scaled, rows)[:, None], noisy, -jnp.inf)
         processed = jnp.where(is_greedy, processed, noisy)
     tokens = argmax(processed)
-    chosen = jnp.take_along_axis(logits, tokens[:, None], axis=1)[:, 0]
-    return StepOutput(tokens, chosen - log_mass, is_valid)
+    logprobs = -optax.losses.softmax_cross_entropy_with_integer_labels(logits, tokens)
+    return StepOutput(tokens, logprobs, is_valid)
 
 
 def argmax(x: Float[Array, "B V"]) -> Int[Array, " B"]:

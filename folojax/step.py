@@ -4,6 +4,8 @@ Both are pure: parameters, state and inputs in; new state and a report out. The 
 its buffers are reused for the new one and the old value is dead after the call. Neither has an
 error path: that a row has room in its pages is decided on the host (`folojax.sched`).
 
+Shapes that do not fit together fail while tracing, with an AssertionError that names them.
+
 The shapes of the inputs choose the executable, together with two static arguments: the module and
 the sampling class. Nothing else does; parameters of a request are arrays.
 """
@@ -11,6 +13,7 @@ the sampling class. Nothing else does; parameters of a request are arrays.
 import functools
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -42,6 +45,8 @@ def prefill(
         sampling: At least as demanding as every row.
     """
     rows, columns = inputs.tokens.shape
+    chex.assert_shape([inputs.start, inputs.length, inputs.slot], (rows,))
+    chex.assert_shape(inputs.page_table, (rows, None))
     plan = plan_chunks(inputs, state.cache)
     result: Any = model.apply(
         {"params": params},
@@ -78,6 +83,9 @@ def decode(
         model: A module of `folojax.models`.
         sampling: At least as demanding as every row.
     """
+    rows = inputs.slot.shape[0]
+    chex.assert_shape(inputs.position, (rows,))
+    chex.assert_shape(inputs.page_table, (rows, None))
     plan = plan_tokens(inputs, state.cache)
     result: Any = model.apply(
         {"params": params},

@@ -125,3 +125,17 @@ def _without_tokenizer(directory: Path) -> LLM:
     checkpoint = open_checkpoint(directory)
     model = (build_module(checkpoint.config, jnp.float32), load_params(checkpoint, jnp.float32))
     return LLM(model, max_num_seqs=4, max_num_batched_tokens=64)
+
+
+def test_inputs_that_do_not_fit_together_are_named(tiny_model: tuple) -> None:
+    module, params = tiny_model
+    layout = KVLayout.of(module.config, jnp.float32, segments=(4,), page_size=16)
+    state = init_state(layout, max_num_seqs=2)
+    two, three, table = jnp.zeros(2, int), jnp.zeros(3, int), jnp.zeros((2, 1), int)
+    row = DecodeInputs(slot=two, position=three, page_table=table, sampling=greedy_rows(2))
+    with pytest.raises(AssertionError, match=r"\(3,\)"):
+        decode(params, state, row, model=module)
+    tokens = jnp.zeros((2, 16), int)
+    chunk = PrefillInputs(tokens, two, three, table, two, greedy_rows(2))
+    with pytest.raises(AssertionError, match=r"\(3,\)"):
+        prefill(params, state, chunk, model=module)

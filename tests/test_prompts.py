@@ -70,7 +70,7 @@ def test_text_needs_a_tokenizer(prompts: Any) -> None:
         (5, "prompts is a int"),
         (None, "prompts is a NoneType"),
         (b"ab", "prompts is a bytes"),
-        (iter(["ab"]), "prompts is a "),
+        ({"ab"}, "prompts is a set"),
         (["ab", None], "prompt 1 is a NoneType"),
         (["ab", 5], "prompt 1 is a int"),
         ([[5], b"ab"], "prompt 1 is a bytes"),
