@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
+import jax
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -96,7 +97,8 @@ def generate(args: argparse.Namespace) -> None:
     if args.compare_sequential:
         with log.status("Compiling, so that neither run pays for it"):
             _warm_up(llm, inputs, params)
-    outputs = llm.generate(inputs, params)
+    with _CompileTime() as compiling:
+        outputs = llm.generate(inputs, params)
     _print_outputs(console, texts, outputs)
     report: dict[str, Any] = {
         "outputs": [
@@ -112,8 +114,33 @@ def generate(args: argparse.Namespace) -> None:
             o.outputs[0].token_ids for o in sequential
         ]
     _print_metrics(console, report)
+    if compiling.seconds > 0.5:
+        console.print(
+            f"{compiling.seconds:.1f} s of the batch's time went into compiling, or into loading "
+            "what an earlier run had compiled.",
+            style="dim",
+        )
     if args.json is not None:
         args.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+class _CompileTime:
+    """Adds up what XLA spends on compiling while it is entered, by JAX's own events."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __enter__(self) -> "_CompileTime":
+        jax.monitoring.register_event_duration_secs_listener(self)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        jax.monitoring.unregister_event_duration_listener(self)
+
+    def __call__(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
+        """Hears of one event."""
+        if event == "/jax/core/compile/backend_compile_duration":
+            self.seconds += duration_secs
 
 
 def _read_prompts(
