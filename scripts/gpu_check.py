@@ -1,8 +1,7 @@
-"""Is the engine right on an accelerator, and how far is a decode step from the memory's speed?
+"""How far is a decode step on an accelerator from the speed of its memory?
 
     python scripts/gpu_check.py attention     ways of reading the paged cache, one layer
     python scripts/gpu_check.py decode        whole steps of Qwen3-0.6B and 8B shapes
-    python scripts/gpu_check.py right         float32 against CPU, bfloat16 bounds, slot bits
     python scripts/gpu_check.py nano          256 requests end to end
 
 Weights are random; shapes are the true ones. `--small` shrinks everything, to try the script
@@ -136,7 +135,7 @@ def attention_ways(page_size: int, lengths: Any) -> dict[str, Callable[..., Any]
         return numerator / (scale * total.at[table].get(mode="clip")).sum(1)[..., None]
 
     def paged(q: Any, k: Any, v: Any, p: Any, *, how: str, scatter: bool) -> Any:
-        pages, kv_heads, groups, dim = len(k), q.shape[1], q.shape[2], q.shape[3]
+        dim = q.shape[3]
         mine = q.at[p["owner"]].get(mode="clip")
         if how == "dot":
             score = jnp.einsum("pkgd,pkds->pkgs", mine, k, preferred_element_type=jnp.float32)
@@ -162,7 +161,6 @@ def attention_ways(page_size: int, lengths: Any) -> dict[str, Callable[..., Any]
         num, rows = q.shape[0], p["owner"]
         numerator = jax.ops.segment_sum(partial, rows, num + 1)[:num]
         total = jax.ops.segment_sum(weight.sum(-1), rows, num + 1)[:num]
-        del pages, kv_heads, groups
         return (numerator / total[..., None]).astype(q.dtype)
 
     def gathered(q: Any, k: Any, v: Any, p: Any) -> Any:
