@@ -1,8 +1,8 @@
 """folojax: batched language-model generation as pure JAX functions.
 
 The engine: `LLM`, `SamplingParams`, `EngineConfig` and the outputs. The functional layer under
-it, for programs that thread the state themselves: `prefill`, `decode`, `init_state` and the types
-in `folojax.state`.
+it, for programs that thread the state themselves: `prefill`, `decode`, `sample_tokens`,
+`score_tokens`, `init_state` and the types in `folojax.state`.
 """
 
 from folojax.config import EngineConfig
@@ -16,17 +16,21 @@ from folojax.outputs import (
     RequestOutput,
     batch_metrics,
 )
-from folojax.sampling import SamplingClass
+from folojax.sampling import SamplingClass, SamplingSpec
 from folojax.sampling_params import SamplingParams
 from folojax.state import (
     DecodeInputs,
     EngineState,
     PrefillInputs,
+    SampleInputs,
     SamplingRows,
+    SlotState,
+    StepOutput,
+    TokenScores,
     greedy_rows,
     init_state,
 )
-from folojax.step import decode, prefill
+from folojax.step import decode, head_params, prefill, sample_tokens, score_tokens
 
 __version__ = "0.1.0"
 
@@ -42,12 +46,20 @@ __all__ = [
     "PrefillInputs",
     "RequestMetrics",
     "RequestOutput",
+    "SampleInputs",
     "SamplingClass",
     "SamplingParams",
     "SamplingRows",
+    "SamplingSpec",
+    "SlotState",
+    "StepOutput",
+    "TokenScores",
     "batch_metrics",
     "decode",
     "greedy_rows",
+    "head_params",
     "init_state",
     "prefill",
+    "sample_tokens",
+    "score_tokens",
 ]

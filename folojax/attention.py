@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from folojax import kv_cache
 from folojax.kv_cache import KVCache
-from folojax.state import DecodeInputs, PrefillInputs
+from folojax.state import DecodeInputs, PrefillInputs, SharedPages
 
 # Finite, so that a row without any valid key (padding) gives numbers and not NaN.
 MASKED = -1e30
@@ -35,8 +35,11 @@ class TokenPlan(NamedTuple):
     page: Int[Array, " B"]
     offset: Int[Array, " B"]
     page_table: Int[Array, "B N"]
-    owner: Int[Array, " P"]  # row of the page; B for a page that nobody reads
+    owner: Int[Array, " P"]  # first row of the page; B for a page that nobody reads
     is_valid: Bool[Array, "P S"]
+    partial: Int[Array, "B N"]  # where the row finds what its pages gave: P + X * Q of them
+    shared: SharedPages | None
+    is_shared_valid: Bool[Array, "X Q S"] | None
 
 
 def plan_chunks(inputs: PrefillInputs, cache: KVCache) -> ChunkPlan:
@@ -61,17 +64,28 @@ def plan_tokens(inputs: DecodeInputs, cache: KVCache) -> TokenPlan:
     rows, table_pages = inputs.page_table.shape
     row = jnp.broadcast_to(jnp.arange(rows)[:, None], (rows, table_pages))
     column = jnp.broadcast_to(jnp.arange(table_pages)[None, :], (rows, table_pages))
-    owner = jnp.full(num_pages, rows).at[inputs.page_table].set(row, mode="drop")
-    index = jnp.zeros(num_pages, jnp.int32).at[inputs.page_table].set(column, mode="drop")
-    position = jnp.append(inputs.position, -1)[owner]
+    shared = inputs.shared
+    is_first = True if shared is None else shared.lane < 0
+    first_table = jnp.where(is_first, inputs.page_table, num_pages)
+    owner = jnp.full(num_pages, rows).at[first_table].set(row, mode="drop")
+    index = jnp.zeros(num_pages, jnp.int32).at[first_table].set(column, mode="drop")
+    last_position = jnp.append(inputs.position, -1)
     key_position = index[:, None] * page_size + jnp.arange(page_size)[None, :]
     last = jnp.minimum(inputs.position // page_size, table_pages - 1)
+    partial, is_shared_valid = inputs.page_table, None
+    if shared is not None:
+        partial = jnp.where(is_first, partial, num_pages + shared.lane)
+        shared_position = key_position.at[shared.page].get(mode="clip")
+        is_shared_valid = shared_position[:, None, :] <= last_position[shared.owner][:, :, None]
     return TokenPlan(
         page=jnp.take_along_axis(inputs.page_table, last[:, None], axis=1)[:, 0],
         offset=inputs.position % page_size,
         page_table=inputs.page_table,
         owner=owner,
-        is_valid=key_position <= position[:, None],
+        is_valid=key_position <= last_position[owner][:, None],
+        partial=partial,
+        shared=shared,
+        is_shared_valid=is_shared_valid,
     )
 
 
@@ -118,32 +132,64 @@ def attend_tokens(
     Every page takes the query of the row that owns it and gives a partial maximum, sum and value
     (1/S of the cache's data); a row then combines its pages' partials through its table, in their
     order. So a row's result depends neither on its neighbours nor on which pages it was given.
+    Pages with several owners are copied out and read once more for every Q further ones.
     """
     cache = kv_cache.write(cache, layer, plan.page, plan.offset, key, value)
     rows, heads, dim = query.shape
     segments = kv_cache.layer_segments(cache, layer, query.dtype)
-    kv_heads, size = segments[0][0].shape[1], segments[0][0].shape[3]
-    groups = heads // kv_heads
     num_pages = plan.owner.shape[0]
-    is_valid = plan.is_valid[:, None, None, :]
 
-    page_query = query[jnp.minimum(plan.owner, rows - 1)].reshape(-1, groups, dim)
-    score = _paged_product("ngd,nds->ngs", page_query, [keys for keys, _ in segments])
-    score = score.reshape(num_pages, kv_heads, groups, size) * dim**-0.5
-    page_max = jnp.where(is_valid, score, MASKED).max(axis=-1)
-    weight = jnp.where(is_valid, jnp.exp(score - page_max[..., None]), 0.0)
-    page_weight = weight.astype(query.dtype).reshape(-1, groups, size)
-    partial = _paged_product("ngs,nsd->ngd", page_weight, [values for _, values in segments])
-    partial = partial.reshape(num_pages, kv_heads, groups, dim)
+    page_query = query[jnp.minimum(plan.owner, rows - 1)].reshape(num_pages, 1, heads, dim)
+    partials = _attend_pages(page_query, plan.is_valid[:, None, :], segments)
+    if plan.shared is not None:
+        assert plan.is_shared_valid is not None
+        lane_query = query[jnp.minimum(plan.shared.owner, rows - 1)]
+        copied = kv_cache.gather_pages(cache, layer, plan.shared.page, query.dtype)
+        lanes = _attend_pages(lane_query, plan.is_shared_valid, [copied])
+        partials = _Partials(*map(jnp.concatenate, zip(partials, lanes, strict=True)))
 
     # [B, N] pages a row. Gathers: sums by scatter would be atomic on a GPU, in any order and slow.
     is_page = (plan.page_table < num_pages)[:, :, None, None]
-    row_max = jnp.where(is_page, page_max.at[plan.page_table].get(mode="clip"), MASKED)
+    row_max = jnp.where(is_page, partials.maximum.at[plan.partial].get(mode="clip"), MASKED)
     scale = jnp.exp(row_max - row_max.max(axis=1, keepdims=True)) * is_page
-    total = (scale * weight.sum(axis=-1).at[plan.page_table].get(mode="clip")).sum(axis=1)
-    out = (scale[..., None] * partial.at[plan.page_table].get(mode="clip")).sum(axis=1)
+    total = (scale * partials.total.at[plan.partial].get(mode="clip")).sum(axis=1)
+    out = (scale[..., None] * partials.value.at[plan.partial].get(mode="clip")).sum(axis=1)
     out = out / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)[..., None]
     return cache, out.reshape(rows, heads, dim).astype(query.dtype)
+
+
+class _Partials(NamedTuple):
+    """What pages give their owners; W = pages x owners of each."""
+
+    maximum: Float[Array, "W K G"]
+    total: Float[Array, "W K G"]
+    value: Float[Array, "W K G D"]
+
+
+def _attend_pages(
+    query: Float[Array, "P Q H D"],
+    is_valid: Bool[Array, "P Q S"],
+    arrays: list[tuple[Float[Array, "_ K D S"], Float[Array, "_ K S D"]]],
+) -> _Partials:
+    """Softmax parts of Q queries of every page over the tokens of that page."""
+    pages, owners, heads, dim = query.shape
+    kv_heads, size = arrays[0][0].shape[1], arrays[0][0].shape[3]
+    groups = heads // kv_heads
+    flat = query.reshape(pages, owners, kv_heads, groups, dim).transpose(0, 2, 1, 3, 4)
+    flat = flat.reshape(pages * kv_heads, owners * groups, dim)
+    score = _paged_product("ngd,nds->ngs", flat, [keys for keys, _ in arrays])
+    score = score.reshape(pages, kv_heads, owners, groups, size) * dim**-0.5
+    is_valid = is_valid[:, None, :, None, :]
+    maximum = jnp.where(is_valid, score, MASKED).max(axis=-1)
+    weight = jnp.where(is_valid, jnp.exp(score - maximum[..., None]), 0.0)
+    flat_weight = weight.astype(query.dtype).reshape(pages * kv_heads, owners * groups, size)
+    value = _paged_product("ngs,nsd->ngd", flat_weight, [values for _, values in arrays])
+    value = value.reshape(pages, kv_heads, owners, groups, dim)
+
+    def by_owner(x: Array) -> Array:
+        return jnp.moveaxis(x, 2, 1).reshape(pages * owners, kv_heads, groups, *x.shape[4:])
+
+    return _Partials(by_owner(maximum), by_owner(weight.sum(axis=-1)), by_owner(value))
 
 
 def _paged_product(

@@ -25,11 +25,16 @@ class PrefillShape:
 
 @dataclasses.dataclass(frozen=True)
 class DecodeShape:
-    """`rows` rows with tables of `table_pages` pages, in the first `segments` cache segments."""
+    """`rows` rows with tables of `table_pages` pages, in the first `segments` cache segments.
+
+    Pages with several owners fill up to `shared_items` work items of `shared_lanes` owners.
+    """
 
     rows: int
     segments: int
     table_pages: int
+    shared_items: int = 0
+    shared_lanes: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +48,8 @@ class Buckets:
         prefill_pages: N of a prefill row, up to the pages of max_model_len.
         decode_pages: N of a decode row, likewise; coarser, as only partial sums are gathered.
         segments: Pages of each cache segment (`kv_cache.split_segments`).
+        shared_lanes: Q, owners of a work item of shared pages. Their number X is the next power
+            of 4 from 16 on: it has no bound that would be worth listing.
     """
 
     decode_rows: tuple[int, ...]
@@ -51,6 +58,7 @@ class Buckets:
     prefill_pages: tuple[int, ...]
     decode_pages: tuple[int, ...]
     segments: tuple[int, ...]
+    shared_lanes: int = 8
 
     def prefill_shape(self, num_rows: int, num_pages: int) -> PrefillShape:
         """The smallest shape that holds so many rows, with so many pages in the longest table."""
@@ -60,17 +68,21 @@ class Buckets:
             table_pages=round_up(num_pages, self.prefill_pages),
         )
 
-    def decode_shape(self, num_rows: int, extent: int, num_pages: int) -> DecodeShape:
+    def decode_shape(
+        self, num_rows: int, extent: int, num_pages: int, shared_items: int = 0
+    ) -> DecodeShape:
         """The smallest shape for so many rows of at most `num_pages` pages, ids below `extent`."""
         extents = tuple(itertools.accumulate(self.segments))
         return DecodeShape(
             rows=round_up(num_rows, self.decode_rows),
             segments=1 + bisect.bisect_left(extents, extent),
             table_pages=round_up(num_pages, self.decode_pages),
+            shared_items=max(16, next_power(shared_items, 4)) if shared_items else 0,
+            shared_lanes=self.shared_lanes if shared_items else 0,
         )
 
     def shapes(self) -> Iterator[PrefillShape | DecodeShape]:
-        """Every shape that a step can have."""
+        """Every shape that a step without shared pages can have."""
         for rows, pages in itertools.product(self.prefill_rows, self.prefill_pages):
             yield PrefillShape(rows, self.prefill_columns, pages)
         extents = tuple(itertools.accumulate(self.segments))
@@ -114,6 +126,18 @@ def round_up(value: int, sizes: tuple[int, ...]) -> int:
     """
     assert value <= sizes[-1], f"{value} is beyond the largest bucket {sizes[-1]}"
     return sizes[bisect.bisect_left(sizes, value)]
+
+
+def next_power(value: int, factor: int) -> int:
+    """The smallest power of `factor` that is not below `value`.
+
+    >>> [next_power(value, 4) for value in (1, 2, 4, 5)]
+    [1, 4, 4, 16]
+    """
+    power = 1
+    while power < value:
+        power *= factor
+    return power
 
 
 def _with_previous(sizes: tuple[int, ...]) -> Iterator[tuple[int, int]]:

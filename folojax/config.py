@@ -6,6 +6,8 @@ from folojax.sched.config import SchedulerConfig
 from folojax.sched.pages import pages_for
 from folojax.sched.queue import POLICIES
 
+LOGPROBS_MODES = ("raw", "processed")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EngineConfig:
@@ -25,6 +27,10 @@ class EngineConfig:
         long_prefill_token_threshold: Most tokens of one prompt in one step; 0 is no cap.
         prefill_row_len: Prompts are computed in rows of so many tokens: short rows waste less on
             padding, long rows copy fewer pages. None is 16 on CPU, 128 elsewhere.
+        enable_prefix_caching: Pages of earlier requests serve later ones that begin alike.
+        max_logprobs: Most alternatives that a request may have reported with a token; -1 is no cap.
+        logprobs_mode: "raw" reports the model's own distribution, "processed" the one that was
+            sampled from: after penalties, masks, temperature and truncation.
         seed: Of the seeds that requests without one are given.
     """
 
@@ -37,6 +43,9 @@ class EngineConfig:
     enable_chunked_prefill: bool = True
     long_prefill_token_threshold: int = 0
     prefill_row_len: int | None = None
+    enable_prefix_caching: bool = True
+    max_logprobs: int = 20
+    logprobs_mode: str = "raw"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -47,10 +56,13 @@ class EngineConfig:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < low:
                 problems.append(f"{name} is {value!r}; it must be an integer of at least {low}")
-        if not isinstance(self.enable_chunked_prefill, bool):
+        for name in ("enable_chunked_prefill", "enable_prefix_caching"):
+            if not isinstance(getattr(self, name), bool):
+                problems.append(f"{name} is {getattr(self, name)!r}; it must be True or False")
+        if self.logprobs_mode not in LOGPROBS_MODES:
             problems.append(
-                f"enable_chunked_prefill is {self.enable_chunked_prefill!r}; "
-                "it must be True or False"
+                f"logprobs_mode is {self.logprobs_mode!r}; "
+                f"it must be one of {', '.join(LOGPROBS_MODES)}"
             )
         if self.scheduling_policy not in POLICIES:
             problems.append(
@@ -133,5 +145,6 @@ _LOWEST = {
     "num_pages": 1,
     "long_prefill_token_threshold": 0,
     "prefill_row_len": 1,
+    "max_logprobs": -1,
     "seed": 0,
 }

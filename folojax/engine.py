@@ -6,13 +6,12 @@ add_request ─> Job ─> scheduler ─(plan)─> runner ─(tokens)─> schedul
 import dataclasses
 import time
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import numpy as np
 
 from folojax.job import Job, Sample, make_job
 from folojax.outputs import RequestOutput
-from folojax.runner import Runner
+from folojax.runner import Runner, TokenLogprob
 from folojax.sampling_params import SamplingParams
 from folojax.sched.plan import SchedulerOutput
 from folojax.sched.request import RequestStatus
@@ -117,7 +116,7 @@ class Engine:
         """Runs one step; returns the requests that finished in it."""
         plan = self.scheduler.schedule()
         start = time.perf_counter()
-        results = self.runner.run(plan)
+        results = self.runner.run(plan).sampled
         if plan.is_empty:
             return []
         self.num_steps += 1
@@ -166,7 +165,9 @@ class Engine:
             num_padding_tokens=stats.num_computed_tokens - stats.num_scheduled_tokens,
         )
 
-    def _commit(self, plan: SchedulerOutput, results: dict[str, Any]) -> list[RequestOutput]:
+    def _commit(
+        self, plan: SchedulerOutput, results: dict[str, TokenLogprob | None]
+    ) -> list[RequestOutput]:
         tokens = {i: result.token for i, result in results.items() if result is not None}
         failed = {i: NO_DISTRIBUTION for i, result in results.items() if result is None}
         now = time.perf_counter()
@@ -178,7 +179,9 @@ class Engine:
             for token in update.new_token_ids:
                 if job.first_token_time_s is None:
                     job.first_token_time_s = now
-                sample.logprobs.append(results[request_id].logprob)
+                result = results[request_id]
+                assert result is not None
+                sample.logprobs.append(result.logprob)
                 stop = sample.find_stop(token, job.params)
                 if stop is not None:
                     self._stop(sample, stop)

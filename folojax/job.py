@@ -150,7 +150,13 @@ def make_job(
     samples = []
     for index in range(params.n):
         sample_seed = None if seed is None else (seed + index) % 2**64
-        row = RowParams(params, sample_seed or 0, banned, len(prompt_token_ids) + params.min_tokens)
+        row = RowParams(
+            params,
+            sample_seed or 0,
+            banned,
+            len(prompt_token_ids) + params.min_tokens,
+            num_logprobs=params.logprobs,
+        )
         child_id = request_id if params.n == 1 else f"{request_id}#{index}"
         search = None
         if params.stop:

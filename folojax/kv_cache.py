@@ -16,6 +16,8 @@ that hold pages in use (`take_segments`), the others stay where they are.
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -181,24 +183,56 @@ def layer_segments(
 
 
 def gather_pages(
-    cache: KVCache, layer: int, page_table: Int[Array, "R N"], dtype: jnp.dtype
-) -> tuple[Float[Array, "R N K D S"], Float[Array, "R N K S D"]]:
-    """Copies the pages of a table out of a layer; the content of padding entries is unspecified."""
+    cache: KVCache, layer: int, page_table: Int[Array, "*pages"], dtype: jnp.dtype
+) -> tuple[Float[Array, "*pages K D S"], Float[Array, "*pages K S D"]]:
+    """Copies pages out of a layer; the content of padding entries is unspecified."""
+    keys = _gather([segment[layer] for segment in cache.keys], page_table)
+    values = _gather([segment[layer] for segment in cache.values], page_table)
+    return _load(keys, dtype), _load(values, dtype)
 
-    def gather(arrays: list[Array]) -> Array:
-        first, out = 0, None
+
+@functools.partial(jax.jit, donate_argnames="cache")
+def copy_pages(cache: KVCache, source: Int[Array, " X"], target: Int[Array, " X"]) -> KVCache:
+    """Copies whole pages, all layers, all at once: every source is read before a target is written.
+
+    DONATES `cache`. Entries whose target is P or more are padding. Targets must differ.
+    """
+    source, target = jnp.asarray(source), jnp.asarray(target)
+
+    def copy(arrays: tuple[Array, ...]) -> tuple[Array, ...]:
+        pages = _gather(arrays, source)
+        first, out = 0, []
         for array in arrays:
             size = array.shape[0]
-            picked = array[jnp.clip(page_table - first, 0, size - 1)]
-            is_later = (page_table >= first)[:, :, None, None, None]
-            out = picked if out is None else jnp.where(is_later, picked, out)
+            is_inside = (target >= first) & (target < first + size)
+            local = jnp.where(is_inside, target - first, size + jnp.arange(target.shape[0]))
+            out.append(array.at[local].set(pages, mode="drop", unique_indices=True))
             first += size
-        assert out is not None, "a cache has at least one segment"
-        return out
+        return tuple(out)
 
-    keys = gather([segment[layer] for segment in cache.keys])
-    values = gather([segment[layer] for segment in cache.values])
-    return _load(keys, dtype), _load(values, dtype)
+    return KVCache(_by_layer(copy, cache.keys), _by_layer(copy, cache.values))
+
+
+def _by_layer(
+    function: Callable[[tuple[Array, ...]], tuple[Array, ...]],
+    segments: tuple[tuple[Array, ...], ...],
+) -> tuple[tuple[Array, ...], ...]:
+    """Applies a function to the segments of each layer."""
+    layers = [function(arrays) for arrays in zip(*segments, strict=True)]
+    return tuple(zip(*layers, strict=True))
+
+
+def _gather(arrays: Sequence[Array], pages: Int[Array, "..."]) -> Array:
+    """Pages out of the segments of one layer; the content of those out of range is unspecified."""
+    first, out = 0, None
+    for array in arrays:
+        size = array.shape[0]
+        picked = array[jnp.clip(pages - first, 0, size - 1)]
+        is_later = jnp.expand_dims(pages >= first, (-3, -2, -1))
+        out = picked if out is None else jnp.where(is_later, picked, out)
+        first += size
+    assert out is not None, "a cache has at least one segment"
+    return out
 
 
 def _replace(arrays: SegmentArrays, layer: int, new: Array) -> SegmentArrays:

@@ -22,12 +22,18 @@ class RowParams:
         seed: Of this sample; 0 for greedy, where it is not used.
         banned_ids: Not to be sampled at positions below `banned_until`; at most MAX_BANNED.
         banned_until: A position in the sequence, prompt included.
+        num_logprobs: Alternatives to report with each sampled token; None: no log-probabilities.
+        num_prompt_logprobs: The same for the tokens of the prompt.
+        next_token: One that follows the prompt and is to be scored with it.
     """
 
     params: SamplingParams
     seed: int
     banned_ids: tuple[int, ...] = ()
     banned_until: int = 0
+    num_logprobs: int | None = None
+    num_prompt_logprobs: int | None = None
+    next_token: int | None = None
 
 
 class RowTable:
@@ -77,8 +83,10 @@ class RowTable:
         )
         return SamplingRows(*fields)
 
-    def sampling_class(self, slot: Any, rows: SamplingRows) -> SamplingClass:
-        """What the most demanding of the rows needs; `slot` is the array that gave `rows`."""
-        if bool((rows.banned < self._vocab_size).any()):
-            return SamplingClass.MASKED
+    def sampling_class(self, slot: Any, position: Any) -> SamplingClass:
+        """What the most demanding of the rows needs; arguments as for `rows`."""
+        if (self._class[slot] == SamplingClass.EDITED).any() or (
+            (position < self._banned_until[slot]) & (self._banned[slot, 0] < self._vocab_size)
+        ).any():
+            return SamplingClass.EDITED
         return SamplingClass(int(self._class[slot].max()))

@@ -1,38 +1,73 @@
-"""Plan to padded arrays, jitted call, host tokens.
+"""Plan to jitted calls to host tokens.
 
-The runner remembers the rows of the batch; the scheduler's plan tells it only what changed.
-
-    plan ──> rows joining, leaving ──> chunks ──> prefill ──┐
-                                  └──> single tokens ─> decode ──> tokens by request id
+    plan ──> batch ──> chunks ──> prefill ──> hidden ──> sample_tokens ──┐
+                 └──> single tokens ─> decode ──> hidden ──> sample_tokens ─> results by request id
+                                          (and score_tokens, for prompts whose scores are wanted)
 
 One decode call serves all rows that need a single token, one prefill call the chunks of all
-prompts (more only if they overflow the largest bucket). Both are dispatched before either result
+prompts (more only if they overflow the largest bucket). Everything is dispatched before any result
 is read.
 """
 
 import dataclasses
-import heapq
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
+import jax
 from flax import linen as nn
 
 from folojax import kv_cache, step
-from folojax.buckets import Buckets, DecodeShape, PrefillShape
-from folojax.row_params import RowParams, RowTable
-from folojax.sampling import SamplingClass
+from folojax.batch import Batch, Chunk, Row, ints
+from folojax.buckets import Buckets, PrefillShape, next_power
+from folojax.sampling import SamplingClass, SamplingSpec
 from folojax.sched.plan import SchedulerOutput
-from folojax.state import DecodeInputs, EngineState, PrefillInputs, StepOutput, init_state, is_alive
+from folojax.state import (
+    DecodeInputs,
+    EngineState,
+    PrefillInputs,
+    SampleInputs,
+    StepOutput,
+    TokenScores,
+    init_state,
+    is_alive,
+)
 
 _SLOT_MULTIPLE = 32
 
 
-class SampledToken(NamedTuple):
-    """What a step gave one request."""
+class TokenLogprob(NamedTuple):
+    """A token, sampled or given, and how likely it was.
+
+    `top_tokens` and `top_logprobs` are the likeliest alternatives, descending: as many as the
+    request asked for. `rank` is 0 where it asked for no log-probabilities.
+    """
 
     token: int
     logprob: float
+    rank: int
+    top_tokens: tuple[int, ...] = ()
+    top_logprobs: tuple[float, ...] = ()
+
+
+class PromptLogprobs(NamedTuple):
+    """Log-probabilities of a chunk of a prompt: entry i is of the token at position `first + i`."""
+
+    first: int
+    entries: list[TokenLogprob]
+
+
+@dataclasses.dataclass(frozen=True)
+class StepResult:
+    """What a step gave, by request id.
+
+    Attributes:
+        sampled: The new token; None: the model gave no usable distribution (NaN, or all -inf).
+        prompt_logprobs: Of requests that asked. A request that was preempted and is computed again
+            reports again.
+    """
+
+    sampled: dict[str, TokenLogprob | None] = dataclasses.field(default_factory=dict)
+    prompt_logprobs: dict[str, PromptLogprobs] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass
@@ -42,27 +77,18 @@ class RunnerStats:
     num_prefill_calls: int = 0
     num_decode_calls: int = 0
     num_scheduled_tokens: int = 0
+    num_prefill_tokens: int = 0
     num_computed_tokens: int = 0
+    num_copied_pages: int = 0
 
 
-@dataclasses.dataclass
-class _Row:
-    """A request of the batch; of its tokens, those that were known when it joined."""
+class _Pending(NamedTuple):
+    """Results that are still on the device; row i of the arrays belongs to `rows[i]`."""
 
-    request_id: str
-    slot: int
-    token_ids: np.ndarray
-    page_ids: np.ndarray
-    num_computed_tokens: int
-
-
-class _Chunk(NamedTuple):
-    """At most C tokens of a row; the last chunk of what is known samples."""
-
-    row: _Row
-    start: int
-    end: int
-    has_sample: bool
+    rows: list[Row | None]
+    out: StepOutput | None
+    chunks: list[Chunk]
+    scores: TokenScores | None
 
 
 class Runner:
@@ -75,180 +101,249 @@ class Runner:
         layout: kv_cache.KVLayout,
         buckets: Buckets,
         max_num_seqs: int,
+        *,
+        max_logprobs: int = 20,
+        num_tokens: int | None = None,
     ) -> None:
+        """Allocates the state.
+
+        Args:
+            model: A module of `folojax.models`.
+            params: Its parameters.
+            layout: Of the cache.
+            buckets: Which shapes exist.
+            max_num_seqs: Most requests in a plan.
+            max_logprobs: J wherever a request wants alternatives.
+            num_tokens: Ids from here on are padding of the vocabulary; None: there are none.
+        """
         self.model = model
-        self.params = params
         self.buckets = buckets
         self.stats = RunnerStats()
+        self.max_logprobs = min(max_logprobs, model.config.vocab_size)
+        self._num_tokens = num_tokens
         self._layout = layout
         # Rounded up, so that engines with other limits share their executables.
         num_slots = -(-max_num_seqs // _SLOT_MULTIPLE) * _SLOT_MULTIPLE
-        self._table = RowTable(num_slots, model.config.vocab_size)
-        self._rows: dict[str, _Row] = {}
-        self._free_slots = list(range(num_slots))
+        self.batch = Batch(
+            num_slots, buckets.decode_pages[-1], layout.num_pages, model.config.vocab_size
+        )
+        self.params = params
         self.state: EngineState = init_state(layout, num_slots)
 
-    def run(self, plan: SchedulerOutput) -> dict[str, SampledToken | None]:
-        """Computes a plan; returns the sampled token of each request that has one in this step.
+    @property
+    def params(self) -> Any:
+        """The model's parameters; may be replaced between steps by others of the same shapes."""
+        return self._params
 
-        None in place of a token: the model gave no usable distribution (NaN, or all -inf).
-        """
-        self._update_rows(plan)
+    @params.setter
+    def params(self, params: Any) -> None:
+        self._params = params
+        self._head_params = step.head_params(params)
+
+    def run(self, plan: SchedulerOutput) -> StepResult:
+        """Computes a plan."""
+        self.batch.update(plan)
+        self._copy_pages(plan.page_copies)
         sampled = set(plan.sampled_request_ids)
-        chunks: list[_Chunk] = []
-        singles: list[_Row] = []
+        chunks: list[Chunk] = []
+        singles: list[Row] = []
         for request_id, num_tokens in plan.num_scheduled_tokens.items():
-            row = self._rows[request_id]
+            row = self.batch.rows[request_id]
             start, end = row.num_computed_tokens, row.num_computed_tokens + num_tokens
-            if start >= len(row.token_ids):
-                assert num_tokens == 1, f"{request_id} has {num_tokens} tokens, sampled ones"
+            if num_tokens == 1 and not _is_scored(row, start):
                 singles.append(row)
                 continue
+            assert end <= len(row.token_ids), f"{request_id} has {num_tokens} tokens, sampled ones"
             columns = self.buckets.prefill_columns
             for first in range(start, end, columns):
                 last = min(first + columns, end)
-                chunks.append(_Chunk(row, first, last, last == end and request_id in sampled))
-        pending: list[tuple[list[str | None], StepOutput]] = []
+                chunks.append(Chunk(row, first, last, last == end and request_id in sampled))
         most = self.buckets.prefill_rows[-1]
-        for first in range(0, len(chunks), most):
-            pending.append(self._prefill(chunks[first : first + most]))
+        pending = [self._prefill(chunks[i : i + most]) for i in range(0, len(chunks), most)]
         if singles:
-            pending.append(self._decode(singles))
+            pending.append(self._decode(singles, sampled))
         self.stats.num_scheduled_tokens += plan.total_num_scheduled_tokens
         return _read(pending)
 
     def reset(self) -> None:
         """Forgets every row; replaces the state if an interrupted step has consumed it."""
-        for request_id in list(self._rows):
-            self._leave(request_id)
+        self.batch.clear()
         if not is_alive(self.state):
-            self.state = init_state(self._layout, self._table.num_slots)
+            self.state = init_state(self._layout, self.batch.num_slots)
+
+    def release(self) -> None:
+        """Gives the state's memory back; `reset` allocates it again. Nothing may be running."""
+        assert not self.batch.rows, "rows are left"
+        for leaf in jax.tree.leaves(self.state):
+            leaf.delete()
 
     def check_is_empty(self) -> None:
         """Asserts that no request is remembered and every slot is free."""
-        assert not self._rows, f"rows are left: {sorted(self._rows)}"
-        assert sorted(self._free_slots) == list(range(self._table.num_slots)), "slots are missing"
+        self.batch.check_is_empty()
 
     def warm_up(self, sampling: Sequence[SamplingClass]) -> int:
         """Compiles every planned shape by running it on padding; returns how many there are."""
         shapes = list(self.buckets.shapes())
+        hidden: dict[int, Any] = {}
         for shape in shapes:
-            for needed in sampling:
-                if isinstance(shape, PrefillShape):
-                    self._call_prefill(self._prefill_inputs(shape, []), needed)
-                else:
-                    self._call_decode(self._decode_inputs(shape, []), shape.segments, needed)
-        return len(shapes) * len(sampling)
+            if isinstance(shape, PrefillShape):
+                hidden[shape.rows], _ = self._call_prefill(self.batch.prefill_inputs(shape, []))
+            else:
+                inputs = self.batch.decode_inputs(shape, [], [])
+                hidden[shape.rows] = self._call_decode(inputs, shape.segments)
+        for needed in sampling:
+            for rows, states in hidden.items():
+                slot = ints(rows, self.batch.num_slots)
+                self._call_sample(states, slot, ints(rows), SamplingSpec(needed, None))
+        return len(shapes) + len(hidden) * len(sampling)
 
-    def _update_rows(self, plan: SchedulerOutput) -> None:
-        for request_id in (*plan.finished_request_ids, *plan.preempted_request_ids):
-            if request_id in self._rows:
-                self._leave(request_id)
-        for new in plan.new_requests:
-            assert isinstance(new.params, RowParams), f"{new.request_id} has no row parameters"
-            slot = heapq.heappop(self._free_slots)
-            self._table.put(slot, new.params)
-            self._rows[new.request_id] = _Row(
-                request_id=new.request_id,
-                slot=slot,
-                token_ids=np.array(new.prompt_token_ids + new.output_token_ids, np.int32),
-                page_ids=np.array(new.page_ids, np.int32),
-                num_computed_tokens=new.num_computed_tokens,
-            )
-        cached = plan.cached_requests
-        for request_id, num_computed, new_pages in zip(
-            cached.request_ids, cached.num_computed_tokens, cached.new_page_ids, strict=True
-        ):
-            row = self._rows[request_id]
-            row.num_computed_tokens = num_computed
-            if new_pages:
-                row.page_ids = np.append(row.page_ids, np.array(new_pages, np.int32))
+    def _copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
+        if not copies:
+            return
+        size = next_power(len(copies), 4)
+        source, target = ints(size), ints(size, self._layout.num_pages)
+        source[: len(copies)], target[: len(copies)] = zip(*copies, strict=True)
+        cache = kv_cache.copy_pages(self.state.cache, source, target)
+        self.state = self.state._replace(cache=cache)
+        self.stats.num_copied_pages += len(copies)
 
-    def _leave(self, request_id: str) -> None:
-        heapq.heappush(self._free_slots, self._rows.pop(request_id).slot)
-
-    def _prefill(self, chunks: list[_Chunk]) -> tuple[list[str | None], StepOutput]:
+    def _prefill(self, chunks: list[Chunk]) -> _Pending:
         page_size = self._layout.page_size
         most_pages = max(-(-chunk.end // page_size) for chunk in chunks)
         shape = self.buckets.prefill_shape(len(chunks), most_pages)
-        inputs = self._prefill_inputs(shape, chunks)
-        out = self._call_prefill(inputs, self._table.sampling_class(inputs.slot, inputs.sampling))
+        inputs = self.batch.prefill_inputs(shape, chunks)
+        last, hidden = self._call_prefill(inputs)
         self.stats.num_prefill_calls += 1
+        self.stats.num_prefill_tokens += sum(chunk.end - chunk.start for chunk in chunks)
         self.stats.num_computed_tokens += inputs.tokens.size
-        return [chunk.row.request_id if chunk.has_sample else None for chunk in chunks], out
+        rows = [chunk.row if chunk.has_sample else None for chunk in chunks]
+        out = self._sample(last, rows, inputs.start + inputs.length) if any(rows) else None
+        scores = self._score(hidden, chunks)
+        return _Pending(rows, out, chunks, scores)
 
-    def _prefill_inputs(self, shape: PrefillShape, chunks: list[_Chunk]) -> PrefillInputs:
-        tokens = _ints((shape.rows, shape.columns))
-        start = _ints(shape.rows)
-        length = _ints(shape.rows)
-        page_table = _ints((shape.rows, shape.table_pages), self._layout.num_pages)
-        slot = _ints(shape.rows, self._table.num_slots)
-        for i, chunk in enumerate(chunks):
-            length[i] = chunk.end - chunk.start
-            tokens[i, : length[i]] = chunk.row.token_ids[chunk.start : chunk.end]
-            start[i] = chunk.start
-            pages = chunk.row.page_ids[: shape.table_pages]
-            page_table[i, : len(pages)] = pages
-            if chunk.has_sample:
-                slot[i] = chunk.row.slot
-        rows = self._table.rows(slot, start + length)
-        return PrefillInputs(tokens, start, length, page_table, slot, rows)
-
-    def _call_prefill(self, inputs: PrefillInputs, sampling: SamplingClass) -> StepOutput:
-        self.state, out = step.prefill(
-            self.params, self.state, inputs, model=self.model, sampling=sampling
-        )
-        return out
-
-    def _decode(self, rows: list[_Row]) -> tuple[list[str | None], StepOutput]:
-        extent = 1 + max(int(row.page_ids.max()) for row in rows)
-        most_pages = max(len(row.page_ids) for row in rows)
-        shape = self.buckets.decode_shape(len(rows), extent, most_pages)
-        inputs = self._decode_inputs(shape, rows)
-        sampling = self._table.sampling_class(inputs.slot, inputs.sampling)
-        out = self._call_decode(inputs, shape.segments, sampling)
+    def _decode(self, rows: list[Row], sampled: set[str]) -> _Pending:
+        extent, most_pages = max(r.extent for r in rows), max(r.num_pages for r in rows)
+        shared_items = self.batch.num_shared_items(rows, self.buckets.shared_lanes)
+        shape = self.buckets.decode_shape(len(rows), extent, most_pages, shared_items)
+        inputs = self.batch.decode_inputs(shape, rows, [row.num_computed_tokens for row in rows])
+        hidden = self._call_decode(inputs, shape.segments)
         self.stats.num_decode_calls += 1
         self.stats.num_computed_tokens += shape.rows
-        return [row.request_id for row in rows], out
+        sampling = [row if row.request_id in sampled else None for row in rows]
+        return _Pending(sampling, self._sample(hidden, sampling, inputs.position + 1), [], None)
 
-    def _decode_inputs(self, shape: DecodeShape, rows: list[_Row]) -> DecodeInputs:
-        slot = _ints(shape.rows, self._table.num_slots)
-        position = _ints(shape.rows)
-        page_table = _ints((shape.rows, shape.table_pages), self._layout.num_pages)
-        for i, row in enumerate(rows):
-            slot[i], position[i] = row.slot, row.num_computed_tokens
-            page_table[i, : len(row.page_ids)] = row.page_ids
-        return DecodeInputs(slot, position, page_table, self._table.rows(slot, position + 1))
+    def _sample(self, hidden: Any, rows: list[Row | None], position: Any) -> StepOutput:
+        slot = self.batch.slots(rows, len(position))
+        wanted = [row.params.num_logprobs for row in rows if row is not None]
+        num_logprobs = self._bucket_logprobs([count for count in wanted if count is not None])
+        spec = SamplingSpec(self.batch.params.sampling_class(slot, position), num_logprobs)
+        return self._call_sample(hidden, slot, position, spec)
 
-    def _call_decode(
-        self, inputs: DecodeInputs, num_segments: int, sampling: SamplingClass
-    ) -> StepOutput:
-        head, tail = kv_cache.take_segments(self.state.cache, num_segments)
-        state, out = step.decode(
-            self.params,
-            self.state._replace(cache=head),
-            inputs,
+    def _score(self, hidden: Any, chunks: list[Chunk]) -> TokenScores | None:
+        scored = [chunk for chunk in chunks if _is_scored(chunk.row, chunk.start)]
+        if not scored:
+            return None
+        targets = ints(hidden.shape[:2])
+        for i, chunk in enumerate(chunks):
+            following = _tokens_after(chunk)
+            targets[i, : len(following)] = following
+        wanted = [chunk.row.params.num_prompt_logprobs or 0 for chunk in scored]
+        return step.score_tokens(
+            self._head_params,
+            hidden,
+            targets,
             model=self.model,
-            sampling=sampling,
+            num_logprobs=self._bucket_logprobs(wanted) or 0,
         )
-        self.state = state._replace(cache=kv_cache.join_segments(state.cache, tail))
+
+    def _bucket_logprobs(self, wanted: Sequence[int]) -> int | None:
+        """J: one size for all who want alternatives, so that one executable serves them."""
+        if not wanted:
+            return None
+        return self.max_logprobs if max(wanted) > 0 else 0
+
+    def _call_prefill(self, inputs: PrefillInputs) -> tuple[Any, Any]:
+        cache, last, hidden = step.prefill(self.params, self.state.cache, inputs, model=self.model)
+        self.state = self.state._replace(cache=cache)
+        return last, hidden
+
+    def _call_decode(self, inputs: DecodeInputs, num_segments: int) -> Any:
+        head, tail = kv_cache.take_segments(self.state.cache, num_segments)
+        head, hidden = step.decode(
+            self.params, head, self.state.slots.tokens, inputs, model=self.model
+        )
+        self.state = self.state._replace(cache=kv_cache.join_segments(head, tail))
+        return hidden
+
+    def _call_sample(self, hidden: Any, slot: Any, position: Any, spec: SamplingSpec) -> StepOutput:
+        spec = dataclasses.replace(spec, num_tokens=self._num_tokens)
+        inputs = SampleInputs(slot, position, self.batch.params.rows(slot, position))
+        slots, out = step.sample_tokens(
+            self._head_params, self.state.slots, hidden, inputs, model=self.model, spec=spec
+        )
+        self.state = self.state._replace(slots=slots)
         return out
 
 
-def _read(
-    pending: list[tuple[list[str | None], StepOutput]],
-) -> dict[str, SampledToken | None]:
+def _is_scored(row: Row, position: int) -> bool:
+    """Whether the token after a position has a log-probability that the request asked for."""
+    if row.params.num_prompt_logprobs is None:
+        return False
+    return position + 1 < row.num_prompt_tokens or (
+        row.params.next_token is not None and position + 1 == row.num_prompt_tokens
+    )
+
+
+def _tokens_after(chunk: Chunk) -> list[int]:
+    """The scored tokens that follow the positions of a chunk."""
+    row = chunk.row
+    tokens = row.token_ids[: row.num_prompt_tokens].tolist()[chunk.start + 1 : chunk.end + 1]
+    if chunk.end == row.num_prompt_tokens and row.params.next_token is not None:
+        tokens.append(row.params.next_token)
+    return tokens
+
+
+def _read(pending: list[_Pending]) -> StepResult:
     """Waits for the device and sorts its rows by request."""
-    results: dict[str, SampledToken | None] = {}
-    for request_ids, out in pending:
-        tokens, logprobs, is_valid = (np.asarray(field).tolist() for field in out)
-        for i, request_id in enumerate(request_ids):
-            if request_id is not None:
-                sample = SampledToken(tokens[i], logprobs[i])
-                results[request_id] = sample if is_valid[i] else None
-    return results
+    result = StepResult()
+    arrays = jax.device_get([(item.out, item.scores) for item in pending])
+    for item, (out, scores) in zip(pending, arrays, strict=True):
+        if out is not None:
+            _read_samples(item.rows, out, result)
+        if scores is not None:
+            _read_scores(item.chunks, scores, result)
+    return result
 
 
-def _ints(shape: int | tuple[int, ...], value: int = 0) -> Any:
-    """An array for the device. Any: a jitted function takes NumPy arrays for JAX ones."""
-    return np.full(shape, value, np.int32)
+def _read_samples(rows: list[Row | None], out: StepOutput, result: StepResult) -> None:
+    tokens, logprobs, ranks = out.tokens.tolist(), out.logprobs.tolist(), out.ranks.tolist()
+    is_valid = out.is_valid.tolist()
+    for i, row in enumerate(rows):
+        if row is None:
+            continue
+        entry = TokenLogprob(tokens[i], logprobs[i], ranks[i])
+        if row.params.num_logprobs:
+            entry = entry._replace(
+                top_tokens=tuple(out.top_tokens[i, : row.params.num_logprobs].tolist()),
+                top_logprobs=tuple(out.top_logprobs[i, : row.params.num_logprobs].tolist()),
+            )
+        result.sampled[row.request_id] = entry if is_valid[i] else None
+
+
+def _read_scores(chunks: list[Chunk], scores: TokenScores, result: StepResult) -> None:
+    for i, chunk in enumerate(chunks):
+        count = chunk.row.params.num_prompt_logprobs
+        if count is None or not _is_scored(chunk.row, chunk.start):
+            continue
+        entries = [
+            TokenLogprob(
+                token,
+                float(scores.logprobs[i, j]),
+                int(scores.ranks[i, j]),
+                tuple(scores.top_tokens[i, j, :count].tolist()),
+                tuple(scores.top_logprobs[i, j, :count].tolist()),
+            )
+            for j, token in enumerate(_tokens_after(chunk))
+        ]
+        first = PromptLogprobs(chunk.start + 1, [])
+        result.prompt_logprobs.setdefault(chunk.row.request_id, first).entries.extend(entries)

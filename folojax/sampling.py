@@ -10,6 +10,7 @@ they are found without sorting the vocabulary: among the largest few where that 
 exactly by bisection over the ordered bits of the floats.
 """
 
+import dataclasses
 import enum
 from typing import NamedTuple
 
@@ -30,7 +31,22 @@ class SamplingClass(enum.IntEnum):
     GREEDY = 0
     RANDOM = 1  # temperature
     TRUNCATED = 2  # and top-k, top-p, min-p
-    MASKED = 3  # and banned ids
+    EDITED = 3  # and edits of the logits: banned ids
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingSpec:
+    """What chooses the sampler's executable; static.
+
+    Attributes:
+        needed: At least as demanding as every row.
+        num_logprobs: J, alternatives to report with each token; None reports no ranks either.
+        num_tokens: Ids from here on are padding of the vocabulary and never sampled; None: none.
+    """
+
+    needed: SamplingClass
+    num_logprobs: int | None = None
+    num_tokens: int | None = None
 
 
 class _Kept(NamedTuple):
@@ -44,7 +60,7 @@ def sample(
     logits: Float[Array, "B V"],
     rows: SamplingRows,
     position: Int[Array, " B"],
-    sampling: SamplingClass,
+    spec: SamplingSpec,
 ) -> StepOutput:
     """Draws one token a row.
 
@@ -52,9 +68,13 @@ def sample(
         logits: Of the model, float32.
         rows: Parameters; fields that the class does not use are not read.
         position: Of the token to be drawn in its sequence: its randomness.
-        sampling: At least as demanding as every row.
+        spec: At least as demanding as every row.
     """
-    processed = _ban(logits, rows.banned) if sampling >= SamplingClass.MASKED else logits
+    sampling = spec.needed
+    processed = _ban(logits, rows.banned) if sampling >= SamplingClass.EDITED else logits
+    if spec.num_tokens is not None and spec.num_tokens < logits.shape[1]:
+        is_padding = jnp.arange(logits.shape[1])[None, :] >= spec.num_tokens
+        processed = jnp.where(is_padding, -jnp.inf, processed)
     is_valid = jnp.isfinite(jax.nn.logsumexp(logits, axis=-1))
     is_valid &= processed.max(axis=-1) > -jnp.inf  # the bans have left something
     if sampling > SamplingClass.GREEDY:
@@ -65,8 +85,29 @@ def sample(
             noisy = jnp.where(scaled >= truncate(scaled, rows)[:, None], noisy, -jnp.inf)
         processed = jnp.where(is_greedy, processed, noisy)
     tokens = argmax(processed)
-    logprobs = -optax.losses.softmax_cross_entropy_with_integer_labels(logits, tokens)
-    return StepOutput(tokens, logprobs, is_valid)
+    if spec.num_logprobs is None:
+        none = jnp.zeros((logits.shape[0], 0))
+        logprobs = -optax.losses.softmax_cross_entropy_with_integer_labels(logits, tokens)
+        ranks = jnp.zeros_like(tokens)
+        return StepOutput(tokens, logprobs, ranks, is_valid, none.astype(jnp.int32), none)
+    logprobs, ranks, top_tokens, top = token_logprobs(logits, tokens, spec.num_logprobs)
+    return StepOutput(tokens, logprobs, ranks, is_valid, top_tokens, top)
+
+
+def token_logprobs(
+    logits: Float[Array, "B V"], tokens: Int[Array, " B"], num_logprobs: int
+) -> tuple[Float[Array, " B"], Int[Array, " B"], Int[Array, "B J"], Float[Array, "B J"]]:
+    """Log-probability and rank of given tokens, and the J likeliest with theirs.
+
+    A rank counts the tokens that are likelier, and of equals those with a lower id, from 1.
+    """
+    index = jnp.arange(logits.shape[1])[None, :]
+    chosen = jnp.take_along_axis(logits, jnp.maximum(tokens, 0)[:, None], axis=1)
+    is_before = (logits > chosen) | ((logits == chosen) & (index < tokens[:, None]))
+    normaliser = jax.nn.logsumexp(logits, axis=1, keepdims=True)
+    top, top_tokens = lax.top_k(logits, num_logprobs)
+    ranks = 1 + is_before.sum(axis=1, dtype=jnp.int32)
+    return (chosen - normaliser)[:, 0], ranks, top_tokens, top - normaliser
 
 
 def argmax(x: Float[Array, "B V"]) -> Int[Array, " B"]:

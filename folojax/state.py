@@ -4,13 +4,14 @@ One axis dictionary for the whole project, in shapes, einsums and comments:
 
     B  rows of a decode step        R  rows of a prefill step     C  tokens of a prefill row
     M  request slots                P  pages                      S  tokens in a page
-    N  pages of one row             X  ids that may be banned     L  layers
+    N  pages of one row             X  work items of shared pages Q  owners of such an item
     H  query heads                  K  key/value heads            G  query heads per kv head
-    D  head dim                     V  vocabulary
+    D  head dim                     E  hidden size                V  vocabulary
+    L  layers                       J  alternatives reported with a token
 
-Carried state (`EngineState`) is donated to every step and dead afterwards; reported output
-(`StepOutput`) is a different type. Padding is spelled with out-of-range indices: a row whose slot
-is `M` or a table entry that is `P` is dropped by every scatter, so nothing masks it twice.
+Carried state (`EngineState`) is donated to the steps that change it and dead afterwards; reported
+output (`StepOutput`) is a different type. Padding is spelled with out-of-range indices: a row whose
+slot is `M` or a table entry that is `P` is dropped by every scatter, so nothing masks it twice.
 
 Inputs may be NumPy arrays: handing those to a jitted call is their cheapest way to the device.
 """
@@ -24,11 +25,48 @@ from jaxtyping import Array, Bool, Float, Int, UInt
 from folojax.kv_cache import KVCache, KVLayout, init_cache
 
 
+class SlotState(NamedTuple):
+    """What the sampler keeps of every running request."""
+
+    tokens: Int[Array, " M"]  # last sampled token of each slot: the next decode step's input
+
+
 class EngineState(NamedTuple):
     """All that lives on the device from step to step."""
 
     cache: KVCache
-    tokens: Int[Array, " M"]  # last sampled token of each slot: the next decode step's input
+    slots: SlotState
+
+
+class PrefillInputs(NamedTuple):
+    """Chunks of prompts, cut into rows of C tokens; one request may fill several rows."""
+
+    tokens: Int[Array, "R C"]
+    start: Int[Array, " R"]  # position of the row's first token
+    length: Int[Array, " R"]  # valid tokens of the row, the rest is padding; 0 for a padding row
+    page_table: Int[Array, "R N"]  # the request's pages in order; P is padding
+
+
+class SharedPages(NamedTuple):
+    """Further owners of pages that several rows of a decode step have in common.
+
+    The first owner of a page is served where the page lies; the others are grouped into work items
+    of one page and Q owners, so a page is read once more for every Q of them.
+    """
+
+    page: Int[Array, " X"]  # P is padding
+    owner: Int[Array, "X Q"]  # rows of the step; B is padding
+    lane: Int[Array, "B N"]  # by table entry: item * Q + place in the item; -1 where it is first
+
+
+class DecodeInputs(NamedTuple):
+    """One token for every running row."""
+
+    slot: Int[Array, " B"]  # M for a padding row
+    token: Int[Array, " B"]  # the input token where the host knows it; -1: the slot's last sample
+    position: Int[Array, " B"]  # of the input token: how many tokens of the row are cached
+    page_table: Int[Array, "B N"]  # the row's pages in order; P is padding
+    shared: SharedPages | None = None  # None: every page has one owner
 
 
 class SamplingRows(NamedTuple):
@@ -42,32 +80,32 @@ class SamplingRows(NamedTuple):
     banned: Int[Array, "B X"]  # ids that may not be sampled in this step; V is padding
 
 
-class PrefillInputs(NamedTuple):
-    """Chunks of prompts, cut into rows of C tokens; one request may fill several rows."""
+class SampleInputs(NamedTuple):
+    """Which rows of hidden states are to give a token, and how."""
 
-    tokens: Int[Array, "R C"]
-    start: Int[Array, " R"]  # position of the row's first token
-    length: Int[Array, " R"]  # valid tokens of the row, the rest is padding; 0 for a padding row
-    page_table: Int[Array, "R N"]  # the request's pages in order; P is padding
-    slot: Int[Array, " R"]  # where the sampled token goes; M when the row ends no prompt
-    sampling: SamplingRows
-
-
-class DecodeInputs(NamedTuple):
-    """One token for every running row; the token itself is in the state."""
-
-    slot: Int[Array, " B"]  # M for a padding row
-    position: Int[Array, " B"]  # of the input token: how many tokens of the row are cached
-    page_table: Int[Array, "B N"]  # the row's pages in order; P is padding
-    sampling: SamplingRows
+    slot: Int[Array, " B"]  # where the token goes; M for a row that samples nothing
+    position: Int[Array, " B"]  # of the token to be drawn in its sequence: its randomness
+    rows: SamplingRows
 
 
 class StepOutput(NamedTuple):
-    """What the host reads after a step; row i belongs to input row i."""
+    """What the host reads after sampling; row i belongs to input row i."""
 
     tokens: Int[Array, " B"]
-    logprobs: Float[Array, " B"]  # log-probability of the token in the raw model distribution
+    logprobs: Float[Array, " B"]  # of the token, in the distribution that the spec names
+    ranks: Int[Array, " B"]  # 1 is the likeliest; 0 where the spec asks for no log-probabilities
     is_valid: Bool[Array, " B"]  # False: the row's logits hold a NaN or no finite value at all
+    top_tokens: Int[Array, "B J"]  # the likeliest tokens, descending
+    top_logprobs: Float[Array, "B J"]
+
+
+class TokenScores(NamedTuple):
+    """Log-probabilities of given tokens under the raw model distribution."""
+
+    logprobs: Float[Array, "R C"]
+    ranks: Int[Array, "R C"]  # 1 is the likeliest
+    top_tokens: Int[Array, "R C J"]
+    top_logprobs: Float[Array, "R C J"]
 
 
 def init_state(layout: KVLayout, max_num_seqs: int) -> EngineState:
@@ -77,7 +115,7 @@ def init_state(layout: KVLayout, max_num_seqs: int) -> EngineState:
         layout: Shape of the cache: segments, page size, layers, heads, dtype.
         max_num_seqs: M, how many requests may hold a slot at once.
     """
-    return EngineState(init_cache(layout), jnp.zeros(max_num_seqs, jnp.int32))
+    return EngineState(init_cache(layout), SlotState(jnp.zeros(max_num_seqs, jnp.int32)))
 
 
 def greedy_rows(num_rows: int) -> SamplingRows:

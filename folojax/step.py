@@ -1,101 +1,180 @@
-"""The two jitted functions of the engine: `prefill` and `decode`.
+"""The jitted functions of the engine: `prefill` and `decode`, `sample_tokens`, `score_tokens`.
 
-Both are pure: parameters, state and inputs in; new state and a report out. The state is DONATED:
-its buffers are reused for the new one and the old value is dead after the call. Neither has an
-error path: that a row has room in its pages is decided on the host (`folojax.sched`).
+    prompt chunks ──> prefill ──┐
+                                ├──> hidden states ──> sample_tokens ──> next token of each slot
+    single tokens ──> decode  ──┘                 └──> score_tokens  ──> log-probabilities
+
+All are pure: parameters, state and inputs in; new state and a report out. The state that goes in
+is DONATED: its buffers are reused for the new one and the old value is dead after the call. None
+has an error path: that a row has room in its pages is decided on the host (`folojax.sched`).
+
+Model and sampler are separate calls because each has its own axes of variation. The shapes of the
+inputs choose the executable of the model; the number of rows and a static `SamplingSpec` choose
+that of the sampler, which is small. Together they would need the product of both. Parameters of a
+request are arrays and choose nothing.
 
 Shapes that do not fit together fail while tracing, with an AssertionError that names them.
-
-The shapes of the inputs choose the executable, together with two static arguments: the module and
-the sampling class. Nothing else does; parameters of a request are arrays.
 """
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax import lax
+from jaxtyping import Array, Float, Int
 
 from folojax.attention import attend_chunks, attend_tokens, plan_chunks, plan_tokens
-from folojax.sampling import SamplingClass, sample
-from folojax.state import DecodeInputs, EngineState, PrefillInputs, StepOutput
+from folojax.kv_cache import KVCache
+from folojax.sampling import SamplingSpec, sample, token_logprobs
+from folojax.state import (
+    DecodeInputs,
+    PrefillInputs,
+    SampleInputs,
+    SlotState,
+    StepOutput,
+    TokenScores,
+)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "sampling"), donate_argnames="state")
+@functools.partial(jax.jit, static_argnames=("model",), donate_argnames="cache")
 def prefill(
-    params: Any,
-    state: EngineState,
-    inputs: PrefillInputs,
-    *,
-    model: nn.Module,
-    sampling: SamplingClass = SamplingClass.MASKED,
-) -> tuple[EngineState, StepOutput]:
-    """Caches chunks of prompts; samples the next token of each row whose slot is given.
+    params: Any, cache: KVCache, inputs: PrefillInputs, *, model: nn.Module
+) -> tuple[KVCache, Float[Array, "R E"], Float[Array, "R C E"]]:
+    """Caches chunks of prompts.
 
-    DONATES `state`.
+    DONATES `cache`.
 
     Args:
         params: The module's parameters.
-        state: Cache and last tokens. Earlier tokens of a row must be cached already, or stand in
-            an earlier row of the same call.
+        cache: Earlier tokens of a row must be cached already, or stand in an earlier row of the
+            same call.
         inputs: R rows of C tokens.
         model: A module of `folojax.models`.
-        sampling: At least as demanding as every row.
+
+    Returns:
+        The new cache, the hidden state of each row's last valid token, and those of all tokens.
     """
     rows, columns = inputs.tokens.shape
-    chex.assert_shape([inputs.start, inputs.length, inputs.slot], (rows,))
+    chex.assert_shape([inputs.start, inputs.length], (rows,))
     chex.assert_shape(inputs.page_table, (rows, None))
-    plan = plan_chunks(inputs, state.cache)
+    plan = plan_chunks(inputs, cache)
     result: Any = model.apply(
         {"params": params},
         inputs.tokens.reshape(-1),
         plan.query_position.reshape(-1),
-        state.cache,
+        cache,
         functools.partial(attend_chunks, plan),
     )
     hidden, cache = result
     last = jnp.arange(rows) * columns + jnp.maximum(inputs.length - 1, 0)
-    logits: Any = model.apply({"params": params}, hidden[last], method="logits")
-    out = sample(logits, inputs.sampling, inputs.start + inputs.length, sampling)
-    tokens = state.tokens.at[inputs.slot].set(out.tokens, mode="drop")
-    return EngineState(cache, tokens), out
+    return cache, hidden[last], hidden.reshape(rows, columns, -1)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "sampling"), donate_argnames="state")
+@functools.partial(jax.jit, static_argnames=("model",), donate_argnames="cache")
 def decode(
     params: Any,
-    state: EngineState,
+    cache: KVCache,
+    tokens: Int[Array, " M"],
     inputs: DecodeInputs,
     *,
     model: nn.Module,
-    sampling: SamplingClass = SamplingClass.MASKED,
-) -> tuple[EngineState, StepOutput]:
-    """Advances every row by one token: caches its last token and samples the next.
+) -> tuple[KVCache, Float[Array, "B E"]]:
+    """Caches one token of every row.
 
-    DONATES `state`.
+    DONATES `cache`.
 
     Args:
         params: The module's parameters.
-        state: Cache and last tokens; row i continues slot `inputs.slot[i]`.
+        cache: Holds the rows' earlier tokens.
+        tokens: The last token of every slot (`SlotState.tokens`); row i continues slot
+            `inputs.slot[i]`, unless the inputs give its token.
         inputs: B rows.
         model: A module of `folojax.models`.
-        sampling: At least as demanding as every row.
+
+    Returns:
+        The new cache and the hidden state of each row's token.
     """
     rows = inputs.slot.shape[0]
-    chex.assert_shape(inputs.position, (rows,))
+    chex.assert_shape([inputs.token, inputs.position], (rows,))
     chex.assert_shape(inputs.page_table, (rows, None))
-    plan = plan_tokens(inputs, state.cache)
+    plan = plan_tokens(inputs, cache)
+    sampled = tokens.at[inputs.slot].get(mode="clip")
     result: Any = model.apply(
         {"params": params},
-        state.tokens.at[inputs.slot].get(mode="clip"),
+        jnp.where(inputs.token < 0, sampled, inputs.token),
         inputs.position,
-        state.cache,
+        cache,
         functools.partial(attend_tokens, plan),
     )
     hidden, cache = result
+    return cache, hidden
+
+
+@functools.partial(jax.jit, static_argnames=("model", "spec"), donate_argnames="slots")
+def sample_tokens(
+    params: Any,
+    slots: SlotState,
+    hidden: Float[Array, "B E"],
+    inputs: SampleInputs,
+    *,
+    model: nn.Module,
+    spec: SamplingSpec,
+) -> tuple[SlotState, StepOutput]:
+    """Samples the next token of each row and keeps it as its slot's last one.
+
+    DONATES `slots`.
+
+    Args:
+        params: The module's parameters; `head_params(params)` suffices.
+        slots: Of all requests.
+        hidden: From `prefill` or `decode`.
+        inputs: B rows.
+        model: A module of `folojax.models`.
+        spec: At least as demanding as every row.
+    """
+    chex.assert_shape([inputs.slot, inputs.position], (hidden.shape[0],))
     logits: Any = model.apply({"params": params}, hidden, method="logits")
-    out = sample(logits, inputs.sampling, inputs.position + 1, sampling)
-    tokens = state.tokens.at[inputs.slot].set(out.tokens, mode="drop")
-    return EngineState(cache, tokens), out
+    out = sample(logits, inputs.rows, inputs.position, spec)
+    tokens = slots.tokens.at[inputs.slot].set(out.tokens, mode="drop")
+    return SlotState(tokens), out
+
+
+@functools.partial(jax.jit, static_argnames=("model", "num_logprobs"))
+def score_tokens(
+    params: Any,
+    hidden: Float[Array, "R C E"],
+    targets: Int[Array, "R C"],
+    *,
+    model: nn.Module,
+    num_logprobs: int,
+) -> TokenScores:
+    """Log-probabilities of the tokens that follow, in the raw model distribution.
+
+    Row by row, so that only C rows of the vocabulary are in memory at once.
+
+    Args:
+        params: The module's parameters; `head_params(params)` suffices.
+        hidden: From `prefill`.
+        targets: The token after each position; anything where there is none.
+        model: A module of `folojax.models`.
+        num_logprobs: J, alternatives to report for each position.
+    """
+    chex.assert_shape(targets, hidden.shape[:2])
+
+    def score_row(row: tuple[Array, Array]) -> TokenScores:
+        logits: Any = model.apply({"params": params}, row[0], method="logits")
+        return TokenScores(*token_logprobs(logits, row[1], num_logprobs))
+
+    return lax.map(score_row, (hidden, targets))
+
+
+def head_params(params: Any) -> Any:
+    """The part of a parameter tree that a model's `logits` reads: all but the layers.
+
+    The sampler is handed no more than that: what a call costs grows with its number of arrays.
+    """
+    return {name: value for name, value in params.items() if not isinstance(value, Mapping)}

@@ -65,6 +65,8 @@ class SchedulerOutput:
             it samples the next one; in batch order.
         finished_request_ids: finished since the plan before, for whatever reason.
         preempted_request_ids: lost their pages while this plan was made.
+        page_copies: (source, target) pages to copy before the step, all at once: every source is
+            read before a target is written.
     """
 
     new_requests: tuple[NewRequest, ...]
@@ -74,6 +76,7 @@ class SchedulerOutput:
     sampled_request_ids: tuple[str, ...]
     finished_request_ids: tuple[str, ...]
     preempted_request_ids: tuple[str, ...]
+    page_copies: tuple[tuple[int, int], ...] = ()
 
     @property
     def is_empty(self) -> bool:

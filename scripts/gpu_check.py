@@ -22,13 +22,18 @@ import numpy as np
 
 from folojax import (
     LLM,
+    EngineState,
     KVLayout,
+    SampleInputs,
     SamplingClass,
     SamplingParams,
+    SamplingSpec,
+    StepOutput,
     batch_metrics,
     decode,
     greedy_rows,
     init_state,
+    sample_tokens,
 )
 from folojax.models.config import ModelConfig
 from folojax.models.llama import Llama, init_params
@@ -116,7 +121,8 @@ class Pages:
         table: Any = np.where(self.table < self.num_pages, self.table, capacity)
         slot: Any = np.arange(rows, dtype=np.int32)
         position: Any = self.lengths.astype(np.int32)
-        return jax.device_put(DecodeInputs(slot, position, table, greedy_rows(rows)))
+        token: Any = np.full(rows, -1, np.int32)
+        return jax.device_put(DecodeInputs(slot, token, position, table))
 
 
 def attention_ways(page_size: int, lengths: Any) -> dict[str, Callable[..., Any]]:
@@ -229,6 +235,18 @@ def check_attention(small: bool, bandwidth: float) -> list[dict[str, Any]]:
     return results
 
 
+@functools.partial(jax.jit, static_argnames="model", donate_argnames="state")
+def greedy_step(
+    params: Any, state: EngineState, inputs: DecodeInputs, *, model: Any
+) -> tuple[EngineState, StepOutput]:
+    """The engine's two calls of a step as one program."""
+    cache, hidden = decode(params, state.cache, state.slots.tokens, inputs, model=model)
+    rows = SampleInputs(inputs.slot, inputs.position + 1, greedy_rows(len(inputs.slot)))
+    spec = SamplingSpec(SamplingClass.GREEDY)
+    slots, out = sample_tokens(params, state.slots, hidden, rows, model=model, spec=spec)
+    return EngineState(cache, slots), out
+
+
 def check_decode(small: bool, bandwidth: float) -> list[dict[str, Any]]:
     """Whole decode steps of the engine's own function against weights and used KV read once."""
     results = []
@@ -244,9 +262,8 @@ def check_decode(small: bool, bandwidth: float) -> list[dict[str, Any]]:
                 layout = KVLayout.of(module.config, jnp.bfloat16, (capacity,), page_size)
                 state = init_state(layout, rows)
                 inputs = pages.inputs(capacity)
-                static = {"model": module, "sampling": SamplingClass.GREEDY}
                 start = time.perf_counter()
-                run = decode.lower(params, state, inputs, **static).compile()
+                run = greedy_step.lower(params, state, inputs, model=module).compile()
                 compile_s = time.perf_counter() - start
                 kv_bytes = layout.bytes_per_page / page_size * float(pages.lengths.sum() + rows)
                 us = seconds(_threaded(run, params, state, inputs), inner=20) * 1e6

@@ -16,7 +16,6 @@ import pytest
 from folojax import kv_cache
 from folojax.attention import attend_chunks, attend_tokens, plan_chunks, plan_tokens
 from folojax.kv_cache import KVCache, KVLayout
-from folojax.row_params import RowTable
 from folojax.state import DecodeInputs, PrefillInputs
 
 M, V = 8, 16
@@ -113,10 +112,6 @@ def _attend_tokens(cache: KVCache, inputs: DecodeInputs, tokens: Tokens) -> Any:
     return attend_tokens(plan_tokens(inputs, cache), cache, LAYER, *tokens)
 
 
-def sampling_rows(num_rows: int) -> Any:
-    return RowTable(M, V).rows(np.full(num_rows, M), np.zeros(num_rows, np.int32))
-
-
 def store(cache: KVCache, sequences: list[Tokens], pages: list[list[int]]) -> KVCache:
     """Puts whole sequences into their pages."""
     size = kv_cache.page_size(cache)
@@ -163,8 +158,7 @@ def prefill(
             x[row * columns :][: length[row]] = tokens[chunk.start : chunk.end]
             x[row * columns :][length[row] : columns] = 7.0  # padding tokens compute something
     ids = np.zeros((rows, columns), np.int32)
-    slot = np.full(rows, M, np.int32)
-    arrays: list[Any] = [ids, start, length, table, slot, sampling_rows(rows)]
+    arrays: list[Any] = [ids, start, length, table]
     inputs = PrefillInputs(*arrays)
     cache, out = _attend_chunks(cache, inputs, flat)
     out = np.asarray(out).reshape(rows, columns, *out.shape[1:])
@@ -203,7 +197,7 @@ def decode(
         for x, tokens in zip(new, sequences[index], strict=True):
             x[row] = tokens[-1]
     slot = np.full(rows, M, np.int32)
-    arrays: list[Any] = [slot, position, table, sampling_rows(rows)]
+    arrays: list[Any] = [slot, np.full(rows, -1, np.int32), position, table]
     inputs = DecodeInputs(*arrays)
     head, out = _attend_tokens(head, inputs, new)
     return kv_cache.join_segments(head, tail), list(np.asarray(out))

@@ -12,7 +12,7 @@ PATH = (
     ("kv_cache", "state", "sampling", "attention", "step"),
     ("sampling_params", "row_params"),
     ("config", "buckets"),
-    ("runner",),
+    ("batch", "runner"),
     ("tokenizer", "outputs", "prompts", "job"),
     ("engine",),
     ("compilation_cache", "llm"),

@@ -12,13 +12,11 @@ from folojax import (
     DecodeInputs,
     KVLayout,
     PrefillInputs,
-    SamplingClass,
     SamplingParams,
-    SamplingRows,
     decode,
-    greedy_rows,
     init_state,
     prefill,
+    score_tokens,
 )
 from folojax.models.checkpoint import build_module, load_params, open_checkpoint
 from tests import reference
@@ -86,39 +84,39 @@ def test_prefill_and_decode_give_the_logits_of_transformers(tiny: tuple) -> None
     tokens = np.random.default_rng(1).integers(3, config.vocab_size, 64).tolist()
     expected = jax.nn.log_softmax(reference.logits(model, tokens), axis=-1)
     layout = KVLayout.of(config, jnp.float32, segments=(4, 4), page_size=16)
-    state = init_state(layout, max_num_seqs=1)
+    cache, slots = init_state(layout, max_num_seqs=1)
     pages = jnp.array([6, 1, 7, 2])
-
-    def forced(wanted: int) -> SamplingRows:
-        """Bans all but the next token of the text, so that its log-probability is reported."""
-        banned = [t for t in range(config.vocab_size) if t != wanted]
-        return greedy_rows(1)._replace(banned=jnp.array([banned]))
-
+    logprobs = []
     for first in range(0, 32, 16):
-        wanted = tokens[first + 16]
         chunk = PrefillInputs(
             tokens=jnp.array([tokens[first : first + 16]]),
             start=jnp.array([first]),
             length=jnp.array([16]),
             page_table=pages[None],
-            slot=jnp.array([0]),
-            sampling=forced(wanted),
         )
-        state, out = prefill(params, state, chunk, model=module, sampling=SamplingClass.MASKED)
-        assert out.tokens.tolist() == [wanted]
-        np.testing.assert_allclose(out.logprobs, expected[first + 15, wanted][None], atol=1e-4)
+        cache, last, hidden = prefill(params, cache, chunk, model=module)
+        np.testing.assert_array_equal(last, hidden[:, 15])
+        targets = jnp.array([tokens[first + 1 : first + 17]])
+        scores = score_tokens(params, hidden, targets, model=module, num_logprobs=2)
+        logprobs += scores.logprobs[0].tolist()
     for position in range(32, 63):
-        wanted = tokens[position + 1]
         used = position // 16 + 1
         row = DecodeInputs(
             slot=jnp.array([0]),
+            token=jnp.array([tokens[position]]),
             position=jnp.array([position]),
             page_table=jnp.append(pages[:used], jnp.full(4 - used, 8))[None],
-            sampling=forced(wanted),
         )
-        state, out = decode(params, state, row, model=module, sampling=SamplingClass.MASKED)
-        assert out.tokens.tolist() == [wanted]
-        np.testing.assert_allclose(out.logprobs, expected[position, wanted][None], atol=1e-4)
+        cache, last = decode(params, cache, slots.tokens, row, model=module)
+        targets = jnp.array([[tokens[position + 1]]])
+        scores = score_tokens(params, last[:, None], targets, model=module, num_logprobs=2)
+        logprobs += scores.logprobs[0].tolist()
+    wanted = expected[jnp.arange(63), jnp.array(tokens[1:])]
+    np.testing.assert_allclose(np.array(logprobs), wanted, atol=1e-4)
+    best = np.argsort(-expected[62], stable=True)[:2]
+    np.testing.assert_array_equal(scores.top_tokens[0, 0], best)
+    np.testing.assert_allclose(scores.top_logprobs[0, 0], expected[62][best], atol=1e-4)
+    assert scores.ranks.tolist() == [[1 + int((expected[62] > wanted[62]).sum())]]
 
 
 def _without_tokenizer(directory: Path) -> LLM:
@@ -132,10 +130,10 @@ def test_inputs_that_do_not_fit_together_are_named(tiny_model: tuple) -> None:
     layout = KVLayout.of(module.config, jnp.float32, segments=(4,), page_size=16)
     state = init_state(layout, max_num_seqs=2)
     two, three, table = jnp.zeros(2, int), jnp.zeros(3, int), jnp.zeros((2, 1), int)
-    row = DecodeInputs(slot=two, position=three, page_table=table, sampling=greedy_rows(2))
+    row = DecodeInputs(slot=two, token=two, position=three, page_table=table)
     with pytest.raises(AssertionError, match=r"\(3,\)"):
-        decode(params, state, row, model=module)
+        decode(params, state.cache, state.slots.tokens, row, model=module)
     tokens = jnp.zeros((2, 16), int)
-    chunk = PrefillInputs(tokens, two, three, table, two, greedy_rows(2))
+    chunk = PrefillInputs(tokens, two, three, table)
     with pytest.raises(AssertionError, match=r"\(3,\)"):
-        prefill(params, state, chunk, model=module)
+        prefill(params, state.cache, chunk, model=module)
