@@ -15,13 +15,16 @@ it reads all the same: pages are allocated lowest first, and the step is given o
 that hold pages in use (`take_segments`), the others stay where they are.
 """
 
+import bisect
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Num
@@ -191,35 +194,55 @@ def gather_pages(
     return _load(keys, dtype), _load(values, dtype)
 
 
-@functools.partial(jax.jit, donate_argnames="cache")
-def copy_pages(cache: KVCache, source: Int[Array, " X"], target: Int[Array, " X"]) -> KVCache:
+def copy_pages(cache: KVCache, copies: Sequence[tuple[int, int]]) -> KVCache:
     """Copies whole pages, all layers, all at once: every source is read before a target is written.
 
-    DONATES `cache`. Entries whose target is P or more are padding. Targets must differ.
+    DONATES `cache`. Not one jitted function but a small one for each array: it compiles in no time,
+    where one program over all layers and segments takes seconds and runs no faster.
+
+    Args:
+        cache: Pages, new or old.
+        copies: (source, target) page ids; targets differ.
     """
-    source, target = jnp.asarray(source), jnp.asarray(target)
+    taken: list[tuple[int, Any, list[Array]]] = []
+    sizes = [segment[0].shape[0] for segment in cache.keys]
+    firsts = [0, *itertools.accumulate(sizes)]
+    arrays = [[*keys, *values] for keys, values in zip(*cache, strict=True)]
 
-    def copy(arrays: tuple[Array, ...]) -> tuple[Array, ...]:
-        pages = _gather(arrays, source)
-        first, out = 0, []
-        for array in arrays:
-            size = array.shape[0]
-            is_inside = (target >= first) & (target < first + size)
-            local = jnp.where(is_inside, target - first, size + jnp.arange(target.shape[0]))
-            out.append(array.at[local].set(pages, mode="drop", unique_indices=True))
-            first += size
-        return tuple(out)
+    def locate(page: int) -> int:
+        return bisect.bisect_right(firsts, page) - 1
 
-    return KVCache(_by_layer(copy, cache.keys), _by_layer(copy, cache.values))
+    by_segments = sorted(copies, key=lambda copy: (locate(copy[0]), locate(copy[1])))
+    for (source, target), group in itertools.groupby(
+        by_segments, key=lambda copy: (locate(copy[0]), locate(copy[1]))
+    ):
+        pairs = np.array(list(group), np.int32) - np.array([firsts[source], firsts[target]])
+        # Padded to few lengths; never 1, for which XLA on CPU copies the whole array.
+        size = max(4, 1 << (len(pairs) - 1).bit_length())
+        index, place = np.zeros(size, np.int32), np.full(size, sizes[target], np.int32)
+        index[: len(pairs)], place[: len(pairs)] = pairs[:, 0], pairs[:, 1]
+        taken.append((target, place, [_take(array, index) for array in arrays[source]]))
+    for target, place, pages in taken:
+        arrays[target] = [
+            _put(array, place, page) for array, page in zip(arrays[target], pages, strict=True)
+        ]
+    num_layers = len(cache.keys[0])
+    return KVCache(
+        keys=tuple(tuple(segment[:num_layers]) for segment in arrays),
+        values=tuple(tuple(segment[num_layers:]) for segment in arrays),
+    )
 
 
-def _by_layer(
-    function: Callable[[tuple[Array, ...]], tuple[Array, ...]],
-    segments: tuple[tuple[Array, ...], ...],
-) -> tuple[tuple[Array, ...], ...]:
-    """Applies a function to the segments of each layer."""
-    layers = [function(arrays) for arrays in zip(*segments, strict=True)]
-    return tuple(zip(*layers, strict=True))
+@jax.jit
+def _take(array: Num[Array, "P K _ _"], index: Int[Array, " X"]) -> Num[Array, "X K _ _"]:
+    return array[index]
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _put(
+    array: Num[Array, "P K _ _"], index: Int[Array, " X"], pages: Num[Array, "X K _ _"]
+) -> Num[Array, "P K _ _"]:
+    return array.at[index].set(pages, mode="drop")
 
 
 def _gather(arrays: Sequence[Array], pages: Int[Array, "..."]) -> Array:

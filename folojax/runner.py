@@ -18,7 +18,7 @@ from flax import linen as nn
 
 from folojax import kv_cache, step
 from folojax.batch import Batch, Chunk, Row, ints
-from folojax.buckets import Buckets, PrefillShape, next_power
+from folojax.buckets import Buckets, PrefillShape
 from folojax.sampling import SamplingClass, SamplingSpec
 from folojax.sched.plan import SchedulerOutput
 from folojax.state import (
@@ -200,10 +200,7 @@ class Runner:
     def _copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
         if not copies:
             return
-        size = next_power(len(copies), 4)
-        source, target = ints(size), ints(size, self._layout.num_pages)
-        source[: len(copies)], target[: len(copies)] = zip(*copies, strict=True)
-        cache = kv_cache.copy_pages(self.state.cache, source, target)
+        cache = kv_cache.copy_pages(self.state.cache, copies)
         self.state = self.state._replace(cache=cache)
         self.stats.num_copied_pages += len(copies)
 

@@ -227,10 +227,11 @@ def test_a_larger_pool_begins_with_the_same_segments(first: int, num_pages: int,
 def test_pages_are_copied_all_at_once() -> None:
     """Over segment borders; a swap, and a source that is also a target, read the old content."""
     cache, key, value = full_cache()
-    source, target = np.array([0, 10, 4, 4, 2, 0]), np.array([10, 0, 2, 7, 4, P])
-    cache = kv_cache.copy_pages(cache, source, target)
+    copies = [(0, 10), (10, 0), (4, 2), (4, 7), (2, 4)]
+    source, target = np.array(copies).T
+    cache = kv_cache.copy_pages(cache, copies)
     expected_key, expected_value = key.copy(), value.copy()
-    expected_key[target[:-1]], expected_value[target[:-1]] = key[source[:-1]], value[source[:-1]]
+    expected_key[target], expected_value[target] = key[source], value[source]
     got_key, got_value = read(cache, 1)
     np.testing.assert_array_equal(got_key, expected_key)
     np.testing.assert_array_equal(got_value, expected_value)
