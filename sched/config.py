@@ -19,6 +19,8 @@ class SchedulerConfig:
         policy: "fcfs", or "priority" (smallest priority first, then arrival).
         enable_chunked_prefill: whether a prompt may be spread over several steps.
         long_prefill_token_threshold: most tokens of one request in one step; 0 is no cap.
+        enable_prefix_caching: whether K/V are kept, as long as there is room, for later requests
+            that begin with the same tokens.
 
     Raises:
         ValueError: with every mismatch in one text.
@@ -32,12 +34,18 @@ class SchedulerConfig:
     policy: str = "fcfs"
     enable_chunked_prefill: bool = True
     long_prefill_token_threshold: int = 0
+    enable_prefix_caching: bool = False
 
     def __post_init__(self) -> None:
         problems = [
             f"{name} is {getattr(self, name)!r}; it must be an int of at least {least}"
             for name, least in _LEAST.items()
             if not _is_int_from(getattr(self, name), least)
+        ]
+        problems += [
+            f"{name} is {getattr(self, name)!r}; it must be True or False"
+            for name in ("enable_chunked_prefill", "enable_prefix_caching")
+            if not isinstance(getattr(self, name), bool)
         ]
         if self.policy not in POLICIES:
             problems.append(f"policy is {self.policy!r}; it must be one of {', '.join(POLICIES)}")
@@ -56,8 +64,9 @@ class SchedulerConfig:
                 f"one token must be left for the output: shorten it to at most "
                 f"{self.max_model_len - 1:,} tokens or raise max_model_len"
             ]
-        # The last token is returned, never fed back: its K/V are not needed.
-        most_tokens = min(prompt_len + max_tokens, self.max_model_len) - 1
+        # The last token is returned, never fed back: its K/V are not needed. A prompt alone has
+        # no such token.
+        most_tokens = min(prompt_len + max(max_tokens, 1), self.max_model_len) - 1
         num_pages = pages_for(most_tokens, self.page_size)
         if num_pages > self.num_pages:
             return [

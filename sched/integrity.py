@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Collection
 
 from folojax.sched.config import SchedulerConfig
+from folojax.sched.memory import KVMemory
 from folojax.sched.pages import PageAllocator, pages_for
 from folojax.sched.queue import RequestQueue
 from folojax.sched.request import Request, RequestStatus
@@ -11,14 +12,15 @@ from folojax.sched.request import Request, RequestStatus
 
 def check_integrity(
     config: SchedulerConfig,
-    allocator: PageAllocator,
+    memory: KVMemory,
     requests: Collection[Request],
     running: Collection[Request],
     waiting: RequestQueue,
 ) -> None:
     """Raises AssertionError unless requests, batch, queue and pages agree; O(everything)."""
-    allocator.check()
-    _check_owners(allocator, requests)
+    memory.allocator.check()
+    _check_owners(memory.allocator, requests)
+    _check_contents(memory, running)
     _check_places(config, requests, running, waiting)
     for request in running:
         assert request.status is RequestStatus.RUNNING, f"in the batch, but {request}"
@@ -46,6 +48,20 @@ def _check_owners(allocator: PageAllocator, requests: Collection[Request]) -> No
         )
 
 
+def _check_contents(memory: KVMemory, running: Collection[Request]) -> None:
+    """Cached pages hold what they are cached for; a page to be written has one owner."""
+    prefixes = dict(memory.cache.prefixes())
+    for request in running:
+        for index, page in enumerate(request.page_ids):
+            end = (index + 1) * memory.page_size
+            if end > request.num_computed_tokens:
+                is_own = memory.allocator.ref_count(page) == 1 and page not in prefixes
+                assert is_own, f"page {page} is to be written, and is not its own: {request}"
+            elif page in prefixes:
+                is_same = prefixes[page] == request.tokens_between(0, end)
+                assert is_same, f"page {page} is cached for other tokens than those of {request}"
+
+
 def _check_places(
     config: SchedulerConfig,
     requests: Collection[Request],
@@ -58,7 +74,8 @@ def _check_places(
     assert set(placed) == set(requests), "batch and queue hold other requests than are remembered"
     assert len(running) <= config.max_num_seqs, f"{len(running)} requests run"
     if config.policy == "fcfs":
-        arrivals = [request.arrival_index for request in placed]
+        # (One of a group may be passed by others while it waits for the prompt to be computed.)
+        arrivals = [request.arrival_index for request in placed if request.group is None]
         assert arrivals == sorted(arrivals), f"out of the order of arrival: {arrivals}"
     else:
         urgencies = [request.urgency for request in waiting]

@@ -1,7 +1,20 @@
-"""Which pages of the KV pool are in use, and by how many owners."""
+"""Which pages of the KV pool are in use, by how many owners, and what the others still hold.
+
+::
+
+              allocate                    free, page cached
+     free  --------------->  active  --------------------------> idle
+       ^                      |  ^                                |
+       |   free, not cached   |  |      share (a prefix hit)      |
+       |<---------------------'  `--------------------------------|
+       |                    evicted, least recently used first    |
+       `----------------------------------------------------------'
+"""
 
 import heapq
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+
+from folojax.sched.prefix_cache import PrefixCache
 
 
 def pages_for(num_tokens: int, page_size: int) -> int:
@@ -14,97 +27,221 @@ def pages_for(num_tokens: int, page_size: int) -> int:
 
 
 class PageAllocator:
-    """Hands out pages 0 … num_pages - 1 and counts their owners.
+    """Hands out pages 0 … num_pages - 1, counts their owners, and keeps cached ones meanwhile.
 
-    The lowest free page always goes first: a decode step costs what the highest page in use
-    makes it cost, so pages in use are kept in the low part of the pool.
+    The lowest page without an owner always goes first: a decode step costs what the highest
+    active page makes it cost, so active pages are kept in the low part of the pool. If that page
+    is idle, what it holds is copied to the highest free page first.
 
-    Invariant: a page is free or has one owner or more, and `num_free + num_used == num_pages`.
-    Breaking a contract here (a page freed once too often) is a fault of the engine, hence an
-    AssertionError.
+    Copies are collected for the step that is being planned, as one parallel copy: every source is
+    read before any target is written, and no page is a target twice. So a page may be handed out,
+    and written in that step, although it is a source.
+
+    Invariant: a page is free, idle (no owner, in the cache) or active (an owner or more), and
+    `num_free + num_idle + num_used == num_pages`. Breaking a contract here (a page freed once too
+    often) is a fault of the engine, hence an AssertionError.
     """
 
-    def __init__(self, num_pages: int) -> None:
+    def __init__(self, num_pages: int, cache: PrefixCache | None = None) -> None:
         """Starts with every page free; `num_pages` is at least 1."""
         assert num_pages >= 1, f"a pool of {num_pages} pages"
         self.num_pages = num_pages
-        self._free = list(range(num_pages))  # a heap; a sorted list is one
+        self._cache = PrefixCache() if cache is None else cache
         self._ref_counts = [0] * num_pages
-        # A heap of -page with every page in use, and pages freed since they were on top: those
-        # are dropped when they come up. A page is here at most once, so it can't outgrow the pool.
-        self._maybe_used: list[int] = []
-        self._is_maybe_used = [False] * num_pages
+        self._num_used = 0
+        self._copies: dict[int, int] = {}  # target -> source, as of before the step
+        self._lowest_inactive = _PageHeap(num_pages, lambda page: not self._ref_counts[page])
+        self._highest_free = _PageHeap(num_pages, self._is_free, is_reversed=True)
+        self._highest_active = _PageHeap(
+            num_pages, lambda page: self._ref_counts[page] > 0, is_reversed=True
+        )
+        for page in range(num_pages):
+            self._lowest_inactive.push(page)
+            self._highest_free.push(page)
 
     @property
     def num_free(self) -> int:
-        """Pages that nobody owns."""
-        return len(self._free)
+        """Pages that hold nothing anyone could use."""
+        return self.num_pages - self._num_used - self._cache.num_idle
+
+    @property
+    def num_idle(self) -> int:
+        """Cached pages that nobody owns: what they hold is kept until the room is needed."""
+        return self._cache.num_idle
 
     @property
     def num_used(self) -> int:
-        """Pages that have an owner; a shared page counts once."""
-        return self.num_pages - len(self._free)
+        """Active pages, those that have an owner; a shared page counts once."""
+        return self._num_used
+
+    @property
+    def num_available(self) -> int:
+        """Pages that `allocate` can give: free and idle ones."""
+        return self.num_pages - self._num_used
 
     @property
     def extent(self) -> int:
-        """One more than the highest page in use, 0 when none is; amortised O(log num_pages)."""
-        while self._maybe_used:
-            page = -self._maybe_used[0]
-            if self._ref_counts[page] > 0:
-                return page + 1
-            heapq.heappop(self._maybe_used)
-            self._is_maybe_used[page] = False
-        return 0
+        """One more than the highest active page, 0 when none is; amortised O(log num_pages)."""
+        page = self._highest_active.peek()
+        return 0 if page is None else page + 1
+
+    @property
+    def page_copies(self) -> tuple[tuple[int, int], ...]:
+        """The parallel copy to be done before the step being planned: (source, target) pairs."""
+        return tuple((source, target) for target, source in self._copies.items())
 
     def ref_count(self, page: int) -> int:
         """Returns how many owners a page has."""
         return self._ref_counts[page]
 
     def allocate(self, num_pages: int) -> list[int] | None:
-        """Takes the lowest free pages, in rising order, with one owner each.
+        """Takes the lowest pages that nobody owns, in rising order, with one owner each.
+
+        Idle pages among them move to the highest free pages. Where too few pages are free, the
+        least recently used idle pages are evicted first.
 
         Returns:
-            The pages; or None, with nothing taken, when fewer than `num_pages` are free.
+            The pages; or None, with nothing changed, when fewer than `num_pages` are available.
         """
         assert num_pages >= 0, f"{num_pages} pages asked for"
-        if num_pages > len(self._free):
+        if num_pages > self.num_available:
             return None
-        pages = [heapq.heappop(self._free) for _ in range(num_pages)]
+        for _ in range(num_pages - self.num_free):
+            self._set_free(self._cache.evict())
+        pages = [self._lowest_inactive.pop() for _ in range(num_pages)]
         for page in pages:
-            self._ref_counts[page] = 1
-            if not self._is_maybe_used[page]:
-                self._is_maybe_used[page] = True
-                heapq.heappush(self._maybe_used, -page)
+            self._set_active(page)
+        for page in pages:
+            if self._cache.holds(page):
+                target = self._highest_free.pop()
+                self._cache.move(page, target)
+                self._add_copy(page, target)
+            self._copies.pop(page, None)
         return pages
 
     def share(self, pages: Iterable[int]) -> None:
-        """Adds one owner to each page; all must be in use."""
+        """Adds one owner to each page; all must be active or idle."""
         for page in pages:
-            assert self._ref_counts[page] > 0, f"page {page} is free: it can't be shared"
-            self._ref_counts[page] += 1
+            if self._ref_counts[page] > 0:
+                self._ref_counts[page] += 1
+            else:
+                assert self._cache.holds(page), f"page {page} is free: it can't be shared"
+                self._cache.set_active(page)
+                self._set_active(page)
 
     def free(self, pages: Iterable[int]) -> None:
-        """Takes one owner from each page; a page without owners is free again."""
+        """Takes one owner from each page; without owners it is idle if it is cached, else free.
+
+        Of the pages that become idle, the first given is the first to be evicted.
+        """
         for page in pages:
             assert self._ref_counts[page] > 0, f"page {page} is free already"
             self._ref_counts[page] -= 1
             if self._ref_counts[page] == 0:
-                heapq.heappush(self._free, page)
+                self._num_used -= 1
+                self._lowest_inactive.push(page)
+                if self._cache.holds(page):
+                    self._cache.set_idle(page)
+                else:
+                    self._set_free(page)
+
+    def copy(self, source: int, target: int) -> None:
+        """Has an active page copied to another, before the step that is being planned."""
+        for page in (source, target):
+            assert self._ref_counts[page] > 0, f"page {page} is not active: it can't be copied"
+        self._add_copy(source, target)
+
+    def drop_idle(self) -> None:
+        """Frees every idle page."""
+        while self._cache.num_idle:
+            self._set_free(self._cache.evict())
+
+    def forget_copies(self) -> None:
+        """Says that the copies so far have been done."""
+        self._copies.clear()
 
     def check(self) -> None:
-        """Raises AssertionError unless every page is either free, once, or in use."""
-        free = set(self._free)
-        assert len(free) == len(self._free), f"pages are free twice: {sorted(self._free)}"
-        used = {page for page, count in enumerate(self._ref_counts) if count > 0}
+        """Raises AssertionError unless every page is free, idle or active, and known as such."""
         negative = [page for page, count in enumerate(self._ref_counts) if count < 0]
         assert not negative, f"pages with a negative count: {negative}"
-        assert not free & used, f"pages both free and in use: {sorted(free & used)}"
-        lost = set(range(self.num_pages)) - free - used
-        assert not lost, f"pages neither free nor in use: {sorted(lost)}"
-        assert len(free) + len(used) == self.num_pages, (
-            f"{len(free)} free + {len(used)} used pages, but the pool has {self.num_pages}"
+        inactive = {page for page, count in enumerate(self._ref_counts) if count == 0}
+        active = set(range(self.num_pages)) - inactive
+        free = {page for page in inactive if self._is_free(page)}
+        self._cache.check(idle_pages=inactive - free)
+        counts = (self.num_free, self.num_idle, self.num_used)
+        assert counts == (len(free), len(inactive) - len(free), len(active)), (
+            f"{len(free)} pages are free, {len(inactive) - len(free)} idle and {len(active)} "
+            f"active of {self.num_pages}, but counted as {counts}"
         )
-        assert len(self._maybe_used) == sum(self._is_maybe_used), "a page is twice in the heap"
-        assert self.extent == max(used, default=-1) + 1, (
-            f"extent is {self.extent}, but the highest page in use is {max(used, default=None)}"
-        )
+        self._lowest_inactive.check(inactive)
+        self._highest_free.check(free)
+        self._highest_active.check(active)
+        assert not self._copies.keys() & free, "a copy is planned that nobody needs"
+
+    def _is_free(self, page: int) -> bool:
+        return self._ref_counts[page] == 0 and not self._cache.holds(page)
+
+    def _set_active(self, page: int) -> None:
+        self._ref_counts[page] = 1
+        self._num_used += 1
+        self._highest_active.push(page)
+
+    def _set_free(self, page: int) -> None:
+        """Notes a page that holds nothing any more; it is inactive already."""
+        self._highest_free.push(page)
+        self._copies.pop(page, None)
+
+    def _add_copy(self, source: int, target: int) -> None:
+        # The source may itself be the target of a copy of this step.
+        source = self._copies.get(source, source)
+        if source == target:  # moved away and back again
+            self._copies.pop(target, None)
+        else:
+            self._copies[target] = source
+
+
+class _PageHeap:
+    """The lowest (or highest) of the pages that belong here.
+
+    Pages come in by `push`. Those that have ceased to belong meanwhile are dropped when they come
+    up; a page is inside at most once, so the heap can't outgrow the pool.
+    """
+
+    def __init__(
+        self, num_pages: int, belongs: Callable[[int], bool], is_reversed: bool = False
+    ) -> None:
+        self._belongs = belongs
+        self._sign = -1 if is_reversed else 1
+        self._heap: list[int] = []
+        self._is_inside = [False] * num_pages
+
+    def push(self, page: int) -> None:
+        """Adds a page that belongs here now."""
+        if not self._is_inside[page]:
+            self._is_inside[page] = True
+            heapq.heappush(self._heap, self._sign * page)
+
+    def peek(self) -> int | None:
+        """Returns the first page, or None when there is none."""
+        while self._heap:
+            page = self._sign * self._heap[0]
+            if self._belongs(page):
+                return page
+            heapq.heappop(self._heap)
+            self._is_inside[page] = False
+        return None
+
+    def pop(self) -> int:
+        """Takes the first page out; there must be one."""
+        page = self.peek()
+        assert page is not None, "no page is left"
+        heapq.heappop(self._heap)
+        self._is_inside[page] = False
+        return page
+
+    def check(self, pages: set[int]) -> None:
+        """Raises AssertionError unless exactly these pages belong here and are inside."""
+        inside = [self._sign * key for key in self._heap]
+        assert len(inside) == len(set(inside)) == sum(self._is_inside), "a page is inside twice"
+        found = {page for page in inside if self._belongs(page)}
+        assert found == pages, f"pages missing or surplus: {sorted(found ^ pages)}"

@@ -6,6 +6,7 @@ The batch of a step, in the order of `num_scheduled_tokens`::
     | running before the step | admitted in this step, or resumed in it  |
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from folojax.sched.request import Request
@@ -62,11 +63,12 @@ class SchedulerOutput:
         num_scheduled_tokens: tokens to compute by request id; its order is the batch order.
         total_num_scheduled_tokens: their sum, at most the budget.
         sampled_request_ids: requests whose last known token is computed in this step, so that
-            it samples the next one; in batch order.
+            it samples the next one; in batch order. Never a prompt-only request.
         finished_request_ids: finished since the plan before, for whatever reason.
-        preempted_request_ids: lost their pages while this plan was made.
-        page_copies: (source, target) pages to copy before the step, all at once: every source is
-            read before a target is written.
+        page_copies: (source, target) pages, to be copied before anything of the step is computed:
+            every source is read before any target is written, and no page is a target twice.
+        preempted_request_ids: lost their pages since the plan before, or while this one was made;
+            those that lost them before may be among `new_requests` again.
     """
 
     new_requests: tuple[NewRequest, ...]
@@ -90,7 +92,8 @@ class RequestUpdate:
 
     Attributes:
         request: the request, its new tokens already in `output_token_ids`.
-        new_token_ids: what this step sampled; empty for a row that failed.
+        new_token_ids: what this step sampled; empty for a row that failed, and for a prompt-only
+            request, which is done.
     """
 
     request: Request
@@ -105,9 +108,9 @@ class PlanDraft:
         budget_left: tokens that may still be scheduled.
         requests: the batch so far, by id, in order.
         num_scheduled_tokens: tokens to compute by request id, in the same order.
-        new_page_ids: pages reserved for this step by request id.
+        new_page_ids: pages reserved for this step by request id, where there are any.
         new_request_ids: the part of the batch that joins in this step.
-        preempted_request_ids: victims so far.
+        has_victims: whether someone was preempted for it.
     """
 
     budget_left: int
@@ -115,7 +118,7 @@ class PlanDraft:
     num_scheduled_tokens: dict[str, int] = field(default_factory=dict)
     new_page_ids: dict[str, list[int]] = field(default_factory=dict)
     new_request_ids: set[str] = field(default_factory=set)
-    preempted_request_ids: list[str] = field(default_factory=list)
+    has_victims: bool = False
 
     def put(self, request: Request, num_tokens: int, page_ids: list[int]) -> None:
         """Schedules `num_tokens` of a request, for which `page_ids` were reserved."""
@@ -123,7 +126,8 @@ class PlanDraft:
         self.budget_left -= num_tokens
         self.requests[request.request_id] = request
         self.num_scheduled_tokens[request.request_id] = num_tokens
-        self.new_page_ids[request.request_id] = page_ids
+        if page_ids:
+            self.new_page_ids[request.request_id] = page_ids
 
     def put_new(self, request: Request, num_tokens: int, page_ids: list[int]) -> None:
         """Schedules a request that joins the batch."""
@@ -131,50 +135,54 @@ class PlanDraft:
         self.new_request_ids.add(request.request_id)
 
     def put_victim(self, request: Request) -> None:
-        """Notes a preempted request, and takes its tokens back out if they were scheduled."""
-        self.preempted_request_ids.append(request.request_id)
+        """Takes the tokens of a preempted request back out if they were scheduled."""
+        self.has_victims = True
         if self.requests.pop(request.request_id, None) is not None:
             self.budget_left += self.num_scheduled_tokens.pop(request.request_id)
-            del self.new_page_ids[request.request_id]
+            self.new_page_ids.pop(request.request_id, None)
 
-    def publish(self, finished_request_ids: tuple[str, ...]) -> SchedulerOutput:
+    def publish(
+        self,
+        finished_request_ids: Iterable[str],
+        preempted_request_ids: Iterable[str],
+        page_copies: tuple[tuple[int, int], ...],
+    ) -> SchedulerOutput:
         """Returns the finished plan, and marks every output token in it as reported."""
-        cached = [r for r in self.requests.values() if r.request_id not in self.new_request_ids]
-        joining = [r for r in self.requests.values() if r.request_id in self.new_request_ids]
-        plan = SchedulerOutput(
-            new_requests=tuple(
-                NewRequest(
-                    request_id=request.request_id,
-                    prompt_token_ids=request.prompt_token_ids,
-                    output_token_ids=tuple(request.output_token_ids),
-                    params=request.params,
-                    num_computed_tokens=request.num_computed_tokens,
-                    page_ids=tuple(request.page_ids),
-                )
-                for request in joining
-            ),
-            cached_requests=CachedRequests(
-                request_ids=tuple(request.request_id for request in cached),
-                new_token_ids=tuple(
-                    tuple(request.output_token_ids[request.num_reported_tokens :])
-                    for request in cached
-                ),
-                num_computed_tokens=tuple(request.num_computed_tokens for request in cached),
-                new_page_ids=tuple(
-                    tuple(self.new_page_ids[request.request_id]) for request in cached
-                ),
-            ),
+        joining = []
+        cached = []
+        sampled_request_ids = []
+        for request_id, request in self.requests.items():  # one pass: it goes through every row
+            num_computed_tokens = request.num_computed_tokens
+            num_left = request.num_tokens - num_computed_tokens
+            if num_left == self.num_scheduled_tokens[request_id] and not request.is_prompt_only:
+                sampled_request_ids.append(request_id)
+            if request_id in self.new_request_ids:
+                joining.append(_new_request(request))
+            else:
+                token_ids = tuple(request.output_token_ids[request.num_reported_tokens :])
+                page_ids = tuple(self.new_page_ids.get(request_id, ()))
+                cached.append((request_id, token_ids, num_computed_tokens, page_ids))
+            request.num_reported_tokens = len(request.output_token_ids)
+        return SchedulerOutput(
+            new_requests=tuple(joining),
+            cached_requests=CachedRequests(*zip(*cached, strict=True))
+            if cached
+            else CachedRequests((), (), (), ()),
             num_scheduled_tokens=self.num_scheduled_tokens,
             total_num_scheduled_tokens=sum(self.num_scheduled_tokens.values()),
-            sampled_request_ids=tuple(
-                request_id
-                for request_id, request in self.requests.items()
-                if request.num_computed_tokens + self.num_scheduled_tokens[request_id]
-                == request.num_tokens
-            ),
-            finished_request_ids=finished_request_ids,
-            preempted_request_ids=tuple(self.preempted_request_ids),
+            sampled_request_ids=tuple(sampled_request_ids),
+            finished_request_ids=tuple(finished_request_ids),
+            preempted_request_ids=tuple(preempted_request_ids),
+            page_copies=page_copies,
         )
-        for request in self.requests.values():
-            request.num_reported_tokens = request.num_output_tokens
-        return plan
+
+
+def _new_request(request: Request) -> NewRequest:
+    return NewRequest(
+        request_id=request.request_id,
+        prompt_token_ids=request.prompt_token_ids,
+        output_token_ids=tuple(request.output_token_ids),
+        params=request.params,
+        num_computed_tokens=request.num_computed_tokens,
+        page_ids=tuple(request.page_ids),
+    )

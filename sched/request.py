@@ -6,7 +6,8 @@ The life of a request::
         |                  |                          |
         v     admitted     v     EOS or stop id       v
      WAITING ----------> RUNNING ---------------> FINISHED_STOPPED
-                         ^     | \--------------> FINISHED_LENGTH   max_tokens, max_model_len
+                         ^     | \--------------> FINISHED_LENGTH   max_tokens, max_model_len,
+                         |     |                                   or a prompt-only request is done
                          |     |  \-------------> FINISHED_ERROR    its row failed on the device
                resumed,  |     |
          output kept and |     | out of pages: its pages are freed,
@@ -63,14 +64,15 @@ class StopRule:
     """When sampled tokens end a request.
 
     Attributes:
-        max_tokens: most output tokens, at least 1; already resolved, never "no limit".
+        max_tokens: most output tokens; already resolved, never "no limit". 0 asks for the prompt
+            alone: it is computed, nothing is sampled.
         eos_token_ids: the model's end tokens; empty when the request ignores them.
         stop_token_ids: the user's own end tokens.
         min_tokens: outputs that must exist, the newest included, before either kind of token
             ends the request. `max_tokens` ends it all the same.
 
     Raises:
-        ValueError: `max_tokens` is below 1 or `min_tokens` below 0.
+        ValueError: `max_tokens` or `min_tokens` is below 0.
     """
 
     max_tokens: int
@@ -79,8 +81,11 @@ class StopRule:
     min_tokens: int = 0
 
     def __post_init__(self) -> None:
-        if self.max_tokens < 1:
-            raise ValueError(f"max_tokens is {self.max_tokens}; it must be at least 1")
+        if self.max_tokens < 0:
+            raise ValueError(
+                f"max_tokens is {self.max_tokens}; it must be at least 1, or 0 to compute the "
+                f"prompt alone"
+            )
         if self.min_tokens < 0:
             raise ValueError(f"min_tokens is {self.min_tokens}; it must be at least 0")
 
@@ -110,7 +115,7 @@ class StopRule:
 class Request:
     """A prompt, its stop rule and the state that the scheduler keeps of it.
 
-    The caller sets the first five fields; the rest belongs to the scheduler, and is for reading.
+    The caller sets the first seven fields; the rest belongs to the scheduler, and is for reading.
 
     Attributes:
         request_id: unique among the live requests.
@@ -118,11 +123,17 @@ class Request:
         stop: when to end.
         params: opaque here; carried to the plan for whoever samples.
         priority: smaller is more urgent; the "fcfs" policy does not look at it.
+        group: requests of one group have the same prompt, and share the K/V of it: it is computed
+            for one of them, while the others wait. None: it is alone.
+        skip_prefix_cache: compute every token of the prompt, whatever others have left; for a
+            request that reports something about each of them. Its pages may serve others.
         arrival_index: order of `add_request` calls, NOT_ARRIVED before.
         status: where the request is in its life.
         output_token_ids: sampled so far; kept over a preemption.
         num_computed_tokens: tokens, from the first on, whose K/V are in the cache.
         page_ids: pages that hold those K/V, in token order; one reference each.
+        num_cached_tokens: tokens that were found computed when it was first admitted, in the prefix
+            cache or with a request of its group.
         num_preemptions: how often its pages were taken away.
         num_reported_tokens: output tokens that a `SchedulerOutput` has carried already.
         stop_reason: stop id or text that ended it; the reason when it failed; else None.
@@ -133,12 +144,15 @@ class Request:
     stop: StopRule
     params: object = None
     priority: int = 0
+    group: str | None = None
+    skip_prefix_cache: bool = False
 
     arrival_index: int = field(default=NOT_ARRIVED, kw_only=True)
     status: RequestStatus = field(default=RequestStatus.WAITING, kw_only=True)
     output_token_ids: list[int] = field(default_factory=list, kw_only=True)
     num_computed_tokens: int = field(default=0, kw_only=True)
     page_ids: list[int] = field(default_factory=list, kw_only=True)
+    num_cached_tokens: int = field(default=0, kw_only=True)
     num_preemptions: int = field(default=0, kw_only=True)
     num_reported_tokens: int = field(default=0, kw_only=True)
     stop_reason: int | str | None = field(default=None, kw_only=True)
@@ -162,6 +176,19 @@ class Request:
     def token_ids(self) -> tuple[int, ...]:
         """Prompt and output, as a copy: O(length), so not for the loop over running requests."""
         return (*self.prompt_token_ids, *self.output_token_ids)
+
+    def tokens_between(self, start: int, end: int) -> tuple[int, ...]:
+        """Returns the tokens at positions `start` to `end` - 1; O(their number)."""
+        num_prompt_tokens = len(self.prompt_token_ids)
+        if end <= num_prompt_tokens:
+            return self.prompt_token_ids[start:end]
+        outputs = self.output_token_ids[max(start - num_prompt_tokens, 0) : end - num_prompt_tokens]
+        return (*self.prompt_token_ids[start:], *outputs)
+
+    @property
+    def is_prompt_only(self) -> bool:
+        """Whether it ends, with nothing sampled, once its prompt is computed."""
+        return self.stop.max_tokens == 0
 
     @property
     def is_finished(self) -> bool:

@@ -31,8 +31,10 @@ Laws that follow, and that its parts lean on:
 from collections.abc import Iterable, Mapping
 
 from folojax.sched.config import SchedulerConfig
+from folojax.sched.groups import Groups
 from folojax.sched.integrity import check_integrity
-from folojax.sched.pages import PageAllocator, pages_for
+from folojax.sched.memory import KVMemory
+from folojax.sched.pages import PageAllocator
 from folojax.sched.plan import PlanDraft, RequestUpdate, SchedulerOutput
 from folojax.sched.queue import make_queue
 from folojax.sched.request import Request, RequestStatus
@@ -47,22 +49,29 @@ class Scheduler:
 
     Attributes:
         config: the limits.
-        allocator: the pages; for reading.
+        memory: the pages and what they hold; for reading.
     """
 
     def __init__(self, config: SchedulerConfig) -> None:
         self.config = config
-        self.allocator = PageAllocator(config.num_pages)
+        self.memory = KVMemory(config.num_pages, config.page_size, config.enable_prefix_caching)
         self._requests: dict[str, Request] = {}
         self._waiting = make_queue(config.policy)
         self._running: list[Request] = []
+        self._groups = Groups()
         self._num_arrived = 0
         # Ids in order of finishing; a dict, as an id can be used and finished twice between plans.
         self._unreported_finished_ids: dict[str, None] = {}
+        self._unreported_preempted_ids: list[str] = []
         self._plan: SchedulerOutput | None = None
         # The unfinished requests of that plan; by id alone, a request finished meanwhile could
         # not be told from a later one that took over its id.
         self._planned: dict[str, Request] = {}
+
+    @property
+    def allocator(self) -> PageAllocator:
+        """The pages of the pool; for reading."""
+        return self.memory.allocator
 
     @property
     def num_running(self) -> int:
@@ -89,6 +98,7 @@ class Scheduler:
     def validate(self, request: Request) -> None:
         """Raises the ValueError that `add_request` would raise, and changes nothing."""
         problems = self.config.request_problems(request.num_prompt_tokens, request.stop.max_tokens)
+        problems += self._groups.problems(request)
         if request.request_id in self._requests:
             problems.append(
                 f"request id {request.request_id!r} belongs to an unfinished request: use another "
@@ -109,18 +119,24 @@ class Scheduler:
         request.arrival_index = self._num_arrived
         self._num_arrived += 1
         self._requests[request.request_id] = request
+        self._groups.add(request)
         self._waiting.add(request)
 
     def schedule(self) -> SchedulerOutput:
         """Plans the next step and reserves its pages."""
         draft = PlanDraft(budget_left=self.config.max_num_batched_tokens)
         self._schedule_running(draft)
-        if not draft.preempted_request_ids:
+        if not draft.has_victims:
             self._admit_waiting(draft)
         assert draft.requests or not self._requests, "requests are left, and none can run"
-        self._plan = draft.publish(tuple(self._unreported_finished_ids))
+        self._plan = draft.publish(
+            self._unreported_finished_ids,
+            self._unreported_preempted_ids,
+            self.allocator.page_copies,
+        )
         self._planned = draft.requests
         self._unreported_finished_ids = {}
+        self._unreported_preempted_ids = []
         return self._plan
 
     def update_from_output(
@@ -139,7 +155,8 @@ class Scheduler:
                 FINISHED_ERROR and that reason, and their neighbours go on.
 
         Returns:
-            One update for each request that got a token or failed, in batch order.
+            One update for each request that got a token, failed, or asked for its prompt alone
+            and has it computed; in batch order.
 
         Raises:
             AssertionError: another plan, or samples that don't belong to it; nothing has changed.
@@ -154,17 +171,24 @@ class Scheduler:
         assert not surplus, f"a token that was not asked for: {sorted(surplus)}"
         assert not unknown, f"failed, but not in the plan: {sorted(unknown)}"
         self._plan, self._planned = None, {}
+        self.allocator.forget_copies()
 
         updates = []
+        num_before = len(self._requests)
         for request_id, request in planned.items():
-            request.num_computed_tokens += output.num_scheduled_tokens[request_id]
             if request_id in failed:
+                self.memory.discard(request)
                 self._finish(request, RequestStatus.FINISHED_ERROR, failed[request_id])
                 updates.append(RequestUpdate(request, ()))
-            elif request_id in sampled:
+                continue
+            self.memory.advance(request, output.num_scheduled_tokens[request_id])
+            if request_id in sampled:
                 self._append_token(request, sampled[request_id])
                 updates.append(RequestUpdate(request, (sampled[request_id],)))
-        if any(update.request.is_finished for update in updates):
+            elif request.is_prompt_only and request.num_computed_tokens == request.num_tokens:
+                self._finish(request, RequestStatus.FINISHED_LENGTH, None)
+                updates.append(RequestUpdate(request, ()))
+        if len(self._requests) < num_before:
             self._running = [request for request in self._running if not request.is_finished]
         return updates
 
@@ -193,60 +217,100 @@ class Scheduler:
         self._running = [request for request in self._running if not request.is_finished]
         return requests
 
+    def preempt_all(self) -> None:
+        """Sends all running requests back to the front of the queue, in order.
+
+        Their pages are freed and their output is kept, as with any preemption. For a moment when
+        the K/V must go: the memory is given up, or the weights change. What a plan under way
+        samples for them is not taken in; they sample it again.
+        """
+        for request in reversed(self._running):
+            self._preempt(request)
+        self._running = []
+        self._planned = {}
+
+    def reset_prefix_cache(self, *, preempt_running: bool = False) -> bool:
+        """Drops all cached K/V, so that later requests hit nothing that was computed before.
+
+        Args:
+            preempt_running: whether to send running requests back to the queue for it; they then
+                compute everything again.
+
+        Returns:
+            Whether it was done; False, and nothing has changed, while requests run.
+        """
+        if self._running and not preempt_running:
+            return False
+        self.preempt_all()
+        self.allocator.drop_idle()
+        return True
+
     def shutdown(self) -> list[Request]:
-        """Aborts all requests and returns them; the scheduler is empty and can be used on."""
-        return self.finish_requests(tuple(self._requests), RequestStatus.FINISHED_ABORTED)
+        """Aborts all requests, drops all cached K/V, and returns the requests.
+
+        The scheduler is empty then and can be used on, also after a step that was interrupted.
+        """
+        requests = self.finish_requests(tuple(self._requests), RequestStatus.FINISHED_ABORTED)
+        self.reset_prefix_cache()
+        return requests
 
     def check(self) -> None:
         """Raises AssertionError unless queue, batch, requests and pages agree; O(everything)."""
         check_integrity(
-            self.config, self.allocator, self._requests.values(), self._running, self._waiting
+            self.config, self.memory, self._requests.values(), self._running, self._waiting
         )
 
-    def _chunk_size(self, request: Request, budget_left: int) -> int:
+    def _chunk_size(self, num_tokens_left: int, budget_left: int) -> int:
         cap = self.config.long_prefill_token_threshold or budget_left
-        return min(request.num_tokens - request.num_computed_tokens, budget_left, cap)
+        return min(num_tokens_left, budget_left, cap)
 
     def _schedule_running(self, draft: PlanDraft) -> None:
         for request in self._running:
             if request.status is not RequestStatus.RUNNING:
                 continue  # a victim of this same step
-            num_tokens = self._chunk_size(request, draft.budget_left)
+            num_tokens_left = request.num_tokens - request.num_computed_tokens
+            num_tokens = self._chunk_size(num_tokens_left, draft.budget_left)
             page_ids = self._reserve_or_preempt(request, num_tokens, draft)
             if page_ids is not None:
                 draft.put(request, num_tokens, page_ids)
-        if draft.preempted_request_ids:
+        if draft.has_victims:
             self._running = [r for r in self._running if r.status is RequestStatus.RUNNING]
 
     def _admit_waiting(self, draft: PlanDraft) -> None:
+        passed = []  # their prompt is being computed for a sibling; they keep their place
         while self._waiting and len(self._running) < self.config.max_num_seqs and draft.budget_left:
-            request = self._waiting.peek()
-            num_tokens = self._chunk_size(request, draft.budget_left)
-            if not self.config.enable_chunked_prefill and num_tokens < request.num_tokens:
-                return  # nor may a shorter one jump the head of the queue
-            page_ids = self._reserve(request, num_tokens)
-            if page_ids is None:
-                return
-            self._waiting.pop()
-            request.status = RequestStatus.RUNNING
-            self._running.append(request)
-            draft.put_new(request, num_tokens, page_ids)
+            if self._groups.must_wait(self._waiting.peek()):
+                passed.append(self._waiting.pop())
+            elif not self._admit(self._waiting.peek(), draft):
+                break
+        self._waiting.prepend_many(passed)
 
-    def _reserve(self, request: Request, num_tokens: int) -> list[int] | None:
-        """Gives a request the pages for its next tokens, and returns those; None if too few."""
-        num_pages = pages_for(request.num_computed_tokens + num_tokens, self.config.page_size)
-        page_ids = self.allocator.allocate(num_pages - len(request.page_ids))
-        if page_ids is not None:
-            request.page_ids.extend(page_ids)
-        return page_ids
+    def _admit(self, request: Request, draft: PlanDraft) -> bool:
+        """Moves the head of the queue to the batch; False if it has to stay."""
+        start = self.memory.find_start(request, self._groups.find_sibling(request))
+        num_tokens_left = request.num_tokens - start.num_tokens
+        num_tokens = self._chunk_size(num_tokens_left, draft.budget_left)
+        if not self.config.enable_chunked_prefill and num_tokens < num_tokens_left:
+            return False  # nor may a shorter one jump the head of the queue
+        if not self.memory.admit(request, start, num_tokens):
+            return False
+        self._waiting.pop()
+        if request.status is RequestStatus.WAITING:
+            self.memory.count_start(request)
+        request.status = RequestStatus.RUNNING
+        self._running.append(request)
+        self._groups.set_running(request)
+        draft.put_new(request, num_tokens, request.page_ids)
+        return True
 
     def _reserve_or_preempt(
         self, request: Request, num_tokens: int, draft: PlanDraft
     ) -> list[int] | None:
-        """As `_reserve`, with preemption; None when the request became the victim itself."""
-        while (page_ids := self._reserve(request, num_tokens)) is None:
+        """Gives a request pages for its next tokens; None when it became the victim itself."""
+        while (page_ids := self.memory.extend(request, num_tokens)) is None:
             victim = self._choose_victim()
-            self._preempt(victim, draft)
+            self._preempt(victim)
+            draft.put_victim(victim)
             if victim is request:
                 return None
         return page_ids
@@ -257,11 +321,13 @@ class Scheduler:
             return max(running, key=lambda request: request.urgency)
         return running[-1]
 
-    def _preempt(self, victim: Request, draft: PlanDraft) -> None:
-        self._release_pages(victim)
+    def _preempt(self, victim: Request) -> None:
+        """Puts a running request back in the queue; the batch is left to the caller."""
+        self.memory.release(victim)
+        self._groups.set_waiting(victim)
         victim.status = RequestStatus.PREEMPTED
         victim.num_preemptions += 1
-        draft.put_victim(victim)
+        self._unreported_preempted_ids.append(victim.request_id)
         # Later victims of a step go in front of earlier ones, and they arrived before them.
         self._waiting.prepend(victim)
 
@@ -277,14 +343,10 @@ class Scheduler:
         self, request: Request, status: RequestStatus, stop_reason: int | str | None
     ) -> None:
         """Ends a request; taking it out of the queue or the batch is left to the caller."""
-        self._release_pages(request)
+        self.memory.release(request)
+        self._groups.remove(request)
         request.status = status
         request.stop_reason = stop_reason
         del self._requests[request.request_id]
         self._planned.pop(request.request_id, None)
         self._unreported_finished_ids[request.request_id] = None
-
-    def _release_pages(self, request: Request) -> None:
-        self.allocator.free(request.page_ids)
-        request.page_ids = []
-        request.num_computed_tokens = 0

@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from folojax.sched.pages import PageAllocator, pages_for
+from folojax.sched.prefix_cache import PrefixCache
 
 
 @given(num_tokens=st.integers(0, 1000), page_size=st.integers(1, 64))
@@ -82,19 +83,136 @@ def test_broken_contracts_are_caught():
         PageAllocator(0)
 
 
+def cached_pages(num_pages: int, tokens: list[int]) -> tuple[PageAllocator, PrefixCache]:
+    """A pool whose pages 0, 1, … were filled with one token each, in a row, and then left."""
+    cache = PrefixCache()
+    allocator = PageAllocator(num_pages, cache)
+    pages = allocator.allocate(len(tokens))
+    assert pages is not None
+    node = cache.root
+    for page, token in zip(pages, tokens, strict=True):
+        node = cache.insert(node, (token,), page)
+    allocator.free(reversed(pages))
+    allocator.check()
+    return allocator, cache
+
+
+def hit(cache: PrefixCache, tokens: list[int]) -> list[int]:
+    return cache.match((token,) for token in tokens)[0]
+
+
+def test_cached_pages_are_idle_and_become_active_where_they_are():
+    allocator, cache = cached_pages(5, [7, 8, 9])
+    assert (allocator.num_free, allocator.num_idle, allocator.num_used) == (2, 3, 0)
+    assert allocator.extent == 0, "idle pages cost a step nothing"
+    allocator.share(hit(cache, [7, 8]))
+    allocator.check()
+    assert (allocator.num_free, allocator.num_idle, allocator.num_used) == (2, 1, 2)
+    assert allocator.extent == 2
+    assert allocator.page_copies == ()
+
+
+def test_idle_page_makes_room_at_the_bottom_and_moves_to_the_top():
+    allocator, cache = cached_pages(6, [7, 8])
+    assert allocator.allocate(1) == [0]
+    allocator.check()
+    assert allocator.page_copies == ((0, 5),)
+    assert hit(cache, [7, 8]) == [5, 1]
+    assert allocator.allocate(2) == [1, 2]
+    assert set(allocator.page_copies) == {(0, 5), (1, 4)}
+    assert hit(cache, [7, 8]) == [5, 4]
+    allocator.forget_copies()
+    assert allocator.page_copies == ()
+    assert allocator.num_idle == 2
+
+
+def test_without_room_to_move_the_least_recently_used_go():
+    allocator, cache = cached_pages(4, [7, 8, 9])
+    assert allocator.allocate(2) == [0, 1]
+    allocator.check()
+    # One page was free, so one is evicted: the last of the prefix. Its place and the free one
+    # take in what pages 0 and 1 held.
+    assert set(allocator.page_copies) == {(0, 3), (1, 2)}
+    assert hit(cache, [7, 8, 9]) == [3, 2]
+    assert allocator.allocate(3) is None
+    assert hit(cache, [7, 8, 9]) == [3, 2], "nothing has changed"
+    assert allocator.allocate(2) == [2, 3]
+    allocator.check()
+    assert hit(cache, [7]) == []
+    assert allocator.page_copies == (), "copies that nobody needs any more are dropped"
+
+
+def test_page_moved_twice_in_a_step_is_copied_from_where_it_was():
+    allocator, cache = cached_pages(4, [7])
+    assert allocator.allocate(1) == [0]
+    assert allocator.page_copies == ((0, 3),)
+    assert allocator.allocate(2) == [1, 2]
+    assert hit(cache, [7]) == [3]
+    allocator.free([0, 1, 2])
+    allocator.share([3])
+    allocator.free([3])
+    assert allocator.allocate(3) == [0, 1, 2]
+    assert allocator.page_copies == ((0, 3),)
+
+    allocator, cache = cached_pages(3, [7])
+    assert allocator.allocate(1) == [0]  # 7 moves from 0 to 2
+    low, high = allocator.allocate(1), cache.match([(7,)])[0]
+    assert (low, high) == ([1], [2])
+    allocator.free([0])
+    allocator.share([2])
+    allocator.copy(2, 1)  # a copy of what will be in page 2 is one of what is in page 0
+    assert set(allocator.page_copies) == {(0, 2), (0, 1)}
+    allocator.check()
+
+
+def test_moved_away_and_back_is_no_copy():
+    allocator, _ = cached_pages(2, [7])
+    assert allocator.allocate(1) == [0]
+    assert allocator.page_copies == ((0, 1),)
+    allocator.free([0])
+    allocator.share([1])
+    assert allocator.allocate(1) == [0]
+    allocator.copy(1, 0)
+    assert allocator.page_copies == ((0, 1),)
+    allocator.check()
+
+
+def test_copy_into_a_page_that_is_left_is_dropped():
+    allocator = PageAllocator(4)
+    allocator.allocate(2)
+    allocator.copy(0, 1)
+    assert allocator.page_copies == ((0, 1),)
+    allocator.free([1])
+    assert allocator.page_copies == ()
+    allocator.check()
+    with pytest.raises(AssertionError, match="page 1 is not active"):
+        allocator.copy(0, 1)
+
+
+def test_drop_idle_frees_what_nobody_owns():
+    allocator, cache = cached_pages(5, [7, 8, 9])
+    allocator.share(hit(cache, [7]))
+    allocator.drop_idle()
+    allocator.check()
+    assert (allocator.num_free, allocator.num_idle, allocator.num_used) == (4, 0, 1)
+    assert hit(cache, [7, 8]) == [0]
+
+
 @pytest.mark.parametrize(
-    ("attribute", "value", "text"),
+    ("damage", "text"),
     [
-        ("_free", [1, 1, 2], "free twice"),
-        ("_free", [0, 1, 2], "both free and in use: \\[0\\]"),
-        ("_free", [1], "neither free nor in use: \\[2\\]"),
-        ("_ref_counts", [1, -1, 0], "negative count: \\[1\\]"),
+        (lambda a: a._ref_counts.__setitem__(1, -1), r"negative count: \[1\]"),
+        (lambda a: a._ref_counts.__setitem__(0, 0), "3 pages are free, 0 idle and 0 active"),
+        (lambda a: a._lowest_inactive._heap.append(1), "inside twice"),
+        (lambda a: a._highest_free.pop(), r"missing or surplus: \[2\]"),
+        (lambda a: a._copies.update({2: 0}), "a copy is planned that nobody needs"),
     ],
+    ids=["negative", "lost", "twice", "missing", "copy"],
 )
-def test_check_finds_damage(attribute, value, text):
+def test_check_finds_damage(damage, text):
     allocator = PageAllocator(3)
     allocator.allocate(1)
     allocator.check()
-    setattr(allocator, attribute, value)
+    damage(allocator)
     with pytest.raises(AssertionError, match=text):
         allocator.check()

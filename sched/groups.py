@@ -1,0 +1,68 @@
+"""Requests with one prompt: who holds its K/V, and who waits for them."""
+
+from folojax.sched.request import Request
+
+
+class Groups:
+    """The unfinished requests of each group, and those of them that run."""
+
+    def __init__(self) -> None:
+        # Dicts for their order: what is planned must not depend on the addresses of objects.
+        self._members: dict[str | None, dict[Request, None]] = {}
+        self._running: dict[str | None, dict[Request, None]] = {}
+
+    def problems(self, request: Request) -> list[str]:
+        """Says why a request can't join its group; empty when it can."""
+        for member in self._members.get(request.group, ()):
+            # The samples of a job carry the same tuple; comparing those would be O(length) each.
+            if member.prompt_token_ids is request.prompt_token_ids:
+                break
+            if member.prompt_token_ids != request.prompt_token_ids:
+                return [
+                    f"group {request.group!r} has another prompt, that of request "
+                    f"{member.request_id!r}: use another group"
+                ]
+            break
+        return []
+
+    def add(self, request: Request) -> None:
+        """Takes in a new request."""
+        if request.group is not None:
+            self._members.setdefault(request.group, {})[request] = None
+
+    def remove(self, request: Request) -> None:
+        """Forgets a finished request."""
+        self.set_waiting(request)
+        _remove(self._members, request)
+
+    def set_running(self, request: Request) -> None:
+        """Notes that a request has pages."""
+        if request.group is not None:
+            self._running.setdefault(request.group, {})[request] = None
+
+    def set_waiting(self, request: Request) -> None:
+        """Notes that a request has lost its pages."""
+        _remove(self._running, request)
+
+    def find_sibling(self, request: Request) -> Request | None:
+        """Returns a running request that has the K/V of the prompt, its last token aside."""
+        for sibling in self._running.get(request.group, ()):
+            if sibling.num_computed_tokens >= request.num_prompt_tokens - 1:
+                return sibling
+        return None
+
+    def must_wait(self, request: Request) -> bool:
+        """Whether the prompt is being computed for a sibling, and nobody has it yet."""
+        return (
+            request.group in self._running
+            and not request.skip_prefix_cache
+            and self.find_sibling(request) is None
+        )
+
+
+def _remove(groups: dict[str | None, dict[Request, None]], request: Request) -> None:
+    members = groups.get(request.group)
+    if members is not None:
+        members.pop(request, None)
+        if not members:
+            del groups[request.group]
