@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterable
 
 from folojax.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
-from folojax.row_params import MAX_BANNED, RowParams
+from folojax.row_params import RowParams
 from folojax.sampling_params import SamplingParams
 from folojax.sched.request import Request, StopRule
 from folojax.tokenizer import StopStringSearch, Tokenizer
@@ -131,8 +131,6 @@ def make_job(
         priority: Smaller is more urgent.
         tokenizer: Needed for stop strings.
 
-    Raises:
-        ValueError: `min_tokens` bans more ids than a row has room for.
     """
     eos = frozenset() if params.ignore_eos else frozenset(eos_token_ids)
     stop = StopRule(
@@ -142,11 +140,6 @@ def make_job(
         min_tokens=params.min_tokens,
     )
     banned = tuple(sorted(eos | stop.stop_token_ids)) if params.min_tokens else ()
-    if len(banned) > MAX_BANNED:
-        raise ValueError(
-            f"min_tokens is {params.min_tokens} with {len(banned)} EOS and stop ids; at most "
-            f"{MAX_BANNED} can be held back: give fewer stop_token_ids"
-        )
     samples = []
     for index in range(params.n):
         sample_seed = None if seed is None else (seed + index) % 2**64

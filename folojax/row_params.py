@@ -1,16 +1,22 @@
 """Sampling parameters of the running requests, as arrays indexed by slot."""
 
+import collections
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from folojax.logit_edits import ANY_TOKEN, NUM_RECENT, PROMPT_BIT, EditRows, SlotEdits
 from folojax.sampling import SamplingClass
 from folojax.sampling_params import SamplingParams
 from folojax.state import SamplingRows
 
-MAX_BANNED = 16
-"""X: most ids that one request may ban (EOS and stop ids, until min_tokens)."""
+MAX_BAD_WORD_TOKENS = NUM_RECENT + 1
+"""Most tokens of a bad word."""
+
+_FEWEST_BANS = 64
+_FEWEST_EDITS = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,20 +26,89 @@ class RowParams:
     Attributes:
         params: As the user gave them.
         seed: Of this sample; 0 for greedy, where it is not used.
-        banned_ids: Not to be sampled at positions below `banned_until`; at most MAX_BANNED.
+        banned_ids: Not to be sampled at positions below `banned_until`.
         banned_until: A position in the sequence, prompt included.
+        bad_word_ids: Sequences of tokens that may never be completed, within or after the prompt.
         num_logprobs: Alternatives to report with each sampled token; None: no log-probabilities.
         num_prompt_logprobs: The same for the tokens of the prompt.
         next_token: One that follows the prompt and is to be scored with it.
+
+    Raises:
+        ValueError: a bad word has more tokens than the sampler remembers.
     """
 
     params: SamplingParams
     seed: int
     banned_ids: tuple[int, ...] = ()
     banned_until: int = 0
+    bad_word_ids: tuple[tuple[int, ...], ...] = ()
     num_logprobs: int | None = None
     num_prompt_logprobs: int | None = None
     next_token: int | None = None
+
+    def __post_init__(self) -> None:
+        for word in self.bad_word_ids:
+            if not 0 < len(word) <= MAX_BAD_WORD_TOKENS:
+                raise ValueError(
+                    f"bad_words: one is {len(word)} tokens long ({list(word)}); it must have 1 to "
+                    f"{MAX_BAD_WORD_TOKENS}: give a shorter part of it"
+                )
+
+    @property
+    def has_penalty(self) -> bool:
+        """Whether a token's logit depends on what was sampled or prompted before."""
+        params = self.params
+        return bool(
+            params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty
+        )
+
+    @property
+    def has_slot_edits(self) -> bool:
+        """Whether the request needs its own row of `EditState`, written when it joins."""
+        has_bias = self.params.logit_bias or self.params.allowed_token_ids is not None
+        return bool(self.has_penalty or has_bias or self.bad_word_ids)
+
+    def slot_edits(self, token_ids: Any, num_prompt_tokens: int, vocab_size: int) -> SlotEdits:
+        """What `write_slot` is to write when the request joins.
+
+        Args:
+            token_ids: All of its tokens so far.
+            num_prompt_tokens: How many of them are its prompt.
+            vocab_size: V.
+        """
+        history: collections.Counter[int] = collections.Counter()
+        if self.has_penalty:
+            prompt, output = token_ids[:num_prompt_tokens], token_ids[num_prompt_tokens:]
+            history.update(output.tolist())
+            history.update(dict.fromkeys(prompt.tolist(), PROMPT_BIT))
+        bias = self._bias()
+        size = _bucket(max(len(history), len(bias)), _FEWEST_EDITS, 8)
+        recent: Any = np.full(NUM_RECENT, ANY_TOKEN, np.int32)
+        last = token_ids[-NUM_RECENT:]
+        recent[NUM_RECENT - len(last) :] = last
+        is_listed = self.params.allowed_token_ids is not None
+        other_bias: Any = np.float32(-np.inf if is_listed else 0.0)
+        return SlotEdits(
+            *_padded(history, size, vocab_size, np.int32),
+            *_padded(bias, size, vocab_size, np.float32),
+            other_bias,
+            recent,
+        )
+
+    def bans(self, position: int) -> list[tuple[int, tuple[int, ...]]]:
+        """Tokens that may not stand at a position, each with the tokens it may not follow there."""
+        bans = [(word[-1], word[:-1]) for word in self.bad_word_ids if len(word) > 1]
+        if position < self.banned_until:
+            bans += [(token, ()) for token in self.banned_ids]
+        return bans
+
+    def _bias(self) -> dict[int, float]:
+        bias = dict(self.params.logit_bias or {})
+        allowed = self.params.allowed_token_ids
+        if allowed is not None:
+            bias = {token: bias.get(token, 0.0) for token in allowed}
+        bias |= {word[0]: -np.inf for word in self.bad_word_ids if len(word) == 1}
+        return bias
 
 
 class RowTable:
@@ -48,9 +123,14 @@ class RowTable:
         self._top_p = np.ones(size, np.float32)
         self._min_p = np.zeros(size, np.float32)
         self._seed = np.zeros((size, 2), np.uint32)
-        self._banned = np.full((size, MAX_BANNED), vocab_size, np.int32)
-        self._banned_until = np.zeros(size, np.int32)
+        self._edit_slot = np.full(size, num_slots, np.int32)
+        self._repetition = np.ones(size, np.float32)
+        self._presence = np.zeros(size, np.float32)
+        self._frequency = np.zeros(size, np.float32)
         self._class = np.zeros(size, np.int32)
+        # Below this position a row has bans of a step: 0 for most, never ending for bad words.
+        self._banned_until = np.zeros(size, np.int32)
+        self._row: list[RowParams | None] = [None] * size
 
     def put(self, slot: int, row: RowParams) -> None:
         """Sets a slot's parameters."""
@@ -61,32 +141,71 @@ class RowTable:
         self._top_p[slot] = params.top_p
         self._min_p[slot] = params.min_p
         self._seed[slot] = row.seed >> 32, row.seed & 0xFFFFFFFF
-        self._banned[slot] = self._vocab_size
-        self._banned[slot, : len(row.banned_ids)] = row.banned_ids
-        self._banned_until[slot] = row.banned_until
-        self._class[slot] = params.sampling_class
+        self._edit_slot[slot] = slot if row.has_slot_edits else self.num_slots
+        self._repetition[slot] = params.repetition_penalty
+        self._presence[slot] = params.presence_penalty
+        self._frequency[slot] = params.frequency_penalty
+        self._class[slot] = SamplingClass.EDITED if row.has_slot_edits else params.sampling_class
+        self._banned_until[slot] = row.banned_until if row.banned_ids else 0
+        if any(len(word) > 1 for word in row.bad_word_ids):
+            self._banned_until[slot] = np.iinfo(np.int32).max
+        self._row[slot] = row
 
-    def rows(self, slot: np.ndarray, position: np.ndarray) -> SamplingRows:
-        """The parameters of slots whose next token stands at `position`."""
-        banned: Any = np.where(
-            (position < self._banned_until[slot])[:, None],
-            self._banned[slot],
-            np.int32(self._vocab_size),
-        )
+    def rows(self, slot: Any) -> SamplingRows:
+        """The parameters of slots."""
         fields: tuple[Any, ...] = (
             self._temperature[slot],
             self._top_k[slot],
             self._top_p[slot],
             self._min_p[slot],
             self._seed[slot],
-            banned,
         )
         return SamplingRows(*fields)
 
+    def edit_rows(self, slot: Any, position: Any) -> EditRows:
+        """The edits of slots whose next token stands at `position`."""
+        bans = [
+            (i, token, prefix)
+            for i in np.flatnonzero(position < self._banned_until[slot]).tolist()
+            for token, prefix in self._row_of(int(slot[i])).bans(int(position[i]))
+        ]
+        size = _bucket(len(bans), _FEWEST_BANS, 4)
+        table: Any = np.full((size, 2 + NUM_RECENT), ANY_TOKEN, np.int32)
+        table[:, 0] = len(slot)
+        for entry, (i, token, prefix) in zip(table, bans, strict=False):
+            entry[:2] = i, token
+            entry[len(entry) - len(prefix) :] = prefix
+        fields: tuple[Any, ...] = (
+            self._edit_slot[slot],
+            self._repetition[slot],
+            self._presence[slot],
+            self._frequency[slot],
+            table,
+        )
+        return EditRows(*fields)
+
     def sampling_class(self, slot: Any, position: Any) -> SamplingClass:
-        """What the most demanding of the rows needs; arguments as for `rows`."""
-        if (self._class[slot] == SamplingClass.EDITED).any() or (
-            (position < self._banned_until[slot]) & (self._banned[slot, 0] < self._vocab_size)
-        ).any():
+        """What the most demanding of the rows needs; arguments as for `edit_rows`."""
+        if (position < self._banned_until[slot]).any():
             return SamplingClass.EDITED
         return SamplingClass(int(self._class[slot].max()))
+
+    def _row_of(self, slot: int) -> RowParams:
+        row = self._row[slot]
+        assert row is not None, f"slot {slot} was never filled"
+        return row
+
+
+def _padded(values: Mapping[int, Any], size: int, vocab_size: int, dtype: Any) -> tuple[Any, Any]:
+    """Keys and values as arrays; ids of V fill up."""
+    ids, padded = np.full(size, vocab_size, np.int32), np.zeros(size, dtype)
+    ids[: len(values)], padded[: len(values)] = list(values), list(values.values())
+    return ids, padded
+
+
+def _bucket(count: int, smallest: int, factor: int) -> int:
+    """The smallest size that holds `count`, of few: each has its own executable."""
+    size = smallest
+    while size < count:
+        size *= factor
+    return size

@@ -19,6 +19,7 @@ from flax import linen as nn
 from folojax import kv_cache, step
 from folojax.batch import Batch, Chunk, Row, ints
 from folojax.buckets import Buckets, PrefillShape
+from folojax.logit_edits import EditState, init_edits, write_slot
 from folojax.sampling import SamplingClass, SamplingSpec
 from folojax.sched.plan import SchedulerOutput
 from folojax.state import (
@@ -104,6 +105,7 @@ class Runner:
         *,
         max_logprobs: int = 20,
         num_tokens: int | None = None,
+        is_processed: bool = False,
     ) -> None:
         """Allocates the state.
 
@@ -115,12 +117,14 @@ class Runner:
             max_num_seqs: Most requests in a plan.
             max_logprobs: J wherever a request wants alternatives.
             num_tokens: Ids from here on are padding of the vocabulary; None: there are none.
+            is_processed: Sampled tokens are reported as in `SamplingSpec`; prompts always raw.
         """
         self.model = model
         self.buckets = buckets
         self.stats = RunnerStats()
         self.max_logprobs = min(max_logprobs, model.config.vocab_size)
         self._num_tokens = num_tokens
+        self._is_processed = is_processed
         self._layout = layout
         # Rounded up, so that engines with other limits share their executables.
         num_slots = -(-max_num_seqs // _SLOT_MULTIPLE) * _SLOT_MULTIPLE
@@ -142,7 +146,9 @@ class Runner:
 
     def run(self, plan: SchedulerOutput) -> StepResult:
         """Computes a plan."""
-        self.batch.update(plan)
+        for row in self.batch.update(plan):
+            if row.params.has_slot_edits:
+                self._write_edits(row)
         self._copy_pages(plan.page_copies)
         sampled = set(plan.sampled_request_ids)
         chunks: list[Chunk] = []
@@ -273,13 +279,36 @@ class Runner:
         return hidden
 
     def _call_sample(self, hidden: Any, slot: Any, position: Any, spec: SamplingSpec) -> StepOutput:
-        spec = dataclasses.replace(spec, num_tokens=self._num_tokens)
-        inputs = SampleInputs(slot, position, self.batch.params.rows(slot, position))
-        slots, out = step.sample_tokens(
-            self._head_params, self.state.slots, hidden, inputs, model=self.model, spec=spec
+        spec = dataclasses.replace(
+            spec, num_tokens=self._num_tokens, is_processed=self._is_processed
         )
-        self.state = self.state._replace(slots=slots)
+        inputs = SampleInputs(slot, position, self.batch.params.rows(slot))
+        slots, edits = self.state.slots, None
+        if spec.needed >= SamplingClass.EDITED:
+            slots = slots._replace(edits=self._edits())
+            inputs = inputs._replace(edits=self.batch.params.edit_rows(slot, position))
+        else:
+            # Not an argument of the others, which would be compiled once with and once without it.
+            slots, edits = slots._replace(edits=None), slots.edits
+        slots, out = step.sample_tokens(
+            self._head_params, slots, hidden, inputs, model=self.model, spec=spec
+        )
+        self.state = self.state._replace(slots=slots._replace(edits=slots.edits or edits))
         return out
+
+    def _edits(self) -> EditState:
+        """What is kept for edits of logits; allocated when a request first needs it."""
+        edits = self.state.slots.edits
+        if edits is None:
+            edits = init_edits(self.batch.num_slots, self.model.config.vocab_size)
+        return edits
+
+    def _write_edits(self, row: Row) -> None:
+        new = row.params.slot_edits(
+            row.token_ids, row.num_prompt_tokens, self.model.config.vocab_size
+        )
+        edits = write_slot(self._edits(), ints((), row.slot), new)
+        self.state = self.state._replace(slots=self.state.slots._replace(edits=edits))
 
 
 def _is_scored(row: Row, position: int) -> bool:

@@ -8,6 +8,7 @@ One axis dictionary for the whole project, in shapes, einsums and comments:
     H  query heads                  K  key/value heads            G  query heads per kv head
     D  head dim                     E  hidden size                V  vocabulary
     L  layers                       J  alternatives reported with a token
+    U  blocks of the vocabulary     W  tokens of a block          Z  bans of a step
 
 Carried state (`EngineState`) is donated to the steps that change it and dead afterwards; reported
 output (`StepOutput`) is a different type. Padding is spelled with out-of-range indices: a row whose
@@ -23,12 +24,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt
 
 from folojax.kv_cache import KVCache, KVLayout, init_cache
+from folojax.logit_edits import EditRows, EditState
 
 
 class SlotState(NamedTuple):
     """What the sampler keeps of every running request."""
 
     tokens: Int[Array, " M"]  # last sampled token of each slot: the next decode step's input
+    edits: EditState | None = None  # None: for sampling classes that edit nothing
 
 
 class EngineState(NamedTuple):
@@ -77,7 +80,6 @@ class SamplingRows(NamedTuple):
     top_p: Float[Array, " B"]  # 1 is off
     min_p: Float[Array, " B"]  # 0 is off
     seed: UInt[Array, "B 2"]  # high and low word of the request's seed
-    banned: Int[Array, "B X"]  # ids that may not be sampled in this step; V is padding
 
 
 class SampleInputs(NamedTuple):
@@ -86,6 +88,7 @@ class SampleInputs(NamedTuple):
     slot: Int[Array, " B"]  # where the token goes; M for a row that samples nothing
     position: Int[Array, " B"]  # of the token to be drawn in its sequence: its randomness
     rows: SamplingRows
+    edits: EditRows | None = None  # for class EDITED, with `SlotState.edits`
 
 
 class StepOutput(NamedTuple):
@@ -126,7 +129,6 @@ def greedy_rows(num_rows: int) -> SamplingRows:
         top_p=jnp.ones(num_rows),
         min_p=jnp.zeros(num_rows),
         seed=jnp.zeros((num_rows, 2), jnp.uint32),
-        banned=jnp.zeros((num_rows, 0), jnp.int32),
     )
 
 

@@ -29,6 +29,7 @@ from jaxtyping import Array, Float, Int
 
 from folojax.attention import attend_chunks, attend_tokens, plan_chunks, plan_tokens
 from folojax.kv_cache import KVCache
+from folojax.logit_edits import note_tokens
 from folojax.sampling import SamplingSpec, sample, token_logprobs
 from folojax.state import (
     DecodeInputs,
@@ -130,7 +131,7 @@ def sample_tokens(
 
     Args:
         params: The module's parameters; `head_params(params)` suffices.
-        slots: Of all requests.
+        slots: Of all requests; for class EDITED, with their `edits`.
         hidden: From `prefill` or `decode`.
         inputs: B rows.
         model: A module of `folojax.models`.
@@ -138,9 +139,14 @@ def sample_tokens(
     """
     chex.assert_shape([inputs.slot, inputs.position], (hidden.shape[0],))
     logits: Any = model.apply({"params": params}, hidden, method="logits")
-    out = sample(logits, inputs.rows, inputs.position, spec)
+    edits = slots.edits
+    if edits is None or inputs.edits is None:
+        out = sample(logits, inputs.rows, inputs.position, spec)
+    else:
+        out = sample(logits, inputs.rows, inputs.position, spec, (edits, inputs.edits))
+        edits = note_tokens(edits, inputs.edits.slot, out.tokens)
     tokens = slots.tokens.at[inputs.slot].set(out.tokens, mode="drop")
-    return SlotState(tokens), out
+    return SlotState(tokens, edits), out
 
 
 @functools.partial(jax.jit, static_argnames=("model", "num_logprobs"))

@@ -10,7 +10,16 @@ from jaxtyping import install_import_hook
 
 # Shapes in signatures are checked in every call, where arrays are handled. (Not at the user's door:
 # there a wrong type must meet our own ValueError.)
-_ARRAY_MODULES = ("attention", "kv_cache", "models", "sampling", "state", "step")
+_ARRAY_MODULES = (
+    "attention",
+    "draws",
+    "kv_cache",
+    "logit_edits",
+    "models",
+    "sampling",
+    "state",
+    "step",
+)
 install_import_hook([f"folojax.{name}" for name in _ARRAY_MODULES], "beartype.beartype")
 
 from folojax import LLM  # noqa: E402  (after the hook)

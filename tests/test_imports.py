@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 
 # Each module of the data path may import those before it, and nothing that comes later.
 PATH = (
-    ("kv_cache", "state", "sampling", "attention", "step"),
+    ("kv_cache", "logit_edits", "state", "draws", "sampling", "attention", "step"),
     ("sampling_params", "row_params"),
     ("config", "buckets"),
     ("batch", "runner"),

@@ -1,0 +1,223 @@
+"""Draws from truncated distributions over the vocabulary, without sorting it.
+
+The vocabulary is cut into blocks of W tokens. What a pass over all of it leaves is one number a
+block, and everything after works on those and on the few blocks that they point at:
+
+    logits [B, V] ─> [B, U, W] ─ max, sum ─> [B, U] ─> a block ─> a token in it
+
+Min-p, top-k and top-p each keep the tokens at or above some threshold; ties at the threshold are
+all kept. Top-p's is never computed for a draw. A token is drawn from what min-p and top-k leave and
+is inside the nucleus if all that is likelier has less than the mass asked for: one pass. If it is
+outside, so is everything that is no likelier, and the next token is drawn from the rest. What is
+accepted is an exact draw. Each round cuts the mass that is left at a uniformly random place, and
+the likeliest token is always accepted: in the mean it takes 1 + log(1 / mass of the nucleus)
+rounds, in practice two or three for a whole batch. (FlashInfer samples by such rejections too.)
+
+A row's randomness is its key alone. Rounds that only its neighbours need leave its token alone.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, Key, UInt
+
+BLOCK_SIZE = 128
+"""W: one pass writes V / W sums, and then W tokens are looked at."""
+
+NUM_CANDIDATES = 64
+"""Up to this top_k the k-th largest value is found among the largest blocks."""
+
+
+class Support(NamedTuple):
+    """What temperature, min-p and top-k make of the logits: the tokens to draw from.
+
+    Weights are `exp((logits - top) / temperature)` where the logit is at least `kth` and the weight
+    at least `min_p`, else 0. Relative to the likeliest token, so that nothing overflows.
+    """
+
+    logits: Float[Array, "B U W"]
+    top: Float[Array, " B"]  # the largest logit
+    temperature: Float[Array, " B"]
+    min_p: Float[Array, " B"]
+    kth: Float[Array, " B"]  # -inf: no top-k
+
+    def weights(self, above: Float[Array, " B"]) -> Float[Array, "B U W"]:
+        """Weights of the tokens with a logit above the given one, 0 for the others."""
+        return _weights(self, self.logits, above)
+
+
+def to_blocks(logits: Float[Array, "B V"], num_tokens: int | None = None) -> Float[Array, "B U W"]:
+    """Cuts the vocabulary into blocks; ids from `num_tokens` on, and the padding, get -inf."""
+    rows, vocab_size = logits.shape
+    if num_tokens is not None and num_tokens < vocab_size:
+        is_padding = jnp.arange(vocab_size)[None, :] >= num_tokens
+        logits = jnp.where(is_padding, -jnp.inf, logits)
+    filled = ((0, 0), (0, -vocab_size % BLOCK_SIZE))
+    return jnp.pad(logits, filled, constant_values=-jnp.inf).reshape(rows, -1, BLOCK_SIZE)
+
+
+def argmax(x: Float[Array, "B U W"]) -> Int[Array, " B"]:
+    """Id of the largest value, the lowest one wins a tie; 0 for a row of NaN."""
+    tops = x.max(axis=2)
+    block = jnp.argmax(tops == tops.max(axis=1, keepdims=True), axis=1)
+    return block * x.shape[2] + jnp.argmax(_take_block(x, block), axis=1)
+
+
+def top_k(x: Float[Array, "B U W"], count: int) -> tuple[Float[Array, "B J"], Int[Array, "B J"]]:
+    """The `count` largest values, descending, and their ids; the lowest id first in a tie.
+
+    They lie in the `count` blocks with the largest maxima, which are much less than the whole.
+    """
+    rows, blocks, size = x.shape
+    if count >= blocks:
+        values, ids = lax.top_k(x.reshape(rows, -1), count)
+        return values, ids
+    block = jnp.sort(lax.top_k(x.max(axis=2), count)[1], axis=1)
+    inside = jnp.take_along_axis(x, block[:, :, None], axis=1)
+    values, place = lax.top_k(inside.reshape(rows, -1), count)
+    return values, jnp.take_along_axis(block, place // size, axis=1) * size + place % size
+
+
+def kth_largest(x: Float[Array, "B U W"], k: Int[Array, " B"]) -> Float[Array, " B"]:
+    """The k-th largest value of each row, counting equals; -inf for a k of V or more."""
+    size = x.shape[1] * x.shape[2]
+    is_off = k >= size
+
+    def among_candidates() -> Float[Array, " B"]:
+        values = top_k(x, min(NUM_CANDIDATES, size))[0]
+        return _take(values, jnp.minimum(k, values.shape[1]) - 1)
+
+    def by_bisection() -> Float[Array, " B"]:
+        return _largest_reaching(x, jnp.ones_like(x), k.astype(jnp.float32))
+
+    found = lax.switch(
+        jnp.where(is_off, 0, jnp.where(k <= NUM_CANDIDATES, 1, 2)).max(),
+        [lambda: jnp.full_like(x[:, 0, 0], -jnp.inf), among_candidates, by_bisection],
+    )
+    return jnp.where(is_off, -jnp.inf, found)
+
+
+def draw(support: Support, keys: Key[Array, " B"]) -> Int[Array, " B"]:
+    """Draws a token a row from the whole support."""
+    nothing = jnp.full_like(support.top, -jnp.inf)
+    mass = _block_sums(support.weights(above=nothing))
+    return _pick(support, mass, nothing, keys, jnp.int32(0))[0]
+
+
+def draw_from_nucleus(
+    support: Support,
+    top_p: Float[Array, " B"],
+    keys: Key[Array, " B"],
+    is_skipped: Bool[Array, " B"],
+) -> Int[Array, " B"]:
+    """Draws a token a row from the smallest part of the support that has `top_p` of its mass.
+
+    Args:
+        support: Of rows that are not skipped, some weight is positive and none NaN.
+        top_p: 1 is the whole support.
+        keys: Of the rows.
+        is_skipped: Rows that need no draw, whose token means nothing.
+    """
+
+    def next_round(last: _Round) -> _Round:
+        token, logit = _pick(support, last.mass, last.above, keys, last.number)
+        mass = _block_sums(support.weights(above=logit))
+        is_inside = mass.sum(axis=1) < target
+        token = jnp.where(last.is_settled, last.token, token)
+        return _Round(last.number + 1, token, last.is_settled | is_inside, logit, mass)
+
+    above = jnp.full_like(support.top, -jnp.inf)
+    mass = _block_sums(support.weights(above))
+    # Not 0, for the likeliest token to be inside: a top_p may underflow.
+    target = jnp.maximum(top_p * mass.sum(axis=1), jnp.finfo(jnp.float32).tiny)
+    token = jnp.zeros(top_p.shape, jnp.int32)
+    start = _Round(jnp.int32(0), token, is_skipped, above, mass)
+    return lax.while_loop(lambda last: ~last.is_settled.all(), next_round, start).token
+
+
+class _Round(NamedTuple):
+    number: Int[Array, ""]
+    token: Int[Array, " B"]
+    is_settled: Bool[Array, " B"]
+    above: Float[Array, " B"]  # tokens with a logit up to this one lie outside of the nucleus
+    mass: Float[Array, "B U"]  # of the others
+
+
+def nucleus_threshold(support: Support, top_p: Float[Array, " B"]) -> Float[Array, " B"]:
+    """The smallest logit in the nucleus, by bisection: 32 passes, for who needs to know it."""
+    weight = support.weights(above=jnp.full_like(support.top, -jnp.inf))
+    target = top_p * weight.sum(axis=2).sum(axis=1)
+    found = _largest_reaching(support.logits, weight, target)
+    return jnp.where(top_p < 1.0, found, -jnp.inf)
+
+
+def _pick(
+    support: Support,
+    mass: Float[Array, "B U"],
+    above: Float[Array, " B"],
+    keys: Key[Array, " B"],
+    number: Int[Array, ""],
+) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
+    """Draws a block by its mass and a token in it; returns its id and logit."""
+    blocks = mass.shape[1]
+
+    def gumbel(key: Key[Array, ""]) -> Float[Array, " UW"]:
+        return jax.random.gumbel(jax.random.fold_in(key, number), (blocks + BLOCK_SIZE,))
+
+    noise = jax.vmap(gumbel)(keys)
+    block = jnp.argmax(jnp.log(mass) + noise[:, :blocks], axis=1)
+    logits = _take_block(support.logits, block)
+    weight = _weights(support, logits[:, None, :], above)[:, 0]
+    place = jnp.argmax(jnp.log(weight) + noise[:, blocks:], axis=1)
+    return block * BLOCK_SIZE + place, _take(logits, place)
+
+
+def _weights(
+    support: Support, logits: Float[Array, "B U W"], above: Float[Array, " B"]
+) -> Float[Array, "B U W"]:
+    def wide(x: Float[Array, " B"]) -> Float[Array, "B 1 1"]:
+        return x[:, None, None]
+
+    weight = jnp.exp((logits - wide(support.top)) / wide(support.temperature))
+    is_kept = (logits > wide(above)) & (logits >= wide(support.kth))
+    return jnp.where(is_kept & (weight >= wide(support.min_p)), weight, 0.0)
+
+
+def _take_block(x: Float[Array, "B U W"], block: Int[Array, " B"]) -> Float[Array, "B W"]:
+    return jnp.take_along_axis(x, block[:, None, None], axis=1)[:, 0]
+
+
+def _take(x: Float[Array, "B N"], index: Int[Array, " B"]) -> Float[Array, " B"]:
+    return jnp.take_along_axis(x, index[:, None], axis=1)[:, 0]
+
+
+def _largest_reaching(
+    x: Float[Array, "B U W"], weight: Float[Array, "B U W"], target: Float[Array, " B"]
+) -> Float[Array, " B"]:
+    """The largest value t of a row with sum(weight where x >= t) >= target, bit by bit."""
+    ordered = _ordered_bits(x)
+
+    def set_bit(i: Int[Array, ""], bits: UInt[Array, " B"]) -> UInt[Array, " B"]:
+        higher = bits | (jnp.uint32(1) << (31 - i).astype(jnp.uint32))
+        inside = jnp.where(ordered >= higher[:, None, None], weight, 0.0)
+        return jnp.where(inside.sum(axis=2).sum(axis=1) >= target, higher, bits)
+
+    bits = lax.fori_loop(0, 32, set_bit, jnp.zeros(x.shape[0], jnp.uint32))
+    # A target that rounding has put out of reach, or that underflowed to 0, would give a NaN.
+    bits = jnp.clip(bits, ordered.min(axis=(1, 2)), ordered.max(axis=(1, 2)))
+    is_negative = bits < jnp.uint32(1 << 31)
+    raw = jnp.where(is_negative, ~bits, bits ^ jnp.uint32(1 << 31))
+    return lax.bitcast_convert_type(raw, jnp.float32)
+
+
+def _ordered_bits(x: Float[Array, "B U W"]) -> UInt[Array, "B U W"]:
+    """Unsigned integers in the order of the floats: sign bit flipped, negatives inverted."""
+    bits = lax.bitcast_convert_type(x, jnp.uint32)
+    return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
+
+
+def _block_sums(weights: Float[Array, "B U W"]) -> Float[Array, "B U"]:
+    # The barrier keeps XLA from turning a sum of these sums into another pass over the whole.
+    return lax.optimization_barrier(weights.sum(axis=2))
