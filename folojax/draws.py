@@ -124,7 +124,8 @@ def draw_from_nucleus(
     def next_round(last: _Round) -> _Round:
         token, logit = _pick(support, last.mass, last.above, keys, last.number)
         mass = _block_sums(support.weights(above=logit))
-        is_inside = mass.sum(axis=1) < target
+        # With top_p = 1 everything is inside, also what is too small to change a sum.
+        is_inside = (mass.sum(axis=1) < target) | (top_p >= 1)
         token = jnp.where(last.is_settled, last.token, token)
         return _Round(last.number + 1, token, last.is_settled | is_inside, logit, mass)
 
