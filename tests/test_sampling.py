@@ -50,10 +50,11 @@ def test_greedy_is_argmax_and_the_lowest_id_wins_a_tie(spec: SamplingSpec) -> No
     logits[32:] = rng.normal(size=(32, V))
     logits[0] = -0.0
     logits[0, V // 2] = 0.0
-    rows = make_rows(*[{"temperature": 0.0}] * 64)
-    out = draw(jnp.asarray(logits), rows, jnp.arange(64), spec)
-    np.testing.assert_array_equal(out.tokens, np.argmax(logits, axis=1))
-    assert np.asarray(out.is_valid).all()
+    rows = make_rows(*[{"temperature": 0.0}] * 8)
+    for some in np.split(logits, 8):
+        out = draw(jnp.asarray(some), rows, jnp.arange(8), spec)
+        np.testing.assert_array_equal(out.tokens, np.argmax(some, axis=1))
+        assert np.asarray(out.is_valid).all()
 
 
 def test_a_greedy_row_in_a_mixed_batch_is_what_it_is_alone() -> None:
@@ -139,7 +140,7 @@ def tokens_of_seeds(*seeds: int) -> np.ndarray:
 
 
 def test_a_seed_and_a_position_give_the_token() -> None:
-    tokens = tokens_of_seeds(5, 5, 6)
+    tokens = tokens_of_seeds(5, 5, 6, 7, 8, 9)
     np.testing.assert_array_equal(tokens[0], tokens[1])
     assert (tokens[0] == tokens[2]).mean() < 0.1
     assert len(set(tokens[0].tolist())) > 40  # of 50: another position is another draw
@@ -210,14 +211,14 @@ def test_processed_logprobs_are_of_what_is_drawn_from(needed: SamplingClass) -> 
 
 
 def test_ranks_count_ties_by_id_and_nothing_is_reported_unasked() -> None:
-    logits = jnp.zeros((3, V)).at[:, 500].set(1.0)
-    tokens = jnp.array([500, 0, 999])
+    logits = jnp.zeros((8, V)).at[:, 500].set(1.0)
+    tokens = jnp.array([500, 0, 999, 501, 499, 1, 2, 3])
     _, ranks, top_tokens, _ = jax.jit(sampling.token_logprobs, static_argnums=2)(logits, tokens, 4)
-    np.testing.assert_array_equal(ranks, [1, 2, 1000])
-    np.testing.assert_array_equal(top_tokens, [[500, 0, 1, 2]] * 3)
-    out = draw(logits, make_rows({}, {}, {}), jnp.arange(3), TRUNCATED)
-    assert out.top_tokens.shape == out.top_logprobs.shape == (3, 0)
-    np.testing.assert_array_equal(out.ranks, [0, 0, 0])
+    np.testing.assert_array_equal(ranks, [1, 2, 1000, 502, 501, 3, 4, 5])
+    np.testing.assert_array_equal(top_tokens, [[500, 0, 1, 2]] * 8)
+    out = draw(logits, make_rows(*MIXED), jnp.arange(8), TRUNCATED)
+    assert out.top_tokens.shape == out.top_logprobs.shape == (8, 0)
+    np.testing.assert_array_equal(out.ranks, [0] * 8)
 
 
 # --- rows that cannot be drawn, tokens that must not be -------------------------------------
@@ -231,9 +232,11 @@ def test_padding_of_the_vocabulary_is_never_sampled(needed: SamplingClass) -> No
     rows = make_rows(*[row | {"temperature": 0.0} for row in MIXED])
     if needed > SamplingClass.GREEDY:
         rows = make_rows(*MIXED)
-    tokens = np.asarray(draw_many(jnp.asarray(logits), rows, jnp.arange(100), spec))
-    assert (tokens < 900).all()
-    np.testing.assert_array_equal(tokens[0, [0, 7]], logits[[0, 7], :900].argmax(axis=1))
+    expected = logits[[0, 7], :900].argmax(axis=1)
+    for position in range(20):
+        tokens = draw(jnp.asarray(logits), rows, jnp.full(8, position), spec).tokens
+        assert (tokens < 900).all()
+        np.testing.assert_array_equal(tokens[np.array([0, 7])], expected)
 
 
 @pytest.mark.parametrize("needed", list(SamplingClass))
@@ -256,10 +259,10 @@ def test_an_unusable_row_is_reported_and_leaves_the_others(
 
 
 def test_a_row_with_finite_logits_in_the_padding_alone_is_unusable() -> None:
-    logits = jnp.full((2, V), -jnp.inf).at[:, 950].set(1.0).at[1, 3].set(-5.0)
+    logits = jnp.full((8, V), -jnp.inf).at[:, 950].set(1.0).at[1, 3].set(-5.0)
     spec = SamplingSpec(SamplingClass.TRUNCATED, num_tokens=900)
-    out = draw(logits, make_rows({}, {}), jnp.arange(2), spec)
-    np.testing.assert_array_equal(out.is_valid, [False, True])
+    out = draw(logits, make_rows(*MIXED), jnp.arange(8), spec)
+    np.testing.assert_array_equal(out.is_valid, np.arange(8) == 1)
     assert int(out.tokens[1]) == 3
 
 
@@ -272,9 +275,9 @@ def test_a_single_finite_logit_is_always_drawn() -> None:
 
 
 def test_a_top_k_beyond_the_vocabulary_is_off() -> None:
-    logits, position = random_logits(2), jnp.arange(2)
-    beyond = make_rows({"seed": 1, "top_k": V + 1}, {"seed": 2, "top_k": 2**31 - 1})
-    off = make_rows({"seed": 1}, {"seed": 2})
+    logits, position = random_logits(8), jnp.arange(8)
+    beyond = make_rows(*[{"seed": i, "top_k": (V + 1, 2**31 - 1)[i % 2]} for i in range(8)])
+    off = make_rows(*[{"seed": i} for i in range(8)])
     chex.assert_trees_all_equal(
         *[draw(logits, rows, position, TRUNCATED) for rows in (beyond, off)]
     )
