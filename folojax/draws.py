@@ -33,19 +33,18 @@ NUM_CANDIDATES = 64
 class Support(NamedTuple):
     """What temperature, min-p and top-k make of the logits: the tokens to draw from.
 
-    Weights are `exp((logits - top) / temperature)` where the logit is at least `kth` and the weight
-    at least `min_p`, else 0. Relative to the likeliest token, so that nothing overflows.
+    Weights are relative to the likeliest token, so that nothing overflows. What is cut is decided
+    on logits and never on weights, whose last bits may differ from one pass to another.
     """
 
     logits: Float[Array, "B U W"]
     top: Float[Array, " B"]  # the largest logit
     temperature: Float[Array, " B"]
-    min_p: Float[Array, " B"]
-    kth: Float[Array, " B"]  # -inf: no top-k
+    floor: Float[Array, " B"]  # the smallest logit with a weight; -inf: nothing is cut
 
     def weights(self, above: Float[Array, " B"]) -> Float[Array, "B U W"]:
         """Weights of the tokens with a logit above the given one, 0 for the others."""
-        return _weights(self, self.logits, above)
+        return jnp.exp(_log_weights(self, self.logits, above))
 
 
 def to_blocks(logits: Float[Array, "B V"], num_tokens: int | None = None) -> Float[Array, "B U W"]:
@@ -170,20 +169,20 @@ def _pick(
     noise = jax.vmap(gumbel)(keys)
     block = jnp.argmax(jnp.log(mass) + noise[:, :blocks], axis=1)
     logits = _take_block(support.logits, block)
-    weight = _weights(support, logits[:, None, :], above)[:, 0]
-    place = jnp.argmax(jnp.log(weight) + noise[:, blocks:], axis=1)
+    inside = _log_weights(support, logits[:, None, :], above)[:, 0]
+    place = jnp.argmax(inside + noise[:, blocks:], axis=1)
     return block * BLOCK_SIZE + place, _take(logits, place)
 
 
-def _weights(
+def _log_weights(
     support: Support, logits: Float[Array, "B U W"], above: Float[Array, " B"]
 ) -> Float[Array, "B U W"]:
     def wide(x: Float[Array, " B"]) -> Float[Array, "B 1 1"]:
         return x[:, None, None]
 
-    weight = jnp.exp((logits - wide(support.top)) / wide(support.temperature))
-    is_kept = (logits > wide(above)) & (logits >= wide(support.kth))
-    return jnp.where(is_kept & (weight >= wide(support.min_p)), weight, 0.0)
+    scaled = (logits - wide(support.top)) / wide(support.temperature)
+    is_kept = (logits > wide(above)) & (logits >= wide(support.floor))
+    return jnp.where(is_kept, scaled, -jnp.inf)
 
 
 def _take_block(x: Float[Array, "B U W"], block: Int[Array, " B"]) -> Float[Array, "B W"]:

@@ -123,11 +123,11 @@ def _support(
     spec: SamplingSpec,
 ) -> draws.Support:
     temperature = jnp.where(rows.temperature == 0, 1.0, rows.temperature)
-    min_p, kth = jnp.zeros_like(top), jnp.full_like(top, -jnp.inf)
+    floor = jnp.full_like(top, -jnp.inf)
     if spec.needed >= SamplingClass.TRUNCATED:
-        min_p = rows.min_p
         kth = draws.kth_largest(blocks, jnp.where(rows.top_k < vocab_size, rows.top_k, blocks.size))
-    return draws.Support(blocks, top, temperature, min_p, kth)
+        floor = jnp.maximum(kth, top + temperature * jnp.log(rows.min_p))
+    return draws.Support(blocks, top, temperature, floor)
 
 
 def _draw(
@@ -152,6 +152,10 @@ def _kept(
     """Logarithms of the weights that were drawn from; -inf outside."""
     weights = support.weights(above=jnp.full_like(support.top, -jnp.inf))
     if spec.needed >= SamplingClass.TRUNCATED:
-        threshold = draws.nucleus_threshold(support, rows.top_p)
+        # A sum that rounds otherwise than the draw's must not leave out what was drawn.
+        drawn = jnp.take_along_axis(
+            support.logits.reshape(len(tokens), -1), tokens[:, None], axis=1
+        )
+        threshold = jnp.minimum(draws.nucleus_threshold(support, rows.top_p), drawn[:, 0])
         weights = jnp.where(support.logits >= threshold[:, None, None], weights, 0.0)
     return jnp.log(weights)

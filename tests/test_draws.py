@@ -30,7 +30,7 @@ def kept(logits: jax.Array, rows: SamplingRows) -> jax.Array:
     """Which tokens have a weight, by the threshold: [B, V]."""
     blocks = draws.to_blocks(logits)
     support = sampling._support(blocks, blocks.max(axis=(1, 2)), rows, logits.shape[1], TRUNCATED)
-    inside = sampling._kept(support, rows, jnp.zeros(len(logits), jnp.int32), TRUNCATED)
+    inside = sampling._kept(support, rows, draws.argmax(blocks), TRUNCATED)
     return inside.reshape(len(logits), -1)[:, : logits.shape[1]] > -jnp.inf
 
 
