@@ -65,10 +65,10 @@ class SchedulerOutput:
         sampled_request_ids: requests whose last known token is computed in this step, so that
             it samples the next one; in batch order. Never a prompt-only request.
         finished_request_ids: finished since the plan before, for whatever reason.
-        page_copies: (source, target) pages, to be copied before anything of the step is computed:
-            every source is read before any target is written, and no page is a target twice.
         preempted_request_ids: lost their pages since the plan before, or while this one was made;
             those that lost them before may be among `new_requests` again.
+        page_copies: (source, target) pages to copy before the step, all at once: every source is
+            read before a target is written, and no page is a target twice.
     """
 
     new_requests: tuple[NewRequest, ...]

@@ -148,15 +148,19 @@ class PrefixCache:
         self.discard(page)
         return page
 
+    def prefix_of(self, page: int) -> tuple[int, ...]:
+        """Returns the tokens that led to a cached page, its own last; O(their number)."""
+        node = self._nodes[page]
+        pieces = []
+        while node.parent is not None:
+            pieces.append(node.tokens)
+            node = node.parent
+        assert node is self.root, f"page {page} is cached, and can't be reached"
+        return tuple(token for piece in reversed(pieces) for token in piece)
+
     def prefixes(self) -> Iterator[tuple[int, tuple[int, ...]]]:
-        """Goes through all cached pages with the tokens that led to them, their own last."""
-        for page, node in self._nodes.items():
-            pieces = []
-            while node.parent is not None:
-                pieces.append(node.tokens)
-                node = node.parent
-            assert node is self.root, f"page {page} is cached, and can't be reached"
-            yield page, tuple(token for piece in reversed(pieces) for token in piece)
+        """Goes through all cached pages with the tokens that led to them."""
+        return ((page, self.prefix_of(page)) for page in self._nodes)
 
     def check(self, idle_pages: Iterable[int]) -> None:
         """Raises AssertionError unless the tree is whole and exactly these pages are idle."""

@@ -7,15 +7,16 @@ There are no phases: prompt chunks, decoding and recomputation are all a request
       running, in order  ---> chunk = min(tokens behind, budget left, cap) ---> pages reserved --.
                                                   out of pages: preempt a victim, try again      |
                                                   (its pages are freed, its tokens taken back)   |
-      waiting, in order  ---> the same, until the budget, max_num_seqs or the pages end;         |
-                              not in a step that preempted, and never past the head of the queue |
-                                                                                                 v
+      waiting, in order  ---> the same behind what is found computed (prefix cache, group),      |
+                              until the budget, max_num_seqs or the pages end; not in a step     |
+                              that preempted, and past nobody but those that wait for the        |
+                              prompt of their group                                              v
     (the device runs it) <-------------------------------------------------------- SchedulerOutput
          |
          v  sampled tokens
     update_from_output()
-      num_computed_tokens advances, tokens are appended, stop rules checked, pages of finished
-      requests freed, and the requests forgotten
+      num_computed_tokens advances, full pages enter the prefix cache, tokens are appended, stop
+      rules checked, pages of finished requests freed, and the requests forgotten
 
 Laws that follow, and that its parts lean on:
 
@@ -25,7 +26,10 @@ Laws that follow, and that its parts lean on:
 - While a request is unfinished, a plan is never empty. The first running request (FCFS) or the
   most urgent one (priority) is never a victim while others run, and alone it has the whole pool,
   which `add_request` has made sure is enough.
-- Under FCFS, running and then waiting requests are in order of arrival.
+- Under FCFS, running and then waiting requests are in order of arrival, except that one of a
+  group is passed while its prompt is computed for a sibling. Nobody starves for it: a running
+  sibling moves on in every step, or goes back to the queue and ends the wait; and the passed
+  keep their place at the head, where nobody passes them for lack of a slot or of pages.
 """
 
 from collections.abc import Iterable, Mapping
@@ -45,7 +49,9 @@ class Scheduler:
 
     Calls alternate: `schedule`, then `update_from_output` with that plan. Requests may be added
     and finished between the two. A plan that was never run may be dropped: the next `schedule`
-    plans its tokens again (but reports new, finished and preempted requests only once).
+    plans its tokens and its page copies again (but reports new, finished and preempted requests
+    only once). After a step that was broken off half way `shutdown` is the way out: nobody can
+    say what the pages hold.
 
     Attributes:
         config: the limits.
@@ -111,8 +117,9 @@ class Scheduler:
         """Queues a new request.
 
         Raises:
-            ValueError: the id belongs to an unfinished request, the prompt is empty or leaves no
-                room for one token, or the request could outgrow the whole pool.
+            ValueError: the id belongs to an unfinished request, the prompt is empty, leaves no
+                room for one token or is not that of the group, or the request could outgrow the
+                whole pool.
         """
         self.validate(request)
         assert request.status is RequestStatus.WAITING, f"a used request: {request.status}"

@@ -43,6 +43,75 @@ def test_allocator_against_a_list_of_counts(num_pages, actions):
         assert allocator.extent == max(used, default=-1) + 1
 
 
+@given(
+    num_pages=st.integers(1, 8),
+    actions=st.lists(
+        st.tuples(
+            st.sampled_from(["allocate", "allocate", "leave", "hit", "copy", "step"]),
+            st.integers(0, 8),
+        ),
+        max_size=60,
+    ),
+)
+def test_cached_pages_are_kept_moved_and_evicted_as_a_model_says(num_pages, actions):
+    """Every page that is handed out is written, in the next step, with a number of its own."""
+    cache = PrefixCache()
+    allocator = PageAllocator(num_pages, cache)
+    active: list[int] = []
+    idle: list[int] = []  # numbers, the longest unused first
+    memory = [-1] * num_pages
+    written: dict[int, int] = {}  # by page, in this step
+    copied: dict[int, int] = {}  # the number that a page must hold by a copy
+    for number, (action, size) in enumerate(actions):
+        if action == "allocate":
+            inactive = [page for page in range(num_pages) if page not in active]
+            wanted = inactive[:size] if size <= len(inactive) else None
+            num_evicted = max(size - (len(inactive) - len(idle)), 0) if wanted else 0
+            assert allocator.allocate(size) == wanted
+            idle = idle[num_evicted:]
+            for page in wanted or []:
+                active.append(page)
+                written[page] = 100 * number + page
+        elif action == "copy" and len(active) > 1:
+            source, target = active[size % len(active)], active[-1]
+            # Only what was computed in an earlier step can be copied.
+            if source != target and source not in written and target in written:
+                copied[target] = copied.get(source, memory[source])
+                del written[target]
+                allocator.copy(source, target)
+        elif action == "leave" and active:
+            page = active.pop(size % len(active))
+            if page in written or page in copied:
+                written.pop(page, None)
+                copied.pop(page, None)
+            elif not cache.holds(page) and hit(cache, [memory[page]]) == []:
+                cache.insert(cache.root, (memory[page],), page)
+            if cache.holds(page):
+                idle.append(cache.prefix_of(page)[-1])
+            allocator.free([page])
+        elif action == "hit" and idle:
+            (page,) = hit(cache, [idle.pop(size % len(idle))])
+            allocator.share([page])
+            active.append(page)
+        elif action == "step":
+            before = list(memory)
+            for source, target in allocator.page_copies:
+                memory[target] = before[source]
+            allocator.forget_copies()
+            for page, content in written.items():
+                memory[page] = content
+            assert all(memory[page] == content for page, content in copied.items())
+            written, copied = {}, {}
+            assert all(prefix == (memory[page],) for page, prefix in cache.prefixes())
+        allocator.check()
+        assert [cache.prefix_of(hit(cache, [number])[0]) for number in idle] == [
+            (number,) for number in idle
+        ]
+        assert allocator.num_idle == len(idle)
+        assert allocator.num_used == len(active)
+        assert allocator.extent == max(active, default=-1) + 1
+
+
 def test_lowest_free_page_goes_first():
     allocator = PageAllocator(6)
     assert allocator.allocate(4) == [0, 1, 2, 3]

@@ -269,3 +269,34 @@ def test_active_pages_stay_low_and_idle_ones_move_up():
     plan = step(scheduler)
     assert plan.new_requests[0].page_ids[:3] == (15, 14, 2), "a hit is used where it is"
     assert again.num_cached_tokens == 12
+
+
+def test_common_beginning_outlives_the_ends():
+    scheduler = caching(num_pages=4)
+    add(scheduler, "a", 12, max_tokens=1)
+    step(scheduler)
+    add(scheduler, "b", (1, 2, 3, 4, 5), max_tokens=1)
+    step(scheduler)  # two pages: the free one, and that of the end of a's prompt
+    after = add(scheduler, "c", 13, max_tokens=1)
+    step(scheduler)
+    assert after.num_cached_tokens == 8
+
+
+def test_shutdown_forgets_what_pages_hold():
+    scheduler = caching(num_pages=8)
+    add(scheduler, "a", 9, max_tokens=1)
+    step(scheduler)
+    add(scheduler, "b", (1, 2, 3))
+    assert scheduler.schedule().page_copies == ((0, 7),)
+    scheduler.shutdown()
+    assert scheduler.allocator.num_free == 8
+    plan = scheduler.schedule()
+    assert (plan.finished_request_ids, plan.page_copies) == (("b",), ())
+
+
+def test_dropped_plan_has_its_copies_planned_again():
+    scheduler = caching(num_pages=8)
+    add(scheduler, "a", 9, max_tokens=1)
+    step(scheduler)
+    add(scheduler, "b", (1, 2, 3))
+    assert scheduler.schedule().page_copies == scheduler.schedule().page_copies == ((0, 7),)
