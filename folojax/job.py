@@ -8,7 +8,8 @@ from folojax.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOu
 from folojax.row_params import RowParams
 from folojax.sampling_params import SamplingParams
 from folojax.sched.request import Request, StopRule
-from folojax.tokenizer import StopStringSearch, Tokenizer
+from folojax.detokenizer import Detokenizer as StopStringSearch
+from folojax.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(eq=False)

@@ -1,7 +1,9 @@
 """What a user may ask of a sampler; names and defaults as in vLLM."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+import math
+import numbers
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from folojax.sampling import SamplingClass
@@ -12,12 +14,42 @@ GREEDY_TEMPERATURE = 1e-5
 MAX_TEMPERATURE = 1e38
 """The sampler computes in float32, where more than 3.4e38 is infinite."""
 
+MAX_SCALE = 1e30
+"""Of a bias and of a repetition penalty: divided by the least temperature they stay finite."""
+
 MAX_N = 16384
+
+
+class FrozenDict(Mapping[int, float]):
+    """A dictionary that cannot change, so that what holds it can be hashed and shared."""
+
+    def __init__(self, items: Mapping[Any, Any]) -> None:
+        self._items = dict(items)
+
+    def __getitem__(self, key: int) -> float:
+        return self._items[key]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self._items.items()))
+
+    def __repr__(self) -> str:
+        return repr(self._items)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """How one prompt is continued.
+
+    Penalties, bias and masks apply first, then temperature, min-p, top-k, top-p, and the draw.
+    Lists are kept as tuples and `logit_bias` as a frozen mapping: a SamplingParams can be shared
+    and hashed. What depends on the model (ids in its vocabulary, the cap on log-probabilities) is
+    checked by the engine.
 
     Attributes:
         n: Samples of the prompt, 1 to 16384; sample i of seed s has seed s + i.
@@ -25,17 +57,30 @@ class SamplingParams:
         top_p: In (0, 1]: smallest set of tokens that holds this mass. 1 is off.
         top_k: Most tokens to choose from. 0 or -1 is off.
         min_p: In [0, 1]: drops tokens below this share of the likeliest one's probability.
+        presence_penalty: In [-2, 2]: taken from the logit of every token sampled before.
+        frequency_penalty: In [-2, 2]: taken from it once for each time it was sampled.
+        repetition_penalty: 1e-30 to 1e30: logits of tokens in the prompt or the output are
+            divided by it where positive, multiplied where negative. 1 is off.
         max_tokens: Most output tokens, at least 1; None goes on to the model's limit.
-        min_tokens: Until so many outputs exist, EOS and stop ids cannot be sampled.
+        min_tokens: Until so many outputs exist, EOS and stop ids cannot be sampled, and stop
+            strings are passed over.
         stop: Strings that end the text; it is cut there, `token_ids` keep everything.
+        include_stop_str_in_output: Cut behind the stop string, and keep a stop token's text.
         stop_token_ids: Tokens that end the text.
         ignore_eos: The model's end tokens are tokens like any other.
-        include_stop_str_in_output: Cut behind the stop string, and keep a stop token's text.
+        logit_bias: Added to the logits of these ids; each in [-1e30, 1e30].
+        allowed_token_ids: Only these can be sampled; None allows all.
+        bad_words: Texts that cannot be sampled, neither at the start of a word nor inside one:
+            encoded with a leading space and without, the last token of each encoding is banned
+            where the tokens before it stand, prompt included.
+        logprobs: How many of the likeliest tokens are reported for each output token, besides
+            the sampled one; 0 is the sampled one only, -1 the whole vocabulary, None nothing.
+        prompt_logprobs: The same for the tokens of the prompt.
         seed: 0 to 2**64 - 1; None draws one from the engine's seed. Recorded in the output.
-        logprobs: None, or 0 for the log-probability of each sampled token.
-        detokenize: False leaves the text empty.
         skip_special_tokens: Special tokens leave no text.
-        spaces_between_special_tokens: As in the tokenizer's decode.
+        spaces_between_special_tokens: Handed to the tokenizer's `decode`. Byte-level and
+            SentencePiece vocabularies write no such spaces, whatever it says.
+        detokenize: False leaves the text empty.
 
     Raises:
         ValueError: some fields are out of range; all of them are named.
@@ -51,61 +96,108 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     max_tokens: int | None = 16
     min_tokens: int = 0
-    stop: str | Iterable[str] = ()
-    stop_token_ids: Iterable[int] = ()
-    ignore_eos: bool = False
+    stop: str | Iterable[str] | None = ()
     include_stop_str_in_output: bool = False
+    stop_token_ids: Iterable[int] | None = ()
+    ignore_eos: bool = False
     logit_bias: Mapping[int, float] | None = None
     allowed_token_ids: Iterable[int] | None = None
-    seed: int | None = None
+    bad_words: Iterable[str] | None = ()
     logprobs: int | None = None
-    detokenize: bool = True
+    prompt_logprobs: int | None = None
+    seed: int | None = None
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
+    detokenize: bool = True
 
     def __post_init__(self) -> None:
-        # Kept as tuples, so that a shared SamplingParams can be neither changed nor unhashable.
-        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
-        problems = []
-        for name, value in (("stop", stop), ("stop_token_ids", self.stop_token_ids)):
-            items = () if value is None else value
-            if not isinstance(items, Iterable):
-                problems.append(f"{name} is {value!r}; it must be a list")
-                items = ()
-            object.__setattr__(self, name, tuple(items))
-        problems += [problem for problem in self._problems() if problem]
-        if problems:
+        problems = [
+            *self._freeze_lists(),
+            *self._freeze_bias(),
+            *self._scalar_problems(),
+            *self._conflicts(),
+        ]
+        if problems := [problem for problem in problems if problem]:
             raise ValueError("SamplingParams: " + "; ".join(problems))
 
-    def _problems(self) -> Iterable[str]:
+    def _freeze_lists(self) -> Iterator[str]:
+        """Keeps tuples; a value that is no list stays as it came."""
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        for name, is_wanted, wanted in _LISTS:
+            value = getattr(self, name)
+            if value is None and name == "allowed_token_ids":
+                continue
+            value = () if value is None else value
+            # Letter by letter, a text would be a list of bad words.
+            if not isinstance(value, Iterable) or isinstance(value, str | bytes | Mapping):
+                yield f"{name} is {value!r}; it must be a list of {wanted}"
+                continue
+            items = tuple(_plain(item) for item in value)
+            object.__setattr__(self, name, items)
+            if not all(is_wanted(item) for item in items):
+                yield f"{name} is {list(items)!r}; it must hold {wanted}"
+        if self.allowed_token_ids == ():
+            yield "allowed_token_ids is []; it must hold at least one id, or be None to allow all"
+
+    def _freeze_bias(self) -> Iterator[str]:
+        bias = self.logit_bias
+        if bias is None:
+            return
+        if not isinstance(bias, Mapping):
+            yield f"logit_bias is {bias!r}; it must be a dict of token ids to numbers"
+            return
+        frozen = FrozenDict({_plain(key): _plain(value) for key, value in bias.items()})
+        object.__setattr__(self, "logit_bias", frozen)
+        if not all(_is_token_id(key) for key in frozen):
+            yield f"logit_bias is {frozen!r}; its keys must be token ids: integers of at least 0"
+        if not all(_is_number(value) and abs(value) <= MAX_SCALE for value in frozen.values()):
+            yield (
+                f"logit_bias is {frozen!r}; its values must be finite numbers in "
+                f"[{-MAX_SCALE}, {MAX_SCALE}]"
+            )
+
+    def _scalar_problems(self) -> Iterator[str]:
+        for field in dataclasses.fields(self):
+            if field.name not in _STRUCTURED:
+                object.__setattr__(self, field.name, _plain(getattr(self, field.name)))
         yield self._int("n", 1, MAX_N)
         yield self._number("temperature", 0.0, MAX_TEMPERATURE)
         yield self._number("top_p", 0.0, 1.0, is_open_below=True)
         yield self._int("top_k", -1)
         yield self._number("min_p", 0.0, 1.0)
+        yield self._number("presence_penalty", -2.0, 2.0)
+        yield self._number("frequency_penalty", -2.0, 2.0)
+        yield self._number("repetition_penalty", 1 / MAX_SCALE, MAX_SCALE)
         if self.max_tokens is not None:
             yield self._int("max_tokens", 1)
         yield self._int("min_tokens", 0)
         if self.seed is not None:
             yield self._int("seed", 0, 2**64 - 1)
         if self.logprobs is not None:
-            yield self._int("logprobs", 0, 0)
-        for name in ("ignore_eos", "include_stop_str_in_output", "detokenize"):
+            yield self._int("logprobs", -1)
+        if self.prompt_logprobs is not None:
+            yield self._int("prompt_logprobs", -1)
+        for name in ("include_stop_str_in_output", "ignore_eos", "detokenize"):
             yield self._bool(name)
         for name in ("skip_special_tokens", "spaces_between_special_tokens"):
             yield self._bool(name)
-        if not all(isinstance(text, str) and text for text in self.stop):
-            yield f"stop is {list(self.stop)!r}; it must hold strings that are not empty"
-        if not all(_is_int(token) and token >= 0 for token in self.stop_token_ids):
-            yield f"stop_token_ids is {list(self.stop_token_ids)!r}; it must hold token ids"
-        if self.stop and not self.detokenize:
-            yield f"stop is {list(self.stop)!r} but detokenize is False; stop strings need text"
+
+    def _conflicts(self) -> Iterator[str]:
+        if isinstance(self.stop, tuple) and self.stop and self.detokenize is False:
+            yield (
+                f"stop is {list(self.stop)!r} but detokenize is False; stop strings need "
+                "detokenize=True"
+            )
         if _is_int(self.max_tokens) and _is_int(self.min_tokens):
             assert self.max_tokens is not None
             if self.min_tokens > self.max_tokens:
                 yield f"min_tokens is {self.min_tokens}; it must be at most {self.max_tokens=}"
         if _is_int(self.n) and self.n > 1 and self.is_greedy:
-            yield f"n is {self.n} but temperature is {self.temperature}: greedy samples are equal"
+            yield (
+                f"n is {self.n} but temperature is {self.temperature}: greedy samples are equal, "
+                "so n must be 1"
+            )
 
     def _int(self, name: str, low: int, high: int | None = None) -> str:
         value = getattr(self, name)
@@ -116,9 +208,8 @@ class SamplingParams:
 
     def _number(self, name: str, low: float, high: float, is_open_below: bool = False) -> str:
         value = getattr(self, name)
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
         is_excluded = is_open_below and value == low
-        if is_number and low <= value <= high and not is_excluded:
+        if _is_number(value) and low <= value <= high and not is_excluded:
             return ""
         bracket = "(" if is_open_below else "["
         return f"{name} is {value!r}; it must be a finite number in {bracket}{low}, {high}]"
@@ -134,7 +225,15 @@ class SamplingParams:
 
     @property
     def sampling_class(self) -> SamplingClass:
-        """What these parameters need of the sampler, bans aside."""
+        """What these parameters need of the sampler."""
+        has_penalty = (
+            self.presence_penalty != 0
+            or self.frequency_penalty != 0
+            or self.repetition_penalty != 1
+        )
+        has_mask = self.allowed_token_ids is not None or bool(self.bad_words)
+        if has_penalty or has_mask or bool(self.logit_bias) or self.min_tokens > 0:
+            return SamplingClass.EDITED
         if self.is_greedy:
             return SamplingClass.GREEDY
         has_cut = self.top_p < 1 or self.top_k > 0 or self.min_p > 0
@@ -144,3 +243,36 @@ class SamplingParams:
 def _is_int(value: Any) -> bool:
     # bool is an int to Python, but `top_k=True` is a mistake.
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    is_real = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_real and (isinstance(value, int) or math.isfinite(value))
+
+
+def _is_token_id(value: Any) -> bool:
+    return _is_int(value) and value >= 0
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value)
+
+
+def _plain(value: Any) -> Any:
+    """Python's own number for a NumPy one; anything else as it is."""
+    if isinstance(value, bool | int | float):
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    return float(value) if isinstance(value, numbers.Real) else value
+
+
+_TEXTS = "strings that are not empty"
+_IDS = "token ids: integers of at least 0"
+_LISTS: tuple[tuple[str, Any, str], ...] = (
+    ("stop", _is_text, _TEXTS),
+    ("stop_token_ids", _is_token_id, _IDS),
+    ("allowed_token_ids", _is_token_id, _IDS),
+    ("bad_words", _is_text, _TEXTS),
+)
+_STRUCTURED = (*(name for name, _, _ in _LISTS), "logit_bias")

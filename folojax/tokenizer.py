@@ -1,11 +1,15 @@
-"""Text to token ids and back, through transformers; and the search for stop strings."""
+"""Text to token ids and back, through transformers."""
 
+import functools
 import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 """How tokenizers spell bytes that are no whole UTF-8 character (yet)."""
+
+_BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
 
 
 class Tokenizer:
@@ -13,10 +17,39 @@ class Tokenizer:
 
     def __init__(self, hf_tokenizer: Any) -> None:
         self.hf = hf_tokenizer
+        self._texts: dict[int, str] = {}
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a prompt, with the special tokens that the model expects around it."""
-        return self.hf.encode(text)
+    @functools.cached_property
+    def num_tokens(self) -> int:
+        """One more than the highest id that it knows."""
+        return 1 + max(self.hf.get_vocab().values())
+
+    @functools.cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Ids that `decode` leaves out where it is to skip special tokens."""
+        added = getattr(self.hf, "added_tokens_decoder", {})
+        return frozenset(id_ for id_, token in added.items() if token.special)
+
+    @functools.cached_property
+    def byte_values(self) -> dict[int, int]:
+        """Byte by id, of the tokens <0x00> ... of a vocabulary that falls back to bytes."""
+        backend = getattr(self.hf, "backend_tokenizer", None)
+        # The decoder is known by its serialised form only.
+        if backend is None or b'"ByteFallback"' not in _state(backend.decoder):
+            return {}
+        matches = ((_BYTE_TOKEN.fullmatch(text), id_) for text, id_ in self.hf.get_vocab().items())
+        return {id_: int(match[1], 16) for match, id_ in matches if match}
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text, by default with the special tokens that a prompt has around it."""
+        return self.hf.encode(text, add_special_tokens=add_special_tokens)
+
+    def token_text(self, token_id: int) -> str:
+        """The text of one token on its own, special ones included."""
+        text = self._texts.get(token_id)
+        if text is None:
+            text = self._texts[token_id] = self.hf.decode([token_id])
+        return text
 
     def decode(
         self,
@@ -73,48 +106,5 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
         ) from error
 
 
-class StopStringSearch:
-    """Finds the first stop string in a growing output, over token borders.
-
-    The text is decoded in a window that moves on whenever it ends on a whole character, so a
-    token costs the same however long the output is.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], **decode_options: bool) -> None:
-        self._tokenizer = tokenizer
-        self._stop = stop
-        self._options = decode_options
-        self._token_ids: list[int] = []
-        self._window_start = 0  # the window gives a token its left context ...
-        self._window_read = 0  # ... up to here its text is in `text` already
-        self.text = ""
-
-    def add(self, token_id: int, is_searched: bool = True) -> tuple[str, int] | None:
-        """Appends a token; returns the earliest stop string that is complete and where it starts.
-
-        Args:
-            token_id: The newest output token.
-            is_searched: False only reads the text (before min_tokens).
-        """
-        self._token_ids.append(token_id)
-        known = self._decode(self._token_ids[self._window_start : self._window_read])
-        text = self._decode(self._token_ids[self._window_start :])
-        if text.endswith(INCOMPLETE) or len(text) <= len(known):
-            return None
-        num_old = len(self.text)
-        self.text += text[len(known) :]
-        self._window_start, self._window_read = self._window_read, len(self._token_ids)
-        if not is_searched:
-            return None
-        # A stop string that was complete before has been passed over (min_tokens).
-        found = [
-            (self.text.find(stop, max(0, num_old - len(stop) + 1)), stop) for stop in self._stop
-        ]
-        found = [(start, stop) for start, stop in found if start >= 0]
-        if not found:
-            return None
-        start, stop = min(found)
-        return stop, start
-
-    def _decode(self, token_ids: list[int]) -> str:
-        return self._tokenizer.decode(token_ids, **self._options)
+def _state(part: Any) -> bytes:
+    return part.__getstate__() if part is not None else b""

@@ -13,7 +13,7 @@ PATH = (
     ("sampling_params", "row_params"),
     ("config", "buckets"),
     ("batch", "runner"),
-    ("tokenizer", "outputs", "prompts", "job"),
+    ("tokenizer", "detokenizer", "outputs", "prompts", "validation", "job", "score_job"),
     ("engine",),
     ("compilation_cache", "llm"),
 )
