@@ -3,16 +3,18 @@
 import dataclasses
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Logprob:
-    """One token's log-probability.
+    """One token's log-probability at one place.
 
     Attributes:
-        logprob: Natural logarithm, in the raw model distribution (before temperature).
-        decoded_token: The token's text on its own.
+        logprob: Natural logarithm, in the distribution that EngineConfig.logprobs_mode names.
+        rank: How many tokens are at least as likely, itself included: 1 is the likeliest.
+        decoded_token: The token's text on its own; None without a tokenizer.
     """
 
     logprob: float
+    rank: int
     decoded_token: str | None = None
 
 
@@ -24,7 +26,7 @@ class RequestMetrics:
         arrival_time_s: When the request was added.
         first_scheduled_time_s: When a step first computed some of it; None if none did.
         first_token_time_s: When its first token had been read; None if none was.
-        finish_time_s: When it ended.
+        finish_time_s: When it ended; None while it goes on.
         num_output_tokens: Of all its samples.
         num_preemptions: How often it lost its pages and was computed again.
     """
@@ -32,14 +34,14 @@ class RequestMetrics:
     arrival_time_s: float
     first_scheduled_time_s: float | None
     first_token_time_s: float | None
-    finish_time_s: float
+    finish_time_s: float | None
     num_output_tokens: int
     num_preemptions: int
 
     @property
-    def e2e_s(self) -> float:
-        """From arrival to end."""
-        return self.finish_time_s - self.arrival_time_s
+    def e2e_s(self) -> float | None:
+        """From arrival to end; None while it goes on."""
+        return None if self.finish_time_s is None else self.finish_time_s - self.arrival_time_s
 
     @property
     def ttft_s(self) -> float | None:
@@ -50,15 +52,19 @@ class RequestMetrics:
 
     @property
     def tpot_s(self) -> float | None:
-        """Mean time per output token after the first; None below two tokens."""
-        if self.first_token_time_s is None or self.num_output_tokens < 2:
+        """Mean time per output token after the first; None below two tokens or before the end."""
+        if (
+            self.first_token_time_s is None
+            or self.finish_time_s is None
+            or self.num_output_tokens < 2
+        ):
             return None
         return (self.finish_time_s - self.first_token_time_s) / (self.num_output_tokens - 1)
 
     @property
-    def tokens_per_s(self) -> float:
+    def tokens_per_s(self) -> float | None:
         """Output tokens over `e2e_s`."""
-        return self.num_output_tokens / max(self.e2e_s, 1e-9)
+        return None if self.e2e_s is None else self.num_output_tokens / max(self.e2e_s, 1e-9)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,44 +73,94 @@ class CompletionOutput:
 
     Attributes:
         index: Which of the prompt's `n` samples.
-        text: Detokenised output, cut at a stop string.
+        text: Detokenised output, cut at a stop string. While the request goes on, only what can
+            no longer change: it may lag behind `token_ids`.
         token_ids: All output tokens, the one that ended it included.
-        cumulative_logprob: Sum of the tokens' log-probabilities in the raw model distribution.
-        logprobs: Per token a dict from token id to Logprob; None if not asked for.
-        finish_reason: "stop", "length", "abort" or "error".
+        cumulative_logprob: Sum of the tokens' log-probabilities.
+        logprobs: For each token a dict from token id to Logprob, the sampled token first, then
+            the likeliest ones by rank; None if not asked for. Later outputs of the same request
+            share the dicts.
+        finish_reason: "stop", "length", "abort" or "error"; None while it goes on.
         stop_reason: The stop id or stop string; None for EOS; the reason after an error.
         seed: Gives the same tokens again in any batch; None for greedy.
     """
 
     index: int
     text: str
-    token_ids: tuple[int, ...]
+    token_ids: list[int]
     cumulative_logprob: float
-    logprobs: tuple[dict[int, Logprob], ...] | None
-    finish_reason: str | None
-    stop_reason: int | str | None
-    seed: int | None
+    logprobs: list[dict[int, Logprob]] | None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    seed: int | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether no token will follow."""
+        return self.finish_reason is not None
 
 
 @dataclasses.dataclass(frozen=True)
 class RequestOutput:
-    """A prompt and its samples.
+    """A prompt and its samples, finished or as far as they are.
 
     Attributes:
         request_id: As given to `add_request`, or drawn by `generate`.
         prompt: The text; None where token ids were given.
         prompt_token_ids: What the model saw.
+        prompt_logprobs: For each prompt token a dict as in `CompletionOutput.logprobs`, for the
+            first one None, which nothing precedes; None if not asked for, or not known yet.
         outputs: One for each of the `n` samples, by index.
         finished: Whether all of them have ended.
         metrics: Times of the request, from its arrival to the end of its last sample.
+        num_cached_tokens: Prompt tokens whose keys and values came from the prefix cache.
     """
 
     request_id: str
     prompt: str | None
-    prompt_token_ids: tuple[int, ...]
-    outputs: tuple[CompletionOutput, ...]
+    prompt_token_ids: list[int]
+    prompt_logprobs: list[dict[int, Logprob] | None] | None
+    outputs: list[CompletionOutput]
     finished: bool
     metrics: RequestMetrics
+    num_cached_tokens: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreOutput:
+    """What the model thinks of a given continuation.
+
+    Attributes:
+        request_id: Drawn by `score`.
+        prompt: The text; None where token ids were given.
+        prompt_token_ids: What comes before.
+        continuation: The text; None where token ids were given.
+        token_ids: Of the continuation.
+        logprobs: Log-probability of each of them, given all before it.
+        ranks: Of each of them: 1 is the token that a greedy request would have taken, ties aside.
+        finish_reason: "length", or "error" or "abort"; the numbers are there after "length".
+        metrics: Times of the request.
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    continuation: str | None
+    token_ids: list[int]
+    logprobs: list[float]
+    ranks: list[int]
+    finish_reason: str
+    metrics: RequestMetrics
+
+    @property
+    def cumulative_logprob(self) -> float:
+        """Log-probability of the whole continuation."""
+        return sum(self.logprobs)
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether greedy decoding would write this continuation."""
+        return bool(self.ranks) and all(rank == 1 for rank in self.ranks)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,10 +197,10 @@ class BatchMetrics:
 
 
 def batch_metrics(outputs: list[RequestOutput]) -> BatchMetrics:
-    """Sums up requests that were served together; of no requests, all is zero."""
+    """Sums up finished requests that were served together; of none, all is zero."""
     metrics = [output.metrics for output in outputs]
     start = min((m.arrival_time_s for m in metrics), default=0.0)
-    end = max((m.finish_time_s for m in metrics), default=0.0)
+    end = max((m.finish_time_s for m in metrics if m.finish_time_s is not None), default=start)
     return BatchMetrics(
         num_requests=len(outputs),
         num_prompt_tokens=sum(len(output.prompt_token_ids) for output in outputs),

@@ -21,7 +21,7 @@ def metrics(**fields: Any) -> RequestMetrics:
 
 
 def output(one: RequestMetrics, prompt_len: int = 3) -> RequestOutput:
-    return RequestOutput("id", None, tuple(range(prompt_len)), (), True, one)
+    return RequestOutput("id", None, list(range(prompt_len)), None, [], True, one)
 
 
 def test_times_of_a_request() -> None:
