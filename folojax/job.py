@@ -1,169 +1,232 @@
 """A user's request: its `n` samples, each a request of the scheduler, and what becomes of them."""
 
 import dataclasses
+import itertools
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 
+from folojax.detokenizer import Detokenizer
 from folojax.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from folojax.row_params import RowParams
-from folojax.sampling_params import SamplingParams
+from folojax.runner import PromptLogprobs, TokenLogprob
 from folojax.sched.request import Request, StopRule
-from folojax.detokenizer import Detokenizer as StopStringSearch
 from folojax.tokenizer import Tokenizer
+from folojax.validation import CheckedRequest
 
 
 @dataclasses.dataclass(eq=False)
 class Sample:
-    """One of the samples of a job."""
+    """One of the samples of a job.
+
+    Attributes:
+        index: Its place among them.
+        request: What the scheduler knows of it.
+        seed: None for greedy.
+        detokenizer: None where there is no text. It reads tokens when text is wanted.
+        cumulative_logprob: Of its tokens so far.
+        logprobs: One entry a token; empty if not asked for.
+    """
 
     index: int
     request: Request
     seed: int | None
-    logprobs: list[float]
-    search: StopStringSearch | None
-    cut_text: str | None = None  # the text, where a stop string ended it
+    detokenizer: Detokenizer | None
+    cumulative_logprob: float = 0.0
+    logprobs: list[dict[int, Logprob]] = dataclasses.field(default_factory=list)
 
-    def find_stop(self, token: int, params: SamplingParams) -> str | None:
-        """Reads a new token; returns the stop string that it completes."""
-        if self.search is None:
-            return None
-        is_searched = self.request.num_output_tokens > params.min_tokens
-        found = self.search.add(token, is_searched)
-        if found is None:
-            return None
-        stop, start = found
-        end = start + len(stop) if params.include_stop_str_in_output else start
-        self.cut_text = self.search.text[:end]
-        return stop
+    def text_tokens(self, is_stop_included: bool) -> list[int]:
+        """The tokens that have text: a token that ended the sample has none, unless asked for."""
+        tokens = self.request.output_token_ids
+        is_stopped = self.request.status.finish_reason == "stop"
+        return tokens[:-1] if is_stopped and not is_stop_included else tokens
 
 
 @dataclasses.dataclass(eq=False)
 class Job:
-    """A prompt with its parameters, samples and times."""
+    """A request for outputs, with its samples and times.
 
-    request_id: str
-    prompt: str | None
-    prompt_token_ids: tuple[int, ...]
-    params: SamplingParams
+    Attributes:
+        request: As it was checked.
+        samples: By index.
+        tokenizer: For the text of single tokens; None: there is none.
+        is_streamed: Whether every step reports it, or only the last one.
+        arrival_time_s: When it was added; the times are of `time.perf_counter`.
+        first_scheduled_time_s: When a step first computed some of it.
+        first_token_time_s: When its first token was read.
+        prompt_logprobs: Of the prompt's tokens after the first, as far as they are known.
+    """
+
+    request: CheckedRequest
     samples: list[Sample]
+    tokenizer: Tokenizer | None
+    is_streamed: bool
     arrival_time_s: float
     first_scheduled_time_s: float | None = None
     first_token_time_s: float | None = None
+    prompt_logprobs: list[TokenLogprob] = dataclasses.field(default_factory=list)
+
+    @property
+    def request_id(self) -> str:
+        """The user's id of it."""
+        return self.request.request_id
+
+    @property
+    def requests(self) -> list[Request]:
+        """The scheduler's part."""
+        return [sample.request for sample in self.samples]
 
     @property
     def is_finished(self) -> bool:
         """Whether every sample has ended."""
         return all(sample.request.is_finished for sample in self.samples)
 
-    def output(self, tokenizer: Tokenizer | None) -> RequestOutput:
-        """What the user gets; the end of the job is now."""
+    def add_token(self, sample: Sample, entry: TokenLogprob) -> str | None:
+        """Takes in a token that the scheduler has; returns the stop string that it completes."""
+        params = self.request.params
+        sample.cumulative_logprob += entry.logprob
+        if params.logprobs is not None:
+            sample.logprobs.append(as_logprobs(entry, self._token_texts()))
+        if not params.stop or sample.detokenizer is None:
+            return None
+        return sample.detokenizer.read(sample.text_tokens(params.include_stop_str_in_output))
+
+    def add_prompt_logprobs(self, chunk: PromptLogprobs) -> None:
+        """Takes in a chunk; after a preemption it may be known already."""
+        del self.prompt_logprobs[chunk.first - 1 :]
+        self.prompt_logprobs += chunk.entries
+
+    def output(self) -> RequestOutput:
+        """What the user gets: all that there is so far; a finished job ends now."""
         return RequestOutput(
             request_id=self.request_id,
-            prompt=self.prompt,
-            prompt_token_ids=self.prompt_token_ids,
-            outputs=tuple(self._completion(sample, tokenizer) for sample in self.samples),
+            prompt=self.request.prompt,
+            prompt_token_ids=list(self.request.prompt_token_ids),
+            prompt_logprobs=self._prompt_logprobs(),
+            outputs=[self._completion(sample) for sample in self.samples],
             finished=self.is_finished,
-            metrics=RequestMetrics(
-                arrival_time_s=self.arrival_time_s,
-                first_scheduled_time_s=self.first_scheduled_time_s,
-                first_token_time_s=self.first_token_time_s,
-                finish_time_s=time.perf_counter(),
-                num_output_tokens=sum(s.request.num_output_tokens for s in self.samples),
-                num_preemptions=sum(s.request.num_preemptions for s in self.samples),
-            ),
+            metrics=self.metrics(),
+            num_cached_tokens=self.samples[0].request.num_cached_tokens,
         )
 
-    def _completion(self, sample: Sample, tokenizer: Tokenizer | None) -> CompletionOutput:
-        request = sample.request
-        token_ids = tuple(request.output_token_ids)
-        logprobs = None
-        if self.params.logprobs is not None:
-            logprobs = tuple(
-                {token: Logprob(logprob, tokenizer.decode([token]) if tokenizer else None)}
-                for token, logprob in zip(token_ids, sample.logprobs, strict=True)
-            )
+    def metrics(self) -> RequestMetrics:
+        """Times and counts so far."""
+        return RequestMetrics(
+            arrival_time_s=self.arrival_time_s,
+            first_scheduled_time_s=self.first_scheduled_time_s,
+            first_token_time_s=self.first_token_time_s,
+            finish_time_s=time.perf_counter() if self.is_finished else None,
+            num_output_tokens=sum(request.num_output_tokens for request in self.requests),
+            num_preemptions=sum(request.num_preemptions for request in self.requests),
+        )
+
+    def _completion(self, sample: Sample) -> CompletionOutput:
         return CompletionOutput(
             index=sample.index,
-            text=self._text(sample, tokenizer),
-            token_ids=token_ids,
-            cumulative_logprob=sum(sample.logprobs),
-            logprobs=logprobs,
-            finish_reason=request.status.finish_reason,
-            stop_reason=request.stop_reason,
+            text=self._text(sample),
+            token_ids=list(sample.request.output_token_ids),
+            cumulative_logprob=sample.cumulative_logprob,
+            logprobs=None if self.request.params.logprobs is None else list(sample.logprobs),
+            finish_reason=sample.request.status.finish_reason,
+            stop_reason=sample.request.stop_reason,
             seed=sample.seed,
         )
 
-    def _text(self, sample: Sample, tokenizer: Tokenizer | None) -> str:
-        if sample.cut_text is not None:
-            return sample.cut_text
-        if tokenizer is None or not self.params.detokenize:
+    def _text(self, sample: Sample) -> str:
+        if sample.detokenizer is None:
             return ""
-        request = sample.request
-        token_ids = request.output_token_ids
-        # The token that ended the text is no part of it, unless asked for.
-        is_stopped = request.status.finish_reason == "stop"
-        if is_stopped and not self.params.include_stop_str_in_output:
-            token_ids = token_ids[:-1]
-        return tokenizer.decode(token_ids, **decode_options(self.params))
+        token_ids = sample.text_tokens(self.request.params.include_stop_str_in_output)
+        if sample.request.is_finished:
+            return sample.detokenizer.finish(token_ids)
+        sample.detokenizer.read(token_ids)
+        return sample.detokenizer.text
+
+    def _prompt_logprobs(self) -> list[dict[int, Logprob] | None] | None:
+        is_known = len(self.prompt_logprobs) == len(self.request.prompt_token_ids) - 1
+        if self.request.num_prompt_logprobs is None or not is_known:
+            return None
+        texts = self._token_texts()
+        return [None, *(as_logprobs(entry, texts) for entry in self.prompt_logprobs)]
+
+    def _token_texts(self) -> Tokenizer | None:
+        return self.tokenizer if self.request.params.detokenize else None
 
 
 def make_job(
-    request_id: str,
-    prompt: str | None,
-    prompt_token_ids: tuple[int, ...],
-    params: SamplingParams,
+    checked: CheckedRequest,
     *,
     seed: int | None,
-    eos_token_ids: Iterable[int],
-    max_model_len: int,
-    priority: int,
+    eos_token_ids: Sequence[int],
     tokenizer: Tokenizer | None,
+    is_streamed: bool,
 ) -> Job:
     """Splits a user's request into requests of the scheduler, one a sample.
 
+    The samples of n > 1 are called `<request_id>#<index>` inside, and share the prompt's pages.
+
     Args:
-        request_id: The samples of n > 1 are called `<request_id>#<index>` inside.
-        prompt: The text, if it was given as text.
-        prompt_token_ids: The prompt.
-        params: Of all samples.
+        checked: The request.
         seed: Of the first sample; None for greedy.
         eos_token_ids: The model's end tokens.
-        max_model_len: Stands in for `max_tokens=None`.
-        priority: Smaller is more urgent.
-        tokenizer: Needed for stop strings.
-
+        tokenizer: None: there is no text.
+        is_streamed: Whether every step is to report it.
     """
-    eos = frozenset() if params.ignore_eos else frozenset(eos_token_ids)
+    params = checked.params
     stop = StopRule(
-        max_tokens=params.max_tokens or max_model_len,
-        eos_token_ids=eos,
-        stop_token_ids=frozenset(params.stop_token_ids),
+        max_tokens=checked.max_tokens,
+        eos_token_ids=frozenset() if params.ignore_eos else frozenset(eos_token_ids),
+        stop_token_ids=frozenset(params.stop_token_ids or ()),
         min_tokens=params.min_tokens,
     )
-    banned = tuple(sorted(eos | stop.stop_token_ids)) if params.min_tokens else ()
+    banned = tuple(sorted(stop.eos_token_ids | stop.stop_token_ids)) if params.min_tokens else ()
     samples = []
     for index in range(params.n):
+        # One sample tells of the prompt, and so has to compute all of it.
+        num_prompt_logprobs = checked.num_prompt_logprobs if index == 0 else None
         sample_seed = None if seed is None else (seed + index) % 2**64
         row = RowParams(
             params,
-            sample_seed or 0,
-            banned,
-            len(prompt_token_ids) + params.min_tokens,
-            num_logprobs=params.logprobs,
+            seed=sample_seed or 0,
+            banned_ids=banned,
+            banned_until=len(checked.prompt_token_ids) + params.min_tokens,
+            bad_word_ids=checked.bad_word_ids,
+            num_logprobs=checked.num_logprobs,
+            num_prompt_logprobs=num_prompt_logprobs,
         )
-        child_id = request_id if params.n == 1 else f"{request_id}#{index}"
-        search = None
-        if params.stop:
-            assert tokenizer is not None, "stop strings were accepted without a tokenizer"
-            search = StopStringSearch(tokenizer, tuple(params.stop), **decode_options(params))
-        request = Request(child_id, prompt_token_ids, stop, row, priority)
-        samples.append(Sample(index, request, sample_seed, [], search))
-    return Job(request_id, prompt, prompt_token_ids, params, samples, time.perf_counter())
+        is_one = params.n == 1
+        request = Request(
+            checked.request_id if is_one else f"{checked.request_id}#{index}",
+            checked.prompt_token_ids,
+            stop,
+            row,
+            checked.priority,
+            group=None if is_one else checked.request_id,
+            skip_prefix_cache=num_prompt_logprobs is not None,
+        )
+        samples.append(Sample(index, request, sample_seed, _make_detokenizer(checked, tokenizer)))
+    return Job(checked, samples, tokenizer, is_streamed, time.perf_counter())
 
 
-def decode_options(params: SamplingParams) -> dict[str, bool]:
-    """The tokenizer's part of the parameters."""
+def as_logprobs(entry: TokenLogprob, tokenizer: Tokenizer | None) -> dict[int, Logprob]:
+    """The token itself, then the likeliest ones by rank."""
+    ranked = zip(entry.top_tokens, entry.top_logprobs, itertools.count(1), strict=False)
+    found = {entry.token: (entry.logprob, entry.rank)}
+    for token, logprob, rank in ranked:
+        found.setdefault(token, (logprob, rank))
     return {
-        "skip_special_tokens": params.skip_special_tokens,
-        "spaces_between_special_tokens": params.spaces_between_special_tokens,
+        token: Logprob(logprob, rank, tokenizer.token_text(token) if tokenizer else None)
+        for token, (logprob, rank) in found.items()
     }
+
+
+def _make_detokenizer(checked: CheckedRequest, tokenizer: Tokenizer | None) -> Detokenizer | None:
+    params = checked.params
+    if tokenizer is None or not params.detokenize:
+        return None
+    return Detokenizer(
+        tokenizer,
+        tuple(params.stop or ()),
+        min_tokens=params.min_tokens,
+        is_stop_included=params.include_stop_str_in_output,
+        skip_special_tokens=params.skip_special_tokens,
+        spaces_between_special_tokens=params.spaces_between_special_tokens,
+    )

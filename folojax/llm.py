@@ -1,31 +1,35 @@
 """`LLM`: the user's door, with the names that code written for vLLM knows."""
 
-import dataclasses
 import itertools
 import os
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias, TypeVar, cast
 
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
 from tqdm.auto import tqdm
 
-from folojax.buckets import make_buckets
+from folojax.build import default_params, find_tokenizer, load_model, make_config, make_engine
 from folojax.compilation_cache import enable_compilation_cache
-from folojax.config import EngineConfig, ResolvedConfig
-from folojax.engine import Engine, EngineMetrics
-from folojax.kv_cache import KVLayout
-from folojax.models.checkpoint import Checkpoint, build_module, load_params, open_checkpoint
-from folojax.outputs import RequestOutput
-from folojax.prompts import Prompt, params_per_prompt, parse_prompt, parse_prompts
-from folojax.runner import Runner
+from folojax.config import EngineConfig
+from folojax.engine import EngineMetrics, Output
+from folojax.outputs import RequestOutput, ScoreOutput
+from folojax.prompts import (
+    Prompt,
+    conversations,
+    pair_continuations,
+    params_per_prompt,
+    parse_prompt,
+    parse_prompts,
+)
 from folojax.sampling import SamplingClass
 from folojax.sampling_params import SamplingParams
-from folojax.sched.scheduler import Scheduler
-from folojax.tokenizer import Tokenizer, load_tokenizer
+from folojax.validation import CheckedRequest
 
-_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+Params: TypeAlias = SamplingParams | Sequence[SamplingParams] | None
+Message: TypeAlias = Mapping[str, Any]
+
+_Output = TypeVar("_Output", RequestOutput, ScoreOutput)
 
 
 class LLM:
@@ -42,6 +46,7 @@ class LLM:
         config: Limits and sizes; or give its fields as keywords.
         revision: Branch, tag or commit of a Hub model.
         trust_remote_code: Only False: code that ships with a model is never run.
+        deterministic: Only False: the same bits whatever the batch is not built yet.
         **fields: Fields of EngineConfig.
 
     Raises:
@@ -58,41 +63,35 @@ class LLM:
         config: EngineConfig | None = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
+        deterministic: bool = False,
         **fields: Any,
     ) -> None:
         if trust_remote_code is not False:
             raise ValueError("trust_remote_code: code that ships with a model is never run here")
-        config = _engine_config(config, fields)
+        if deterministic is not False:
+            raise ValueError(
+                f"deterministic is {deterministic!r}; only False is built: tokens do not depend on "
+                "the batch here, but log-probabilities may differ in their last digits"
+            )
+        config = make_config(config, fields)
         enable_compilation_cache()
-        backend = jax.default_backend()
-        checkpoint: Checkpoint | None = None
-        if isinstance(model, tuple):
-            module, params = model
-        else:
-            compute_dtype = _resolve_dtype(dtype)
-            checkpoint = open_checkpoint(model, revision)
-            config.resolve(
-                checkpoint.config.max_position, backend
-            )  # before the weights are paid for
-            module = build_module(checkpoint.config, compute_dtype)
-            params = load_params(checkpoint, compute_dtype)
-        self.config = config.resolve(module.config.max_position, backend)
-        self.default_params = _default_params(checkpoint)
-        self._next_id = itertools.count()
-        self._early: list[RequestOutput] = []  # finished while generate() waited for others
-        self.engine = _make_engine(
-            module,
-            params,
-            self.config,
-            _find_tokenizer(tokenizer, checkpoint),
-            checkpoint.eos_token_ids if checkpoint else (),
+        loaded = load_model(model, dtype, revision, config)
+        self.config = config.resolve(loaded.module.config.max_position, jax.default_backend())
+        self.default_params = default_params(loaded.checkpoint)
+        self.engine = make_engine(
+            loaded, self.config, find_tokenizer(tokenizer, loaded.checkpoint)
         )
+        self._next_id = itertools.count()
+        # Outputs of requests that a call here waits for, by request id; one box for each call.
+        self._boxes: dict[str, dict[str, Output]] = {}
+        # Those of the caller's own requests that finished while another call was stepping.
+        self._early: list[RequestOutput] = []
 
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        use_tqdm: bool = True,
+        sampling_params: Params = None,
+        use_tqdm: bool | Callable[..., Any] = True,
     ) -> list[RequestOutput]:
         """Continues prompts, all in one continuous batch.
 
@@ -103,34 +102,30 @@ class LLM:
             prompts: One prompt or a list: text, token ids, {"prompt": ...} or
                 {"prompt_token_ids": ...}.
             sampling_params: One for all, one for each, or None for the model's own defaults.
-            use_tqdm: Shows a progress bar on a terminal.
+            use_tqdm: Shows a progress bar on a terminal; or what makes the bar, called as tqdm is.
 
         Returns:
             One output for each prompt, in order.
 
         Raises:
             ValueError: a prompt or its parameters are refused.
+            RuntimeError: the engine sleeps.
         """
-        parsed = parse_prompts(prompts, self.engine.tokenizer)
-        params = params_per_prompt(sampling_params or self.default_params, len(parsed))
-        ids = [self._draw_id() for _ in parsed]
-        queued: list[str] = []
-        try:
-            for request_id, (text, token_ids), one in zip(ids, parsed, params, strict=True):
-                self.engine.add_request(request_id, token_ids, one, prompt=text)
-                queued.append(request_id)
-        except BaseException:
-            self.engine.abort(queued)
-            raise
-        with tqdm(total=len(ids), desc="requests", disable=None if use_tqdm else True) as bar:
-            return self._finish(ids, bar)
+        checked = self._check_all(prompts, sampling_params)
+        self.engine.check_is_awake()
+        self.engine.add(checked, is_streamed=False)
+        return self._wait([one.request_id for one in checked], use_tqdm, RequestOutput)
 
     def chat(
         self,
-        messages: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        use_tqdm: bool = True,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: Params = None,
+        use_tqdm: bool | Callable[..., Any] = True,
         chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Any] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """Answers conversations: renders the chat template, then generates.
 
@@ -139,25 +134,106 @@ class LLM:
             sampling_params: As in `generate`.
             use_tqdm: As in `generate`.
             chat_template: Jinja text in place of the tokenizer's own.
+            add_generation_prompt: Opens the assistant's turn.
+            continue_final_message: Leaves the last message open, to be gone on with; then
+                `add_generation_prompt` must be False.
+            tools: Functions or JSON schemas, for templates that know them.
+            chat_template_kwargs: Further variables of the template.
 
         Raises:
-            ValueError: there is no template, or as in `generate`.
+            ValueError: there is no template, it fails, or as in `generate`.
+            RuntimeError: the engine sleeps.
         """
-        is_one = bool(messages) and all(isinstance(message, Mapping) for message in messages)
-        conversations: Any = [messages] if is_one else messages
-        prompts = [self.render_chat(one, chat_template) for one in conversations]
+        prompts = [
+            self.render_chat(
+                one,
+                chat_template,
+                add_generation_prompt,
+                continue_final_message,
+                tools,
+                chat_template_kwargs,
+            )
+            for one in conversations(messages)
+        ]
         return self.generate(prompts, sampling_params, use_tqdm)
 
     def render_chat(
-        self, messages: Sequence[Mapping[str, Any]], chat_template: str | None = None
+        self,
+        messages: Sequence[Message],
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Any] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> Prompt:
         """The prompt of one conversation, as `generate` takes it: what `chat` would continue."""
-        if self.engine.tokenizer is None:
+        tokenizer = self.engine.tokenizer
+        if tokenizer is None:
             raise ValueError("chat needs a tokenizer: pass tokenizer=, or generate from token ids")
-        token_ids = self.engine.tokenizer.apply_chat_template(
-            messages, chat_template, add_generation_prompt=True
+        text = tokenizer.render_chat(
+            messages,
+            chat_template,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            tools=tools,
+            **(chat_template_kwargs or {}),
         )
-        return {"prompt_token_ids": token_ids}
+        # The template writes the special tokens itself: adding them would double them.
+        token_ids = tokenizer.encode(text, add_special_tokens=False)
+        return {"prompt": text, "prompt_token_ids": token_ids}
+
+    def score(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        continuations: Prompt | Sequence[Prompt],
+        use_tqdm: bool | Callable[..., Any] = True,
+    ) -> list[ScoreOutput]:
+        """Log-probabilities of given continuations; no token is generated.
+
+        Args:
+            prompts: As in `generate`; one for all continuations, or one for each.
+            continuations: In the same forms. Text is encoded by itself and without special
+                tokens, so a word that follows a space begins with it: score("The sea is", " blue").
+            use_tqdm: As in `generate`.
+
+        Returns:
+            One output for each continuation, in order.
+
+        Raises:
+            ValueError: a prompt or continuation is refused; none was queued.
+            RuntimeError: the engine sleeps.
+        """
+        pairs = pair_continuations(prompts, continuations, self.engine.tokenizer)
+        for prompt, continuation in pairs:
+            self.engine.check_score(prompt, continuation)
+        self.engine.check_is_awake()
+        scored = [(self._draw_id("score"), *pair) for pair in pairs]
+        self.engine.add_scores(scored)
+        return self._wait([request_id for request_id, _, _ in scored], use_tqdm, ScoreOutput)
+
+    def stream(
+        self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None
+    ) -> Iterator[RequestOutput]:
+        """Continues prompts and reports every step of each.
+
+        Outputs hold all that there is so far, and text once shown is never taken back. They are
+        queued when the iterator is first asked; to close it early aborts what is unfinished.
+
+        Args:
+            prompts: As in `generate`.
+            sampling_params: As in `generate`.
+
+        Returns:
+            An iterator of outputs, in the order of `request_id`s `stream-<number>`; the last one
+            of each prompt is finished.
+
+        Raises:
+            ValueError: a prompt or its parameters are refused.
+            RuntimeError: the engine sleeps.
+        """
+        checked = self._check_all(prompts, sampling_params, "stream")
+        self.engine.check_is_awake()
+        return self._stream(checked)
 
     def add_request(
         self,
@@ -166,7 +242,7 @@ class LLM:
         sampling_params: SamplingParams | None = None,
         priority: int = 0,
     ) -> None:
-        """Queues one request, for callers that own the loop.
+        """Queues one request, for callers that own the loop; also while the engine sleeps.
 
         Args:
             request_id: Not that of an unfinished request.
@@ -177,22 +253,77 @@ class LLM:
         Raises:
             ValueError: the request is refused; nothing was queued.
         """
-        text, token_ids = parse_prompt(prompt, self.engine.tokenizer)
-        (params,) = params_per_prompt(sampling_params or self.default_params, 1)
-        self.engine.add_request(request_id, token_ids, params, prompt=text, priority=priority)
+        parsed = parse_prompt(prompt, self.engine.tokenizer)
+        (params,) = params_per_prompt(self._or_default(sampling_params), 1)
+        checked = self.engine.check(request_id, parsed, params, priority)
+        self.engine.add([checked], is_streamed=True)
 
     def step(self) -> list[RequestOutput]:
-        """Runs one step of the batch; returns the requests that have finished since the last."""
-        early, self._early = self._early, []
-        return early + self.engine.step()
+        """Runs one step of the batch.
 
-    def abort_request(self, request_ids: str | Sequence[str]) -> list[RequestOutput]:
+        Returns:
+            What has changed: an output with all that there is so far, for every request of
+            `add_request` that got a token; and those that finished since the last `step`.
+
+        Raises:
+            RuntimeError: the engine sleeps.
+        """
+        changed = self._advance()
+        early, self._early = self._early, []
+        return early + changed
+
+    def abort_request(self, request_ids: str | Iterable[str]) -> list[RequestOutput]:
         """Ends requests where they stand, and returns them; unknown ids are passed over."""
-        return self.engine.abort(request_ids)
+        outputs = self.engine.abort(request_ids)
+        self._deliver(outputs)  # whoever waits for one of them learns of its end
+        return [output for output in outputs if isinstance(output, RequestOutput)]
 
     def has_unfinished_requests(self) -> bool:
         """Whether `step` has anything to do or to return."""
         return bool(self._early) or self.engine.has_unfinished_requests()
+
+    def sleep(self, level: int = 1) -> None:
+        """Gives the memory of the KV cache back, until `wake_up`.
+
+        Unfinished requests keep their output and are computed again later; new ones may be added.
+
+        Args:
+            level: Only 1: the parameters stay where they are.
+        """
+        if level != 1:
+            raise ValueError(f"level is {level!r}; it must be 1, which keeps the parameters")
+        self.engine.sleep()
+
+    def wake_up(self) -> None:
+        """Allocates the KV cache again, empty."""
+        self.engine.wake_up()
+
+    def reset_prefix_cache(self, reset_running_requests: bool = False) -> bool:
+        """Forgets the keys and values of earlier prompts.
+
+        Args:
+            reset_running_requests: Whether running requests are computed again for it.
+
+        Returns:
+            Whether it was done: not while requests run, unless these are reset.
+        """
+        scheduler = self.engine.scheduler
+        return scheduler.reset_prefix_cache(preempt_running=reset_running_requests)
+
+    def update_params(self, params: Any) -> None:
+        """Goes on with other parameters of the same model, such as after a step of training.
+
+        Nothing is compiled anew and nothing is copied: the caller's arrays are used as they are,
+        and must stay alive (a training step may not be given them as a donated argument). The
+        prefix cache is dropped, and unfinished requests are computed again, their output kept.
+
+        Args:
+            params: A pytree with the names, shapes and dtypes of the parameters now in use.
+
+        Raises:
+            ValueError: it differs from them; every difference is named, nothing has changed.
+        """
+        self.engine.update_params(params)
 
     def get_tokenizer(self) -> Any:
         """The transformers tokenizer; None if there is none."""
@@ -213,71 +344,89 @@ class LLM:
         """
         return self.engine.runner.warm_up(sampling)
 
-    def _finish(self, ids: list[str], bar: Any) -> list[RequestOutput]:
-        """Steps until all of `ids` are done; whatever interrupts it leaves the engine empty."""
-        outputs: dict[str, RequestOutput] = {}
-        wanted = set(ids)
+    def _check_all(
+        self, prompts: Prompt | Sequence[Prompt], sampling_params: Params, kind: str = "generate"
+    ) -> list[CheckedRequest]:
+        parsed = parse_prompts(prompts, self.engine.tokenizer)
+        params = params_per_prompt(self._or_default(sampling_params), len(parsed))
+        return [
+            self.engine.check(self._draw_id(kind), prompt, one)
+            for prompt, one in zip(parsed, params, strict=True)
+        ]
+
+    def _or_default(self, sampling_params: Params) -> SamplingParams | Sequence[SamplingParams]:
+        return self.default_params if sampling_params is None else sampling_params
+
+    def _wait(
+        self, ids: list[str], use_tqdm: bool | Callable[..., Any], kind: type[_Output]
+    ) -> list[_Output]:
+        """Steps until all of `ids` are done; whatever interrupts it leaves none of them queued."""
+        make_bar = use_tqdm if callable(use_tqdm) else tqdm
+        box = self._open_box(ids)
         try:
-            while len(outputs) < len(ids):
-                for output in self.engine.step():
-                    if output.request_id in wanted:
-                        outputs[output.request_id] = output
-                        bar.update()
-                    else:
-                        self._early.append(output)
+            with make_bar(
+                total=len(ids), desc="requests", disable=None if use_tqdm else True
+            ) as bar:
+                while len(box) < len(ids):
+                    num_done = len(box)
+                    self._advance_for_others()
+                    if len(box) > num_done:
+                        bar.update(len(box) - num_done)
+        finally:
+            self._close_box(ids)
+        return [cast(_Output, box[request_id]) for request_id in ids]
+
+    def _stream(self, checked: list[CheckedRequest]) -> Iterator[RequestOutput]:
+        ids = [one.request_id for one in checked]
+        self.engine.add(checked, is_streamed=True)
+        box = self._open_box(ids)
+        num_left = len(ids)
+        try:
+            while num_left:
+                if not box:
+                    self._advance_for_others()
+                for request_id in list(box):
+                    output = cast(RequestOutput, box.pop(request_id))
+                    num_left -= output.finished
+                    yield output
+        finally:
+            self._close_box(ids)
+
+    def _advance_for_others(self) -> None:
+        """A step for a call that has a box: what belongs to no call waits for `step`."""
+        self._early += [output for output in self._advance() if output.finished]
+
+    def _advance(self) -> list[RequestOutput]:
+        """Runs one step; returns the outputs of requests that no call here waits for."""
+        self.engine.check_is_awake()
+        try:
+            outputs = self.engine.step()
         except BaseException:
-            aborted = self.engine.reset()
-            self._early += [output for output in aborted if output.request_id not in wanted]
+            # The step may have consumed the state of all requests.
+            self._early += self._deliver(self.engine.reset())
             raise
-        return [outputs[request_id] for request_id in ids]
+        return self._deliver(outputs)
 
-    def _draw_id(self) -> str:
-        return f"generate-{next(self._next_id)}"
+    def _open_box(self, ids: list[str]) -> dict[str, Output]:
+        box: dict[str, Output] = {}
+        self._boxes |= dict.fromkeys(ids, box)
+        return box
 
+    def _close_box(self, ids: list[str]) -> None:
+        for request_id in ids:
+            self._boxes.pop(request_id, None)
+        self.engine.abort(ids)
 
-def _engine_config(config: EngineConfig | None, fields: dict[str, Any]) -> EngineConfig:
-    known = {field.name for field in dataclasses.fields(EngineConfig)}
-    unknown = sorted(fields.keys() - known)
-    if unknown:
-        raise ValueError(f"unknown options {unknown}; there are {sorted(known)}")
-    return dataclasses.replace(config or EngineConfig(), **fields)
+    def _deliver(self, outputs: list[Output]) -> list[RequestOutput]:
+        """Puts outputs into their calls' boxes; returns the others."""
+        others = []
+        for output in outputs:
+            box = self._boxes.get(output.request_id)
+            if box is not None:
+                box[output.request_id] = output
+            elif isinstance(output, RequestOutput):
+                others.append(output)
+        return others
 
-
-def _resolve_dtype(dtype: str) -> Any:
-    if dtype == "auto":
-        return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    if dtype not in _DTYPES:
-        raise ValueError(f"dtype is {dtype!r}; it must be 'auto' or one of {sorted(_DTYPES)}")
-    return _DTYPES[dtype]
-
-
-def _default_params(checkpoint: Checkpoint | None) -> SamplingParams:
-    """The sampling parameters that a model's generation_config.json recommends."""
-    recommended = checkpoint.generation_config if checkpoint else {}
-    if recommended.get("do_sample") is False:
-        return SamplingParams(temperature=0.0)
-    names = ("temperature", "top_p", "top_k", "min_p")
-    return SamplingParams(**{name: recommended[name] for name in names if recommended.get(name)})
-
-
-def _find_tokenizer(tokenizer: Any, checkpoint: Checkpoint | None) -> Tokenizer | None:
-    if isinstance(tokenizer, str | os.PathLike):
-        return load_tokenizer(tokenizer)
-    if tokenizer is not None:
-        return Tokenizer(tokenizer)
-    return load_tokenizer(checkpoint.directory) if checkpoint else None
-
-
-def _make_engine(
-    module: nn.Module,
-    params: Any,
-    config: ResolvedConfig,
-    tokenizer: Tokenizer | None,
-    eos_token_ids: tuple[int, ...],
-) -> Engine:
-    is_half_on_cpu = module.dtype != jnp.float32 and jax.default_backend() == "cpu"
-    # A product with a single row converts all weights to float32 there, in every call.
-    buckets = make_buckets(config, jax.default_backend(), 2 if is_half_on_cpu else 1)
-    layout = KVLayout.of(module.config, module.dtype, buckets.segments, config.page_size)
-    runner = Runner(module, params, layout, buckets, config.max_num_seqs)
-    return Engine(Scheduler(config.scheduler()), runner, tokenizer, eos_token_ids, config.seed)
+    def _draw_id(self, kind: str) -> str:
+        return f"{kind}-{next(self._next_id)}"

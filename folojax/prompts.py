@@ -22,22 +22,77 @@ class ParsedPrompt(NamedTuple):
 
 def parse_prompt(prompt: Prompt, tokenizer: Tokenizer | None) -> ParsedPrompt:
     """Reads one prompt; ValueError as in `parse_prompts`."""
-    return _parse(prompt, 0, tokenizer)
+    return _Parser(tokenizer).parse(prompt, 0)
 
 
 def parse_prompts(
-    prompts: Prompt | Sequence[Prompt], tokenizer: Tokenizer | None
+    prompts: Prompt | Sequence[Prompt],
+    tokenizer: Tokenizer | None,
+    name: str = "prompt",
+    add_special_tokens: bool = True,
 ) -> list[ParsedPrompt]:
     """Reads one prompt or a list of them.
+
+    Args:
+        prompts: What the user gave.
+        tokenizer: For text.
+        name: What they are called in errors.
+        add_special_tokens: Whether text gets those that the model expects around a prompt.
 
     Raises:
         ValueError: a prompt has none of the known forms, or is text without a tokenizer.
     """
+    parser = _Parser(tokenizer, name, add_special_tokens)
     if isinstance(prompts, str | Mapping) or _is_token_ids(prompts):
-        return [_parse(prompts, 0, tokenizer)]
-    if not isinstance(prompts, Sequence) or isinstance(prompts, bytes | bytearray):
-        raise ValueError(f"prompts is a {type(prompts).__name__}; it must be a prompt or a list")
-    return [_parse(prompt, index, tokenizer) for index, prompt in enumerate(prompts)]
+        return [parser.parse(prompts, 0)]
+    if not _is_list(prompts):
+        raise ValueError(f"{name}s is a {type(prompts).__name__}; it must be a {name} or a list")
+    return [parser.parse(prompt, index) for index, prompt in enumerate(prompts)]
+
+
+def pair_continuations(
+    prompts: Prompt | Sequence[Prompt],
+    continuations: Prompt | Sequence[Prompt],
+    tokenizer: Tokenizer | None,
+) -> list[tuple[ParsedPrompt, ParsedPrompt]]:
+    """Prompts with what follows them; text that follows has no special tokens of its own.
+
+    Raises:
+        ValueError: as in `parse_prompts`, or there are neither as many prompts as continuations
+            nor one prompt.
+    """
+    before = parse_prompts(prompts, tokenizer)
+    after = parse_prompts(continuations, tokenizer, "continuation", add_special_tokens=False)
+    if len(before) == 1:
+        before *= len(after)
+    if len(before) != len(after):
+        raise ValueError(
+            f"continuations has {len(after)} entries for {len(before)} prompts: give one for each "
+            "prompt, or one prompt for all"
+        )
+    return list(zip(before, after, strict=True))
+
+
+def conversations(messages: Any) -> list[Any]:
+    """A list of conversations, of one that may stand alone.
+
+    Raises:
+        ValueError: it is no list of messages, nor of lists of them.
+    """
+    if not _is_list(messages):
+        raise ValueError(
+            f'messages is a {type(messages).__name__}; it must be a list of {{"role": ..., '
+            '"content": ...}, or a list of such lists'
+        )
+    if messages and all(isinstance(message, Mapping) for message in messages):
+        return [messages]
+    for index, conversation in enumerate(messages):
+        if not _is_list(conversation) or not conversation:
+            raise ValueError(
+                f"messages {index} is {conversation!r}; a conversation must be a list of at least "
+                'one {"role": ..., "content": ...}'
+            )
+    return list(messages)
 
 
 def params_per_prompt(
@@ -61,36 +116,63 @@ def params_per_prompt(
     return list(params)
 
 
-def _parse(prompt: Any, index: int, tokenizer: Tokenizer | None) -> ParsedPrompt:
-    if isinstance(prompt, Mapping):
-        if "prompt_token_ids" in prompt:
-            return ParsedPrompt(prompt.get("prompt"), _token_ids(prompt["prompt_token_ids"], index))
-        if "prompt" not in prompt:
+class _Parser(NamedTuple):
+    tokenizer: Tokenizer | None
+    name: str = "prompt"
+    add_special_tokens: bool = True
+
+    def parse(self, prompt: Any, index: int) -> ParsedPrompt:
+        if isinstance(prompt, Mapping):
+            return self._parse_mapping(prompt, index)
+        if isinstance(prompt, str):
+            return self._parse_text(prompt, index)
+        return ParsedPrompt(None, self._token_ids(prompt, index))
+
+    def _parse_mapping(self, prompt: Mapping[str, Any], index: int) -> ParsedPrompt:
+        if unknown := sorted(map(str, prompt.keys() - {"prompt", "prompt_token_ids"})):
             raise ValueError(
-                f'prompt {index} has keys {sorted(prompt)}; it needs "prompt" or "prompt_token_ids"'
+                f'{self.name} {index} has keys {unknown}; it may have "prompt" and '
+                '"prompt_token_ids"'
             )
-        prompt = prompt["prompt"]
-    if isinstance(prompt, str):
-        if tokenizer is None:
+        text, token_ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
+        if text is not None and not isinstance(text, str):
             raise ValueError(
-                f"prompt {index} is text, but the engine has no tokenizer: pass tokenizer=, or "
-                "token ids"
+                f'"prompt" of {self.name} {index} is a {type(text).__name__}; it must be text'
             )
-        return ParsedPrompt(prompt, tokenizer.encode(prompt))
-    return ParsedPrompt(None, _token_ids(prompt, index))
+        if token_ids is not None:
+            return ParsedPrompt(text, self._token_ids(token_ids, index))
+        if text is None:
+            raise ValueError(
+                f'{self.name} {index} has keys {sorted(prompt)}; it needs "prompt" or '
+                '"prompt_token_ids"'
+            )
+        return self._parse_text(text, index)
+
+    def _parse_text(self, text: str, index: int) -> ParsedPrompt:
+        if self.tokenizer is None:
+            raise ValueError(
+                f"{self.name} {index} is text, but the engine has no tokenizer: pass tokenizer=, "
+                "or token ids"
+            )
+        return ParsedPrompt(text, self.tokenizer.encode(text, self.add_special_tokens))
+
+    def _token_ids(self, prompt: Any, index: int) -> Sequence[int]:
+        if isinstance(prompt, np.ndarray | jax.Array) and prompt.ndim == 1:
+            return prompt.tolist()
+        if _is_list(prompt):
+            return prompt
+        raise ValueError(
+            f"{self.name} {index} is a {type(prompt).__name__}; it must be text, token ids or a "
+            "dict"
+        )
 
 
-def _token_ids(prompt: Any, index: int) -> Sequence[int]:
-    if isinstance(prompt, np.ndarray | jax.Array) and prompt.ndim == 1:
-        return prompt.tolist()
-    if isinstance(prompt, Sequence) and not isinstance(prompt, str | bytes | bytearray):
-        return prompt
-    raise ValueError(
-        f"prompt {index} is a {type(prompt).__name__}; it must be text, token ids or a dict"
-    )
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray)
 
 
 def _is_token_ids(prompts: Any) -> bool:
     """Whether a list is one prompt of ids; an empty list is no prompts rather than an empty one."""
-    is_list = isinstance(prompts, Sequence) and not isinstance(prompts, str | bytes | bytearray)
-    return is_list and len(prompts) > 0 and all(isinstance(item, int) for item in prompts)
+    if isinstance(prompts, np.ndarray | jax.Array):
+        return prompts.ndim == 1
+    return _is_list(prompts) and len(prompts) > 0 and all(isinstance(i, int) for i in prompts)

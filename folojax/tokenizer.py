@@ -64,27 +64,38 @@ class Tokenizer:
             spaces_between_special_tokens=spaces_between_special_tokens,
         )
 
-    def apply_chat_template(
+    def render_chat(
         self,
         messages: Sequence[Mapping[str, Any]],
         chat_template: str | None = None,
-        **options: bool,
-    ) -> list[int]:
-        """Token ids of a conversation, rendered in transformers' sandbox.
+        **options: Any,
+    ) -> str:
+        """The text of a conversation, rendered in transformers' sandbox.
 
         Raises:
-            ValueError: neither the model nor the call has a template.
+            ValueError: neither the model nor the call has a template, a message has no role, or
+                the template fails.
         """
         if chat_template is None and self.hf.chat_template is None:
             raise ValueError(
                 "the tokenizer has no chat template: pass chat_template=, or use generate() with "
                 "a prompt that you formatted yourself"
             )
-        text = self.hf.apply_chat_template(
-            list(messages), chat_template=chat_template, tokenize=False, **options
-        )
-        # The template writes the special tokens itself: adding them would double them.
-        return self.hf.encode(text, add_special_tokens=False)
+        for message in messages:
+            if not isinstance(message, Mapping) or "role" not in message:
+                raise ValueError(
+                    f'messages holds {message!r}; a message must be {{"role": ..., "content": ...}}'
+                )
+        # Templates may fail in any way; to the caller all of them are one.
+        try:
+            return self.hf.apply_chat_template(
+                [dict(message) for message in messages],
+                chat_template=chat_template,
+                tokenize=False,
+                **options,
+            )
+        except Exception as error:
+            raise ValueError(f"the chat template failed: {error}") from error
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:

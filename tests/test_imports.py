@@ -13,9 +13,11 @@ PATH = (
     ("sampling_params", "row_params"),
     ("config", "buckets"),
     ("batch", "runner"),
-    ("tokenizer", "detokenizer", "outputs", "prompts", "validation", "job", "score_job"),
+    ("tokenizer", "detokenizer", "outputs", "prompts"),
+    ("validation", "job", "score_job", "weights"),
     ("engine",),
-    ("compilation_cache", "llm"),
+    ("compilation_cache", "build"),
+    ("llm",),
 )
 
 

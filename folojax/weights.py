@@ -1,0 +1,52 @@
+"""New parameters in place of old ones, without a new executable."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def check_same_shapes(old: Any, new: Any) -> Any:
+    """Returns new parameters as the jitted steps know the old ones.
+
+    JAX arrays are taken as they are, with no copy; others go to the device.
+
+    Args:
+        old: The parameters that the executables were compiled for.
+        new: A pytree of arrays.
+
+    Raises:
+        ValueError: leaves are missing or new, or have another shape or dtype; all are named.
+    """
+    expected, found = _leaves(old), _leaves(new)
+    problems = [f"{name} is missing" for name in expected if name not in found]
+    problems += [f"{name} is unknown" for name in found if name not in expected]
+    for name, leaf in found.items():
+        if name in expected:
+            wanted = f"{expected[name].dtype}{list(expected[name].shape)}"
+            got = _kind(leaf)
+            if got != wanted:
+                problems.append(f"{name} is {got}, the model has {wanted}")
+    if not problems and jax.tree.structure(old) != jax.tree.structure(new):
+        problems.append(f"the tree is {jax.tree.structure(new)}")
+    if problems:
+        raise ValueError("params do not fit the model: " + "; ".join(problems))
+    return jax.tree.map(_as_known, old, new)
+
+
+def _leaves(params: Any) -> dict[str, Any]:
+    flat, _ = jax.tree_util.tree_flatten_with_path(params)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}
+
+
+def _kind(leaf: Any) -> str:
+    if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
+        return f"a {type(leaf).__name__}"
+    return f"{leaf.dtype}{list(leaf.shape)}"
+
+
+def _as_known(old: jax.Array, new: Any) -> jax.Array:
+    # A weak type would be another executable.
+    if isinstance(new, jax.Array) and new.weak_type == old.weak_type:
+        return new
+    return jnp.asarray(new, dtype=old.dtype)
