@@ -225,14 +225,14 @@ class SamplingParams:
 
     @property
     def sampling_class(self) -> SamplingClass:
-        """What these parameters need of the sampler."""
+        """What these parameters need of the sampler; the bans before `min_tokens` aside."""
         has_penalty = (
             self.presence_penalty != 0
             or self.frequency_penalty != 0
             or self.repetition_penalty != 1
         )
         has_mask = self.allowed_token_ids is not None or bool(self.bad_words)
-        if has_penalty or has_mask or bool(self.logit_bias) or self.min_tokens > 0:
+        if has_penalty or has_mask or bool(self.logit_bias):
             return SamplingClass.EDITED
         if self.is_greedy:
             return SamplingClass.GREEDY
