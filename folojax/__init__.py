@@ -14,6 +14,7 @@ from folojax.outputs import (
     Logprob,
     RequestMetrics,
     RequestOutput,
+    ScoreOutput,
     batch_metrics,
 )
 from folojax.sampling import SamplingClass, SamplingSpec
@@ -51,6 +52,7 @@ __all__ = [
     "SamplingParams",
     "SamplingRows",
     "SamplingSpec",
+    "ScoreOutput",
     "SlotState",
     "StepOutput",
     "TokenScores",

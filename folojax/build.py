@@ -85,9 +85,7 @@ def default_params(checkpoint: Checkpoint | None) -> SamplingParams:
     return SamplingParams(**fields)
 
 
-def make_engine(
-    model: LoadedModel, config: ResolvedConfig, tokenizer: Tokenizer | None
-) -> Engine:
+def make_engine(model: LoadedModel, config: ResolvedConfig, tokenizer: Tokenizer | None) -> Engine:
     """Allocates an engine."""
     module, checkpoint = model.module, model.checkpoint
     backend = jax.default_backend()

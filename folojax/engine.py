@@ -236,6 +236,10 @@ class Engine:
         self.runner.params = check_same_shapes(self.runner.params, params)
         self.scheduler.reset_prefix_cache(preempt_running=True)
 
+    def has_request(self, request_id: str) -> bool:
+        """Whether an unfinished request has this id."""
+        return request_id in self._jobs
+
     def has_unfinished_requests(self) -> bool:
         """Whether a step has anything to do."""
         return bool(self._jobs)

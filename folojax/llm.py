@@ -1,18 +1,19 @@
 """`LLM`: the user's door, with the names that code written for vLLM knows."""
 
+import functools
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias, TypeVar, cast
+from typing import Any, TypeAlias
 
 import jax
 from flax import linen as nn
-from tqdm.auto import tqdm
 
 from folojax.build import default_params, find_tokenizer, load_model, make_config, make_engine
+from folojax.calls import Calls
 from folojax.compilation_cache import enable_compilation_cache
 from folojax.config import EngineConfig
-from folojax.engine import EngineMetrics, Output
+from folojax.engine import EngineMetrics
 from folojax.outputs import RequestOutput, ScoreOutput
 from folojax.prompts import (
     Prompt,
@@ -28,8 +29,6 @@ from folojax.validation import CheckedRequest
 
 Params: TypeAlias = SamplingParams | Sequence[SamplingParams] | None
 Message: TypeAlias = Mapping[str, Any]
-
-_Output = TypeVar("_Output", RequestOutput, ScoreOutput)
 
 
 class LLM:
@@ -78,14 +77,9 @@ class LLM:
         loaded = load_model(model, dtype, revision, config)
         self.config = config.resolve(loaded.module.config.max_position, jax.default_backend())
         self.default_params = default_params(loaded.checkpoint)
-        self.engine = make_engine(
-            loaded, self.config, find_tokenizer(tokenizer, loaded.checkpoint)
-        )
-        self._next_id = itertools.count()
-        # Outputs of requests that a call here waits for, by request id; one box for each call.
-        self._boxes: dict[str, dict[str, Output]] = {}
-        # Those of the caller's own requests that finished while another call was stepping.
-        self._early: list[RequestOutput] = []
+        self.engine = make_engine(loaded, self.config, find_tokenizer(tokenizer, loaded.checkpoint))
+        self._numbers = itertools.count()
+        self._calls = Calls(self.engine)
 
     def generate(
         self,
@@ -113,8 +107,9 @@ class LLM:
         """
         checked = self._check_all(prompts, sampling_params)
         self.engine.check_is_awake()
-        self.engine.add(checked, is_streamed=False)
-        return self._wait([one.request_id for one in checked], use_tqdm, RequestOutput)
+        ids = [one.request_id for one in checked]
+        queue = functools.partial(self.engine.add, checked, is_streamed=False)
+        return self._calls.wait(ids, queue, use_tqdm, RequestOutput)
 
     def chat(
         self,
@@ -208,8 +203,9 @@ class LLM:
             self.engine.check_score(prompt, continuation)
         self.engine.check_is_awake()
         scored = [(self._draw_id("score"), *pair) for pair in pairs]
-        self.engine.add_scores(scored)
-        return self._wait([request_id for request_id, _, _ in scored], use_tqdm, ScoreOutput)
+        ids = [request_id for request_id, _, _ in scored]
+        queue = functools.partial(self.engine.add_scores, scored)
+        return self._calls.wait(ids, queue, use_tqdm, ScoreOutput)
 
     def stream(
         self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None
@@ -233,7 +229,7 @@ class LLM:
         """
         checked = self._check_all(prompts, sampling_params, "stream")
         self.engine.check_is_awake()
-        return self._stream(checked)
+        return self._calls.stream(checked)
 
     def add_request(
         self,
@@ -268,19 +264,15 @@ class LLM:
         Raises:
             RuntimeError: the engine sleeps.
         """
-        changed = self._advance()
-        early, self._early = self._early, []
-        return early + changed
+        return self._calls.step()
 
     def abort_request(self, request_ids: str | Iterable[str]) -> list[RequestOutput]:
         """Ends requests where they stand, and returns them; unknown ids are passed over."""
-        outputs = self.engine.abort(request_ids)
-        self._deliver(outputs)  # whoever waits for one of them learns of its end
-        return [output for output in outputs if isinstance(output, RequestOutput)]
+        return self._calls.abort(request_ids)
 
     def has_unfinished_requests(self) -> bool:
         """Whether `step` has anything to do or to return."""
-        return bool(self._early) or self.engine.has_unfinished_requests()
+        return self._calls.has_outputs() or self.engine.has_unfinished_requests()
 
     def sleep(self, level: int = 1) -> None:
         """Gives the memory of the KV cache back, until `wake_up`.
@@ -357,76 +349,6 @@ class LLM:
     def _or_default(self, sampling_params: Params) -> SamplingParams | Sequence[SamplingParams]:
         return self.default_params if sampling_params is None else sampling_params
 
-    def _wait(
-        self, ids: list[str], use_tqdm: bool | Callable[..., Any], kind: type[_Output]
-    ) -> list[_Output]:
-        """Steps until all of `ids` are done; whatever interrupts it leaves none of them queued."""
-        make_bar = use_tqdm if callable(use_tqdm) else tqdm
-        box = self._open_box(ids)
-        try:
-            with make_bar(
-                total=len(ids), desc="requests", disable=None if use_tqdm else True
-            ) as bar:
-                while len(box) < len(ids):
-                    num_done = len(box)
-                    self._advance_for_others()
-                    if len(box) > num_done:
-                        bar.update(len(box) - num_done)
-        finally:
-            self._close_box(ids)
-        return [cast(_Output, box[request_id]) for request_id in ids]
-
-    def _stream(self, checked: list[CheckedRequest]) -> Iterator[RequestOutput]:
-        ids = [one.request_id for one in checked]
-        self.engine.add(checked, is_streamed=True)
-        box = self._open_box(ids)
-        num_left = len(ids)
-        try:
-            while num_left:
-                if not box:
-                    self._advance_for_others()
-                for request_id in list(box):
-                    output = cast(RequestOutput, box.pop(request_id))
-                    num_left -= output.finished
-                    yield output
-        finally:
-            self._close_box(ids)
-
-    def _advance_for_others(self) -> None:
-        """A step for a call that has a box: what belongs to no call waits for `step`."""
-        self._early += [output for output in self._advance() if output.finished]
-
-    def _advance(self) -> list[RequestOutput]:
-        """Runs one step; returns the outputs of requests that no call here waits for."""
-        self.engine.check_is_awake()
-        try:
-            outputs = self.engine.step()
-        except BaseException:
-            # The step may have consumed the state of all requests.
-            self._early += self._deliver(self.engine.reset())
-            raise
-        return self._deliver(outputs)
-
-    def _open_box(self, ids: list[str]) -> dict[str, Output]:
-        box: dict[str, Output] = {}
-        self._boxes |= dict.fromkeys(ids, box)
-        return box
-
-    def _close_box(self, ids: list[str]) -> None:
-        for request_id in ids:
-            self._boxes.pop(request_id, None)
-        self.engine.abort(ids)
-
-    def _deliver(self, outputs: list[Output]) -> list[RequestOutput]:
-        """Puts outputs into their calls' boxes; returns the others."""
-        others = []
-        for output in outputs:
-            box = self._boxes.get(output.request_id)
-            if box is not None:
-                box[output.request_id] = output
-            elif isinstance(output, RequestOutput):
-                others.append(output)
-        return others
-
     def _draw_id(self, kind: str) -> str:
-        return f"{kind}-{next(self._next_id)}"
+        ids = (f"{kind}-{number}" for number in self._numbers)
+        return next(id_ for id_ in ids if not self.engine.has_request(id_))

@@ -83,9 +83,7 @@ class ScoreJob:
 def make_score_job(request_id: str, prompt: ParsedPrompt, continuation: ParsedPrompt) -> ScoreJob:
     """A checked prompt and continuation, as the scheduler takes them."""
     *computed, last = (int(token) for token in (*prompt.token_ids, *continuation.token_ids))
-    row = RowParams(
-        SamplingParams(temperature=0), seed=0, num_prompt_logprobs=0, next_token=last
-    )
+    row = RowParams(SamplingParams(temperature=0), seed=0, num_prompt_logprobs=0, next_token=last)
     stop = StopRule(max_tokens=0)
     request = Request(request_id, tuple(computed), stop, row, skip_prefix_cache=True)
     return ScoreJob(request_id, prompt, continuation, request, time.perf_counter())

@@ -16,7 +16,7 @@ PATH = (
     ("tokenizer", "detokenizer", "outputs", "prompts"),
     ("validation", "job", "score_job", "weights"),
     ("engine",),
-    ("compilation_cache", "build"),
+    ("compilation_cache", "build", "calls"),
     ("llm",),
 )
 

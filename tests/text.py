@@ -40,7 +40,18 @@ def make_metaspace_tokenizer() -> Tokenizer:
     from tokenizers.pre_tokenizers import Metaspace
     from transformers import PreTrainedTokenizerFast
 
-    words = ["\u2581", "\u2581\u2581", "a", "b", "\u2581a", "ab", "\u2581ab", "\u00e9", ".", "\ufffd"]
+    words = [
+        "\u2581",
+        "\u2581\u2581",
+        "a",
+        "b",
+        "\u2581a",
+        "ab",
+        "\u2581ab",
+        "\u00e9",
+        ".",
+        "\ufffd",
+    ]
     special = ["<unk>", "<s>", "</s>"]
     tokens = [*special, *(f"<0x{byte:02X}>" for byte in range(256)), *words]
     backend = Backend(
