@@ -35,7 +35,7 @@ def test_every_form_of_a_prompt_is_the_same_prompt(llm: LLM) -> None:
     array = np.array(ids)
     forms: list[Any] = [text, ids, {"prompt": text}, {"prompt_token_ids": array}]
     expected = generate(llm, [text])[0]
-    assert expected.prompt_token_ids == tuple(ids)
+    assert expected.prompt_token_ids == ids
     for form in [*forms, forms]:
         for output in generate(llm, form):
             assert output.outputs[0].token_ids == expected.outputs[0].token_ids
@@ -111,12 +111,12 @@ def test_chat_renders_the_template(llm: LLM) -> None:
     many = llm.chat([messages, messages], GREEDY, use_tqdm=False)
     assert [output.outputs[0].token_ids for output in many] == [one.outputs[0].token_ids] * 2
     custom = llm.chat(messages, GREEDY, use_tqdm=False, chat_template="{{ messages[0].content }}")
-    assert custom[0].prompt_token_ids == tuple(llm.get_tokenizer().encode("Hello"))
+    assert custom[0].prompt_token_ids == llm.get_tokenizer().encode("Hello")
 
 
 def test_a_template_cannot_leave_the_sandbox(llm: LLM) -> None:
     hostile = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
-    with pytest.raises(Exception, match="unsafe"):
+    with pytest.raises(ValueError, match="unsafe"):
         llm.chat([{"role": "user", "content": "x"}], GREEDY, chat_template=hostile)
 
 
@@ -155,7 +155,7 @@ def test_a_bad_prompt_does_not_hurt_what_is_in_flight(llm: LLM) -> None:
     outputs = []
     while llm.has_unfinished_requests():
         outputs += llm.step()
-    assert outputs[0].outputs[0].token_ids == expected
+    assert outputs[-1].outputs[0].token_ids == expected
 
 
 def test_generate_leaves_the_outputs_of_others_to_step(llm: LLM) -> None:
@@ -199,9 +199,6 @@ def test_bad_ids_in_params_are_refused(llm: LLM) -> None:
     params = dataclasses.replace(GREEDY, stop_token_ids=[49152])
     with pytest.raises(ValueError, match="49152"):
         generate(llm, "x", params)
-    many = dataclasses.replace(GREEDY, stop_token_ids=list(range(17)), min_tokens=1)
-    with pytest.raises(ValueError, match="17 EOS and stop ids"):
-        generate(llm, "x", many)
 
 
 def test_a_request_larger_than_the_pool_is_refused(text_directory: Path) -> None:
@@ -242,6 +239,10 @@ def test_the_default_config_works_on_the_default_model(real_llm: LLM) -> None:
         ({"dtype": "int8"}, "int8"),
         ({"trust_remote_code": True}, "trust_remote_code"),
         ({"tensor_parallel_size": 2}, "tensor_parallel_size"),
+        ({"deterministic": True}, "deterministic is True"),
+        ({"max_logprobs": -2}, "max_logprobs is -2"),
+        ({"logprobs_mode": "raw_logits"}, "logprobs_mode is 'raw_logits'"),
+        ({"enable_prefix_caching": 1}, "enable_prefix_caching is 1"),
         ({"max_model_len": 10_000}, "10000"),
         ({"max_num_seqs": 0}, "max_num_seqs is 0"),
         ({"max_num_seqs": 64, "max_num_batched_tokens": 32}, "max_num_batched_tokens"),

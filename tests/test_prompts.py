@@ -2,9 +2,16 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 
-from folojax.prompts import ParsedPrompt, params_per_prompt, parse_prompts
+from folojax.prompts import (
+    ParsedPrompt,
+    conversations,
+    pair_continuations,
+    params_per_prompt,
+    parse_prompts,
+)
 from folojax.sampling_params import SamplingParams
 from folojax.tokenizer import Tokenizer
 
@@ -15,7 +22,7 @@ class CodePoints(Tokenizer):
     def __init__(self) -> None:
         super().__init__(None)
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """The code points."""
         return [ord(character) for character in text]
 
@@ -32,6 +39,8 @@ AB = ParsedPrompt("ab", [97, 98])
         (["ab"], [AB]),
         (("ab", "ab"), [AB, AB]),
         ([5, 6], [ParsedPrompt(None, [5, 6])]),
+        (np.array([5, 6]), [ParsedPrompt(None, [5, 6])]),
+        ({"prompt": None, "prompt_token_ids": [5]}, [ParsedPrompt(None, [5])]),
         ((5, 6), [ParsedPrompt(None, (5, 6))]),
         (range(3), [ParsedPrompt(None, range(3))]),
         ([[5, 6], [7]], [ParsedPrompt(None, [5, 6]), ParsedPrompt(None, [7])]),
@@ -77,7 +86,10 @@ def test_text_needs_a_tokenizer(prompts: Any) -> None:
         ([1.5], "prompt 0 is a float"),
         ({"text": "ab"}, r"prompt 0 has keys \['text'\]"),
         (["ab", {}], r"prompt 1 has keys \[\]"),
-        ({"prompt": None}, "prompt 0 is a NoneType"),
+        ({"prompt": None}, r"prompt 0 has keys \['prompt'\]; it needs"),
+        ({"prompt": 5}, '"prompt" of prompt 0 is a int'),
+        ({"prompt": "ab", "multi_modal_data": 1}, r"prompt 0 has keys \['multi_modal_data'\]"),
+        ({"prompt_token_ids": 5}, "prompt 0 is a int"),
     ],
     ids=str,
 )
@@ -108,3 +120,28 @@ def test_a_list_of_another_length_is_refused(num_prompts: int) -> None:
 def test_other_parameters_are_refused(params: Any) -> None:
     with pytest.raises(ValueError, match="sampling_params must be"):
         params_per_prompt(params, 1)
+
+
+def test_continuations_are_paired_with_their_prompts() -> None:
+    five, six = ParsedPrompt(None, [5]), ParsedPrompt(None, [6])
+    assert pair_continuations("ab", "ab", TOKENIZER) == [(AB, AB)]
+    assert pair_continuations("ab", [[5], [6]], TOKENIZER) == [(AB, five), (AB, six)]
+    assert pair_continuations(["ab", [5]], [[5], "ab"], TOKENIZER) == [(AB, five), (five, AB)]
+    assert pair_continuations("ab", [], TOKENIZER) == []
+    with pytest.raises(ValueError, match="continuations has 1 entries for 2 prompts"):
+        pair_continuations(["ab", "ab"], "ab", TOKENIZER)
+    with pytest.raises(ValueError, match="continuation 0 is a NoneType"):
+        pair_continuations("ab", [None], TOKENIZER)  # type: ignore[list-item]
+
+
+def test_conversations_are_told_from_lists_of_them() -> None:
+    one = [{"role": "user", "content": "x"}]
+    assert conversations(one) == [one]
+    assert conversations([one, one]) == [one, one]
+    assert conversations([]) == []
+
+
+@pytest.mark.parametrize("messages", [5, None, "text", {"role": "user"}, [[]], ["x"], [5]], ids=str)
+def test_other_messages_are_refused(messages: Any) -> None:
+    with pytest.raises(ValueError, match="messages"):
+        conversations(messages)

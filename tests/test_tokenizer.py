@@ -17,15 +17,13 @@ def embedded() -> Tokenizer:
 
 def test_a_chat_is_rendered_with_its_special_tokens_once(embedded: Tokenizer) -> None:
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
-    token_ids = embedded.apply_chat_template(messages, add_generation_prompt=True)
-    text = embedded.decode(token_ids, skip_special_tokens=False)
+    text = embedded.render_chat(messages, add_generation_prompt=True)
     assert text == embedded.hf.apply_chat_template(
         messages, tokenize=False, add_generation_prompt=True
     )
     assert text.count("Be brief.") == text.count("Hi") == 1
     own = "{{ bos_token }}{% for m in messages %}[{{ m.content }}]{% endfor %}"
-    token_ids = embedded.apply_chat_template(messages, own)
-    text = embedded.decode(token_ids, skip_special_tokens=False)
+    text = embedded.render_chat(messages, own)
     assert text == f"{embedded.hf.bos_token}[Be brief.][Hi]"
 
 
@@ -34,7 +32,27 @@ def test_a_chat_without_any_template_is_refused() -> None:
         chat_template = None
 
     with pytest.raises(ValueError, match="no chat template: pass chat_template="):
-        Tokenizer(Bare()).apply_chat_template([{"role": "user", "content": "Hi"}])
+        Tokenizer(Bare()).render_chat([{"role": "user", "content": "Hi"}])
+
+
+@pytest.mark.parametrize(
+    ("messages", "template", "message"),
+    [
+        ([{"content": "x"}], None, "messages holds"),
+        (["x"], None, "messages holds 'x'"),
+        ([{"role": "user"}], "{{ messages[0].content.x.y }}", "template failed"),
+        ([{"role": "user", "content": "x"}], "{{ ", "template failed"),
+        ([{"role": "user", "content": "x"}], "{{ 1 / 0 }}", "template failed"),
+        ([{"role": "user", "content": "x"}], "{{ raise_exception('no') }}", "template failed: no"),
+        ([{"role": "user", "content": "x"}], "{% for i in range(10**9) %}{% endfor %}", "failed"),
+        ([{"role": "user", "content": "x"}], "{{ ''.__class__.__mro__ }}", "unsafe"),
+    ],
+)
+def test_a_chat_that_cannot_be_rendered_is_refused(
+    embedded: Tokenizer, messages: Any, template: str | None, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        embedded.render_chat(messages, template)
 
 
 def test_a_directory_without_a_tokenizer_is_named(tmp_path: Path) -> None:
