@@ -87,7 +87,7 @@ def default_params(checkpoint: Checkpoint | None) -> SamplingParams:
 
 def make_engine(model: LoadedModel, config: ResolvedConfig, tokenizer: Tokenizer | None) -> Engine:
     """Allocates an engine."""
-    module, checkpoint = model.module, model.checkpoint
+    module = model.module
     backend = jax.default_backend()
     is_half_on_cpu = module.dtype != jnp.float32 and backend == "cpu"
     # A product with a single row converts all weights to float32 there, in every call.
@@ -102,18 +102,26 @@ def make_engine(model: LoadedModel, config: ResolvedConfig, tokenizer: Tokenizer
         layout,
         buckets,
         config.max_num_seqs,
-        max_logprobs=num_tokens if config.max_logprobs == -1 else config.max_logprobs,
+        max_logprobs=vocab_size if config.max_logprobs == -1 else config.max_logprobs,
         num_tokens=None if num_tokens == vocab_size else num_tokens,
     )
     return Engine(
         Scheduler(config.scheduler()),
         runner,
         tokenizer,
-        checkpoint.eos_token_ids if checkpoint else (),
+        _end_tokens(model.checkpoint, tokenizer),
         num_tokens=num_tokens,
         max_logprobs=config.max_logprobs,
         seed=config.seed,
     )
+
+
+def _end_tokens(checkpoint: Checkpoint | None, tokenizer: Tokenizer | None) -> tuple[int, ...]:
+    """The model's own, of which there may be several, or else the tokenizer's."""
+    if checkpoint is not None and checkpoint.eos_token_ids:
+        return checkpoint.eos_token_ids
+    eos_token_id = tokenizer.hf.eos_token_id if tokenizer else None
+    return () if eos_token_id is None else (eos_token_id,)
 
 
 def _resolve_dtype(dtype: str) -> Any:

@@ -213,10 +213,10 @@ class Validator:
         """How many alternatives -1 or a number means here."""
         if wanted is None:
             return None
-        count = self.num_tokens if wanted == -1 else wanted
-        if count > self.num_tokens:
+        count = self.vocab_size if wanted == -1 else wanted
+        if count > self.vocab_size:
             problems.append(
-                f"{name} is {wanted}; the vocabulary has {self.num_tokens} tokens (-1 is all)"
+                f"{name} is {wanted}; the vocabulary has {self.vocab_size} tokens (-1 is all)"
             )
         elif -1 < self.max_logprobs < count:
             problems.append(

@@ -26,6 +26,7 @@ from folojax import LLM  # noqa: E402  (after the hook)
 from folojax.compilation_cache import enable_compilation_cache  # noqa: E402
 from folojax.models.checkpoint import build_module, load_params, open_checkpoint  # noqa: E402
 from tests.reference import save_tiny  # noqa: E402
+from tests.text import make_letters_tokenizer  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_key_reuse", True)
@@ -60,6 +61,28 @@ def tiny_model(tiny_directory: Path) -> tuple:
     )
 
 
+@pytest.fixture(scope="module")
+def shared_letters_llm(tiny_model: tuple) -> LLM:
+    """That model with a tokenizer of letters, which knows 98 of its 128 ids."""
+    return LLM(
+        tiny_model,
+        make_letters_tokenizer(),
+        page_size=16,
+        num_pages=48,
+        max_model_len=128,
+        max_num_seqs=8,
+        max_num_batched_tokens=64,
+        max_logprobs=-1,
+    )
+
+
+@pytest.fixture
+def letters_llm(shared_letters_llm: LLM) -> Iterator[LLM]:
+    """The same engine for the tests of a module; each must leave it empty."""
+    yield shared_letters_llm
+    check_is_empty(shared_letters_llm)
+
+
 @pytest.fixture(scope="session")
 def text_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random Llama with the tokenizer and chat template of the embedded model."""
@@ -81,6 +104,14 @@ def shared_real_llm() -> LLM:
 def real_llm(shared_real_llm: LLM) -> Iterator[LLM]:
     """The same engine for many tests; each must leave it empty."""
     yield shared_real_llm
-    shared_real_llm.engine.scheduler.check()
-    assert shared_real_llm.metrics().num_used_pages == 0
-    assert not shared_real_llm.has_unfinished_requests()
+    check_is_empty(shared_real_llm)
+
+
+def check_is_empty(llm: LLM) -> None:
+    """Asserts that nothing is queued, running or owned."""
+    assert not llm.has_unfinished_requests()
+    llm.engine.scheduler.check()
+    assert llm.metrics().num_used_pages == 0
+    assert llm.metrics().num_running == llm.metrics().num_waiting == 0
+    llm.step()  # reports the last finished ids, so that the runner lets go of their slots
+    llm.engine.runner.check_is_empty()

@@ -98,7 +98,8 @@ def test_logprobs_are_of_the_sampled_tokens(llm: LLM) -> None:
     values = [entry[t] for entry, t in zip(completion.logprobs, completion.token_ids, strict=True)]
     assert all(value.logprob <= 0 for value in values)
     assert completion.cumulative_logprob == pytest.approx(sum(v.logprob for v in values))
-    assert "".join(value.decoded_token or "" for value in values) == completion.text
+    decode = llm.get_tokenizer().decode
+    assert [value.decoded_token for value in values] == [decode([t]) for t in completion.token_ids]
     assert generate(llm, "The sea is")[0].outputs[0].logprobs is None
 
 

@@ -2,8 +2,10 @@
 
 import dataclasses
 import math
+import pickle
 from typing import Any
 
+import numpy as np
 import pytest
 
 from folojax.sampling import SamplingClass
@@ -22,9 +24,33 @@ BAD: list[tuple[str, Any]] = [
     *[("max_tokens", bad) for bad in (0, -1, *NOT_INTEGERS)],
     *[("min_tokens", bad) for bad in (-1, None, *NOT_INTEGERS)],
     *[("seed", bad) for bad in (-1, 2**64, *NOT_INTEGERS)],
-    *[("logprobs", bad) for bad in (-1, 1, 5, *NOT_INTEGERS)],
+    *[("logprobs", bad) for bad in (-2, *NOT_INTEGERS)],
+    *[("prompt_logprobs", bad) for bad in (-2, *NOT_INTEGERS)],
+    *[("presence_penalty", bad) for bad in (None, 2.01, -2.01, True, "1", NAN, INF)],
+    *[("frequency_penalty", bad) for bad in (None, 2.01, -2.01, True, "1", NAN, INF)],
+    *[("repetition_penalty", bad) for bad in (None, 0, 0.0, -1, 1e31, True, "1", NAN, INF)],
     *[("stop", bad) for bad in (5, 1.5, True, [""], ["a", ""], [1], [None], [["a"]], b"a")],
     *[("stop_token_ids", bad) for bad in (5, True, [-1], [1.0], [True], ["1"], [None], "12")],
+    *[("allowed_token_ids", bad) for bad in (5, True, [], [-1], [1.0], [True], ["1"], "12")],
+    *[("bad_words", bad) for bad in (5, True, "ab", [""], ["a", ""], [1], [None], b"a")],
+    *[
+        ("logit_bias", bad)
+        for bad in (
+            5,
+            [1],
+            {"1": 1.0},
+            {-1: 1.0},
+            {True: 1.0},
+            {1.0: 1.0},
+            {1: NAN},
+            {1: INF},
+            {1: -INF},
+            {1: 1e31},
+            {1: "1"},
+            {1: True},
+            {1: None},
+        )
+    ],
     *[
         (name, bad)
         for name in (
@@ -48,9 +74,7 @@ def test_every_field_has_bad_values_here() -> None:
 def test_a_bad_value_is_named_with_its_field(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match="SamplingParams: ") as info:
         SamplingParams(**{name: value})
-    is_list = name in ("stop", "stop_token_ids") and isinstance(value, list | str | bytes)
-    shown = list(value) if is_list else value
-    assert f"{name} is {shown!r}; " in str(info.value)
+    assert f"{name} is {value!r}; " in str(info.value)
 
 
 def test_an_empty_stop_string_is_refused() -> None:
@@ -109,6 +133,15 @@ def test_fields_that_contradict_each_other_are_refused(
         {"seed": 0},
         {"seed": 2**64 - 1},
         {"logprobs": 0},
+        {"logprobs": -1},
+        {"prompt_logprobs": 5},
+        {"presence_penalty": -2, "frequency_penalty": 2.0},
+        {"repetition_penalty": 1.3},
+        {"logit_bias": {}},
+        {"logit_bias": {5: -100, 7: 2.5}},
+        {"allowed_token_ids": [3, 4]},
+        {"bad_words": None},
+        {"bad_words": ["a", "b c"]},
         {"stop": None},
         {"stop": []},
         {"stop": ["a", "bc"]},
@@ -125,19 +158,55 @@ def test_good_values_are_kept_as_they_are(fields: dict[str, Any]) -> None:
     params = SamplingParams(**fields)
     for name, value in fields.items():
         got = getattr(params, name)
-        assert got == (tuple(value or ()) if name.startswith("stop") else value)
+        is_list = name in ("stop", "stop_token_ids", "allowed_token_ids", "bad_words")
+        assert got == (tuple(value or ()) if is_list else value)
 
 
 def test_a_stop_string_is_one_string() -> None:
     assert SamplingParams(stop="abc").stop == ("abc",)
 
 
-def test_lists_are_copied() -> None:
-    stop, ids = ["a"], [1]
-    params = SamplingParams(stop=stop, stop_token_ids=ids)
+def test_lists_and_dicts_are_copied() -> None:
+    stop, ids, bias = ["a"], [1], {1: 2.0}
+    params = SamplingParams(
+        stop=stop, stop_token_ids=ids, allowed_token_ids=ids, bad_words=stop, logit_bias=bias
+    )
     stop.append("b")
     ids.append(2)
-    assert (params.stop, params.stop_token_ids) == (("a",), (1,))
+    bias[3] = 4.0
+    assert (params.stop, params.bad_words) == (("a",), ("a",))
+    assert (params.stop_token_ids, params.allowed_token_ids) == ((1,), (1,))
+    assert params.logit_bias == {1: 2.0}
+    with pytest.raises(TypeError):
+        params.logit_bias[3] = 4.0  # type: ignore[index]
+
+
+def test_numpy_numbers_are_numbers() -> None:
+    params = SamplingParams(
+        temperature=np.float32(0.5),
+        top_k=np.int64(3),
+        stop_token_ids=np.array([1, 2]),
+        logit_bias={np.int32(4): np.float64(1.5)},
+    )
+    assert (params.temperature, params.top_k, params.stop_token_ids) == (0.5, 3, (1, 2))
+    assert params.logit_bias == {4: 1.5}
+    assert type(params.top_k) is int
+
+
+def test_what_vllm_takes_and_this_engine_does_not_is_refused_by_name() -> None:
+    for name in ("best_of", "use_beam_search", "guided_decoding", "logits_processors"):
+        with pytest.raises(TypeError, match=name):
+            SamplingParams(**{name: None})
+
+
+def test_nothing_is_asked_for_with_none() -> None:
+    nothing: dict[str, Any] = dict.fromkeys(
+        (
+            *("stop", "stop_token_ids", "logit_bias", "allowed_token_ids", "bad_words"),
+            *("logprobs", "prompt_logprobs", "seed"),
+        )
+    )
+    assert SamplingParams(**nothing) == SamplingParams()
 
 
 def test_iterators_are_read_once() -> None:
@@ -152,6 +221,9 @@ def test_it_is_frozen_hashable_and_keyword_only() -> None:
     same = SamplingParams(stop="a", stop_token_ids=(1,))
     assert params == same
     assert hash(params) == hash(same)
+    biased = dataclasses.replace(params, logit_bias={1: 2, 3: 4})
+    assert hash(biased) == hash(dataclasses.replace(params, logit_bias={3: 4, 1: 2}))
+    assert pickle.loads(pickle.dumps(biased)) == dataclasses.replace(biased) != params
     positional: Any = SamplingParams
     with pytest.raises(TypeError):
         positional(1)
@@ -178,6 +250,14 @@ def test_temperatures_below_the_limit_are_greedy(temperature: float, is_greedy: 
         ({"top_k": 1}, SamplingClass.TRUNCATED),
         ({"top_p": 0.99}, SamplingClass.TRUNCATED),
         ({"min_p": 0.01}, SamplingClass.TRUNCATED),
+        ({"presence_penalty": 0.1}, SamplingClass.EDITED),
+        ({"frequency_penalty": -0.1, "temperature": 0}, SamplingClass.EDITED),
+        ({"repetition_penalty": 1.1}, SamplingClass.EDITED),
+        ({"logit_bias": {1: 1.0}}, SamplingClass.EDITED),
+        ({"logit_bias": {}}, SamplingClass.RANDOM),
+        ({"allowed_token_ids": [1]}, SamplingClass.EDITED),
+        ({"bad_words": ["a"], "top_k": 3}, SamplingClass.EDITED),
+        ({"bad_words": []}, SamplingClass.RANDOM),
     ],
     ids=str,
 )

@@ -1,6 +1,7 @@
 """Small tokenizers whose every token is known."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from folojax.tokenizer import Tokenizer
 
@@ -80,3 +81,45 @@ def make_metaspace_tokenizer() -> Tokenizer:
         clean_up_tokenization_spaces=False,
     )
     return Tokenizer(hf)
+
+
+def make_letters_tokenizer() -> Any:
+    """A transformers tokenizer with a token for each printable letter of ASCII, and a template.
+
+    Ids 0 to 2 are special (padding, beginning and end), then come 95 letters from the space on.
+    """
+    from tokenizers import AddedToken, decoders, models
+    from tokenizers import Tokenizer as Backend
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<pad>", "<s>", "</s>"]
+    tokens = [*special, *map(chr, range(32, 127))]
+    backend = Backend(models.BPE({token: id_ for id_, token in enumerate(tokens)}, merges=[]))
+    backend.decoder = decoders.Fuse()
+    backend.add_special_tokens([AddedToken(token, normalized=False) for token in special])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        clean_up_tokenization_spaces=False,
+        chat_template=(
+            "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% if not loop.last %}|{% endif %}"
+            "{% endfor %}{% if add_generation_prompt %}|[assistant]{% endif %}"
+        ),
+    )
+
+
+EOS = 2
+"""Of the letters tokenizer."""
+
+
+def encode(text: str) -> list[int]:
+    """The letters tokenizer's ids of a text."""
+    return [ord(letter) - 29 for letter in text]
+
+
+def decode(token_ids: Sequence[int]) -> str:
+    """The text of the letters tokenizer's ids, special ones included."""
+    special = ("<pad>", "<s>", "</s>")
+    return "".join(special[i] if i < 3 else chr(i + 29) for i in token_ids)
