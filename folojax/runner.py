@@ -132,7 +132,7 @@ class Runner:
             num_slots, buckets.decode_pages[-1], layout.num_pages, model.config.vocab_size
         )
         self.params = params
-        self.state: EngineState = init_state(layout, num_slots)
+        self.state: EngineState = _place(init_state(layout, num_slots))
 
     @property
     def params(self) -> Any:
@@ -141,8 +141,8 @@ class Runner:
 
     @params.setter
     def params(self, params: Any) -> None:
-        self._params = params
-        self._head_params = step.head_params(params)
+        self._params = _place(params)
+        self._head_params = step.head_params(self._params)
 
     def run(self, plan: SchedulerOutput) -> StepResult:
         """Computes a plan."""
@@ -175,7 +175,7 @@ class Runner:
         """Forgets every row; replaces the state if an interrupted step has consumed it."""
         self.batch.clear()
         if not is_alive(self.state):
-            self.state = init_state(self._layout, self.batch.num_slots)
+            self.state = _place(init_state(self._layout, self.batch.num_slots))
 
     def release(self) -> None:
         """Gives the state's memory back; `reset` allocates it again. Nothing may be running."""
@@ -309,6 +309,15 @@ class Runner:
         )
         edits = write_slot(self._edits(), ints((), row.slot), new)
         self.state = self.state._replace(slots=self.state.slots._replace(edits=edits))
+
+
+def _place(arrays: Any) -> Any:
+    """Commits arrays to the device; one that is there already is shared, not copied.
+
+    To jit, committed arrays and others are different inputs: were some of either kind, parameters
+    that come from elsewhere would need executables of their own.
+    """
+    return jax.device_put(arrays, jax.devices()[0])
 
 
 def _is_scored(row: Row, position: int) -> bool:
