@@ -38,12 +38,16 @@ def test_n(letters_llm: LLM) -> None:
     letters_llm.reset_prefix_cache()
     before = letters_llm.metrics().num_scheduled_tokens
     output = run(letters_llm, change(SEEDED, n=4), prompt)
-    num_decoded = 4 * (SEEDED.max_tokens or 0) - 1  # the first sample's first token: with the prompt
+    num_decoded = (
+        4 * (SEEDED.max_tokens or 0) - 1
+    )  # the first sample's first token: with the prompt
     assert letters_llm.metrics().num_scheduled_tokens - before == len(prompt) + num_decoded
     assert [one.index for one in output.outputs] == [0, 1, 2, 3]
     assert [one.seed for one in output.outputs] == [7, 8, 9, 10]
     for one in output.outputs:
-        assert one.token_ids == run_one(letters_llm, change(SEEDED, seed=one.seed), prompt).token_ids
+        assert (
+            one.token_ids == run_one(letters_llm, change(SEEDED, seed=one.seed), prompt).token_ids
+        )
     assert len({tuple(one.token_ids) for one in output.outputs}) == 4
     with pytest.raises(ValueError, match="n is 2 but temperature is 0"):
         change(GREEDY, n=2)
@@ -144,7 +148,9 @@ def test_stop_token_ids(letters_llm: LLM) -> None:
     assert (one.finish_reason, one.stop_reason) == ("stop", stop)
     assert one.token_ids == free.token_ids[: end + 1]
     assert one.text == free.text[:end]
-    one = run_one(letters_llm, change(GREEDY, stop_token_ids=[stop], include_stop_str_in_output=True))
+    one = run_one(
+        letters_llm, change(GREEDY, stop_token_ids=[stop], include_stop_str_in_output=True)
+    )
     assert one.text == free.text[: end + 1]
 
 
@@ -283,9 +289,7 @@ def test_skip_special_tokens(letters_llm: LLM) -> None:
     assert "</s>" in kept.text
 
 
-def test_spaces_between_special_tokens(
-    letters_llm: LLM, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_spaces_between_special_tokens(letters_llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reaches the tokenizer. (A tokenizer that acts on it is in test_tokenizer.)"""
     hf = letters_llm.engine.tokenizer
     assert hf is not None
