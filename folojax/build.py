@@ -104,6 +104,7 @@ def make_engine(model: LoadedModel, config: ResolvedConfig, tokenizer: Tokenizer
         config.max_num_seqs,
         max_logprobs=vocab_size if config.max_logprobs == -1 else config.max_logprobs,
         num_tokens=None if num_tokens == vocab_size else num_tokens,
+        is_processed=config.logprobs_mode == "processed",
     )
     return Engine(
         Scheduler(config.scheduler()),

@@ -122,6 +122,7 @@ class ResolvedConfig(EngineConfig):
             policy=self.scheduling_policy,
             enable_chunked_prefill=self.enable_chunked_prefill,
             long_prefill_token_threshold=self.long_prefill_token_threshold,
+            enable_prefix_caching=self.enable_prefix_caching,
         )
 
 

@@ -300,7 +300,7 @@ class Runner:
         """What is kept for edits of logits; allocated when a request first needs it."""
         edits = self.state.slots.edits
         if edits is None:
-            edits = init_edits(self.batch.num_slots, self.model.config.vocab_size)
+            edits = _place(init_edits(self.batch.num_slots, self.model.config.vocab_size))
         return edits
 
     def _write_edits(self, row: Row) -> None:

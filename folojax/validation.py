@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from folojax.prompts import ParsedPrompt
+from folojax.row_params import MAX_BAD_WORD_TOKENS
 from folojax.sampling_params import SamplingParams
 from folojax.sched.config import SchedulerConfig
 from folojax.tokenizer import Tokenizer
@@ -20,8 +21,6 @@ MAX_REPORTED = 4_000_000
 
 MAX_OUTPUT_TOKENS = 16_777_216
 """Most tokens that the samples of a request may have together."""
-
-MAX_BAD_WORD_TOKENS = 16
 
 MAX_BAD_WORDS = 1024
 
