@@ -76,7 +76,7 @@ def test_laws_over_random_histories(config, jobs, events):
 
 
 @pytest.mark.slow
-@settings(max_examples=5000, deadline=None)
+@settings(max_examples=3000, deadline=None)
 @given(config=configs(), jobs=job_lists(max_size=12), events=events)
 def test_laws_over_many_random_histories(config, jobs, events):
     check_laws(config, jobs, events)
