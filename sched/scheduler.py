@@ -284,16 +284,19 @@ class Scheduler:
             self._running = [r for r in self._running if r.status is RequestStatus.RUNNING]
 
     def _admit_waiting(self, draft: PlanDraft) -> None:
-        passed = []  # their prompt is being computed for a sibling; they keep their place
-        while self._waiting and len(self._running) < self.config.max_num_seqs and draft.budget_left:
-            if self._groups.must_wait(self._waiting.peek()):
-                passed.append(self._waiting.pop())
-            elif not self._admit(self._waiting.peek(), draft):
+        admitted = []
+        for request in self._waiting:
+            if len(self._running) == self.config.max_num_seqs or not draft.budget_left:
                 break
-        self._waiting.prepend_many(passed)
+            if self._groups.must_wait(request):
+                continue  # it keeps its place
+            if not self._admit(request, draft):
+                break
+            admitted.append(request)
+        self._waiting.remove_many(admitted)
 
     def _admit(self, request: Request, draft: PlanDraft) -> bool:
-        """Moves the head of the queue to the batch; False if it has to stay."""
+        """Takes a waiting request into the batch; False if it has to stay."""
         start = self.memory.find_start(request, self._groups.find_sibling(request))
         num_tokens_left = request.num_tokens - start.num_tokens
         num_tokens = self._chunk_size(num_tokens_left, draft.budget_left)
@@ -301,7 +304,6 @@ class Scheduler:
             return False  # nor may a shorter one jump the head of the queue
         if not self.memory.admit(request, start, num_tokens):
             return False
-        self._waiting.pop()
         if request.status is RequestStatus.WAITING:
             self.memory.count_start(request)
         request.status = RequestStatus.RUNNING
