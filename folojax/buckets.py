@@ -48,8 +48,9 @@ class Buckets:
         prefill_pages: N of a prefill row, up to the pages of max_model_len.
         decode_pages: N of a decode row, likewise; coarser, as only partial sums are gathered.
         segments: Pages of each cache segment (`kv_cache.split_segments`).
-        shared_lanes: Q, owners of a work item of shared pages. Their number X is the next power
-            of 4 from 16 on: it has no bound that would be worth listing.
+        shared_lanes: Q, owners of a work item of shared pages. Their number X is 0 where no page
+            is shared, else two a row, which holds a long prefix that all rows have in common;
+            beyond that it grows by powers of 4, which are not listed.
     """
 
     decode_rows: tuple[int, ...]
@@ -73,16 +74,18 @@ class Buckets:
     ) -> DecodeShape:
         """The smallest shape for so many rows of at most `num_pages` pages, ids below `extent`."""
         extents = tuple(itertools.accumulate(self.segments))
+        rows = round_up(num_rows, self.decode_rows)
+        listed = _listed_items(rows)
         return DecodeShape(
-            rows=round_up(num_rows, self.decode_rows),
+            rows=rows,
             segments=1 + bisect.bisect_left(extents, extent),
             table_pages=round_up(num_pages, self.decode_pages),
-            shared_items=max(16, next_power(shared_items, 4)) if shared_items else 0,
+            shared_items=_at_least(shared_items, listed, 4) if shared_items else 0,
             shared_lanes=self.shared_lanes if shared_items else 0,
         )
 
     def shapes(self) -> Iterator[PrefillShape | DecodeShape]:
-        """Every shape that a step without shared pages can have."""
+        """Every shape that a step can have, steps that share exceptionally many pages aside."""
         for rows, pages in itertools.product(self.prefill_rows, self.prefill_pages):
             yield PrefillShape(rows, self.prefill_columns, pages)
         extents = tuple(itertools.accumulate(self.segments))
@@ -93,6 +96,9 @@ class Buckets:
                     # `fewer_pages`: a smaller cache cannot hold them.
                     if extent > fewer_rows + fewer_pages:
                         yield DecodeShape(rows, segments, pages)
+                        if rows > 1:
+                            items = _listed_items(rows)
+                            yield DecodeShape(rows, segments, pages, items, self.shared_lanes)
 
 
 def make_buckets(config: ResolvedConfig, backend: str = "cpu", min_decode_rows: int = 1) -> Buckets:
@@ -128,16 +134,15 @@ def round_up(value: int, sizes: tuple[int, ...]) -> int:
     return sizes[bisect.bisect_left(sizes, value)]
 
 
-def next_power(value: int, factor: int) -> int:
-    """The smallest power of `factor` that is not below `value`.
+def _listed_items(rows: int) -> int:
+    return max(16, 2 * rows)
 
-    >>> [next_power(value, 4) for value in (1, 2, 4, 5)]
-    [1, 4, 4, 16]
-    """
-    power = 1
-    while power < value:
-        power *= factor
-    return power
+
+def _at_least(value: int, first: int, factor: int) -> int:
+    """`first`, times `factor` as often as it takes not to be below `value`."""
+    while first < value:
+        first *= factor
+    return first
 
 
 def _with_previous(sizes: tuple[int, ...]) -> Iterator[tuple[int, int]]:

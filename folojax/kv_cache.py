@@ -31,6 +31,9 @@ from jaxtyping import Array, Float, Int, Num
 
 from folojax.models.config import ModelConfig
 
+COPY_SIZES = (4, 16)
+"""Pages are copied in groups of so many. Not 1: for that XLA on CPU copies the whole array."""
+
 SegmentArrays: TypeAlias = tuple[Num[Array, "P K _ _"], ...]  # one array per layer
 
 
@@ -204,29 +207,47 @@ def copy_pages(cache: KVCache, copies: Sequence[tuple[int, int]]) -> KVCache:
         cache: Pages, new or old.
         copies: (source, target) page ids; targets differ.
     """
-    taken: list[tuple[int, Any, list[Array]]] = []
     sizes = [segment[0].shape[0] for segment in cache.keys]
     firsts = [0, *itertools.accumulate(sizes)]
     arrays = [[*keys, *values] for keys, values in zip(*cache, strict=True)]
 
-    def locate(page: int) -> int:
-        return bisect.bisect_right(firsts, page) - 1
+    def locate(copy: tuple[int, int]) -> tuple[int, int]:
+        return bisect.bisect_right(firsts, copy[0]) - 1, bisect.bisect_right(firsts, copy[1]) - 1
 
-    by_segments = sorted(copies, key=lambda copy: (locate(copy[0]), locate(copy[1])))
-    for (source, target), group in itertools.groupby(
-        by_segments, key=lambda copy: (locate(copy[0]), locate(copy[1]))
-    ):
+    taken: list[tuple[int, Any, list[Array]]] = []
+    for (source, target), group in itertools.groupby(sorted(copies, key=locate), key=locate):
         pairs = np.array(list(group), np.int32) - np.array([firsts[source], firsts[target]])
-        # Padded to few lengths; never 1, for which XLA on CPU copies the whole array.
-        size = max(4, 1 << (len(pairs) - 1).bit_length())
-        index, place = np.zeros(size, np.int32), np.full(size, sizes[target], np.int32)
-        index[: len(pairs)], place[: len(pairs)] = pairs[:, 0], pairs[:, 1]
-        taken.append((target, place, [_take(array, index) for array in arrays[source]]))
+        for first in range(0, len(pairs), COPY_SIZES[-1]):
+            some = pairs[first : first + COPY_SIZES[-1]]
+            size = next(size for size in COPY_SIZES if len(some) <= size)
+            index, place = np.zeros(size, np.int32), np.full(size, sizes[target], np.int32)
+            index[: len(some)], place[: len(some)] = some[:, 0], some[:, 1]
+            taken.append((target, place, [_take(array, index) for array in arrays[source]]))
     for target, place, pages in taken:
         arrays[target] = [
             _put(array, place, page) for array, page in zip(arrays[target], pages, strict=True)
         ]
-    num_layers = len(cache.keys[0])
+    return _from_segments(arrays)
+
+
+def compile_copies(cache: KVCache) -> tuple[KVCache, int]:
+    """Compiles what `copy_pages` may need, by copying nothing; returns how many programs there are.
+
+    DONATES `cache`.
+    """
+    arrays = [[*keys, *values] for keys, values in zip(*cache, strict=True)]
+    for size in COPY_SIZES:
+        index = np.zeros(size, np.int32)
+        for segment in arrays:
+            place = np.full(size, segment[0].shape[0], np.int32)
+            segment[:] = [_put(array, place, _take(array, index)) for array in segment]
+    shapes = {array.shape for segment in arrays for array in segment}
+    return _from_segments(arrays), 2 * len(COPY_SIZES) * len(shapes)
+
+
+def _from_segments(arrays: list[list[Array]]) -> KVCache:
+    """A cache of the keys, then values, of every layer, by segment."""
+    num_layers = len(arrays[0]) // 2
     return KVCache(
         keys=tuple(tuple(segment[:num_layers]) for segment in arrays),
         values=tuple(tuple(segment[num_layers:]) for segment in arrays),

@@ -20,7 +20,9 @@ from folojax import kv_cache, step
 from folojax.batch import Batch, Chunk, Row, ints
 from folojax.buckets import Buckets, PrefillShape
 from folojax.logit_edits import EditState, init_edits, write_slot
+from folojax.row_params import RowParams
 from folojax.sampling import SamplingClass, SamplingSpec
+from folojax.sampling_params import SamplingParams
 from folojax.sched.plan import SchedulerOutput
 from folojax.state import (
     DecodeInputs,
@@ -148,7 +150,7 @@ class Runner:
         """Computes a plan."""
         for row in self.batch.update(plan):
             if row.params.has_slot_edits:
-                self._write_edits(row)
+                self._write_edits(row.slot, row.params, row.token_ids, row.num_prompt_tokens)
         self._copy_pages(plan.page_copies)
         sampled = set(plan.sampled_request_ids)
         chunks: list[Chunk] = []
@@ -201,7 +203,11 @@ class Runner:
             for rows, states in hidden.items():
                 slot = ints(rows, self.batch.num_slots)
                 self._call_sample(states, slot, ints(rows), SamplingSpec(needed, None))
-        return len(shapes) + len(hidden) * len(sampling)
+        if SamplingClass.EDITED in sampling:
+            self._write_edits(0, RowParams(SamplingParams(), 0), ints(0), 0)
+        cache, num_copies = kv_cache.compile_copies(self.state.cache)
+        self.state = self.state._replace(cache=cache)
+        return len(shapes) + len(hidden) * len(sampling) + num_copies
 
     def _copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
         if not copies:
@@ -303,11 +309,11 @@ class Runner:
             edits = _place(init_edits(self.batch.num_slots, self.model.config.vocab_size))
         return edits
 
-    def _write_edits(self, row: Row) -> None:
-        new = row.params.slot_edits(
-            row.token_ids, row.num_prompt_tokens, self.model.config.vocab_size
-        )
-        edits = write_slot(self._edits(), ints((), row.slot), new)
+    def _write_edits(
+        self, slot: int, params: RowParams, token_ids: Any, num_prompt_tokens: int
+    ) -> None:
+        new = params.slot_edits(token_ids, num_prompt_tokens, self.model.config.vocab_size)
+        edits = write_slot(self._edits(), ints((), slot), new)
         self.state = self.state._replace(slots=self.state.slots._replace(edits=edits))
 
 

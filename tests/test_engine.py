@@ -78,7 +78,9 @@ def test_nothing_compiles_after_warm_up(llm: LLM) -> None:
     num_executables = llm.warm_up(classes)
     buckets = llm.engine.runner.buckets
     row_sizes = {*buckets.decode_rows, *buckets.prefill_rows}
-    assert num_executables == len(list(buckets.shapes())) + len(classes) * len(row_sizes)
+    num_copies = 2 * 2 * 2  # take and put, 4 or 16 pages, of segments of 8 or 16 pages
+    num_shapes = len(list(buckets.shapes()))
+    assert num_executables == num_shapes + len(classes) * len(row_sizes) + num_copies
     counter = CompileCounter()
     jax.monitoring.register_event_duration_secs_listener(counter)
     try:
@@ -86,6 +88,7 @@ def test_nothing_compiles_after_warm_up(llm: LLM) -> None:
         for round_ in range(6):
             params = [
                 SamplingParams(
+                    n=1 if i % 3 == 0 else 2,  # which share and copy pages
                     temperature=0.0 if i % 3 == 0 else float(rng.uniform(0.5, 2)),
                     top_k=int(rng.integers(1, 60)),
                     top_p=float(rng.uniform(0.5, 1)),
