@@ -1,11 +1,11 @@
 """scripts/generate.py as a person calls it."""
 
-import importlib.util
+import importlib
 import json
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -15,13 +15,10 @@ SCRIPT = Path(__file__).parent.parent / "scripts" / "generate.py"
 
 
 @pytest.fixture(scope="module")
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("generate_script", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def script() -> Iterator[ModuleType]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(SCRIPT.parent)  # as Python does when it runs the script
+        yield importlib.import_module("generate")
 
 
 @pytest.fixture

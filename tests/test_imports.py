@@ -18,6 +18,9 @@ PATH = (
     ("engine",),
     ("compilation_cache", "build", "calls"),
     ("llm",),
+    ("jsonl",),
+    ("jsonl_output",),
+    ("jsonl_job",),
 )
 
 

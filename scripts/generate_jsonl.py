@@ -1,0 +1,75 @@
+"""The part of generate.py that reads and writes JSON Lines."""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from tqdm.auto import tqdm
+
+from folojax import LLM, SamplingParams
+from folojax.jsonl import Entry, find_error
+from folojax.jsonl_job import JsonlJob
+from folojax.jsonl_output import JsonlOutput, open_output
+
+STANDARD = Path("-")
+"""Standard input or output, in place of a file."""
+
+
+@contextlib.contextmanager
+def open_files(
+    source: Path, target: Path, *, resume: bool, overwrite: bool
+) -> Iterator[tuple[BinaryIO, JsonlOutput]]:
+    """Opens the input and the output of a job, before a model is paid for.
+
+    Raises:
+        ValueError: they are the same file, or as in `open_output`.
+        OSError: one of them cannot be opened.
+    """
+    with contextlib.ExitStack() as stack:
+        lines = sys.stdin.buffer if source == STANDARD else stack.enter_context(source.open("rb"))
+        if target == STANDARD:
+            if resume or overwrite:
+                raise ValueError("--resume and --overwrite need --output FILE")
+            yield lines, JsonlOutput(sys.stdout.buffer)
+            return
+        if source != STANDARD and target.exists() and source.samefile(target):
+            raise ValueError(f"--output {target} is the input")
+        output = stack.enter_context(open_output(target, resume=resume, overwrite=overwrite))
+        if output.num_dropped_bytes:
+            _tell(f"{target}: dropped a torn last line of {output.num_dropped_bytes} bytes")
+        yield lines, output
+
+
+def run_job(
+    llm: LLM, lines: BinaryIO, output: JsonlOutput, defaults: SamplingParams, seed: int
+) -> int:
+    """Runs a job with a progress bar; returns the exit code: 1 if any line went wrong, else 0."""
+    with tqdm(desc="lines", unit=" lines", disable=None) as bar:
+
+        def show(entry: Entry) -> None:
+            bar.update()
+            error = find_error(entry)
+            if error is not None:
+                with bar.external_write_mode():
+                    _tell(f"line {entry['line']}: {error}")
+
+        job = JsonlJob(
+            llm,
+            output,
+            defaults,
+            seed=seed,
+            max_queued=2 * llm.config.max_num_seqs,
+            on_entry=show,
+        )
+        try:
+            job.run(lines)
+        finally:
+            bar.close()
+            _tell(str(job.summary))
+    return 1 if output.num_bad else 0
+
+
+def _tell(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)

@@ -1,0 +1,158 @@
+"""The part of generate.py that shows texts and figures to a person."""
+
+import collections
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from folojax import CompletionOutput, RequestOutput
+
+
+class InOrder:
+    """Prints the texts of a batch as they grow.
+
+    A terminal has one place to write, so the samples come in order: the first that has not ended
+    is live, and those behind it catch up when their turn comes. A single sample is printed with
+    nothing around it, fit for a pipe.
+    """
+
+    def __init__(self, console: Console, texts: Sequence[str], num_samples: int) -> None:
+        self._console = console
+        self._texts = texts
+        self._places = collections.deque(
+            (index, sample) for index in range(len(texts)) for sample in range(num_samples)
+        )
+        self._is_alone = len(self._places) == 1
+        self._newest: dict[int, RequestOutput] = {}
+        self._num_printed: int | None = None  # characters of the live sample; None before it begins
+
+    def show(self, index: int, output: RequestOutput) -> None:
+        """Takes the newest output of a prompt, and prints what has its turn."""
+        self._newest[index] = output
+        while self._places and self._places[0][0] in self._newest:
+            prompt, sample = self._places[0]
+            completion = self._newest[prompt].outputs[sample]
+            if self._num_printed is None:
+                self._num_printed = 0
+                if not self._is_alone:
+                    if sample == 0:
+                        print_heading(self._console, prompt, self._texts[prompt])
+                    _print_sample_number(self._console, self._newest[prompt], sample)
+            _print(self._console, completion.text[self._num_printed :], end="")
+            self._num_printed = len(completion.text)
+            if completion.finish_reason is None:
+                return
+            _print(self._console, "" if self._is_alone else "\n")
+            self._places.popleft()
+            self._num_printed = None
+
+
+def print_heading(console: Console, index: int, text: str) -> None:
+    """Prints a prompt with its number."""
+    _print(console, f"{index + 1}. {text}", style="bold cyan")
+
+
+def print_outputs(console: Console, texts: Sequence[str], outputs: Sequence[RequestOutput]) -> None:
+    """Prints the texts of a batch that has ended, and their times."""
+    for index, (text, output) in enumerate(zip(texts, outputs, strict=True)):
+        print_heading(console, index, text)
+        for completion in output.outputs:
+            _print_sample_number(console, output, completion.index)
+            _print(console, completion.text.strip())
+            reason = completion.finish_reason
+            if completion.stop_reason is not None:
+                reason = f"{reason}: {completion.stop_reason!r}"
+            _print(console, f"{len(completion.token_ids)} tokens, {reason}", style="dim")
+        times = f"first token {_ms(output.metrics.ttft_s)}, then {_ms(output.metrics.tpot_s)} each"
+        _print(console, f"{times}\n", style="dim")
+
+
+def print_logprobs(console: Console, outputs: Sequence[RequestOutput]) -> None:
+    """Prints a table for each sample: its tokens, and at each place the likeliest ones."""
+    for index, output in enumerate(outputs):
+        for completion in output.outputs:
+            table = Table(title=f"Log-probabilities {index + 1}.{completion.index + 1}")
+            table.title_justify = "left"
+            for column in ("token", "logprob", "rank", "likeliest"):
+                table.add_column(column, justify="left" if column == "likeliest" else "right")
+            for row in _logprob_rows(completion):
+                table.add_row(*row)
+            console.print(table, markup=False, emoji=False, highlight=False)
+
+
+def print_metrics(console: Console, report: Mapping[str, Any]) -> None:
+    """Prints the figures of a report's runs side by side."""
+    table = Table(title="Metrics", title_justify="left")
+    table.add_column("")
+    runs = [name for name in ("batch", "sequential") if name in report]
+    for name in runs:
+        table.add_column(name, justify="right")
+    rows = {
+        "requests": lambda m: str(m["num_requests"]),
+        "prompt tokens": lambda m: str(m["num_prompt_tokens"]),
+        "output tokens": lambda m: str(m["num_output_tokens"]),
+        "total time": lambda m: f"{m['duration_s']:.2f} s",
+        "output tokens per second": lambda m: f"{m['output_throughput']:.1f}",
+        "mean time to first token": lambda m: _ms(m["mean_ttft_s"]),
+        "mean time per token after it": lambda m: _ms(m["mean_tpot_s"]),
+        "preemptions": lambda m: str(m["num_preemptions"]),
+    }
+    for label, show in rows.items():
+        table.add_row(label, *(show(report[name]) for name in runs))
+    console.print(table)
+    if "sequential" in report:
+        batch, sequential = report["batch"], report["sequential"]
+        saved = sequential["duration_s"] - batch["duration_s"]
+        speedup = batch["output_throughput"] / sequential["output_throughput"]
+        equal = "the same tokens" if report["is_equal"] else "NOT the same tokens"
+        console.print(f"speed-up {speedup:.2f}x, time saved {saved:.2f} s, {equal}")
+
+
+def as_json(value: Any) -> Any:
+    """A value as JSON spells it: of a dataclass the fields and properties; inf and NaN are null."""
+    if dataclasses.is_dataclass(value):
+        names = [field.name for field in dataclasses.fields(value)]
+        names += [n for n, item in vars(type(value)).items() if isinstance(item, property)]
+        return {name: as_json(getattr(value, name)) for name in names}
+    if isinstance(value, Mapping):
+        return {str(key): as_json(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [as_json(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _logprob_rows(completion: CompletionOutput) -> list[tuple[str, str, str, str]]:
+    assert completion.logprobs is not None, "the table is of a run with log-probabilities"
+    rows = []
+    for token, logprobs in zip(completion.token_ids, completion.logprobs, strict=True):
+        chosen = logprobs[token]
+        likeliest = sorted(logprobs.values(), key=lambda one: one.rank)
+        rows.append(
+            (
+                repr(chosen.decoded_token),
+                f"{chosen.logprob:.3f}",
+                str(chosen.rank),
+                ", ".join(f"{one.decoded_token!r} {one.logprob:.3f}" for one in likeliest),
+            )
+        )
+    return rows
+
+
+def _print_sample_number(console: Console, output: RequestOutput, sample: int) -> None:
+    if len(output.outputs) > 1:
+        _print(console, f"sample {sample + 1}", style="cyan")
+
+
+def _print(console: Console, text: str, end: str = "\n", style: str | None = None) -> None:
+    """Prints a text as it is: generated brackets and colons are neither markup nor emoji."""
+    console.print(
+        text, end=end, style=style, markup=False, emoji=False, highlight=False, soft_wrap=True
+    )
+
+
+def _ms(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{seconds * 1e3:.0f} ms"
