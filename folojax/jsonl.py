@@ -18,6 +18,8 @@ A line of the output is the entry of one line of the input, in the order in whic
      "output_tokens": 8}}
     {"id": null, "line": 7, "error": "not JSON: Expecting value: line 1 column 1 (char 0)"}
 
+Samples have "cumulative_logprob" and "logprobs" where those were asked for, and an entry
+"prompt_logprobs": for each token an object from token ids to {"logprob", "rank", "decoded_token"}.
 The id of an error is null where the line has none of its own: it could not be read, or it repeats
 the id of another line. Numbers that JSON cannot spell (a log-probability of -inf) are null.
 """
@@ -148,7 +150,7 @@ def line_seed(seed: int, line_id: str | int) -> int:
 
 def entry_of(line_id: str | int, number: int, output: RequestOutput) -> Entry:
     """The entry of a finished request. It depends on the line alone: no times are in it."""
-    return {
+    entry: Entry = {
         "id": line_id,
         "line": number,
         "outputs": [completion_entry(completion) for completion in output.outputs],
@@ -157,6 +159,11 @@ def entry_of(line_id: str | int, number: int, output: RequestOutput) -> Entry:
             "output_tokens": sum(len(completion.token_ids) for completion in output.outputs),
         },
     }
+    if output.prompt_logprobs is not None:
+        entry["prompt_logprobs"] = [
+            None if one is None else logprobs_entry(one) for one in output.prompt_logprobs
+        ]
+    return entry
 
 
 def error_entry(line_id: str | int | None, number: int, error: str) -> Entry:
@@ -194,10 +201,11 @@ def logprobs_entry(logprobs: Mapping[int, Logprob]) -> Entry:
     """The log-probabilities at one position, by token id, which JSON spells as text."""
     return {
         str(token): {
-            name: _finite(value) if isinstance(value, float) else value
-            for name, value in dataclasses.asdict(logprob).items()
+            "logprob": _finite(one.logprob),
+            "rank": one.rank,
+            "decoded_token": one.decoded_token,
         }
-        for token, logprob in logprobs.items()
+        for token, one in logprobs.items()
     }
 
 

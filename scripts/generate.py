@@ -296,7 +296,7 @@ def _warm_up(llm: "LLM", inputs: Sequence["Prompt"], params: "SamplingParams") -
     llm.generate(inputs[0], params, use_tqdm=False)
 
 
-def _token_ids(output: "RequestOutput") -> list[tuple[int, ...]]:
+def _token_ids(output: "RequestOutput") -> list[list[int]]:
     return [completion.token_ids for completion in output.outputs]
 
 

@@ -77,8 +77,8 @@ def _output(
     completions = []
     for index in range(params.n):
         seed = None if params.seed is None else params.seed + index
-        tokens = tuple(zlib.crc32(repr((ids, seed, i)).encode()) % 1000 for i in range(length))
-        logprobs = tuple({t: Logprob(-float("inf"), decoded_token=str(t))} for t in tokens)
+        tokens = [zlib.crc32(repr((ids, seed, i)).encode()) % 1000 for i in range(length)]
+        logprobs = [{t: Logprob(-float("inf"), 1, str(t))} for t in tokens]
         completions.append(
             CompletionOutput(
                 index=index,
@@ -95,8 +95,9 @@ def _output(
     return RequestOutput(
         request_id=request_id,
         prompt=None,
-        prompt_token_ids=tuple(ids),
-        outputs=tuple(completions),
+        prompt_token_ids=ids,
+        prompt_logprobs=None if params.prompt_logprobs is None else [None],
+        outputs=completions,
         finished=is_finished,
         metrics=metrics,
     )

@@ -1,15 +1,19 @@
 """scripts/generate.py as a person calls it."""
 
 import importlib
+import io
 import json
+import random
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
+from rich.console import Console
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "generate.py"
 
@@ -80,6 +84,116 @@ def test_compare_sequential_prints_both_runs(call: Callable) -> None:
     assert "NOT" not in text
 
 
+def test_one_prompt_streams_plainly(call: Callable, tmp_path: Path) -> None:
+    """Standard output has the text alone, so that it can go through a pipe."""
+    out = tmp_path / "out.json"
+    code, text, error = call(
+        "--prompts", "One", "--max-tokens", "9", "--stream", "--ignore-eos", "--json", str(out)
+    )
+    assert code == 0
+    assert (
+        text.removesuffix("\n") == json.loads(out.read_text())["outputs"][0]["outputs"][0]["text"]
+    )
+    assert "output tokens per second" in error
+
+
+def test_several_prompts_stream_in_order(call: Callable, tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    options = ["--prompts", "One", "Two", "--max-tokens", "5", "--seed", "1", "--json", str(out)]
+    options += ["--n", "2", "--temperature", "1", "--ignore-eos"]
+    assert call(*options)[0] == 0
+    expected = json.loads(out.read_text())["outputs"]
+    code, text, _ = call(*options, "--stream")
+    assert code == 0
+    assert _samples(json.loads(out.read_text())["outputs"]) == _samples(expected)
+    for index, entry in enumerate(expected):
+        head, text = text[: text.index("sample 1")], text[text.index("sample 1") :]
+        assert head == f"{index + 1}. {entry['prompt']}\n"
+        for sample, completion in enumerate(entry["outputs"]):
+            start = f"sample {sample + 1}\n{completion['text']}\n\n"
+            assert text.startswith(start)
+            text = text.removeprefix(start)
+    assert text == ""
+
+
+def _samples(outputs: list[dict[str, Any]]) -> list[list[tuple[int, str]]]:
+    return [[(one["seed"], one["text"]) for one in output["outputs"]] for output in outputs]
+
+
+def test_what_streams_only_grows(script: ModuleType) -> None:
+    """Texts of four samples grow at random; each is live once those before it have ended."""
+    printing = importlib.import_module("generate_print")
+    draw = random.Random(0)
+    finals = [["alpha :smile:", ""], ["[bold]gamma", "delta\n"]]
+    lengths = [[0, 0], [0, 0]]
+    stream = io.StringIO()
+    printer = printing.InOrder(Console(file=stream), ["first", "second"], 2)
+    before = ""
+    for _ in range(200):
+        index, sample = draw.randrange(2), draw.randrange(2)
+        lengths[index][sample] = min(lengths[index][sample] + 1, len(finals[index][sample]))
+        parts = zip(finals[index], lengths[index], strict=True)
+        outputs = [
+            SimpleNamespace(text=f[:n], finish_reason="stop" if n == len(f) else None)
+            for f, n in parts
+        ]
+        printer.show(index, SimpleNamespace(outputs=outputs))
+        assert stream.getvalue().startswith(before)
+        before = stream.getvalue()
+    assert before == (
+        "1. first\nsample 1\nalpha :smile:\n\nsample 2\n\n\n"
+        "2. second\nsample 1\n[bold]gamma\n\nsample 2\ndelta\n\n\n"
+    )
+
+
+def test_a_system_message_comes_first(call: Callable, tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    lengths = []
+    for options in ((), ("--system", "Be brief."), ("--system", "Be very very brief.")):
+        options = (*options, "--prompts", "One", "--max-tokens", "1", "--json", str(out))
+        assert call(*options)[0] == 0
+        lengths.append(len(json.loads(out.read_text())["outputs"][0]["prompt_token_ids"]))
+    assert lengths[2] == lengths[1] + 2
+
+
+def test_logprobs_are_shown_and_written(call: Callable, tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    options = ("--prompts", "One", "--max-tokens", "2", "--ignore-eos", "--json", str(out))
+    code, text, _ = call(*options, "--logprobs", "2")
+    assert code == 0
+    assert "Log-probabilities 1.1" in text
+    (completion,) = json.loads(out.read_text())["outputs"][0]["outputs"]
+    for token, logprobs in zip(completion["token_ids"], completion["logprobs"], strict=True):
+        assert len(logprobs) == 2  # greedy: the sampled token is the likeliest
+        assert logprobs[str(token)]["rank"] == 1
+        assert f"{logprobs[str(token)]['logprob']:.3f}" in text
+
+
+def test_stop_strings_end_the_text(call: Callable, tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    options = ("--prompts", "One", "--max-tokens", "12", "--ignore-eos", "--json", str(out))
+    assert call(*options)[0] == 0
+    text = json.loads(out.read_text())["outputs"][0]["outputs"][0]["text"]
+    stop = text[len(text) // 2]
+    code, shown, _ = call(*options, "--stop", "never there", "--stop", stop, "neither")
+    assert code == 0
+    (completion,) = json.loads(out.read_text())["outputs"][0]["outputs"]
+    assert completion["text"] == text[: text.index(stop)]
+    assert (completion["finish_reason"], completion["stop_reason"]) == ("stop", stop)
+    assert f"stop: {stop!r}" in shown
+
+
+def test_penalties_change_what_repeats(call: Callable, tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    options = ("--prompts", "One", "--max-tokens", "12", "--ignore-eos", "--json", str(out))
+    found = []
+    for penalty in ((), ("--repetition-penalty", "1e9"), ("--frequency-penalty", "2")):
+        assert call(*options, *penalty)[0] == 0
+        found.append(json.loads(out.read_text())["outputs"][0]["outputs"][0]["token_ids"])
+    assert found[0] != found[1]
+    assert len(set(found[1])) == 12
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -90,6 +204,18 @@ def test_compare_sequential_prints_both_runs(call: Callable) -> None:
         ("--dtype", "int3"),
         ("--num-prompts", "0"),
         ("--prompts-file", "/no/such/file"),
+        ("--n", "2"),
+        ("--n", "0", "--temperature", "1"),
+        ("--stop", ""),
+        ("--stop",),
+        ("--min-tokens", "99"),
+        ("--logprobs", "-2"),
+        ("--logprobs", "1000"),
+        ("--repetition-penalty", "0"),
+        ("--presence-penalty", "3"),
+        ("--frequency-penalty", "-3"),
+        ("--system", "Be brief.", "--no-chat"),
+        ("--stream", "--compare-sequential"),
         ("--max-num-seqs", "0"),
         ("--max-num-seqs", "1000"),
         ("--model", "/no/such/model"),

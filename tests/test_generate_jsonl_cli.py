@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +152,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(
 
 
 @pytest.fixture
-def process_command(text_directory: Path, tmp_path: Path) -> Iterator[tuple[list[str], Path]]:
+def process_command(text_directory: Path, tmp_path: Path) -> tuple[list[str], Path]:
     """A job of minutes as a command, and its output file."""
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     with source.open("w") as file:

@@ -249,18 +249,21 @@ def test_forms_of_prompts(target: Path) -> None:
 
 
 def test_an_entry_has_all_of_a_sample(target: Path) -> None:
-    run([line("\u2028ü\ud800", logprobs=0, n=2, seed=1)], target)
+    run([line("\u2028ü\ud800", logprobs=0, prompt_logprobs=0, n=2, seed=1)], target)
     (entry,) = entries(target)
     assert entry["id"] == "\u2028ü\ud800"
     assert len(target.read_text(encoding="ascii").splitlines()) == 1
     assert [sample["index"] for sample in entry["outputs"]] == [0, 1]
+    assert entry["prompt_logprobs"] == [None]
     for sample in entry["outputs"]:
         assert sample["text"] == " ".join(map(str, sample["token_ids"]))
         assert (sample["finish_reason"], sample["stop_reason"]) == ("length", None)
         assert [list(token) for token in sample["logprobs"]] == [
             [str(token)] for token in sample["token_ids"]
         ]
-        assert all(one["logprob"] is None for token in sample["logprobs"] for one in token.values())
+        first = sample["token_ids"][0]
+        wanted = {"logprob": None, "rank": 1, "decoded_token": str(first)}
+        assert sample["logprobs"][0] == {str(first): wanted}
 
 
 @pytest.mark.parametrize(
