@@ -21,6 +21,9 @@ from folojax.outputs import RequestOutput
 from folojax.prompts import Prompt
 from folojax.sampling_params import SamplingParams
 
+_IDLE_S = 0.005
+"""Between two looks for a line while there is nothing to run."""
+
 
 class Engine(Protocol):
     """What a job asks of an LLM."""
@@ -143,18 +146,21 @@ class JsonlJob:
         self._on_entry = on_entry
         self._queued: dict[str, _Queued] = {}
         self._num_samples = 0  # of all that is queued
+        self._num_lines = 0  # read so far
         self._line_of_id: dict[str, int] = {}
 
-    def run(self, lines: Iterable[bytes]) -> Summary:
+    def run(self, lines: Iterable[bytes | None]) -> Summary:
         """Runs all lines; whatever interrupts it leaves nothing queued, and keeps what was written.
 
         Args:
-            lines: Of the input, such as a file opened in binary mode; read as there is room.
+            lines: Of the input, such as a file opened in binary mode; read as there is room. None
+                says that the next line is not there yet: the job goes on with what it has, where
+                a read that waits would hold it up.
         """
         start_s = time.perf_counter()
-        numbered = enumerate(lines, start=1)
+        arriving = iter(lines)
         try:
-            while self._fill(numbered):
+            while self._fill(arriving):
                 for output in self._engine.step():
                     if output.finished:
                         self._finish(output)
@@ -165,14 +171,21 @@ class JsonlJob:
             self.summary.duration_s = time.perf_counter() - start_s
         return self.summary
 
-    def _fill(self, numbered: Iterator[tuple[int, bytes]]) -> bool:
+    def _fill(self, arriving: Iterator[bytes | None]) -> bool:
         """Reads lines until enough is queued or none is left; returns whether any is queued."""
         while self._num_samples < self._max_queued:
-            number, raw = next(numbered, (None, b""))
-            if number is None:
+            try:
+                raw = next(arriving)
+            except StopIteration:
                 break
-            if raw.strip():
-                self._read(number, raw)
+            if raw is not None:
+                self._num_lines += 1
+                if raw.strip():
+                    self._read(self._num_lines, raw)
+            elif self._queued:
+                break
+            else:
+                time.sleep(_IDLE_S)
         return bool(self._queued)
 
     def _read(self, number: int, raw: bytes) -> None:

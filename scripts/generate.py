@@ -10,11 +10,11 @@ python scripts/generate.py --input requests.jsonl --output answers.jsonl --resum
 head -n 9 requests.jsonl | python scripts/generate.py --input - > answers.jsonl
 
 JSON Lines: a line of --input is {"prompt" | "messages" | "prompt_token_ids": ..., "sampling":
-{fields of SamplingParams}, "id": ...}; the options below are what "sampling" leaves out. A line of
---output is {"id", "line", "outputs", "usage"}, or {"id", "line", "error"} of a line that cannot be
-run; it is written when the request ends. A run that was killed goes on with --resume, the same
-input and the same options: no line is lost or done twice, and the tokens are those of an unbroken
-run.
+{fields of SamplingParams}, "id": ...}; the options below are what "sampling" leaves out. A "prompt"
+is text as the model sees it, "messages" go through the chat template. A line of --output is {"id",
+"line", "outputs", "usage"}, or {"id", "line", "error"} of a line that cannot be run; it is written
+when the request ends. A run that was killed goes on with --resume, the same input and the same
+options: no line is lost or done twice, and the tokens are those of an unbroken run.
 
 Exit code: 0; 1 if lines of --input went wrong; 2 after a mistake in the options; 130 after Ctrl-C.
 """
@@ -107,6 +107,8 @@ def generate(args: argparse.Namespace) -> int:
     if args.input is not None:
         return _generate_jsonl(args)
     texts = _read_prompts(args.prompts, args.prompts_file, args.num_prompts)
+    if args.json is not None and not args.json.parent.is_dir():
+        raise ValueError(f"--json {args.json}: there is no such directory")
     from generate_print import as_json, print_logprobs, print_metrics, print_outputs
 
     from folojax import batch_metrics

@@ -1,7 +1,11 @@
 """The part of generate.py that reads and writes JSON Lines."""
 
 import contextlib
+import os
+import queue
+import stat
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -28,7 +32,12 @@ def open_files(
         OSError: one of them cannot be opened.
     """
     with contextlib.ExitStack() as stack:
-        lines = sys.stdin.buffer if source == STANDARD else stack.enter_context(source.open("rb"))
+        if source == STANDARD:
+            # Not sys.stdin.buffer: Python wants that one for itself when it exits, and aborts if
+            # a thread still reads from it.
+            lines = stack.enter_context(open(sys.stdin.fileno(), "rb", closefd=False))
+        else:
+            lines = stack.enter_context(source.open("rb"))
         if target == STANDARD:
             if resume or overwrite:
                 raise ValueError("--resume and --overwrite need --output FILE")
@@ -43,7 +52,7 @@ def open_files(
 
 
 def run_job(
-    llm: LLM, lines: BinaryIO, output: JsonlOutput, defaults: SamplingParams, seed: int
+    llm: LLM, source: BinaryIO, output: JsonlOutput, defaults: SamplingParams, seed: int
 ) -> int:
     """Runs a job with a progress bar; returns the exit code: 1 if any line went wrong, else 0."""
     with tqdm(desc="lines", unit=" lines", disable=None) as bar:
@@ -64,11 +73,43 @@ def run_job(
             on_entry=show,
         )
         try:
-            job.run(lines)
+            job.run(_lines_of(source))
         finally:
             bar.close()
             _tell(str(job.summary))
     return 1 if output.num_bad else 0
+
+
+def _lines_of(source: BinaryIO) -> Iterator[bytes | None]:
+    """The lines of a file; of anything slower as they come, and None where there is none yet.
+
+    So a program may write a line, and wait for its entry before it writes the next.
+    """
+    if stat.S_ISREG(os.fstat(source.fileno()).st_mode):
+        yield from source
+        return
+    arrived: queue.Queue[bytes | BaseException | None] = queue.Queue(maxsize=64)
+
+    def read() -> None:
+        try:
+            for line in source:
+                arrived.put(line)
+            arrived.put(None)
+        except BaseException as error:  # raised again where it can be told
+            arrived.put(error)
+
+    threading.Thread(target=read, daemon=True).start()
+    while True:
+        try:
+            line = arrived.get_nowait()
+        except queue.Empty:
+            yield None
+            continue
+        if line is None:
+            return
+        if isinstance(line, BaseException):
+            raise line
+        yield line
 
 
 def _tell(message: str) -> None:

@@ -204,6 +204,7 @@ def test_penalties_change_what_repeats(call: Callable, tmp_path: Path) -> None:
         ("--dtype", "int3"),
         ("--num-prompts", "0"),
         ("--prompts-file", "/no/such/file"),
+        ("--json", "/no/such/directory/out.json"),
         ("--n", "2"),
         ("--n", "0", "--temperature", "1"),
         ("--stop", ""),

@@ -1,7 +1,6 @@
 """scripts/generate.py with JSON Lines in and out."""
 
 import importlib
-import io
 import json
 import random
 import shutil
@@ -23,14 +22,19 @@ LIMITS = ("--max-model-len", "128", "--max-num-seqs", "4", "--max-tokens", "3")
 
 @pytest.fixture
 def call(
-    text_directory: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    text_directory: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Callable[..., tuple[int, str, str]]:
     monkeypatch.syspath_prepend(SCRIPT.parent)  # as Python does when it runs the script
     script = importlib.import_module("generate")
 
-    def call(*options: Any, stdin: bytes = b"") -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-        code = script.main(["--model", str(text_directory), *LIMITS, *map(str, options)])
+    def call(*options: Any, stdin: str = "") -> tuple[int, str, str]:
+        (tmp_path / "stdin").write_text(stdin)
+        with (tmp_path / "stdin").open() as file:
+            monkeypatch.setattr(sys, "stdin", file)
+            code = script.main(["--model", str(text_directory), *LIMITS, *map(str, options)])
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 
@@ -65,7 +69,7 @@ def test_texts_are_those_of_a_run_without_json_lines(
     code, from_file, error = call("--input", source)
     assert code == 0
     assert "4 done, 0 skipped, 0 bad; " in error.splitlines()[-1]
-    code, from_stdin, _ = call("--input", "-", stdin=content.encode())
+    code, from_stdin, _ = call("--input", "-", stdin=content)
     assert code == 0
     assert entries(from_file) == entries(from_stdin)
     for found, wanted in zip(entries(from_file), expected[0] + expected[1], strict=True):
@@ -165,6 +169,29 @@ def process_command(text_directory: Path, tmp_path: Path) -> tuple[list[str], Pa
 def wait_for(process: subprocess.Popen, target: Path, size: int) -> None:
     while process.poll() is None and (not target.exists() or target.stat().st_size < size):
         time.sleep(0.005)
+
+
+def test_a_program_may_wait_for_each_entry(process_command: tuple[list[str], Path]) -> None:
+    """And Ctrl-C ends it while it waits for a line that does not come."""
+    command, _ = process_command
+    with subprocess.Popen(
+        [*command, "--input", "-", "--output", "-"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        bufsize=0,
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
+        for number in (1, 2):
+            process.stdin.write(b'{"prompt": "One"}\n')
+            assert json.loads(process.stdout.readline())["line"] == number
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 130
+        error = process.stderr.read().decode().splitlines()
+    assert error[-2].startswith("2 done, ")
+    assert error[-1] == "interrupted"
 
 
 def test_ctrl_c_keeps_what_has_finished(process_command: tuple[list[str], Path]) -> None:

@@ -30,7 +30,12 @@ def line(line_id: Any = None, prompt: Any = "Hello", **sampling: Any) -> bytes:
 
 
 def run(
-    lines: Iterable[bytes], target: Path, *, resume: bool = True, llm: Any = None, **options: Any
+    lines: Iterable[bytes | None],
+    target: Path,
+    *,
+    resume: bool = True,
+    llm: Any = None,
+    **options: Any,
 ) -> Summary:
     defaults = options.pop("defaults", SamplingParams(max_tokens=4))
     with open_output(target, resume=resume) as output:
@@ -149,6 +154,20 @@ def test_little_is_queued_and_read_at_once(target: Path) -> None:
     assert summary.num_done == 500
     assert MAX_NUM_SEQS < llm.most_queued <= 2 * MAX_NUM_SEQS + 1
     assert llm.num_queued == 0
+
+
+def test_a_line_that_is_late_holds_up_nothing(target: Path) -> None:
+    def lines() -> Iterable[bytes | None]:
+        yield None
+        yield line("a")
+        while not target.read_bytes():
+            yield None
+        yield b"{"
+        yield None
+
+    summary = run(lines(), target)
+    assert (summary.num_done, summary.num_bad) == (1, 1)
+    assert [entry["line"] for entry in entries(target)] == [1, 2]
 
 
 def test_an_entry_is_written_before_the_next_step(target: Path) -> None:
