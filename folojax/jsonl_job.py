@@ -168,6 +168,8 @@ class JsonlJob:
         finally:
             self._engine.abort_request(list(self._queued))
             self._queued.clear()
+            if self._engine.has_unfinished_requests():
+                self._engine.step()  # takes what an interrupted step has aborted out of the engine
             self.summary.duration_s = time.perf_counter() - start_s
         return self.summary
 

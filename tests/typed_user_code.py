@@ -6,6 +6,7 @@ from pathlib import Path
 from folojax import LLM, BatchMetrics, EngineConfig, RequestOutput, SamplingParams, batch_metrics
 from folojax.jsonl_job import JsonlJob, Summary
 from folojax.jsonl_output import open_output
+from folojax.prompts import Prompt
 
 
 def build(directory: Path) -> list[LLM]:
@@ -35,7 +36,8 @@ def texts(llm: LLM, prompts: Sequence[str], params: SamplingParams) -> list[str]
     llm.generate([1, 2, 3], use_tqdm=False)
     llm.generate([[1, 2], [3]], [params, params])
     llm.generate({"prompt": "text"}, sampling_params=params)
-    llm.generate([{"prompt_token_ids": [1, 2]}, "text"], params)
+    mixed: list[Prompt] = [{"prompt_token_ids": [1, 2]}, "text", [1, 2]]
+    llm.generate(mixed, params)
     metrics: BatchMetrics = batch_metrics(outputs)
     print(f"{metrics.output_throughput:.1f}")
     return [completion.text for output in outputs for completion in output.outputs]
