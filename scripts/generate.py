@@ -113,7 +113,7 @@ def generate(args: argparse.Namespace) -> int:
 
     from folojax import batch_metrics
 
-    params = _sampling_params(args)
+    params = sampling_params(args)
     console, log = Console(), Console(stderr=True)
     llm = _load(args, log)
     inputs = _as_inputs(llm, texts, args.chat, args.system)
@@ -162,7 +162,7 @@ def generate(args: argparse.Namespace) -> int:
 def _generate_jsonl(args: argparse.Namespace) -> int:
     from generate_jsonl import STANDARD, open_files, run_job
 
-    params = _sampling_params(args)
+    params = sampling_params(args)
     target = args.output or STANDARD
     with open_files(args.input, target, resume=args.resume, overwrite=args.overwrite) as (
         lines,
@@ -221,7 +221,8 @@ def _option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _sampling_params(args: argparse.Namespace) -> "SamplingParams":
+def sampling_params(args: argparse.Namespace) -> "SamplingParams":
+    """The options that are fields of SamplingParams; ValueError if one is out of range."""
     from folojax import SamplingParams
 
     known = {field.name for field in dataclasses.fields(SamplingParams)}

@@ -32,12 +32,9 @@ def open_files(
         OSError: one of them cannot be opened.
     """
     with contextlib.ExitStack() as stack:
-        if source == STANDARD:
-            # Not sys.stdin.buffer: Python wants that one for itself when it exits, and aborts if
-            # a thread still reads from it.
-            lines = stack.enter_context(open(sys.stdin.fileno(), "rb", closefd=False))
-        else:
-            lines = stack.enter_context(source.open("rb"))
+        lines = _open_input(source)
+        if _is_regular(lines):  # to close another would wait for the thread that reads it
+            stack.enter_context(lines)
         if target == STANDARD:
             if resume or overwrite:
                 raise ValueError("--resume and --overwrite need --output FILE")
@@ -85,7 +82,7 @@ def _lines_of(source: BinaryIO) -> Iterator[bytes | None]:
 
     So a program may write a line, and wait for its entry before it writes the next.
     """
-    if stat.S_ISREG(os.fstat(source.fileno()).st_mode):
+    if _is_regular(source):
         yield from source
         return
     arrived: queue.Queue[bytes | BaseException | None] = queue.Queue(maxsize=64)
@@ -110,6 +107,18 @@ def _lines_of(source: BinaryIO) -> Iterator[bytes | None]:
         if isinstance(line, BaseException):
             raise line
         yield line
+
+
+def _open_input(source: Path) -> BinaryIO:
+    if source == STANDARD:
+        # Not sys.stdin.buffer: Python wants that one for itself when it exits, and aborts if a
+        # thread still reads from it.
+        return os.fdopen(sys.stdin.fileno(), "rb", closefd=False)
+    return source.open("rb")
+
+
+def _is_regular(file: BinaryIO) -> bool:
+    return stat.S_ISREG(os.fstat(file.fileno()).st_mode)
 
 
 def _tell(message: str) -> None:

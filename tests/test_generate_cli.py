@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from folojax import SamplingParams
+
 SCRIPT = Path(__file__).parent.parent / "scripts" / "generate.py"
 
 
@@ -183,15 +185,29 @@ def test_stop_strings_end_the_text(call: Callable, tmp_path: Path) -> None:
     assert f"stop: {stop!r}" in shown
 
 
-def test_penalties_change_what_repeats(call: Callable, tmp_path: Path) -> None:
-    out = tmp_path / "out.json"
-    options = ("--prompts", "One", "--max-tokens", "12", "--ignore-eos", "--json", str(out))
-    found = []
-    for penalty in ((), ("--repetition-penalty", "1e9"), ("--frequency-penalty", "2")):
-        assert call(*options, *penalty)[0] == 0
-        found.append(json.loads(out.read_text())["outputs"][0]["outputs"][0]["token_ids"])
-    assert found[0] != found[1]
-    assert len(set(found[1])) == 12
+def test_options_with_the_name_of_a_field_reach_it(script: ModuleType) -> None:
+    wanted = {
+        "n": 2,
+        "max_tokens": 9,
+        "min_tokens": 3,
+        "temperature": 0.5,
+        "top_k": 5,
+        "top_p": 0.5,
+        "min_p": 0.25,
+        "repetition_penalty": 1.5,
+        "presence_penalty": -1.5,
+        "frequency_penalty": 0.5,
+        "seed": 7,
+        "logprobs": -1,
+    }
+    options = [part for k, v in wanted.items() for part in ("--" + k.replace("_", "-"), str(v))]
+    options += ["--stop", "a", "b", "--stop", "c", "--ignore-eos"]
+    assert script.sampling_params(script.parse_args(options)) == SamplingParams(
+        stop=["a", "b", "c"], ignore_eos=True, **wanted
+    )
+    assert script.sampling_params(script.parse_args([])) == SamplingParams(
+        temperature=0, max_tokens=64
+    )
 
 
 @pytest.mark.parametrize(
@@ -211,7 +227,6 @@ def test_penalties_change_what_repeats(call: Callable, tmp_path: Path) -> None:
         ("--stop",),
         ("--min-tokens", "99"),
         ("--logprobs", "-2"),
-        ("--logprobs", "1000"),
         ("--repetition-penalty", "0"),
         ("--presence-penalty", "3"),
         ("--frequency-penalty", "-3"),
@@ -230,6 +245,13 @@ def test_a_mistake_is_one_line_and_exit_code_2(call: Callable, options: tuple[st
     assert text == ""
     assert error.startswith("error: ")
     assert error.count("\n") == 1
+
+
+def test_what_only_the_engine_can_refuse_is_told_too(call: Callable) -> None:
+    code, text, error = call("--logprobs", "1000")
+    assert code == 2
+    assert text == ""
+    assert error.splitlines()[-1].startswith("error: logprobs is 1000; ")
 
 
 def test_help_has_examples(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
