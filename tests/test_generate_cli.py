@@ -186,7 +186,7 @@ def test_stop_strings_end_the_text(call: Callable, tmp_path: Path) -> None:
 
 
 def test_options_with_the_name_of_a_field_reach_it(script: ModuleType) -> None:
-    wanted = {
+    wanted: dict[str, Any] = {
         "n": 2,
         "max_tokens": 9,
         "min_tokens": 3,
