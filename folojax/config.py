@@ -1,6 +1,7 @@
 """The engine's limits and sizes, checked once and frozen."""
 
 import dataclasses
+from typing import TypedDict
 
 from folojax.sched.config import SchedulerConfig
 from folojax.sched.pages import pages_for
@@ -124,6 +125,25 @@ class ResolvedConfig(EngineConfig):
             long_prefill_token_threshold=self.long_prefill_token_threshold,
             enable_prefix_caching=self.enable_prefix_caching,
         )
+
+
+class EngineOptions(TypedDict, total=False):
+    """The fields of EngineConfig as keywords, so that a type checker knows those of `LLM`."""
+
+    max_model_len: int | None
+    max_num_seqs: int
+    max_num_batched_tokens: int | None
+    page_size: int | None
+    num_pages: int | None
+    scheduling_policy: str
+    enable_chunked_prefill: bool
+    long_prefill_token_threshold: int
+    prefill_row_len: int | None
+    enable_prefix_caching: bool
+    max_logprobs: int
+    logprobs_mode: str
+    seed: int
+    tensor_parallel_size: int  # of other engines; only 1
 
 
 _OPTIONAL = (

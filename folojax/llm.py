@@ -4,7 +4,7 @@ import functools
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, Unpack
 
 import jax
 from flax import linen as nn
@@ -12,7 +12,7 @@ from flax import linen as nn
 from folojax.build import default_params, find_tokenizer, load_model, make_config, make_engine
 from folojax.calls import Calls
 from folojax.compilation_cache import enable_compilation_cache
-from folojax.config import EngineConfig
+from folojax.config import EngineConfig, EngineOptions
 from folojax.engine import EngineMetrics
 from folojax.outputs import RequestOutput, ScoreOutput
 from folojax.prompts import (
@@ -63,7 +63,7 @@ class LLM:
         revision: str | None = None,
         trust_remote_code: bool = False,
         deterministic: bool = False,
-        **fields: Any,
+        **fields: Unpack[EngineOptions],
     ) -> None:
         if trust_remote_code is not False:
             raise ValueError("trust_remote_code: code that ships with a model is never run here")
@@ -72,7 +72,7 @@ class LLM:
                 f"deterministic is {deterministic!r}; only False is built: tokens do not depend on "
                 "the batch here, but log-probabilities may differ in their last digits"
             )
-        config = make_config(config, fields)
+        config = make_config(config, dict(fields))
         enable_compilation_cache()
         loaded = load_model(model, dtype, revision, config)
         self.config = config.resolve(loaded.module.config.max_position, jax.default_backend())

@@ -6,12 +6,17 @@ import subprocess
 import sys
 from importlib.resources import files
 from pathlib import Path
+from typing import get_type_hints
+
+from folojax.config import EngineConfig, EngineOptions
 
 ROOT = Path(__file__).parent.parent
 
 WRONG_CALLS = """\
 LLM(dtype=16)
 LLM("model", "tokenizer", "float32")
+LLM(max_num_seqs="8")
+LLM(max_seqs=8)
 EngineConfig(max_num_seqs="8")
 EngineConfig(max_seqs=8)
 SamplingParams(0.7)
@@ -77,6 +82,12 @@ def test_a_strict_checker_accepts_user_code_and_finds_wrong_calls(tmp_path: Path
         if number not in found
     ]
     assert not accepted
+
+
+def test_keywords_of_the_llm_are_the_fields_of_its_config() -> None:
+    keywords = get_type_hints(EngineOptions)
+    keywords.pop("tensor_parallel_size")
+    assert keywords == get_type_hints(EngineConfig)
 
 
 def test_the_package_says_that_it_is_typed() -> None:
