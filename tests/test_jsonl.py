@@ -8,13 +8,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from folojax import SamplingParams
+from folojax import RequestOutput, SamplingParams
 from folojax.jsonl import dump, line_seed
 from folojax.jsonl_job import JsonlJob, Summary
 from folojax.jsonl_output import open_output
@@ -192,6 +192,33 @@ def test_what_interrupts_a_job_leaves_the_engine_empty(target: Path) -> None:
     assert not llm.has_unfinished_requests()
     assert [entry["id"] for entry in entries(target)] == [0]
     assert run(lines, target, llm=llm).num_done == 8
+
+
+def test_what_a_broken_step_aborts_is_taken_out_too(target: Path) -> None:
+    """An LLM holds the outputs of what an interrupted step has lost until somebody steps again."""
+
+    class Interrupted(StubLLM):
+        num_held = 0
+
+        def step(self) -> list[RequestOutput]:
+            if self.num_held:
+                self.num_held = 0
+                return []
+            self.num_held = len(self._requests)
+            self.abort_request(list(self._requests))
+            raise KeyboardInterrupt
+
+        def abort_request(self, request_ids: str | Sequence[str]) -> None:
+            super().abort_request([one for one in request_ids if one in self._requests])
+
+        def has_unfinished_requests(self) -> bool:
+            return bool(self.num_held) or super().has_unfinished_requests()
+
+    llm = Interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        run([line("a"), line("b")], target, llm=llm)
+    assert not llm.has_unfinished_requests()
+    assert target.read_bytes() == b""
 
 
 BAD_LINES: dict[str, tuple[bytes, str]] = {
