@@ -280,7 +280,7 @@ class Engine:
             request_id = update.request.request_id
             job, sample = self._owner[request_id]
             touched[job.request_id] = job
-            if sample is not None and request_id in entries:
+            if isinstance(job, Job) and sample is not None and request_id in entries:
                 self._take_token(job, sample, entries[request_id], now)
         return [
             self._close(job) if job.is_finished else job.output()

@@ -27,8 +27,9 @@ def check_same_shapes(old: Any, new: Any) -> Any:
             got = _kind(leaf)
             if got != wanted:
                 problems.append(f"{name} is {got}, the model has {wanted}")
-    if not problems and jax.tree.structure(old) != jax.tree.structure(new):
-        problems.append(f"the tree is {jax.tree.structure(new)}")
+    wanted_tree, tree = str(jax.tree.structure(old)), str(jax.tree.structure(new))
+    if not problems and tree != wanted_tree:
+        problems.append(f"the tree is {tree}, the model has {wanted_tree}")
     if problems:
         raise ValueError("params do not fit the model: " + "; ".join(problems))
     return jax.tree.map(_as_known, old, new)

@@ -71,7 +71,7 @@ def test_completion_output(letters_llm: LLM) -> None:
 
 
 def test_finish_reasons(letters_llm: LLM) -> None:
-    """ "error" is in test_engine, with a model that gives NaN."""
+    """All but "error": that is in test_engine, with a model that gives NaN."""
     free = letters_llm.generate(PROMPT, GREEDY, use_tqdm=False)[0].outputs[0]
     cases = {
         ("stop", None): change(GREEDY, ignore_eos=False, logit_bias={EOS: 1e6}),
@@ -370,7 +370,7 @@ def test_sleep_and_wake_up(letters_llm: LLM) -> None:
     letters_llm.sleep()
     assert all(leaf.is_deleted() for leaf in leaves)
     for call in (letters_llm.step, lambda: run(letters_llm, "x"), lambda: letters_llm.stream("x")):
-        with pytest.raises(RuntimeError, match="the engine sleeps.*call wake_up"):
+        with pytest.raises(RuntimeError, match=r"the engine sleeps.*call wake_up"):
             call()
     with pytest.raises(RuntimeError, match="the engine sleeps"):
         letters_llm.score("x", "y")

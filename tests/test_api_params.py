@@ -100,7 +100,7 @@ def test_presence_and_frequency_penalty(letters_llm: LLM, fields: dict[str, Any]
 
 
 def test_repetition_penalty(letters_llm: LLM) -> None:
-    """Counts the prompt too. (The values are compared with transformers in test_parity_edits.)"""
+    """Counts the prompt too; the values are compared with transformers in test_parity_params."""
     one = run_one(letters_llm, change(GREEDY, repetition_penalty=1e6, max_tokens=20))
     assert len({*encode(PROMPT), *one.token_ids}) == len(set(encode(PROMPT))) + 20
     assert run_one(letters_llm, change(GREEDY, repetition_penalty=1)).text == (
@@ -219,7 +219,9 @@ def test_logprobs(letters_llm: LLM, count: int) -> None:
         for other, found in entry.items():
             assert math.isclose(found.logprob, logprobs[other], abs_tol=1e-4)
             assert found.decoded_token == (decode([other]) if other < 98 else "")
-    total = sum(entry[token].logprob for token, entry in zip(one.token_ids, one.logprobs))
+    total = sum(
+        entry[token].logprob for token, entry in zip(one.token_ids, one.logprobs, strict=True)
+    )
     assert one.cumulative_logprob == pytest.approx(total)
 
 
@@ -290,7 +292,7 @@ def test_skip_special_tokens(letters_llm: LLM) -> None:
 
 
 def test_spaces_between_special_tokens(letters_llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reaches the tokenizer. (A tokenizer that acts on it is in test_tokenizer.)"""
+    """Reaches the tokenizer; one that acts on it is in test_tokenizer."""
     hf = letters_llm.engine.tokenizer
     assert hf is not None
     real, seen = hf.hf.decode, set()
@@ -334,14 +336,12 @@ def test_rows_of_all_kinds_in_one_batch_are_their_own(letters_llm: LLM) -> None:
 
 
 def test_ids_that_the_tokenizer_does_not_know_are_never_sampled(letters_llm: LLM) -> None:
-    outputs = letters_llm.generate(
-        [PROMPT] * 8,
-        [
-            change(SEEDED, temperature=100.0, seed=i, max_tokens=60, **fields)
-            for i, fields in enumerate([{}, {"top_k": 100}, {"frequency_penalty": -1.0}, {}] * 2)
-        ],
-        use_tqdm=False,
-    )
+    kinds: list[dict[str, Any]] = [{}, {"top_k": 100}, {"frequency_penalty": -1.0}, {}]
+    params = [
+        change(SEEDED, temperature=100.0, seed=i, max_tokens=60, **fields)
+        for i, fields in enumerate(kinds * 2)
+    ]
+    outputs = letters_llm.generate([PROMPT] * 8, params, use_tqdm=False)
     drawn = {token for output in outputs for token in output.outputs[0].token_ids}
     assert len(drawn) > 80
     assert max(drawn) < 98

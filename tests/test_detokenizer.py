@@ -117,7 +117,7 @@ def test_tokens_that_never_become_text_cost_no_more_each(
         longest = max(longest, len(ids))
         return embedded.decode(ids, **options)
 
-    tokenizer.decode = decode  # type: ignore[method-assign]
+    tokenizer.decode = decode  # type: ignore[method-assign, assignment]
     detokenizer = Detokenizer(tokenizer, skip_special_tokens=True)
     for count in range(1, 301):
         detokenizer.read(token_ids[:count])

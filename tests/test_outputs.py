@@ -45,7 +45,16 @@ def test_a_request_without_a_token_has_no_time_to_it() -> None:
 
 
 def test_a_request_that_took_no_time_has_a_rate() -> None:
-    assert metrics(finish_time_s=10.0).tokens_per_s > 0
+    rate = metrics(finish_time_s=10.0).tokens_per_s
+    assert rate is not None
+    assert rate > 0
+
+
+def test_a_request_that_goes_on_has_no_end() -> None:
+    one = metrics(finish_time_s=None)
+    assert one.ttft_s == 1.0
+    assert one.e2e_s is one.tpot_s is one.tokens_per_s is None
+    assert batch_metrics([output(one)]).duration_s == 0.0
 
 
 def test_of_no_requests_all_is_zero() -> None:

@@ -126,12 +126,13 @@ def test_continuations_are_paired_with_their_prompts() -> None:
     five, six = ParsedPrompt(None, [5]), ParsedPrompt(None, [6])
     assert pair_continuations("ab", "ab", TOKENIZER) == [(AB, AB)]
     assert pair_continuations("ab", [[5], [6]], TOKENIZER) == [(AB, five), (AB, six)]
-    assert pair_continuations(["ab", [5]], [[5], "ab"], TOKENIZER) == [(AB, five), (five, AB)]
+    mixed: list[Any] = ["ab", [5]]
+    assert pair_continuations(mixed, mixed[::-1], TOKENIZER) == [(AB, five), (five, AB)]
     assert pair_continuations("ab", [], TOKENIZER) == []
     with pytest.raises(ValueError, match="continuations has 1 entries for 2 prompts"):
         pair_continuations(["ab", "ab"], "ab", TOKENIZER)
     with pytest.raises(ValueError, match="continuation 0 is a NoneType"):
-        pair_continuations("ab", [None], TOKENIZER)  # type: ignore[list-item]
+        pair_continuations("ab", [None], TOKENIZER)  # type: ignore[arg-type]
 
 
 def test_conversations_are_told_from_lists_of_them() -> None:

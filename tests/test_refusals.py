@@ -62,6 +62,14 @@ def capped(**fields: Any) -> Callable[[LLM], Any]:
     return call
 
 
+def generate(*args: Any) -> Callable[[LLM], Any]:
+    return lambda llm: llm.generate(*args)
+
+
+def chat(messages: Any) -> Callable[[LLM], Any]:
+    return lambda llm: llm.chat(messages)
+
+
 def request(*args: Any, **options: Any) -> Callable[[LLM], Any]:
     return lambda llm: llm.add_request(*args, **options)
 
@@ -164,12 +172,12 @@ BAD: list[tuple[Callable[[LLM], Any], tuple[str, str, str]]] = [
     (prompt({"prompt": 5}), ("prompt 1", "int", "must be text")),
     (prompt({"prompt_token_ids": 5}), ("prompt 1", "int", "token ids")),
     (prompt(np.zeros((2, 2), int)), ("prompt 1", "ndarray", "token ids")),
-    (lambda llm: llm.generate(7), ("prompts", "int", "a list")),
-    (lambda llm: llm.generate(["a"], [GOOD] * 2), ("sampling_params", "2 entries", "one for all")),
-    (lambda llm: llm.generate(["a"], []), ("sampling_params", "0 entries", "one for all")),
-    (lambda llm: llm.generate(["a"], {"n": 1}), ("sampling_params", "must be", "one per prompt")),
-    (lambda llm: llm.chat("Hi"), ("messages", "str", "must be a list")),
-    (lambda llm: llm.chat([{"content": "Hi"}]), ("messages", "Hi", '"role"')),
+    (generate(7), ("prompts", "int", "a list")),
+    (generate(["a"], [GOOD] * 2), ("sampling_params", "2 entries", "one for all")),
+    (generate(["a"], []), ("sampling_params", "0 entries", "one for all")),
+    (generate(["a"], {"n": 1}), ("sampling_params", "must be", "one per prompt")),
+    (chat("Hi"), ("messages", "str", "must be a list")),
+    (chat([{"content": "Hi"}]), ("messages", "Hi", '"role"')),
     (request(7, "x", GOOD), ("request_id", "7", "string")),
     (request("a", "x", GOOD, priority=1.5), ("priority", "1.5", "integer")),
     (duplicate, ("request id", "'twice'", "use another id")),
@@ -183,7 +191,7 @@ def test_a_bad_request_is_named_and_hurts_nobody(shared_letters_llm: LLM, index:
     call, parts = BAD[index]
     llm.add_request("in flight", "The sea is", GOOD)
     llm.step()
-    with pytest.raises(ValueError, match=".") as info:
+    with pytest.raises(ValueError, match=r".") as info:
         call(llm)
     assert all(part in str(info.value) for part in parts), str(info.value)
     metrics = llm.metrics()
@@ -204,7 +212,7 @@ def test_every_problem_of_a_request_is_named_at_once(letters_llm: LLM) -> None:
     bad = dataclasses.replace(
         GOOD, stop_token_ids=[98], logit_bias={99: 1.0}, allowed_token_ids=[100], logprobs=200
     )
-    with pytest.raises(ValueError, match="98.*99.*100.*200"):
+    with pytest.raises(ValueError, match=r"98.*99.*100.*200"):
         letters_llm.generate([[5] * 500], bad)
 
 

@@ -182,12 +182,13 @@ def test_lists_and_dicts_are_copied() -> None:
 
 
 def test_numpy_numbers_are_numbers() -> None:
-    params = SamplingParams(
-        temperature=np.float32(0.5),
-        top_k=np.int64(3),
-        stop_token_ids=np.array([1, 2]),
-        logit_bias={np.int32(4): np.float64(1.5)},
-    )
+    fields: dict[str, Any] = {
+        "temperature": np.float32(0.5),
+        "top_k": np.int64(3),
+        "stop_token_ids": np.array([1, 2]),
+        "logit_bias": {np.int32(4): np.float64(1.5)},
+    }
+    params = SamplingParams(**fields)
     assert (params.temperature, params.top_k, params.stop_token_ids) == (0.5, 3, (1, 2))
     assert params.logit_bias == {4: 1.5}
     assert type(params.top_k) is int
@@ -196,7 +197,7 @@ def test_numpy_numbers_are_numbers() -> None:
 def test_what_vllm_takes_and_this_engine_does_not_is_refused_by_name() -> None:
     for name in ("best_of", "use_beam_search", "guided_decoding", "logits_processors"):
         with pytest.raises(TypeError, match=name):
-            SamplingParams(**{name: None})
+            SamplingParams(**{name: None})  # type: ignore[arg-type]
 
 
 def test_nothing_is_asked_for_with_none() -> None:
