@@ -212,16 +212,16 @@ class LLM:
     ) -> Iterator[RequestOutput]:
         """Continues prompts and reports every step of each.
 
-        Outputs hold all that there is so far, and text once shown is never taken back. They are
-        queued when the iterator is first asked; to close it early aborts what is unfinished.
+        Outputs hold all that there is so far, and text once shown is never taken back. The
+        requests are queued when the iterator is first asked; to close it early aborts them.
 
         Args:
             prompts: As in `generate`.
             sampling_params: As in `generate`.
 
         Returns:
-            An iterator of outputs, in the order of `request_id`s `stream-<number>`; the last one
-            of each prompt is finished.
+            An iterator of outputs; the last one of each prompt is finished. Their request ids are
+            stream-<number>, numbered in the order of the prompts.
 
         Raises:
             ValueError: a prompt or its parameters are refused.

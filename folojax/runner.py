@@ -37,6 +37,9 @@ from folojax.state import (
 
 _SLOT_MULTIPLE = 32
 
+_USUAL_LOGPROBS = 20
+"""J where nobody wants more, also in an engine that allows the whole vocabulary."""
+
 
 class TokenLogprob(NamedTuple):
     """A token, sampled or given, and how likely it was.
@@ -266,10 +269,13 @@ class Runner:
         )
 
     def _bucket_logprobs(self, wanted: Sequence[int]) -> int | None:
-        """J: one size for all who want alternatives, so that one executable serves them."""
+        """J: one size for nearly all who want alternatives, so that one executable serves them."""
         if not wanted:
             return None
-        return self.max_logprobs if max(wanted) > 0 else 0
+        most = max(wanted)
+        if most > _USUAL_LOGPROBS:
+            return self.max_logprobs
+        return min(_USUAL_LOGPROBS, self.max_logprobs) if most > 0 else 0
 
     def _call_prefill(self, inputs: PrefillInputs) -> tuple[Any, Any]:
         cache, last, hidden = step.prefill(self.params, self.state.cache, inputs, model=self.model)

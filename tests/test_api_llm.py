@@ -459,6 +459,26 @@ def test_params_that_do_not_fit_are_all_named(tiny_model: tuple, own_llm: LLM) -
     assert run(own_llm, PROMPT) == expected
 
 
+def test_processed_logprobs(tiny_model: tuple) -> None:
+    """Of the distribution that was drawn from, on request; a prompt's are the model's own."""
+    limits: dict[str, Any] = {
+        "page_size": 16,
+        "num_pages": 48,
+        "max_model_len": 128,
+        "max_num_seqs": 8,
+    }
+    llm = LLM(tiny_model, logprobs_mode="processed", max_num_batched_tokens=64, **limits)
+    params = change(SEEDED, top_k=1, logprobs=0, prompt_logprobs=0, max_tokens=3)
+    (output,) = llm.generate(encode(PROMPT), params, use_tqdm=False)
+    assert output.outputs[0].logprobs is not None
+    for entry in output.outputs[0].logprobs:
+        assert [(value.logprob, value.rank) for value in entry.values()] == [(0.0, 1)]
+    assert output.prompt_logprobs is not None
+    for told in output.prompt_logprobs[1:]:
+        assert told is not None
+        assert all(value.logprob < 0 for value in told.values())
+
+
 def test_get_tokenizer(letters_llm: LLM) -> None:
     assert letters_llm.get_tokenizer().encode(PROMPT) == encode(PROMPT)
 

@@ -16,6 +16,7 @@ INTEGERS = {
     "num_pages": 1,
     "long_prefill_token_threshold": 0,
     "prefill_row_len": 1,
+    "max_logprobs": -1,
     "seed": 0,
 }
 NONE_ALLOWED = {
@@ -30,6 +31,8 @@ BAD: list[tuple[str, Any]] = [
     *[(name, bad) for name in INTEGERS for bad in (True, 4.0, "8", -7, [8], math.nan)],
     *[(name, None) for name in INTEGERS if name not in NONE_ALLOWED],
     *[("enable_chunked_prefill", bad) for bad in (1, 0, None, "yes")],
+    *[("enable_prefix_caching", bad) for bad in (1, 0, None, "yes")],
+    *[("logprobs_mode", bad) for bad in ("", "RAW", "raw_logits", None, 3)],
     *[("scheduling_policy", bad) for bad in ("lifo", "", "FCFS", None, 3, ["fcfs"])],
 ]
 

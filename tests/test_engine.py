@@ -265,6 +265,13 @@ def test_a_row_of_nan_fails_alone_and_leaves_nothing_behind(tiny_model: tuple) -
     assert bad.outputs[0].stop_reason == engine.NO_DISTRIBUTION
     assert bad.outputs[0].token_ids == []
     assert good.outputs[0].token_ids == expected
+    # Nor is a score made of it, or the log-probabilities of a prompt.
+    scores = llm.score([allowed[:9]] * 2, [[77, 5], allowed[9:20]], use_tqdm=False)
+    assert [score.finish_reason for score in scores] == ["error", "length"]
+    assert (scores[0].logprobs, len(scores[1].logprobs)) == ([], 11)
+    told = dataclasses.replace(params_, prompt_logprobs=0)
+    (bad,) = llm.generate([[*allowed[:9], 77, 5]], told, use_tqdm=False)
+    assert (bad.outputs[0].finish_reason, bad.prompt_logprobs) == ("error", None)
     # The heirs of its pages: all of the pool, in turn.
     heirs = llm.generate([allowed[:9]] * 10, params_, use_tqdm=False)
     assert all(heir.outputs[0].token_ids == expected for heir in heirs)
@@ -291,6 +298,28 @@ def test_an_interrupt_leaves_the_engine_usable_and_empty(
     with pytest.raises(KeyboardInterrupt):
         llm.generate([prompt(6), prompt(7)], GREEDY, use_tqdm=False)
     monkeypatch.undo()
+    (mine,) = llm.step()
+    assert (mine.request_id, mine.outputs[0].finish_reason) == ("mine", "abort")
+    assert token_ids(llm, prompt(6), GREEDY) == expected
+
+
+def test_an_interrupted_step_leaves_the_engine_usable_and_empty(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = token_ids(llm, prompt(6), GREEDY)
+    llm.add_request("mine", prompt(9), GREEDY)
+    stream = llm.stream(prompt(7), GREEDY)
+    next(stream)
+
+    def interrupted(plan: Any) -> Any:
+        jax.tree.map(lambda leaf: leaf.delete(), llm.engine.runner.state)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(llm.engine.runner, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        llm.step()
+    monkeypatch.undo()
+    assert [output.outputs[0].finish_reason for output in stream] == ["abort"]
     (mine,) = llm.step()
     assert (mine.request_id, mine.outputs[0].finish_reason) == ("mine", "abort")
     assert token_ids(llm, prompt(6), GREEDY) == expected

@@ -214,10 +214,15 @@ def test_defaults_come_from_the_generation_config(text_directory: Path, llm: LLM
     assert len(llm.generate("The sea is", use_tqdm=False)[0].outputs[0].token_ids) <= 16
     path = text_directory / "generation_config.json"
     before = path.read_text()
-    path.write_text('{"temperature": 0.6, "top_k": 20, "top_p": 0.95, "eos_token_id": [2, 0]}')
+    path.write_text(
+        '{"temperature": 0.6, "top_k": 20, "top_p": 0.95, "eos_token_id": [2, 0], '
+        '"repetition_penalty": 1.1, "max_new_tokens": 99}'
+    )
     try:
         other = LLM(text_directory, max_model_len=128, max_num_seqs=4)
-        assert other.default_params == SamplingParams(temperature=0.6, top_k=20, top_p=0.95)
+        assert other.default_params == SamplingParams(
+            temperature=0.6, top_k=20, top_p=0.95, repetition_penalty=1.1, max_tokens=99
+        )
         assert other.engine._eos_token_ids == (2, 0)
     finally:
         path.write_text(before)
