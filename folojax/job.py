@@ -54,6 +54,7 @@ class Job:
         first_scheduled_time_s: When a step first computed some of it.
         first_token_time_s: When its first token was read.
         prompt_logprobs: Of the prompt's tokens after the first, as far as they are known.
+        told_prompt_logprobs: The same as the user gets them, once they are complete.
     """
 
     request: CheckedRequest
@@ -64,6 +65,7 @@ class Job:
     first_scheduled_time_s: float | None = None
     first_token_time_s: float | None = None
     prompt_logprobs: list[TokenLogprob] = dataclasses.field(default_factory=list)
+    told_prompt_logprobs: list[dict[int, Logprob] | None] | None = None
 
     @property
     def request_id(self) -> str:
@@ -94,6 +96,11 @@ class Job:
         """Takes in a chunk; after a preemption it may be known already."""
         del self.prompt_logprobs[chunk.first - 1 :]
         self.prompt_logprobs += chunk.entries
+        self.told_prompt_logprobs = None
+        if len(self.prompt_logprobs) == len(self.request.prompt_token_ids) - 1:
+            texts = self._token_texts()
+            entries = (as_logprobs(entry, texts) for entry in self.prompt_logprobs)
+            self.told_prompt_logprobs = [None, *entries]
 
     def output(self) -> RequestOutput:
         """What the user gets: all that there is so far; a finished job ends now."""
@@ -141,11 +148,12 @@ class Job:
         return sample.detokenizer.text
 
     def _prompt_logprobs(self) -> list[dict[int, Logprob] | None] | None:
-        is_known = len(self.prompt_logprobs) == len(self.request.prompt_token_ids) - 1
-        if self.request.num_prompt_logprobs is None or not is_known:
+        if self.request.num_prompt_logprobs is None:
             return None
-        texts = self._token_texts()
-        return [None, *(as_logprobs(entry, texts) for entry in self.prompt_logprobs)]
+        if len(self.request.prompt_token_ids) == 1:
+            return [None]  # nothing precedes the only token
+        told = self.told_prompt_logprobs
+        return None if told is None else list(told)
 
     def _token_texts(self) -> Tokenizer | None:
         return self.tokenizer if self.request.params.detokenize else None

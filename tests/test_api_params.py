@@ -255,6 +255,10 @@ def test_prompt_logprobs(letters_llm: LLM, count: int) -> None:
             assert math.isclose(value.logprob, expected[token].logprob, abs_tol=1e-3)
 
 
+def test_prompt_logprobs_of_a_single_token(letters_llm: LLM) -> None:
+    assert run(letters_llm, change(GREEDY, prompt_logprobs=1), [5]).prompt_logprobs == [None]
+
+
 def test_prompt_logprobs_of_several_samples_are_told_once(letters_llm: LLM) -> None:
     params = change(SEEDED, n=3, prompt_logprobs=2, max_tokens=4)
     output = run(letters_llm, params, encode(PROMPT * 3))
