@@ -17,6 +17,7 @@ from folojax.outputs import (
     ScoreOutput,
     batch_metrics,
 )
+from folojax.prompts import Prompt
 from folojax.sampling import SamplingClass, SamplingSpec
 from folojax.sampling_params import SamplingParams
 from folojax.state import (
@@ -45,6 +46,7 @@ __all__ = [
     "KVLayout",
     "Logprob",
     "PrefillInputs",
+    "Prompt",
     "RequestMetrics",
     "RequestOutput",
     "SampleInputs",
