@@ -1,6 +1,7 @@
 """Settings and engines that all tests share."""
 
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,6 +32,11 @@ from tests.text import make_letters_tokenizer  # noqa: E402
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_key_reuse", True)
 enable_compilation_cache()
+
+# A shell's background job starts with Ctrl-C ignored, and hands that on to the commands that tests
+# interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -46,13 +46,41 @@ def check_greedy(llm: LLM, model: object, prompts: list[list[int]], num_tokens: 
         np.testing.assert_allclose(ours, logprobs, atol=1e-3)
 
 
+LENGTHS = [3, 5, 8, 13, 16, 17, 31, 40, 48, 63, 64, 65, 100, 129, 160, 200]
+
+
+def prompts_of(llm: LLM) -> list[list[int]]:
+    ids = llm.get_tokenizer().encode(PARAGRAPH * 2)
+    prompts = [ids[start : start + length] for start, length in enumerate(LENGTHS)]
+    assert [len(prompt) for prompt in prompts] == LENGTHS
+    return prompts
+
+
+def test_embedded_model_gives_the_tokens_of_transformers(real_llm: LLM) -> None:
+    """16 prompts of 3 to 200 tokens, four at a time, chunked: 64 new tokens each.
+
+    One forward pass of transformers over prompt and output: if each token is the likeliest after
+    those before it, they are what greedy decoding gives.
+    """
+    params = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True, logprobs=0)
+    outputs = real_llm.generate(prompts_of(real_llm), params, use_tqdm=False)
+    for output in outputs:
+        completion = output.outputs[0]
+        length = len(output.prompt_token_ids)
+        logits = reference.logits(
+            reference.embedded_model(), [*output.prompt_token_ids, *completion.token_ids]
+        )
+        logprobs = np.asarray(jax.nn.log_softmax(logits[length - 1 : -1], axis=-1))
+        assert completion.token_ids == logprobs.argmax(axis=-1).tolist()
+        assert completion.logprobs is not None
+        ours = [next(iter(entry.values())).logprob for entry in completion.logprobs]
+        np.testing.assert_allclose(ours, logprobs.max(axis=-1), atol=1e-3)
+
+
+@pytest.mark.slow
 def test_embedded_model_gives_the_tokens_of_transformers_generate(real_llm: LLM) -> None:
-    """16 prompts of 3 to 200 tokens, four at a time, chunked: 64 new tokens each."""
-    ids = real_llm.get_tokenizer().encode(PARAGRAPH * 2)
-    lengths = [3, 5, 8, 13, 16, 17, 31, 40, 48, 63, 64, 65, 100, 129, 160, 200]
-    prompts = [ids[start : start + length] for start, length in enumerate(lengths)]
-    assert [len(prompt) for prompt in prompts] == lengths
-    check_greedy(real_llm, reference.embedded_model(), prompts, num_tokens=64)
+    """The same prompts by its own loop, one after the other."""
+    check_greedy(real_llm, reference.embedded_model(), prompts_of(real_llm), num_tokens=64)
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen2", "qwen3"])
