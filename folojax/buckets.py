@@ -16,11 +16,15 @@ from folojax.sched.pages import pages_for
 
 @dataclasses.dataclass(frozen=True)
 class PrefillShape:
-    """`rows` rows of `columns` tokens, each with a table of `table_pages` pages."""
+    """`rows` rows of `columns` tokens, each with a table of `table_pages` pages.
+
+    All pages lie in the first `segments` cache segments.
+    """
 
     rows: int
     columns: int
     table_pages: int
+    segments: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +50,7 @@ class Buckets:
         prefill_rows: R; rows beyond the largest go into further calls.
         prefill_columns: C.
         prefill_pages: N of a prefill row, up to the pages of max_model_len.
+        prefill_segments: How many segments a prefill call may be handed.
         decode_pages: N of a decode row, likewise; coarser, as only partial sums are gathered.
         segments: Pages of each cache segment (`kv_cache.split_segments`).
         shared_lanes: Q, owners of a work item of shared pages. Their number X is 0 where no page
@@ -57,28 +62,29 @@ class Buckets:
     prefill_rows: tuple[int, ...]
     prefill_columns: int
     prefill_pages: tuple[int, ...]
+    prefill_segments: tuple[int, ...]
     decode_pages: tuple[int, ...]
     segments: tuple[int, ...]
     shared_lanes: int = 8
 
-    def prefill_shape(self, num_rows: int, num_pages: int) -> PrefillShape:
-        """The smallest shape that holds so many rows, with so many pages in the longest table."""
+    def prefill_shape(self, num_rows: int, extent: int, num_pages: int) -> PrefillShape:
+        """The smallest shape for so many rows of at most `num_pages` pages, ids below `extent`."""
         return PrefillShape(
             rows=round_up(num_rows, self.prefill_rows),
             columns=self.prefill_columns,
             table_pages=round_up(num_pages, self.prefill_pages),
+            segments=round_up(self._segments_for(extent), self.prefill_segments),
         )
 
     def decode_shape(
         self, num_rows: int, extent: int, num_pages: int, shared_items: int = 0
     ) -> DecodeShape:
         """The smallest shape for so many rows of at most `num_pages` pages, ids below `extent`."""
-        extents = tuple(itertools.accumulate(self.segments))
         rows = round_up(num_rows, self.decode_rows)
         listed = _listed_items(rows)
         return DecodeShape(
             rows=rows,
-            segments=1 + bisect.bisect_left(extents, extent),
+            segments=self._segments_for(extent),
             table_pages=round_up(num_pages, self.decode_pages),
             shared_items=_at_least(shared_items, listed, 4) if shared_items else 0,
             shared_lanes=self.shared_lanes if shared_items else 0,
@@ -86,9 +92,11 @@ class Buckets:
 
     def shapes(self) -> Iterator[PrefillShape | DecodeShape]:
         """Every shape that a step can have, steps that share exceptionally many pages aside."""
-        for rows, pages in itertools.product(self.prefill_rows, self.prefill_pages):
-            yield PrefillShape(rows, self.prefill_columns, pages)
         extents = tuple(itertools.accumulate(self.segments))
+        for rows, segments in itertools.product(self.prefill_rows, self.prefill_segments):
+            for fewer_pages, pages in _with_previous(self.prefill_pages):
+                if extents[segments - 1] > fewer_pages:
+                    yield PrefillShape(rows, self.prefill_columns, pages, segments)
         for fewer_rows, rows in _with_previous(self.decode_rows):
             for fewer_pages, pages in _with_previous(self.decode_pages):
                 for segments, extent in enumerate(extents, start=1):
@@ -99,6 +107,9 @@ class Buckets:
                         if rows > 1:
                             items = _listed_items(rows)
                             yield DecodeShape(rows, segments, pages, items, self.shared_lanes)
+
+    def _segments_for(self, extent: int) -> int:
+        return 1 + bisect.bisect_left(tuple(itertools.accumulate(self.segments)), extent)
 
 
 def make_buckets(config: ResolvedConfig, backend: str = "cpu", min_decode_rows: int = 1) -> Buckets:
@@ -114,13 +125,16 @@ def make_buckets(config: ResolvedConfig, backend: str = "cpu", min_decode_rows: 
     max_pages = pages_for(config.max_model_len, config.page_size)
     is_cpu = backend == "cpu"
     row_factor = 2 if is_cpu else 4
+    segments = split_segments(config.num_pages, first=8 if is_cpu else 512)
     return Buckets(
         decode_rows=_powers(config.max_num_seqs, row_factor, min_decode_rows),
         prefill_rows=_powers(most_rows, row_factor),
         prefill_columns=config.prefill_row_len,
         prefill_pages=_powers(max_pages, 4, min(4, max_pages)),
+        # A chunk copies its pages out of every segment it is handed, and each compiles for 1 s.
+        prefill_segments=(*range(2, len(segments), 2), len(segments)),
         decode_pages=_powers(max_pages, 4, min(8, max_pages)),
-        segments=split_segments(config.num_pages, first=8 if is_cpu else 512),
+        segments=segments,
     )
 
 

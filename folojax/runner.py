@@ -198,10 +198,11 @@ class Runner:
         hidden: dict[int, Any] = {}
         for shape in shapes:
             if isinstance(shape, PrefillShape):
-                hidden[shape.rows], _ = self._call_prefill(self.batch.prefill_inputs(shape, []))
+                inputs = self.batch.prefill_inputs(shape, [])
+                hidden[shape.rows], _ = self._call_prefill(inputs, shape.segments)
             else:
-                inputs = self.batch.decode_inputs(shape, [], [])
-                hidden[shape.rows] = self._call_decode(inputs, shape.segments)
+                row_inputs = self.batch.decode_inputs(shape, [], [])
+                hidden[shape.rows] = self._call_decode(row_inputs, shape.segments)
         for needed in sampling:
             for rows, states in hidden.items():
                 slot = ints(rows, self.batch.num_slots)
@@ -222,9 +223,10 @@ class Runner:
     def _prefill(self, chunks: list[Chunk]) -> _Pending:
         page_size = self._layout.page_size
         most_pages = max(-(-chunk.end // page_size) for chunk in chunks)
-        shape = self.buckets.prefill_shape(len(chunks), most_pages)
+        extent = max(chunk.row.extent for chunk in chunks)
+        shape = self.buckets.prefill_shape(len(chunks), extent, most_pages)
         inputs = self.batch.prefill_inputs(shape, chunks)
-        last, hidden = self._call_prefill(inputs)
+        last, hidden = self._call_prefill(inputs, shape.segments)
         self.stats.num_prefill_calls += 1
         self.stats.num_prefill_tokens += sum(chunk.end - chunk.start for chunk in chunks)
         self.stats.num_computed_tokens += inputs.tokens.size
@@ -277,9 +279,10 @@ class Runner:
             return self.max_logprobs
         return min(_USUAL_LOGPROBS, self.max_logprobs) if most > 0 else 0
 
-    def _call_prefill(self, inputs: PrefillInputs) -> tuple[Any, Any]:
-        cache, last, hidden = step.prefill(self.params, self.state.cache, inputs, model=self.model)
-        self.state = self.state._replace(cache=cache)
+    def _call_prefill(self, inputs: PrefillInputs, num_segments: int) -> tuple[Any, Any]:
+        head, tail = kv_cache.take_segments(self.state.cache, num_segments)
+        head, last, hidden = step.prefill(self.params, head, inputs, model=self.model)
+        self.state = self.state._replace(cache=kv_cache.join_segments(head, tail))
         return last, hidden
 
     def _call_decode(self, inputs: DecodeInputs, num_segments: int) -> Any:
