@@ -160,13 +160,15 @@ def greedy_step(
     return EngineState(cache, slots), out
 
 
-def check_decode(small: bool, name: str, page_size: int, bandwidth: float, report: Report) -> None:
+def check_decode(
+    small: bool, name: str, sizes: list[int], page_size: int, bandwidth: float, report: Report
+) -> None:
     """Whole decode steps of the engine's own function against weights and used KV read once."""
     module, params = make_model(name, small)
     weight_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     if not module.config.tie_embeddings:
         weight_bytes -= params["embed"].nbytes  # only some rows are read
-    for rows in (4,) if small else (8, 64, 256):
+    for rows in (4,) if small else sizes:
         pages = Pages(rows, 128 if small else 2048, page_size)
         capacity = -(-pages.num_pages // 64) * 64
         layout = KVLayout.of(module.config, jnp.bfloat16, (capacity,), page_size)
@@ -217,6 +219,7 @@ def main() -> None:
     parser.add_argument("part", choices=["attention", "decode", "nano", "peer", "right", "bits"])
     parser.add_argument("--model", choices=list(SHAPES), default="qwen3-0.6b", help="its shape")
     parser.add_argument("--small", action="store_true", help="shrink everything")
+    parser.add_argument("--rows", type=int, nargs="+", default=[8, 64, 256], help="for decode")
     parser.add_argument("--page-size", type=int, default=128, help="for decode")
     parser.add_argument("--limit", type=float, default=150, metavar="S", help="for peer, seconds")
     parser.add_argument(
@@ -249,7 +252,7 @@ def _run_part(args: Any, report: Report) -> None:
     if args.part == "attention":
         check_attention(args.small, bandwidth, report)
     elif args.part == "decode":
-        check_decode(args.small, args.model, args.page_size, bandwidth, report)
+        check_decode(args.small, args.model, args.rows, args.page_size, bandwidth, report)
     elif args.part == "nano":
         options = {field: int(value) for field, value in args.set}
         check_nano(args.small, args.model, bandwidth, options, report)

@@ -53,8 +53,29 @@ def make_model(name: str, small: bool, **changes: Any) -> tuple[Llama, Any]:
     if small:
         shape = shape | {"num_layers": 2, "vocab_size": 512, "intermediate_size": 128}
     module = Llama(ModelConfig(**(shape | changes)), jnp.bfloat16)
-    params = jax.jit(functools.partial(init_params, module))(jax.random.key(0))
-    return module, jax.block_until_ready(params)
+    return module, jax.block_until_ready(random_params(module))
+
+
+def random_params(module: Llama, scale: float = 0.02) -> Any:
+    """Normal matrices and norms of one, array by array.
+
+    The module's own initialiser in one program takes XLA most of a minute to compile for a GPU.
+    """
+    shapes = jax.eval_shape(functools.partial(init_params, module), jax.random.key(0))
+    leaves, tree = jax.tree.flatten(shapes)
+    keys = jax.random.split(jax.random.key(0), len(leaves))
+    arrays = [
+        jnp.ones(leaf.shape, leaf.dtype)
+        if leaf.ndim == 1
+        else _normal(key, scale, shape=leaf.shape, dtype=leaf.dtype)
+        for key, leaf in zip(keys, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(tree, arrays)
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "dtype"))
+def _normal(key: Any, scale: float, *, shape: tuple[int, ...], dtype: Any) -> Any:
+    return (scale * jax.random.normal(key, shape)).astype(dtype)
 
 
 def seconds(call: Callable[[], Any], repeats: int = 5, inner: int = 10) -> float:

@@ -95,47 +95,42 @@ def check_peer(small: bool, name: str, limit_s: float, report: Report) -> None:
     model.eval()
     generation: Any = transformers.GenerationConfig(do_sample=False, eos_token_id=-1)
     requests = nano_requests(small, config.vocab_size, seed=0)
-    for _ in range(1):
-        with torch.no_grad():
-            manager = model.init_continuous_batching(generation_config=generation)
-            manager.warmup()
-            manager.start()
-            start = time.perf_counter()
-            for index, (prompt, length) in enumerate(requests):
-                manager.add_request(
-                    prompt,
-                    str(index),
-                    max_new_tokens=length,
-                    record_timestamps=True,
-                    streaming=True,
-                )
-            seen: dict[str, list[float]] = {}
-            unfinished = len(requests)
-            while unfinished and time.perf_counter() - start < limit_s:
-                result = manager.get_result(timeout=1)
-                if result is None:
-                    if not manager.is_running():
-                        break
-                    continue
-                seen[result.request_id] = list(result.timestamps or [])
-                unfinished -= result.is_finished()
-            wall = time.perf_counter() - start
-            manager.stop(block=True, timeout=5)
-            manager.destroy()
-        stamps = [times for times in seen.values() if times]
-        per_token = [(t[-1] - t[0]) / (len(t) - 1) for t in stamps if len(t) > 1]
-        report.add(
-            engine=f"transformers {transformers.__version__}",
-            attention=model.config._attn_implementation,
-            model=name,
-            run=attempt,
-            wall_s=wall,
-            unfinished=unfinished,
-            output_tokens_per_s=sum(len(t) for t in stamps) / wall,
-            mean_ttft_s=float(np.mean([t[0] - start for t in stamps])) if stamps else None,
-            mean_tpot_ms=float(np.mean(per_token)) * 1e3 if per_token else None,
-            peak_gb=torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else 0.0,
-        )
+    with torch.no_grad():
+        manager = model.init_continuous_batching(generation_config=generation)
+        manager.warmup()
+        manager.start()
+        start = time.perf_counter()
+        for index, (prompt, length) in enumerate(requests):
+            manager.add_request(prompt, str(index), max_new_tokens=length, record_timestamps=True)
+        seen: dict[str, list[float]] = {}
+        unfinished = len(requests)
+        while unfinished and time.perf_counter() - start < limit_s:
+            result = manager.get_result(timeout=1)
+            if result is None:
+                if not manager.is_running():
+                    break
+                continue
+            seen[result.request_id] = list(result.timestamps or [])
+            unfinished -= 1
+        wall = time.perf_counter() - start
+        for request_id, state in manager.batch_processor.scheduler.active_requests.items():
+            seen[request_id] = list(state.timestamps or [])
+        attention = model.config._attn_implementation
+        manager.stop(block=True, timeout=5)
+        manager.destroy()
+    stamps = [times for times in seen.values() if times]
+    per_token = [(t[-1] - t[0]) / (len(t) - 1) for t in stamps if len(t) > 1]
+    report.add(
+        engine=f"transformers {transformers.__version__}",
+        attention=attention,
+        model=name,
+        wall_s=wall,
+        unfinished=unfinished,
+        output_tokens_per_s=sum(len(t) for t in stamps) / wall,
+        mean_ttft_s=float(np.mean([t[0] - start for t in stamps])) if stamps else None,
+        mean_tpot_ms=float(np.mean(per_token)) * 1e3 if per_token else None,
+        peak_gb=torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else 0.0,
+    )
 
 
 def _floor_s(params: Any, config: Any, requests: list[tuple[list[int], int]]) -> float:
@@ -153,9 +148,9 @@ def _count_compiles() -> tuple[list[float], list[str]]:
     seconds: list[float] = []
     hits: list[str] = []
 
-    def on_duration(event: str, duration: float, **_: Any) -> None:
+    def on_duration(event: str, duration_secs: float, **_: Any) -> None:
         if event == _COMPILED:
-            seconds.append(duration)
+            seconds.append(duration_secs)
 
     def on_event(event: str, **_: Any) -> None:
         if event == _CACHE_HIT:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from gpu_common import Report, make_model
+from gpu_common import Report, make_model, random_params
 from jaxtyping import Array
 
 from folojax import (
@@ -24,7 +24,7 @@ from folojax import (
     score_tokens,
 )
 from folojax.models.dense_attend import dense_attend
-from folojax.models.llama import Llama, init_params
+from folojax.models.llama import Llama
 
 _SIZE = 128  # of a page, and of a prefill row
 _TINY = {"hidden_size": 64, "num_heads": 4, "num_kv_heads": 2, "head_dim": 32, "num_layers": 3}
@@ -34,9 +34,10 @@ def check_right(small: bool, report: Report) -> None:
     """float32 against the CPU, then bfloat16 against float32, and scored against sampled."""
     with jax.default_matmul_precision("highest"):
         tiny = make_model("qwen3-0.6b", True, **_TINY)[0]
-        # Weights ten times larger: a tiny model's distribution would be flat.
-        _against_cpu("tiny", tiny, 10.0, report)
-        _against_cpu("qwen3-0.6b", make_model("qwen3-0.6b", small)[0], 1.0, report)
+        # Larger weights: else a tiny model's distribution would be flat.
+        _logprobs_against_cpu("tiny", tiny, 0.2, report)
+        _greedy_against_cpu("tiny", tiny, 0.2, report)
+        _logprobs_against_cpu("qwen3-0.6b", make_model("qwen3-0.6b", small)[0], 0.02, report)
     _against_float32(small, report)
 
 
@@ -48,25 +49,21 @@ def check_bits(small: bool, report: Report) -> None:
     _replay_bits(small, module, params, report)
 
 
-def _against_cpu(name: str, module: Llama, scale: float, report: Report) -> None:
+def _on_both(module: Llama, scale: float) -> tuple[Llama, dict[str, Any]]:
+    """The module in float32, and the same random parameters on this device and on the CPU."""
     module = dataclasses.replace(module, dtype=jnp.float32)
-    params = jax.jit(functools.partial(init_params, module))(jax.random.key(1))
-    params = jax.tree.map(lambda x: x * scale if x.ndim == 2 else x, params)
-    cpu = jax.devices("cpu")[0]
-    copies = {"here": params, "cpu": jax.device_put(params, cpu)}
-    vocab = module.config.vocab_size
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(3, vocab, (4, 80)).astype(np.int32)
-    prompts = [rng.integers(3, vocab, n).tolist() for n in (5, 20, 33, 64, 80, 100, 130, 200)]
-    greedy = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
-    traces, texts = {}, {}
-    for place, weights in copies.items():
-        with jax.default_device(cpu if place == "cpu" else None):
-            traces[place] = _trace(module, weights, tokens)
-            llm = LLM((module, weights), max_model_len=256, max_num_seqs=8, num_pages=16)
-            outputs = llm.generate(prompts, greedy, use_tqdm=False)
-            texts[place] = [output.outputs[0].token_ids for output in outputs]
-    for part, here, there in zip(("prefill", "decode"), *traces.values(), strict=True):
+    params = random_params(module, scale)
+    return module, {"here": params, "cpu": jax.device_put(params, jax.devices("cpu")[0])}
+
+
+def _logprobs_against_cpu(name: str, module: Llama, scale: float, report: Report) -> None:
+    module, copies = _on_both(module, scale)
+    tokens = np.random.default_rng(0).integers(3, module.config.vocab_size, (4, 32))
+    traces = []
+    for place, params in copies.items():
+        with jax.default_device(jax.devices("cpu")[0] if place == "cpu" else None):
+            traces.append(_trace(module, params, tokens.astype(np.int32)))
+    for part, here, there in zip(("prefill", "decode"), *traces, strict=True):
         report.add(
             check="float32 log-probabilities against the CPU",
             model=name,
@@ -75,18 +72,28 @@ def _against_cpu(name: str, module: Llama, scale: float, report: Report) -> None
             max_difference=float(np.abs(here - there).max()),
             likeliest=float(there.max()),
         )
+
+
+def _greedy_against_cpu(name: str, module: Llama, scale: float, report: Report) -> None:
+    module, copies = _on_both(module, scale)
+    cpu = jax.devices("cpu")[0]
+    rng = np.random.default_rng(0)
+    lengths = (5, 20, 33, 64, 80, 100, 130, 200)
+    prompts = [rng.integers(3, module.config.vocab_size, n).tolist() for n in lengths]
+    greedy = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True)
+    texts = []
+    for place, params in copies.items():
+        with jax.default_device(cpu if place == "cpu" else None):
+            llm = LLM((module, params), max_model_len=256, max_num_seqs=8, num_pages=16)
+            outputs = llm.generate(prompts, greedy, use_tqdm=False)
+            texts.append([output.outputs[0].token_ids for output in outputs])
     gaps = []
-    for prompt, here_text, there_text in zip(prompts, *texts.values(), strict=True):
-        split = [
-            i
-            for i, pair in enumerate(zip(here_text, there_text, strict=True))
-            if len(set(pair)) > 1
-        ]
+    for prompt, here, there in zip(prompts, *texts, strict=True):
+        split = [i for i, (a, b) in enumerate(zip(here, there, strict=True)) if a != b]
         if split:
-            known = [*prompt, *here_text[: split[0]]]
             with jax.default_device(cpu):
-                last = _dense_logprobs(module, copies["cpu"], known)[-1]
-            best = np.sort(last)[-2:]
+                known = [*prompt, *here[: split[0]]]
+                best = np.sort(_dense_logprobs(module, copies["cpu"], known)[-1])[-2:]
             gaps.append(float(best[1] - best[0]))
     report.add(
         check="greedy tokens against the CPU",
@@ -114,7 +121,9 @@ def _against_float32(small: bool, report: Report) -> None:
     outputs = llm.generate(prompts, sampling, use_tqdm=False)
     wide_module = dataclasses.replace(module, dtype=jnp.float32)
     wide = jax.tree.map(lambda x: x.astype(jnp.float32), params)
-    sampled, scored, exact = [], [], []
+    sampled: list[Any] = []
+    scored: list[Any] = []
+    exact: list[Any] = []
     for prompt, output in zip(prompts, outputs, strict=True):
         completion = output.outputs[0]
         assert completion.logprobs is not None
@@ -125,23 +134,23 @@ def _against_float32(small: bool, report: Report) -> None:
         scored.append(_score(module, params, tokens)[part])
         with jax.default_matmul_precision("highest"):
             exact.append(_score(wide_module, wide, tokens)[part])
-    sampled, scored, exact = (np.concatenate(x) for x in (sampled, scored, exact))
     pairs = {
         "sampled in bfloat16 against float32": (sampled, exact),
         "scored in bfloat16 against float32": (scored, exact),
         "scored against sampled, both bfloat16": (scored, sampled),
     }
     for name, (left, right) in pairs.items():
-        difference = np.abs(left - right)
+        log_ratio = np.concatenate(left) - np.concatenate(right)
+        difference = np.abs(log_ratio)
         report.add(
             check=f"log-probabilities, {name}",
             count=difference.size,
             mean=float(difference.mean()),
             quantile_99=float(np.quantile(difference, 0.99)),
             max=float(difference.max()),
-            bias=float((left - right).mean()),
+            bias=float(log_ratio.mean()),
             equal=int((difference == 0).sum()),
-            mean_logprob=float(exact.mean()),
+            mean_logprob=float(np.concatenate(exact).mean()),
         )
 
 
@@ -321,11 +330,13 @@ def _compare(part: str, change: str, out: Any, expected: Any, report: Report) ->
 
 def _prefill_inputs(tokens: np.ndarray, table: np.ndarray) -> PrefillInputs:
     rows, length = tokens.shape
-    start, lengths = np.zeros(rows, np.int32), np.full(rows, length, np.int32)
-    return jax.tree.map(jnp.asarray, PrefillInputs(tokens, start, lengths, table))
+    start, lengths = jnp.zeros(rows, jnp.int32), jnp.full(rows, length, jnp.int32)
+    return PrefillInputs(jnp.asarray(tokens), start, lengths, jnp.asarray(table))
 
 
 def _decode_inputs(token: np.ndarray, position: np.ndarray, table: np.ndarray) -> DecodeInputs:
     slot = np.arange(len(token))
-    arrays = [jnp.asarray(x, jnp.int32) for x in (slot, token, position, table)]
-    return DecodeInputs(*arrays)
+    slots, tokens, positions, tables = (
+        jnp.asarray(x, jnp.int32) for x in (slot, token, position, table)
+    )
+    return DecodeInputs(slots, tokens, positions, tables)
