@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from gpu_common import SHAPES, Pages, Report, copy_bandwidth, make_model, seconds
-from gpu_nano import check_nano, check_peer
+from gpu_nano import check_nano
 from gpu_right import check_bits, check_right
 
 from folojax import (
@@ -234,6 +234,8 @@ def main() -> None:
     args = parser.parse_args()
     report = Report(part=args.part, flags=os.environ.get("XLA_FLAGS", ""))
     if args.part == "peer":  # leaves the memory of the card to PyTorch
+        from gpu_peer import check_peer
+
         check_peer(args.small, args.model, args.limit, report)
     else:
         _run_part(args, report)
