@@ -118,22 +118,32 @@ def make_buckets(config: ResolvedConfig, backend: str = "cpu", min_decode_rows: 
     Args:
         config: Its limits.
         backend: JAX's name of the platform. A CPU pays for every padded row; a GPU's step is bound
-            by the bytes of weights and pages, so it has fewer sizes of rows, and of segments.
+            by the bytes of weights and pages, and an executable takes it 10 s or more to compile:
+            so it has fewer sizes of everything but segments.
         min_decode_rows: Smallest B; 2 where products with a single row are slow.
     """
     most_rows = pages_for(config.max_num_batched_tokens, config.prefill_row_len)
     max_pages = pages_for(config.max_model_len, config.page_size)
-    is_cpu = backend == "cpu"
-    row_factor = 2 if is_cpu else 4
-    segments = split_segments(config.num_pages, first=8 if is_cpu else 512)
+    # A chunk copies its pages out of every segment it is handed: not always all of them.
+    if backend == "cpu":
+        segments = split_segments(config.num_pages)
+        return Buckets(
+            decode_rows=_powers(config.max_num_seqs, 2, min_decode_rows),
+            prefill_rows=_powers(most_rows, 2),
+            prefill_columns=config.prefill_row_len,
+            prefill_pages=_powers(max_pages, 4, min(4, max_pages)),
+            prefill_segments=(*range(2, len(segments), 2), len(segments)),
+            decode_pages=_powers(max_pages, 4, min(8, max_pages)),
+            segments=segments,
+        )
+    segments = split_segments(config.num_pages, first=128, unit=512)
     return Buckets(
-        decode_rows=_powers(config.max_num_seqs, row_factor, min_decode_rows),
-        prefill_rows=_powers(most_rows, row_factor),
+        decode_rows=_powers(config.max_num_seqs, 8, min(8, config.max_num_seqs)),
+        prefill_rows=_powers(most_rows, 4, min(8, most_rows)),
         prefill_columns=config.prefill_row_len,
-        prefill_pages=_powers(max_pages, 4, min(4, max_pages)),
-        # A chunk copies its pages out of every segment it is handed, and each compiles for 1 s.
-        prefill_segments=(*range(2, len(segments), 2), len(segments)),
-        decode_pages=_powers(max_pages, 4, min(8, max_pages)),
+        prefill_pages=_powers(max_pages, 4, min(8, max_pages)),
+        prefill_segments=(*range(4, len(segments), 4), len(segments)),
+        decode_pages=_powers(max_pages, 4, min(16, max_pages)),
         segments=segments,
     )
 

@@ -91,15 +91,23 @@ class KVLayout:
         return elements * jnp.dtype(self.dtype).itemsize
 
 
-def split_segments(num_pages: int, first: int = 8) -> tuple[int, ...]:
-    """Sizes of segments that double the extent each time: first, first, 2 first, 4 first, ...
+def split_segments(num_pages: int, first: int = 8, unit: int | None = None) -> tuple[int, ...]:
+    """Sizes of segments: small ones for small batches, then growing with the extent.
+
+    The extent doubles each time. With a `unit`, what follows the first segment fills the unit, and
+    from there on the extent grows by half, in whole units.
 
     >>> split_segments(100)
     (8, 8, 16, 32, 36)
+    >>> split_segments(3000, first=128, unit=512)
+    (128, 384, 512, 512, 512, 952)
     """
     sizes: list[int] = []
     while (extent := sum(sizes)) < num_pages:
-        sizes.append(min(max(first, extent), num_pages - extent))
+        size = max(first, extent)
+        if unit is not None and extent > 0:
+            size = max(unit - extent, extent // (2 * unit) * unit, unit if extent >= unit else 0)
+        sizes.append(min(size, num_pages - extent))
     return tuple(sizes)
 
 

@@ -138,5 +138,5 @@ def test_rounding_up_beyond_the_largest_is_our_own_error() -> None:
 
 def test_a_gpu_has_fewer_and_larger_sizes() -> None:
     buckets = make_buckets(resolve(max_num_seqs=200, num_pages=1500), "gpu")
-    assert buckets.decode_rows == (1, 4, 16, 64, 200)
-    assert buckets.segments == (512, 512, 476)
+    assert buckets.decode_rows == (8, 64, 200)
+    assert buckets.segments == (128, 384, 512, 476)
