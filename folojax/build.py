@@ -8,12 +8,15 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from folojax.buckets import make_buckets
+from folojax import step_memory
+from folojax.buckets import Buckets, make_buckets
 from folojax.config import EngineConfig, ResolvedConfig
 from folojax.engine import Engine
 from folojax.kv_cache import KVLayout
+from folojax.memory_plan import MemoryPlan, plan_fraction, plan_pages
 from folojax.models.checkpoint import Checkpoint, build_module, load_params, open_checkpoint
-from folojax.runner import Runner
+from folojax.models.params import params_bytes
+from folojax.runner import Runner, slots_for
 from folojax.sampling_params import SamplingParams
 from folojax.sched.scheduler import Scheduler
 from folojax.tokenizer import Tokenizer, load_tokenizer
@@ -22,15 +25,23 @@ _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.floa
 
 
 class LoadedModel(NamedTuple):
-    """A model in memory, and the checkpoint that it came from, if it came from one."""
+    """A model in memory, the checkpoint if it came from one, and what its engine may take."""
 
     module: nn.Module
     params: Any
     checkpoint: Checkpoint | None
+    config: ResolvedConfig
+    memory_plan: MemoryPlan
 
 
 def make_config(config: EngineConfig | None, fields: dict[str, Any]) -> EngineConfig:
     """Puts single options over a config; ValueError names those that do not exist."""
+    if "gpu_memory_utilization" in fields:
+        if "memory_fraction" in fields:
+            raise ValueError(
+                "memory_fraction and gpu_memory_utilization are two names of the same: give one"
+            )
+        fields["memory_fraction"] = fields.pop("gpu_memory_utilization")
     # What vLLM's users write out for one device, where it means nothing.
     if fields.pop("tensor_parallel_size", 1) != 1:
         raise ValueError("tensor_parallel_size must be 1: an engine runs on one device")
@@ -47,16 +58,66 @@ def load_model(
     revision: str | None,
     config: EngineConfig,
 ) -> LoadedModel:
-    """Loads a model, unless it is a (module, params) pair already; errors as `LLM`."""
+    """Loads a model, unless it is a (module, params) pair already; errors as `LLM`.
+
+    Limits and memory are settled before weights are read, which may take long or not fit.
+    """
     if isinstance(model, tuple):
         module, params = model
-        return LoadedModel(module, params, None)
+        leaves = jax.tree.leaves(params)
+        here = sum(leaf.nbytes for leaf in leaves if isinstance(leaf, jax.Array))
+        weights = sum(leaf.nbytes for leaf in leaves)
+        return LoadedModel(module, params, None, *plan_memory(config, module, weights, here))
     compute_dtype = _resolve_dtype(dtype)
     checkpoint = open_checkpoint(model, revision)
-    # Its errors come before the weights are paid for.
-    config.resolve(checkpoint.config.max_position, jax.default_backend())
     module = build_module(checkpoint.config, compute_dtype)
-    return LoadedModel(module, load_params(checkpoint, compute_dtype), checkpoint)
+    weights = params_bytes(checkpoint.config, compute_dtype)
+    resolved, plan = plan_memory(config, module, weights)
+    params = load_params(checkpoint, compute_dtype)
+    return LoadedModel(module, params, checkpoint, resolved, plan)
+
+
+def plan_memory(
+    config: EngineConfig, module: nn.Module, weights_bytes: int, resident_bytes: int = 0
+) -> tuple[ResolvedConfig, MemoryPlan]:
+    """Settles an engine's limits, and the memory that it takes within them.
+
+    Args:
+        config: As the user gave it.
+        module: The model.
+        weights_bytes: Of its parameters.
+        resident_bytes: Of those parameters that are on the device already.
+
+    Raises:
+        ValueError: the limits contradict each other or the model, or the memory is too little.
+    """
+    backend = jax.default_backend()
+    resolved = config.resolve(module.config.max_position, backend)
+    num_slots = slots_for(resolved.max_num_seqs)
+    max_logprobs = _num_alternatives(module, resolved)
+
+    def measure(num_pages: int) -> int:
+        buckets, layout = _shapes(module, dataclasses.replace(resolved, num_pages=num_pages))
+        return step_memory.measure(module, layout, buckets, num_slots, max_logprobs)
+
+    buckets, layout = _shapes(module, resolved)
+    plan = MemoryPlan(
+        weights_bytes=weights_bytes,
+        slots_bytes=step_memory.slot_bytes(module, num_slots),
+        bytes_per_page=layout.bytes_per_page,
+        num_pages=resolved.num_pages,
+        page_size=resolved.page_size,
+        max_model_len=resolved.max_model_len,
+        temporaries_bytes=step_memory.estimate(module, layout, buckets, max_logprobs),
+        is_measured=False,
+        device=step_memory.device_memory(resident_bytes),
+    )
+    fraction = config.pool_fraction(backend)
+    if fraction is None:
+        lower = "max_num_seqs" if config.num_pages is None else "num_pages"
+        return resolved, plan_pages(plan, measure, lower)
+    plan = plan_fraction(plan, measure, fraction)
+    return dataclasses.replace(resolved, num_pages=plan.num_pages), plan
 
 
 def find_tokenizer(tokenizer: Any, checkpoint: Checkpoint | None) -> Tokenizer | None:
@@ -85,14 +146,10 @@ def default_params(checkpoint: Checkpoint | None) -> SamplingParams:
     return SamplingParams(**fields)
 
 
-def make_engine(model: LoadedModel, config: ResolvedConfig, tokenizer: Tokenizer | None) -> Engine:
+def make_engine(model: LoadedModel, tokenizer: Tokenizer | None) -> Engine:
     """Allocates an engine."""
-    module = model.module
-    backend = jax.default_backend()
-    is_half_on_cpu = module.dtype != jnp.float32 and backend == "cpu"
-    # A product with a single row converts all weights to float32 there, in every call.
-    buckets = make_buckets(config, backend, 2 if is_half_on_cpu else 1)
-    layout = KVLayout.of(module.config, module.dtype, buckets.segments, config.page_size)
+    module, config = model.module, model.config
+    buckets, layout = _shapes(module, config)
     vocab_size = module.config.vocab_size
     # Rows of the vocabulary beyond the tokenizer's are padding, and no token.
     num_tokens = min(vocab_size, tokenizer.num_tokens) if tokenizer else vocab_size
@@ -102,7 +159,7 @@ def make_engine(model: LoadedModel, config: ResolvedConfig, tokenizer: Tokenizer
         layout,
         buckets,
         config.max_num_seqs,
-        max_logprobs=vocab_size if config.max_logprobs == -1 else config.max_logprobs,
+        max_logprobs=_num_alternatives(module, config),
         num_tokens=None if num_tokens == vocab_size else num_tokens,
         is_processed=config.logprobs_mode == "processed",
     )
@@ -115,6 +172,20 @@ def make_engine(model: LoadedModel, config: ResolvedConfig, tokenizer: Tokenizer
         max_logprobs=config.max_logprobs,
         seed=config.seed,
     )
+
+
+def _shapes(module: nn.Module, config: ResolvedConfig) -> tuple[Buckets, KVLayout]:
+    backend = jax.default_backend()
+    is_half_on_cpu = module.dtype != jnp.float32 and backend == "cpu"
+    # A product with a single row converts all weights to float32 there, in every call.
+    buckets = make_buckets(config, backend, 2 if is_half_on_cpu else 1)
+    return buckets, KVLayout.of(module.config, module.dtype, buckets.segments, config.page_size)
+
+
+def _num_alternatives(module: nn.Module, config: ResolvedConfig) -> int:
+    """J, at most: the cap, or the whole vocabulary where there is none."""
+    vocab_size = module.config.vocab_size
+    return vocab_size if config.max_logprobs == -1 else min(config.max_logprobs, vocab_size)
 
 
 def _end_tokens(checkpoint: Checkpoint | None, tokenizer: Tokenizer | None) -> tuple[int, ...]:

@@ -20,8 +20,12 @@ class EngineConfig:
         max_num_batched_tokens: Most tokens computed in one step; longer prompts are cut in chunks.
             None is 512 on CPU, 4,096 elsewhere.
         page_size: Tokens in a KV page. None is 64 on CPU, 128 elsewhere.
-        num_pages: Pages in the pool; None makes room for `max_num_seqs` requests of 512 tokens,
-            and for one request of `max_model_len`.
+        num_pages: Pages in the pool. None: as many as `memory_fraction` has room for. If that is
+            None too, on CPU, room for `max_num_seqs` requests of 512 tokens and for one request
+            of `max_model_len`.
+        memory_fraction: Share of the device's memory that weights, pages and temporaries may take
+            together; vLLM's gpu_memory_utilization. None is 0.9 on a GPU, of what JAX may have of
+            it (XLA_PYTHON_CLIENT_MEM_FRACTION), and nothing on CPU, whose memory is not ours alone.
         scheduling_policy: "fcfs", or "priority" (smallest priority first, then arrival).
         enable_chunked_prefill: False schedules a prompt whole or not at all; the budget must then
             hold `max_model_len` tokens.
@@ -40,6 +44,7 @@ class EngineConfig:
     max_num_batched_tokens: int | None = None
     page_size: int | None = None
     num_pages: int | None = None
+    memory_fraction: float | None = None
     scheduling_policy: str = "fcfs"
     enable_chunked_prefill: bool = True
     long_prefill_token_threshold: int = 0
@@ -57,6 +62,16 @@ class EngineConfig:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < low:
                 problems.append(f"{name} is {value!r}; it must be an integer of at least {low}")
+        fraction = self.memory_fraction
+        if fraction is not None and not _is_fraction(fraction):
+            problems.append(
+                f"memory_fraction is {fraction!r}; it must be a number above 0 and at most 1"
+            )
+        elif fraction is not None and self.num_pages is not None:
+            problems.append(
+                f"num_pages is {self.num_pages!r} and memory_fraction is {fraction!r}; both size "
+                "the pool: give one of them"
+            )
         for name in ("enable_chunked_prefill", "enable_prefix_caching"):
             if not isinstance(getattr(self, name), bool):
                 problems.append(f"{name} is {getattr(self, name)!r}; it must be True or False")
@@ -73,8 +88,19 @@ class EngineConfig:
         if problems:
             raise ValueError("EngineConfig: " + "; ".join(problems))
 
+    def pool_fraction(self, backend: str = "cpu") -> float | None:
+        """Share of the device's memory that sizes the pool; None: it is not sized by memory."""
+        if self.num_pages is not None:
+            return None
+        if self.memory_fraction is None and backend != "cpu":
+            return _GPU_MEMORY_FRACTION
+        return self.memory_fraction
+
     def resolve(self, max_position: int, backend: str = "cpu") -> "ResolvedConfig":
-        """Fills in what depends on the model and the device.
+        """Fills in what depends on the model and the device, but for its memory.
+
+        A pool that is sized by memory becomes the smallest that will do: one request of
+        `max_model_len`. Whoever plans the memory puts the real number in its place.
 
         Args:
             max_position: Longest sequence the model was made for, in tokens.
@@ -95,16 +121,18 @@ class EngineConfig:
                 f"positions: lower EngineConfig.max_model_len to {max_position} or less"
             )
         if fields["num_pages"] is None:
-            num_tokens = max(max_model_len, self.max_num_seqs * min(max_model_len, 512))
+            num_tokens = max_model_len
+            if self.pool_fraction(backend) is None:
+                num_tokens = max(num_tokens, self.max_num_seqs * min(max_model_len, 512))
             fields["num_pages"] = pages_for(num_tokens, fields["page_size"])
-        resolved = ResolvedConfig(**fields)
+        resolved = ResolvedConfig(**{**fields, "memory_fraction": None})
         resolved.scheduler()  # its checks
         return resolved
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ResolvedConfig(EngineConfig):
-    """An EngineConfig in which nothing is left open."""
+    """An EngineConfig in which nothing is left open; a fraction has become pages."""
 
     max_model_len: int
     max_num_batched_tokens: int
@@ -135,6 +163,7 @@ class EngineOptions(TypedDict, total=False):
     max_num_batched_tokens: int | None
     page_size: int | None
     num_pages: int | None
+    memory_fraction: float | None
     scheduling_policy: str
     enable_chunked_prefill: bool
     long_prefill_token_threshold: int
@@ -143,6 +172,7 @@ class EngineOptions(TypedDict, total=False):
     max_logprobs: int
     logprobs_mode: str
     seed: int
+    gpu_memory_utilization: float  # vLLM's name of memory_fraction
     tensor_parallel_size: int  # of other engines; only 1
 
 
@@ -158,6 +188,9 @@ _OPTIONAL = (
 _CPU_DEFAULTS = {"max_num_batched_tokens": 512, "page_size": 64, "prefill_row_len": 16}
 _GPU_DEFAULTS = {"max_num_batched_tokens": 4096, "page_size": 128, "prefill_row_len": 128}
 
+# As vLLM; what is left is for what XLA and CUDA keep beside their arrays.
+_GPU_MEMORY_FRACTION = 0.9
+
 _LOWEST = {
     "max_model_len": 2,
     "max_num_seqs": 1,
@@ -169,3 +202,7 @@ _LOWEST = {
     "max_logprobs": -1,
     "seed": 0,
 }
+
+
+def _is_fraction(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1

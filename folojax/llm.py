@@ -2,11 +2,11 @@
 
 import functools
 import itertools
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias, Unpack
 
-import jax
 from flax import linen as nn
 
 from folojax.build import default_params, find_tokenizer, load_model, make_config, make_engine
@@ -26,6 +26,8 @@ from folojax.prompts import (
 from folojax.sampling import SamplingClass
 from folojax.sampling_params import SamplingParams
 from folojax.validation import CheckedRequest
+
+_LOG = logging.getLogger("folojax")
 
 Params: TypeAlias = SamplingParams | Sequence[SamplingParams] | None
 Message: TypeAlias = Mapping[str, Any]
@@ -48,8 +50,15 @@ class LLM:
         deterministic: Only False: the same bits whatever the batch is not built yet.
         **fields: Fields of EngineConfig.
 
+    Attributes:
+        config: The limits and sizes, nothing left open.
+        memory_plan: What weights, pages and temporaries take of the device, and what fits.
+        default_params: The model's own sampling parameters.
+        engine: What runs the steps.
+
     Raises:
-        ValueError: an option is unknown or out of range, or the model cannot be loaded.
+        ValueError: an option is unknown or out of range, the model cannot be loaded, or there is
+            too little memory: known before anything is allocated.
         FileNotFoundError: no such model.
     """
 
@@ -75,9 +84,10 @@ class LLM:
         config = make_config(config, dict(fields))
         enable_compilation_cache()
         loaded = load_model(model, dtype, revision, config)
-        self.config = config.resolve(loaded.module.config.max_position, jax.default_backend())
+        self.config, self.memory_plan = loaded.config, loaded.memory_plan
+        _LOG.info("%s", self.memory_plan)
         self.default_params = default_params(loaded.checkpoint)
-        self.engine = make_engine(loaded, self.config, find_tokenizer(tokenizer, loaded.checkpoint))
+        self.engine = make_engine(loaded, find_tokenizer(tokenizer, loaded.checkpoint))
         self._numbers = itertools.count()
         self._calls = Calls(self.engine)
 

@@ -131,8 +131,7 @@ class Runner:
         self._num_tokens = num_tokens
         self._is_processed = is_processed
         self._layout = layout
-        # Rounded up, so that engines with other limits share their executables.
-        num_slots = -(-max_num_seqs // _SLOT_MULTIPLE) * _SLOT_MULTIPLE
+        num_slots = slots_for(max_num_seqs)
         self.batch = Batch(
             num_slots, buckets.decode_pages[-1], layout.num_pages, model.config.vocab_size
         )
@@ -324,6 +323,11 @@ class Runner:
         new = params.slot_edits(token_ids, num_prompt_tokens, self.model.config.vocab_size)
         edits = write_slot(self._edits(), ints((), slot), new)
         self.state = self.state._replace(slots=self.state.slots._replace(edits=edits))
+
+
+def slots_for(max_num_seqs: int) -> int:
+    """M: rounded up, so that engines with other limits share their executables."""
+    return -(-max_num_seqs // _SLOT_MULTIPLE) * _SLOT_MULTIPLE
 
 
 def _place(arrays: Any) -> Any:

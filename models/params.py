@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,13 @@ def read_params(directory: Path, config: ModelConfig, dtype: Any) -> dict[str, A
     with open_tensors(directory) as tensors:
         _check(tensors, config, sources, directory)
         return jax.tree.map(lambda source: _read(tensors, source, np.dtype(dtype)), sources)
+
+
+def params_bytes(config: ModelConfig, dtype: Any) -> int:
+    """Bytes of the tree that `read_params` gives for this config, known before it is read."""
+    sources = jax.tree.leaves(parameter_sources(config))
+    num_values = sum(math.prod(shape) for source in sources for _, shape in source.tensors)
+    return num_values * np.dtype(dtype).itemsize
 
 
 def _check(

@@ -67,6 +67,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--max-num-seqs", type=int, default=32, help="most requests at once; default: 32")
     add("--max-num-batched-tokens", type=int, help="budget of a step; default: by device")
     add("--max-model-len", type=int, help="most tokens of a request; default: the model's limit")
+    add("--memory-fraction", type=float, help="share of the device's memory; default: by device")
     add = parser.add_argument_group("prompts").add_argument
     add("--prompts", nargs="+", default=[], metavar="TEXT", help="default: five of our own")
     add("--prompts-file", type=Path, metavar="FILE", help="a text file with one prompt a line")
@@ -117,11 +118,7 @@ def generate(args: argparse.Namespace) -> int:
     console, log = Console(), Console(stderr=True)
     llm = _load(args, log)
     inputs = _as_inputs(llm, texts, args.chat, args.system)
-    log.print(
-        f"{len(texts)} prompts; {llm.config.max_num_seqs} at once, "
-        f"{llm.config.num_pages} pages of {llm.config.page_size} tokens",
-        style="dim",
-    )
+    log.print(f"{len(texts)} prompts, {llm.config.max_num_seqs} at once", style="dim")
     if args.compare_sequential:
         with log.status("Compiling, so that neither run pays for it"):
             _warm_up(llm, inputs, params)
@@ -233,13 +230,16 @@ def _load(args: argparse.Namespace, log: Console) -> "LLM":
     from folojax import LLM
 
     with log.status("Loading the model"):
-        return LLM(
+        llm = LLM(
             args.model,
             dtype=args.dtype,
             max_num_seqs=args.max_num_seqs,
             max_num_batched_tokens=args.max_num_batched_tokens,
             max_model_len=args.max_model_len,
+            memory_fraction=args.memory_fraction,
         )
+    log.print(str(llm.memory_plan), style="dim", highlight=False)
+    return llm
 
 
 class _CompileTime:

@@ -13,6 +13,7 @@ PATH = (
     ("sampling_params", "row_params"),
     ("config", "buckets"),
     ("batch", "runner"),
+    ("memory_plan", "step_memory"),
     ("tokenizer", "detokenizer", "outputs", "prompts"),
     ("validation", "job", "score_job", "weights"),
     ("engine",),

@@ -1,0 +1,177 @@
+"""What the jitted steps need beside their arguments: by XLA's analysis, or by a rough bound.
+
+XLA knows the size of a compiled program's temporaries, but compiling a whole model only to ask
+takes seconds. Layers run one after the other in the same buffers, so a model of two layers needs
+what one of thirty does, to within kilobytes, and is compiled in a fraction of the time. If the
+model has no more than two, what is compiled here is what the engine will call, and is not compiled
+again.
+"""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.sharding import SingleDeviceSharding
+
+from folojax import kv_cache, step
+from folojax.batch import Batch, ints
+from folojax.buckets import Buckets, DecodeShape
+from folojax.kv_cache import KVLayout
+from folojax.logit_edits import init_edits
+from folojax.memory_plan import DeviceMemory
+from folojax.models.dense_attend import dense_attend
+from folojax.sampling import SamplingClass, SamplingSpec
+from folojax.state import SampleInputs, init_state
+
+_NUM_LAYERS = 2
+
+# Sizes of a container's memory, versions 2 and 1; absent or "max" where there is no limit.
+_CGROUP_LIMITS = (
+    "/sys/fs/cgroup/memory.max",
+    "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+)
+
+
+def device_memory(own_bytes: int = 0) -> DeviceMemory | None:
+    """The memory of the device that engines run on; None where nobody tells.
+
+    Args:
+        own_bytes: Of arrays on the device that the engine counts as its own.
+    """
+    stats = jax.devices()[0].memory_stats()
+    if stats and "bytes_limit" in stats:
+        used = stats.get("bytes_in_use", 0) - own_bytes
+        return DeviceMemory(limit_bytes=stats["bytes_limit"], used_bytes=max(used, 0))
+    if jax.default_backend() != "cpu" or not hasattr(os, "sysconf"):
+        return None
+    limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for path in map(Path, _CGROUP_LIMITS):
+        text = path.read_text().strip() if path.is_file() else ""
+        if text.isdecimal():
+            limit = min(limit, int(text))
+    return DeviceMemory(limit_bytes=limit)
+
+
+def slot_bytes(module: nn.Module, num_slots: int) -> int:
+    """Bytes of what the sampler keeps of every request, edits of logits included."""
+    edits = jax.eval_shape(functools.partial(init_edits, num_slots, module.config.vocab_size))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in (ints(num_slots), *edits))
+
+
+def measure(
+    module: nn.Module, layout: KVLayout, buckets: Buckets, num_slots: int, max_logprobs: int
+) -> int:
+    """Bytes beside weights and state that the largest calls need, as XLA has compiled them.
+
+    Args:
+        module: Of `folojax.models`.
+        layout: Of the cache; nothing is allocated.
+        buckets: Which shapes exist.
+        num_slots: M.
+        max_logprobs: J, at most.
+    """
+    num_layers = min(_NUM_LAYERS, module.config.num_layers)
+    shallow = module.clone(config=dataclasses.replace(module.config, num_layers=num_layers))
+    shallow_layout = dataclasses.replace(layout, num_layers=num_layers)
+    lowered = list(_lower(shallow, shallow_layout, buckets, num_slots, max_logprobs))
+    with ThreadPoolExecutor() as pool:  # XLA compiles without Python's lock
+        compiled = list(pool.map(lambda one: one.compile(), lowered))
+    found = [one.memory_analysis() for one in compiled]
+    # One call after the other uses the same memory, but their results wait to be read.
+    results = sum(one.output_size_in_bytes - one.alias_size_in_bytes for one in found)
+    copies = kv_cache.COPY_SIZES[-1] * layout.bytes_per_page
+    return results + max(copies, *(one.temp_size_in_bytes for one in found))
+
+
+def estimate(module: nn.Module, layout: KVLayout, buckets: Buckets, max_logprobs: int) -> int:
+    """A bound on what `measure` finds, from shapes alone: generous, and nothing is compiled.
+
+    Three times what stands in the largest arrays, as every one of them has a predecessor that it
+    was made from and a successor.
+    """
+    config, size = module.config, layout.page_size
+    width = jnp.dtype(layout.dtype).itemsize
+    heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
+    inner = 2 * config.intermediate_size + 3 * config.hidden_size + (heads + 2 * kv_heads) * dim
+    page = 2 * kv_heads * dim * size * width
+    # Prefill: the pages of every row copied out, scores and weights; then the MLP.
+    rows, columns = buckets.prefill_rows[-1], buckets.prefill_columns
+    tokens, pages = rows * columns, buckets.prefill_pages[-1]
+    prefill = rows * pages * page + 8 * tokens * heads * pages * size + 4 * tokens * inner
+    # Decode: scores and partial values of every page, shared ones as well; rows combine theirs.
+    # Where half precision is foreign to the device, a layer's pages are converted first.
+    shape = largest_decode(buckets, layout.num_pages)
+    lanes = shape.shared_items * shape.shared_lanes
+    parts = layout.num_pages + lanes + shape.rows * shape.table_pages
+    decode = 4 * parts * heads * (size + dim + 4)
+    decode += (layout.num_pages + shape.shared_items) * page
+    decode += 4 * shape.rows * inner
+    # Sampling: logits, sorted copies, noise; and the alternatives that are reported.
+    most_rows = max(rows, shape.rows, columns)
+    sample = 4 * most_rows * (4 * config.vocab_size + 2 * max_logprobs)
+    scores = 8 * tokens * (max_logprobs + 1)
+    copies = kv_cache.COPY_SIZES[-1] * layout.bytes_per_page
+    return 3 * max(prefill, decode, sample, copies) + scores
+
+
+def largest_decode(buckets: Buckets, num_pages: int) -> DecodeShape:
+    """The decode shape that needs most: all rows, the whole pool, pages with several owners."""
+    rows = buckets.decode_rows[-1]
+    return buckets.decode_shape(rows, num_pages, buckets.decode_pages[-1], int(rows > 1))
+
+
+def _lower(
+    module: nn.Module, layout: KVLayout, buckets: Buckets, num_slots: int, max_logprobs: int
+) -> Iterator[Any]:
+    """Traces the largest call of every jitted step on padding, with arrays that are only shapes."""
+    token = ints(1)
+    variables = jax.eval_shape(
+        lambda: module.init(jax.random.key(0), token, token, None, dense_attend)
+    )
+    params = _on_device(variables["params"])
+    head = step.head_params(params)
+    state = _on_device(jax.eval_shape(functools.partial(init_state, layout, num_slots)))
+    vocab_size = module.config.vocab_size
+    edits = _on_device(jax.eval_shape(functools.partial(init_edits, num_slots, vocab_size)))
+    batch = Batch(num_slots, buckets.decode_pages[-1], layout.num_pages, vocab_size)
+
+    shape = buckets.prefill_shape(
+        buckets.prefill_rows[-1], layout.num_pages, buckets.prefill_pages[-1]
+    )
+    inputs = batch.prefill_inputs(shape, [])
+    yield step.prefill.lower(params, state.cache, inputs, model=module)
+
+    decode_shape = largest_decode(buckets, layout.num_pages)
+    one = batch.decode_inputs(decode_shape, [], [])
+    yield step.decode.lower(params, state.cache, state.slots.tokens, one, model=module)
+
+    rows = max(shape.rows, decode_shape.rows)
+    slot = batch.slots([], rows)
+    spec = SamplingSpec(SamplingClass.EDITED, max_logprobs)
+    rows_inputs = SampleInputs(
+        slot, ints(rows), batch.params.rows(slot), batch.params.edit_rows(slot, ints(rows))
+    )
+    states = _array((rows, module.config.hidden_size), module.dtype)
+    slots = state.slots._replace(edits=edits)
+    yield step.sample_tokens.lower(head, slots, states, rows_inputs, model=module, spec=spec)
+
+    chunks = _array((shape.rows, shape.columns, module.config.hidden_size), module.dtype)
+    targets = ints((shape.rows, shape.columns))
+    yield step.score_tokens.lower(head, chunks, targets, model=module, num_logprobs=max_logprobs)
+
+
+def _on_device(shapes: Any) -> Any:
+    """Shapes of arrays that are committed to the device, as the engine's are."""
+    return jax.tree.map(lambda leaf: _array(leaf.shape, leaf.dtype), shapes)
+
+
+def _array(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    sharding = SingleDeviceSharding(jax.devices()[0])
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
