@@ -13,6 +13,8 @@ from folojax.config import ResolvedConfig
 from folojax.kv_cache import split_segments
 from folojax.sched.pages import pages_for
 
+_SLOT_MULTIPLE = 32
+
 
 @dataclasses.dataclass(frozen=True)
 class PrefillShape:
@@ -146,6 +148,15 @@ def make_buckets(config: ResolvedConfig, backend: str = "cpu", min_decode_rows: 
         decode_pages=_powers(max_pages, 4, min(16, max_pages)),
         segments=segments,
     )
+
+
+def slots_for(max_num_seqs: int) -> int:
+    """M: rounded up, so that engines with other limits share their executables.
+
+    >>> slots_for(33)
+    64
+    """
+    return -(-max_num_seqs // _SLOT_MULTIPLE) * _SLOT_MULTIPLE
 
 
 def round_up(value: int, sizes: tuple[int, ...]) -> int:

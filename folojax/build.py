@@ -9,14 +9,14 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from folojax import step_memory
-from folojax.buckets import Buckets, make_buckets
+from folojax.buckets import Buckets, make_buckets, slots_for
 from folojax.config import EngineConfig, ResolvedConfig
 from folojax.engine import Engine
 from folojax.kv_cache import KVLayout
 from folojax.memory_plan import MemoryPlan, plan_fraction, plan_pages
 from folojax.models.checkpoint import Checkpoint, build_module, load_params, open_checkpoint
 from folojax.models.params import params_bytes
-from folojax.runner import Runner, slots_for
+from folojax.runner import Runner
 from folojax.sampling_params import SamplingParams
 from folojax.sched.scheduler import Scheduler
 from folojax.tokenizer import Tokenizer, load_tokenizer

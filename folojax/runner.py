@@ -18,7 +18,7 @@ from flax import linen as nn
 
 from folojax import kv_cache, step
 from folojax.batch import Batch, Chunk, Row, ints
-from folojax.buckets import Buckets, PrefillShape
+from folojax.buckets import Buckets, PrefillShape, slots_for
 from folojax.logit_edits import EditState, init_edits, write_slot
 from folojax.row_params import RowParams
 from folojax.sampling import SamplingClass, SamplingSpec
@@ -34,8 +34,6 @@ from folojax.state import (
     init_state,
     is_alive,
 )
-
-_SLOT_MULTIPLE = 32
 
 _USUAL_LOGPROBS = 20
 """J where nobody wants more, also in an engine that allows the whole vocabulary."""
@@ -323,11 +321,6 @@ class Runner:
         new = params.slot_edits(token_ids, num_prompt_tokens, self.model.config.vocab_size)
         edits = write_slot(self._edits(), ints((), slot), new)
         self.state = self.state._replace(slots=self.state.slots._replace(edits=edits))
-
-
-def slots_for(max_num_seqs: int) -> int:
-    """M: rounded up, so that engines with other limits share their executables."""
-    return -(-max_num_seqs // _SLOT_MULTIPLE) * _SLOT_MULTIPLE
 
 
 def _place(arrays: Any) -> Any:

@@ -131,9 +131,9 @@ def _lower(
     module: nn.Module, layout: KVLayout, buckets: Buckets, num_slots: int, max_logprobs: int
 ) -> Iterator[Any]:
     """Traces the largest call of every jitted step on padding, with arrays that are only shapes."""
-    token = ints(1)
     variables = jax.eval_shape(
-        lambda: module.init(jax.random.key(0), token, token, None, dense_attend)
+        lambda token: module.init(jax.random.key(0), token, token, None, dense_attend),
+        jax.ShapeDtypeStruct((1,), jnp.int32),
     )
     params = _on_device(variables["params"])
     head = step.head_params(params)

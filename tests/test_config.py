@@ -32,6 +32,7 @@ BAD: list[tuple[str, Any]] = [
     *[(name, None) for name in INTEGERS if name not in NONE_ALLOWED],
     *[("enable_chunked_prefill", bad) for bad in (1, 0, None, "yes")],
     *[("enable_prefix_caching", bad) for bad in (1, 0, None, "yes")],
+    *[("memory_fraction", bad) for bad in (0, -0.5, 1.01, True, "0.9", math.nan, [0.5])],
     *[("logprobs_mode", bad) for bad in ("", "RAW", "raw_logits", None, 3)],
     *[("scheduling_policy", bad) for bad in ("lifo", "", "FCFS", None, 3, ["fcfs"])],
 ]
