@@ -238,7 +238,7 @@ def _load(args: argparse.Namespace, log: Console) -> "LLM":
             max_model_len=args.max_model_len,
             memory_fraction=args.memory_fraction,
         )
-    log.print(str(llm.memory_plan), style="dim", highlight=False)
+    log.print(str(llm.memory_plan), style="dim", highlight=False, soft_wrap=True)
     return llm
 
 

@@ -269,6 +269,7 @@ def test_ctrl_c_ends_it_with_130(text_directory: Path) -> None:
     command = [sys.executable, str(SCRIPT), "--model", str(text_directory), *limits, "--ignore-eos"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
         assert process.stderr is not None
+        assert process.stderr.readline().startswith(b"memory: weights ")
         assert b"5000 prompts" in process.stderr.readline()
         process.send_signal(signal.SIGINT)
         error = process.stderr.read()
