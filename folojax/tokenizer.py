@@ -6,8 +6,13 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from folojax.time_limit import call_within
+
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 """How tokenizers spell bytes that are no whole UTF-8 character (yet)."""
+
+_TEMPLATE_SECONDS = 10.0
+"""For a chat template to render; real ones take milliseconds."""
 
 _BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
 
@@ -70,11 +75,11 @@ class Tokenizer:
         chat_template: str | None = None,
         **options: Any,
     ) -> str:
-        """The text of a conversation, rendered in transformers' sandbox.
+        """The text of a conversation, rendered in transformers' sandbox and in bounded time.
 
         Raises:
             ValueError: neither the model nor the call has a template, a message has no role, or
-                the template fails.
+                the template fails or takes too long.
         """
         if chat_template is None and self.hf.chat_template is None:
             raise ValueError(
@@ -86,14 +91,17 @@ class Tokenizer:
                 raise ValueError(
                     f'messages holds {message!r}; a message must be {{"role": ..., "content": ...}}'
                 )
-        # Templates may fail in any way; to the caller all of them are one.
+        render = functools.partial(
+            self.hf.apply_chat_template,
+            [dict(message) for message in messages],
+            chat_template=chat_template,
+            tokenize=False,
+            **options,
+        )
+        # Templates may fail in any way; to the caller all of them are one. They come with models,
+        # from anywhere, and the sandbox bounds a single range but not loops inside of loops.
         try:
-            return self.hf.apply_chat_template(
-                [dict(message) for message in messages],
-                chat_template=chat_template,
-                tokenize=False,
-                **options,
-            )
+            return call_within(_TEMPLATE_SECONDS, render)
         except Exception as error:
             raise ValueError(f"the chat template failed: {error}") from error
 

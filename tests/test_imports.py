@@ -14,7 +14,7 @@ PATH = (
     ("config", "buckets"),
     ("batch", "runner"),
     ("memory_plan", "step_memory"),
-    ("tokenizer", "detokenizer", "outputs", "prompts"),
+    ("time_limit", "tokenizer", "detokenizer", "outputs", "prompts"),
     ("validation", "job", "score_job", "weights"),
     ("engine",),
     ("compilation_cache", "build", "calls"),

@@ -1,10 +1,12 @@
 """What the engine asks of a tokenizer."""
 
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from folojax import tokenizer
 from folojax.models.checkpoint import open_checkpoint
 from folojax.tokenizer import Tokenizer, load_tokenizer
 from tests.text import make_metaspace_tokenizer
@@ -53,6 +55,25 @@ def test_a_chat_that_cannot_be_rendered_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         embedded.render_chat(messages, template)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{% for i in range(99999) %}{% for j in range(99999) %}{{ i }}{% endfor %}{% endfor %}",
+        "{% macro f(n) %}{% if n %}{{ f(n - 1) ~ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+    ],
+    ids=["silent", "loud", "recursive"],
+)
+def test_a_template_that_loops_fails_in_bounded_time(
+    embedded: Tokenizer, template: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenizer, "_TEMPLATE_SECONDS", 0.3)
+    start = time.monotonic()
+    with pytest.raises(ValueError, match=r"template failed: it took longer than 0\.3 s"):
+        embedded.render_chat([{"role": "user", "content": "x"}], template)
+    assert time.monotonic() - start < 10
 
 
 def test_a_directory_without_a_tokenizer_is_named(tmp_path: Path) -> None:
