@@ -1,93 +1,241 @@
 """Measure folojax on this machine. Everything is compiled before anything is timed.
 
-python scripts/bench.py sampling             what sampling parameters cost, against greedy
+python scripts/bench.py uniform --num-running 32 --peers transformers --json out.json
+python scripts/bench.py sharegpt --request-rate 1
+python scripts/bench.py group        what samples of one prompt share, against separate requests
+python scripts/bench.py prefix       first tokens after a cached prefix, against a fresh one
+python scripts/bench.py long         long prompts in chunks, against whole ones
+python scripts/bench.py uniform --profile --peers none
+python scripts/bench.py sampling     what sampling parameters cost, against greedy
 
-Runs are interleaved, and figures are medians with their spread: the machine may be shared, so only
-ratios within one run mean anything.
+Contenders run in processes of their own, one at a time and by turns; figures are medians over
+rounds, with the spread of the throughput: the machine may be shared, so only ratios within one run
+mean anything. docs/bench.md says what each workload and figure is.
+
+Exit code: 0; 1 with --check if a target is missed; 2 after a mistake in the options.
 """
 
 import argparse
+import functools
+import importlib.metadata
 import json
-import statistics
+import os
+import platform
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from bench_engine import WARM_UPS, Folojax
+from bench_isolation import Contender, Isolated
+from bench_metrics import medians
+from bench_peers import Transformers, is_transformers_there
+from bench_ratios import ONE_AT_A_TIME, find_ratios
+from bench_sampling import measure_sampling, print_sampling
+from bench_table import print_results
+from bench_workloads import NAMES, Workload, make_workload
 from rich.console import Console
-from rich.table import Table
+
+from folojax import LLM
+from folojax.models.checkpoint import open_checkpoint
+from folojax.tokenizer import load_tokenizer
 
 
-def sampling(args: argparse.Namespace) -> dict[str, Any]:
-    """Output tokens per second of one batch under each kind of sampling parameters."""
-    from folojax import LLM, SamplingParams, batch_metrics
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--model", help="as LLM takes it; the default is the embedded model")
+    common.add_argument("--rounds", type=int, default=5)
+    common.add_argument("--json", type=Path, metavar="OUT", help="write the figures to this file")
+    commands = parser.add_subparsers(dest="workload", required=True)
+    for name in NAMES:
+        _add_workload_options(commands.add_parser(name, parents=[common]))
+    sampling = commands.add_parser("sampling", parents=[common])
+    sampling.add_argument("--num-requests", type=int, default=32)
+    sampling.add_argument("--input-len", type=int, default=64)
+    sampling.add_argument("--output-len", type=int, default=64)
+    args = parser.parse_args(argv)
+    if args.rounds < 1:
+        parser.error(f"--rounds is {args.rounds}; at least one is needed")
+    if args.workload != "sampling" and args.request_rate <= 0:
+        parser.error(f"--request-rate is {args.request_rate}; it must be above 0, or inf")
+    return args
 
-    common: dict[str, Any] = {"max_tokens": args.output_len, "ignore_eos": True}
-    top_p: dict[str, Any] = {"temperature": 0.8, "top_p": 0.95}
-    settings = {
-        "greedy": {"temperature": 0.0},
-        "temperature": {"temperature": 0.8},
-        "temperature, top-p": top_p,
-        "temperature 1, top-p": {"temperature": 1.0, "top_p": 0.95},
-        "temperature, top-k, min-p": {"temperature": 0.8, "top_k": 50, "min_p": 0.02},
-        "penalties, top-p": top_p
-        | {"repetition_penalty": 1.1, "presence_penalty": 0.2, "frequency_penalty": 0.2},
-        "greedy, top-20 logprobs": {"temperature": 0.0, "logprobs": 20},
-    }
-    llm = LLM(max_num_seqs=args.num_requests, max_model_len=args.input_len + args.output_len)
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(1000, 40000, (args.num_requests, args.input_len)).tolist()
-    rates: dict[str, list[float]] = {name: [] for name in settings}
-    for round_ in range(args.rounds + 1):
-        for name, fields in settings.items():
-            params = [
-                SamplingParams(
-                    seed=None if "greedy" in name else 100 * round_ + i, **common, **fields
-                )
-                for i in range(args.num_requests)
-            ]
-            outputs = llm.generate(tokens, params, use_tqdm=False)
-            if round_:  # the first compiles
-                rates[name].append(batch_metrics(outputs).output_throughput)
-    greedy = statistics.median(rates["greedy"])
+
+def _add_workload_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--num-requests", type=int, help="only the first ones")
+    parser.add_argument(
+        "--scale", type=float, default=1.0, help="of every length: smaller is a try-out"
+    )
+    parser.add_argument("--num-running", type=int, default=32, help="most requests at once")
+    parser.add_argument(
+        "--request-rate",
+        type=float,
+        default=float("inf"),
+        help="Poisson arrivals, so many a second; the default is all at once",
+    )
+    parser.add_argument("--dtype", nargs="+", default=["auto"], help="of folojax; several compare")
+    parser.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        type=_option,
+        metavar="NAME=JSON",
+        help="a field of EngineConfig",
+    )
+    parser.add_argument("--peers", choices=["auto", "none", "transformers"], default="none")
+    parser.add_argument("--peer-dtype", nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument(
+        "--one-at-a-time", action="store_true", help="also the same engine with a single slot"
+    )
+    parser.add_argument("--warm-up", choices=WARM_UPS, default="plan")
+    parser.add_argument("--profile", action="store_true", help="shares of a step")
+    parser.add_argument("--check", action="store_true", help="exit code 1 if a target is missed")
+    parser.add_argument(
+        "--in-process", action="store_true", help="no processes: memory is then that of all"
+    )
+
+
+def _option(text: str) -> tuple[str, Any]:
+    name, _, value = text.partition("=")
+    return name, json.loads(value)
+
+
+def make_contenders(
+    args: argparse.Namespace, workload: Workload
+) -> dict[str, Callable[[], Contender]]:
+    """What is compared, the one that is judged first."""
+    options = {"max_num_seqs": args.num_running, "max_model_len": workload.longest}
+    options |= dict(args.option)
+
+    def ours(name: str, dtype: str, has_separate_samples: bool = False, **fields: Any) -> Any:
+        make_llm = functools.partial(LLM, args.model, dtype=dtype, **options | fields)
+        return name, functools.partial(
+            Folojax,
+            name,
+            make_llm,
+            warm_up=args.warm_up,
+            has_separate_samples=has_separate_samples,
+            is_profiled=args.profile,
+        )
+
+    first, *_ = args.dtype
+    contenders = [ours(f"folojax {dtype}", dtype) for dtype in args.dtype]
+    if workload.name == "group":
+        contenders.append(ours("separate", first, True, enable_prefix_caching=False))
+    if workload.name == "long":
+        budget = max(workload.longest, options.get("max_num_batched_tokens") or 0)
+        whole = ours(
+            "whole prompts",
+            first,
+            max_num_batched_tokens=budget,
+            enable_chunked_prefill=False,
+            long_prefill_token_threshold=0,
+        )
+        contenders.append(whole)
+    if args.one_at_a_time:
+        contenders.append(ours(ONE_AT_A_TIME, first, max_num_seqs=1))
+    if args.peers == "transformers" or (args.peers == "auto" and is_transformers_there()):
+        directory = open_checkpoint(args.model).directory
+        for dtype in args.peer_dtype:
+            peer = functools.partial(Transformers, directory, dtype, args.num_running)
+            contenders.append((f"transformers {dtype}", peer))
+    return dict(contenders)
+
+
+def measure(
+    contenders: dict[str, Callable[[], Contender]],
+    workload: Workload,
+    rounds: int,
+    is_isolated: bool,
+) -> dict[str, dict[str, Any]]:
+    """Figures by contender: medians over rounds that are run by turns, and the rounds."""
+    running: dict[str, Contender] = {}
+    figures: dict[str, list[dict[str, Any]]] = {name: [] for name in contenders}
+    try:
+        preparations = {}
+        for name, make in contenders.items():
+            running[name] = Isolated(make) if is_isolated else make()
+            preparations[name] = running[name].prepare(workload)
+        for _ in range(rounds):
+            for name, contender in running.items():
+                figures[name].append(contender.run(workload))
+    finally:
+        for contender in running.values():
+            contender.close()
     return {
-        name: {
-            "output_throughput": statistics.median(values),
-            "lowest": min(values),
-            "highest": max(values),
-            "ratio_to_greedy": statistics.median(values) / greedy,
-        }
-        for name, values in rates.items()
+        name: {**preparations[name], **medians(each), "rounds": each}
+        for name, each in figures.items()
     }
 
 
-def _print(title: str, results: dict[str, Any]) -> None:
-    table = Table(title=title, title_justify="left")
-    for column in ("", "output tokens/s", "lowest", "highest", "of greedy"):
-        table.add_column(column, justify="left" if not column else "right")
-    for name, r in results.items():
-        cells = (f"{r[key]:.1f}" for key in ("output_throughput", "lowest", "highest"))
-        table.add_row(name, *cells, f"{r['ratio_to_greedy']:.2f}")
-    Console().print(table)
+def describe_machine() -> dict[str, Any]:
+    """What figures depend on."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    models = {line.partition(":")[2].strip() for line in lines if line.startswith("model name")}
+    return {
+        "cpu": ", ".join(sorted(models)) or platform.processor(),
+        "num_cpus": os.cpu_count(),
+        "load_average": os.getloadavg()[0],
+        "versions": {name: importlib.metadata.version(name) for name in ("jax", "transformers")},
+    }
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one measurement."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("workload", choices=["sampling"])
-    parser.add_argument("--num-requests", type=int, default=32)
-    parser.add_argument("--input-len", type=int, default=64)
-    parser.add_argument("--output-len", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write the figures to this file")
-    args = parser.parse_args(argv)
-    results = sampling(args)
-    _print(f"{args.num_requests} requests, {args.input_len} in, {args.output_len} out", results)
+    args = parse_args(argv)
+    console = Console()
+    machine = describe_machine()
+    report: dict[str, Any] = {"workload": args.workload, "machine": machine}
+    ratios = []
+    if args.workload == "sampling":
+        sizes = (args.num_requests, args.input_len, args.output_len)
+        results = measure_sampling(args.model, *sizes, args.rounds)
+        title = f"{args.num_requests} requests, {args.input_len} in, {args.output_len} out"
+        print_sampling(console, title, results)
+    else:
+        workload = find_workload(args)
+        contenders = make_contenders(args, workload)
+        is_isolated = len(contenders) > 1 and not args.in_process
+        results = measure(contenders, workload, args.rounds, is_isolated)
+        ratios = find_ratios(workload.name, args.num_running, results)
+        print_results(console, _title(args, workload, machine), results, ratios)
+        report["ratios"] = [vars(ratio) | {"is_met": ratio.is_met} for ratio in ratios]
+        for name in ("num_running", "request_rate", "scale", "warm_up"):
+            report[name] = str(getattr(args, name))
+    report["results"] = results
     if args.json is not None:
-        args.json.write_text(json.dumps(results, indent=2) + "\n")
-    return 0
+        args.json.write_text(json.dumps(report, indent=2) + "\n")
+    is_missed = not all(ratio.is_met for ratio in ratios)
+    return 1 if is_missed and args.check else 0
+
+
+def find_workload(args: argparse.Namespace) -> Workload:
+    """The workload that the options describe."""
+    checkpoint = open_checkpoint(args.model)
+    tokenizer = load_tokenizer(checkpoint.directory)
+    num_tokens = min(checkpoint.config.vocab_size, tokenizer.num_tokens)
+    workload = make_workload(
+        args.workload, tokenizer.encode, num_tokens, args.num_requests, args.scale
+    )
+    if args.request_rate < float("inf"):
+        workload = workload.with_poisson_arrivals(args.request_rate)
+    return workload
+
+
+def _title(args: argparse.Namespace, workload: Workload, machine: dict[str, Any]) -> str:
+    rate = args.request_rate
+    arrivals = "all at once" if rate == float("inf") else f"Poisson, {rate:g} a second"
+    return (
+        f"{workload.name}: {len(workload.requests)} requests, "
+        f"{workload.num_output_tokens:,} tokens out, {args.num_running} running, "
+        f"{arrivals}; {args.rounds} rounds; {machine['num_cpus']} cores, "
+        f"load {machine['load_average']:.1f}"
+    )
 
 
 if __name__ == "__main__":
