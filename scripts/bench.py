@@ -108,7 +108,7 @@ def make_contenders(
     args: argparse.Namespace, workload: Workload
 ) -> dict[str, Callable[[], Contender]]:
     """What is compared, the one that is judged first."""
-    options = {"max_num_seqs": args.num_running, "max_model_len": workload.longest}
+    options = {"max_num_seqs": args.num_running, "max_model_len": _round_limit(args, workload)}
     options |= dict(args.option)
 
     def ours(name: str, dtype: str, has_separate_samples: bool = False, **fields: Any) -> Any:
@@ -127,7 +127,7 @@ def make_contenders(
     if workload.name == "group":
         contenders.append(ours("separate", first, True, enable_prefix_caching=False))
     if workload.name == "long":
-        budget = max(workload.longest, options.get("max_num_batched_tokens") or 0)
+        budget = max(options["max_model_len"], options.get("max_num_batched_tokens") or 0)
         whole = ours(
             "whole prompts",
             first,
@@ -144,6 +144,12 @@ def make_contenders(
             peer = functools.partial(Transformers, directory, dtype, args.num_running)
             contenders.append((f"transformers {dtype}", peer))
     return dict(contenders)
+
+
+def _round_limit(args: argparse.Namespace, workload: Workload) -> int:
+    """The round number that a user would give: with it, the pool has whole pages for everyone."""
+    most = open_checkpoint(args.model).config.max_position
+    return max(workload.longest, min(-(-workload.longest // 128) * 128, most))
 
 
 def measure(
