@@ -21,6 +21,8 @@ class SchedulerConfig:
         long_prefill_token_threshold: most tokens of one request in one step; 0 is no cap.
         enable_prefix_caching: whether K/V are kept, as long as there is room, for later requests
             that begin with the same tokens.
+        max_plans_in_flight: plans that may be made before the first of them is taken in; with 2,
+            one is planned while the device computes the one before.
 
     Raises:
         ValueError: with every mismatch in one text.
@@ -35,6 +37,7 @@ class SchedulerConfig:
     enable_chunked_prefill: bool = True
     long_prefill_token_threshold: int = 0
     enable_prefix_caching: bool = False
+    max_plans_in_flight: int = 1
 
     def __post_init__(self) -> None:
         problems = [
@@ -109,6 +112,7 @@ _LEAST = {
     "num_pages": 1,
     "page_size": 1,
     "long_prefill_token_threshold": 0,
+    "max_plans_in_flight": 1,
 }
 
 

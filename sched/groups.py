@@ -45,9 +45,12 @@ class Groups:
         _remove(self._running, request)
 
     def find_sibling(self, request: Request) -> Request | None:
-        """Returns a running request that has the K/V of the prompt, its last token aside."""
+        """Returns a running request that has the K/V of the prompt, its last token aside.
+
+        Or will have them, when the plans under way have run: a later plan runs after them.
+        """
         for sibling in self._running.get(request.group, ()):
-            if sibling.num_computed_tokens >= request.num_prompt_tokens - 1:
+            if sibling.num_planned_tokens >= request.num_prompt_tokens - 1:
                 return sibling
         return None
 

@@ -25,15 +25,17 @@ def check_integrity(
     for request in running:
         assert request.status is RequestStatus.RUNNING, f"in the batch, but {request}"
         assert request.num_computed_tokens < request.num_tokens, f"nothing to do for {request}"
+        num_left = request.num_expected_tokens - request.num_planned_tokens
+        assert num_left >= 0, f"more is planned than there will be: {request}"
         held = len(request.page_ids)
-        least = pages_for(request.num_computed_tokens, config.page_size)
-        most = pages_for(request.num_tokens, config.page_size)
+        least = pages_for(request.num_planned_tokens, config.page_size)
+        most = pages_for(request.num_expected_tokens, config.page_size)
         assert least <= held <= most, f"{held} pages, not {least} to {most}: {request}"
     for request in waiting:
         is_waiting = request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED)
         assert is_waiting, f"in the queue, but {request}"
         assert not request.page_ids, f"in the queue with pages: {request}"
-        assert request.num_computed_tokens == 0, f"in the queue with K/V: {request}"
+        assert request.num_planned_tokens == 0, f"in the queue with K/V: {request}"
 
 
 def _check_owners(allocator: PageAllocator, requests: Collection[Request]) -> None:
@@ -54,7 +56,7 @@ def _check_contents(memory: KVMemory, running: Collection[Request]) -> None:
     for request in running:
         for index, page in enumerate(request.page_ids):
             end = (index + 1) * memory.page_size
-            if end > request.num_computed_tokens:
+            if end > request.num_planned_tokens:
                 is_own = memory.allocator.ref_count(page) == 1 and page not in prefixes
                 assert is_own, f"page {page} is to be written, and is not its own: {request}"
             elif page in prefixes:

@@ -58,7 +58,8 @@ class KVMemory:
 
         Args:
             request: of no pages so far.
-            sibling: one that holds the K/V of the same prompt, except its last token perhaps.
+            sibling: one that holds the K/V of the same prompt, except its last token perhaps; at
+                the latest when the plans under way have run.
         """
         if request.skip_prefix_cache:
             return Start(0, [], self.cache.root)
@@ -71,6 +72,7 @@ class KVMemory:
             return Start(num_cached, page_ids, node)
         num_full, num_left = divmod(num_shared, self.page_size)
         partial_page = sibling.page_ids[num_full] if num_left else None
+        # Pages that a plan under way computes are not in the cache, and come behind its last node.
         node = self._tails[sibling].ancestor(num_full)
         return Start(num_shared, sibling.page_ids[:num_full], node, partial_page)
 
@@ -100,9 +102,9 @@ class KVMemory:
 
     def extend(self, request: Request, num_tokens: int) -> list[int] | None:
         """Gives a request pages for its next tokens, and returns those; None if too few."""
-        num_pages = pages_for(request.num_computed_tokens + num_tokens, self.page_size)
+        num_pages = pages_for(request.num_planned_tokens + num_tokens, self.page_size)
         num_missing = num_pages - len(request.page_ids)
-        if num_missing == 0:  # most rows in most steps
+        if num_missing <= 0:  # most rows in most steps
             return []
         page_ids = self.allocator.allocate(num_missing)
         if page_ids is not None:
@@ -110,7 +112,11 @@ class KVMemory:
         return page_ids
 
     def advance(self, request: Request, num_tokens: int) -> None:
-        """Notes that the K/V of the next tokens are computed; full pages enter the cache."""
+        """Notes that the K/V of the next tokens are computed; full pages enter the cache.
+
+        They were in flight until now.
+        """
+        request.num_tokens_in_flight -= num_tokens
         request.num_computed_tokens += num_tokens
         if request.num_computed_tokens % self.page_size >= num_tokens or not self._is_caching:
             return  # no page was filled
@@ -134,7 +140,7 @@ class KVMemory:
         # The last first: the beginning is what others have in common, and is to stay longest.
         self.allocator.free(reversed(request.page_ids))
         request.page_ids = []
-        request.num_computed_tokens = 0
+        request.num_computed_tokens = request.num_tokens_in_flight = 0
         if request in self._tails:  # it was admitted
             self.cache.unpin(self._tails.pop(request))
 

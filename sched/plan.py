@@ -39,7 +39,8 @@ class CachedRequests:
 
     Attributes:
         request_ids: in batch order.
-        new_token_ids: per request, tokens sampled since the last plan that had it.
+        new_token_ids: per request, tokens that have become known since the last plan that had it.
+            What an earlier plan samples may have to be computed in this step and come only later.
         num_computed_tokens: per request, tokens whose K/V are in the cache before this step.
         new_page_ids: per request, pages to append to its table.
     """
@@ -60,10 +61,12 @@ class SchedulerOutput:
     Attributes:
         new_requests: requests that join the batch, resumed ones among them.
         cached_requests: requests that were in the batch before.
-        num_scheduled_tokens: tokens to compute by request id; its order is the batch order.
+        num_scheduled_tokens: tokens to compute by request id; its order is the batch order. A
+            request of the batch can be missing: nothing is computed for it in this step.
         total_num_scheduled_tokens: their sum, at most the budget.
-        sampled_request_ids: requests whose last known token is computed in this step, so that
-            it samples the next one; in batch order. Never a prompt-only request.
+        sampled_request_ids: requests whose last token is computed in this step, so that it samples
+            the next one; in batch order. That last token may be one that the plan before samples.
+            Never a prompt-only request.
         finished_request_ids: finished since the plan before, for whatever reason.
         preempted_request_ids: lost their pages since the plan before, or while this one was made;
             those that lost them before may be among `new_requests` again.
@@ -110,7 +113,7 @@ class PlanDraft:
         num_scheduled_tokens: tokens to compute by request id, in the same order.
         new_page_ids: pages reserved for this step by request id, where there are any.
         new_request_ids: the part of the batch that joins in this step.
-        has_victims: whether someone was preempted for it.
+        is_short_of_pages: whether someone was preempted for it, or waits for pages to come free.
     """
 
     budget_left: int
@@ -118,7 +121,7 @@ class PlanDraft:
     num_scheduled_tokens: dict[str, int] = field(default_factory=dict)
     new_page_ids: dict[str, list[int]] = field(default_factory=dict)
     new_request_ids: set[str] = field(default_factory=set)
-    has_victims: bool = False
+    is_short_of_pages: bool = False
 
     def put(self, request: Request, num_tokens: int, page_ids: list[int]) -> None:
         """Schedules `num_tokens` of a request, for which `page_ids` were reserved."""
@@ -136,7 +139,7 @@ class PlanDraft:
 
     def put_victim(self, request: Request) -> None:
         """Takes the tokens of a preempted request back out if they were scheduled."""
-        self.has_victims = True
+        self.is_short_of_pages = True
         if self.requests.pop(request.request_id, None) is not None:
             self.budget_left += self.num_scheduled_tokens.pop(request.request_id)
             self.new_page_ids.pop(request.request_id, None)
@@ -147,15 +150,12 @@ class PlanDraft:
         preempted_request_ids: Iterable[str],
         page_copies: tuple[tuple[int, int], ...],
     ) -> SchedulerOutput:
-        """Returns the finished plan, and marks every output token in it as reported."""
+        """Returns the finished plan, and notes in its requests what is reported and in flight."""
         joining = []
         cached = []
         sampled_request_ids = []
         for request_id, request in self.requests.items():  # one pass: it goes through every row
-            num_computed_tokens = request.num_computed_tokens
-            num_left = request.num_tokens - num_computed_tokens
-            if num_left == self.num_scheduled_tokens[request_id] and not request.is_prompt_only:
-                sampled_request_ids.append(request_id)
+            num_computed_tokens = request.num_planned_tokens
             if request_id in self.new_request_ids:
                 joining.append(_new_request(request))
             else:
@@ -163,6 +163,12 @@ class PlanDraft:
                 page_ids = tuple(self.new_page_ids.get(request_id, ()))
                 cached.append((request_id, token_ids, num_computed_tokens, page_ids))
             request.num_reported_tokens = len(request.output_token_ids)
+            num_tokens = self.num_scheduled_tokens[request_id]
+            request.num_tokens_in_flight += num_tokens
+            is_last = num_computed_tokens + num_tokens == request.num_expected_tokens
+            if is_last and not request.is_prompt_only:
+                request.num_samples_in_flight += 1
+                sampled_request_ids.append(request_id)
         return SchedulerOutput(
             new_requests=tuple(joining),
             cached_requests=CachedRequests(*zip(*cached, strict=True))

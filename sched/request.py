@@ -131,6 +131,8 @@ class Request:
         status: where the request is in its life.
         output_token_ids: sampled so far; kept over a preemption.
         num_computed_tokens: tokens, from the first on, whose K/V are in the cache.
+        num_tokens_in_flight: tokens behind them whose K/V the plans under way compute.
+        num_samples_in_flight: output tokens that the plans under way sample.
         page_ids: pages that hold those K/V, in token order; one reference each.
         num_cached_tokens: tokens that were found computed when it was first admitted, in the prefix
             cache or with a request of its group.
@@ -151,6 +153,8 @@ class Request:
     status: RequestStatus = field(default=RequestStatus.WAITING, kw_only=True)
     output_token_ids: list[int] = field(default_factory=list, kw_only=True)
     num_computed_tokens: int = field(default=0, kw_only=True)
+    num_tokens_in_flight: int = field(default=0, kw_only=True)
+    num_samples_in_flight: int = field(default=0, kw_only=True)
     page_ids: list[int] = field(default_factory=list, kw_only=True)
     num_cached_tokens: int = field(default=0, kw_only=True)
     num_preemptions: int = field(default=0, kw_only=True)
@@ -171,6 +175,18 @@ class Request:
     def num_tokens(self) -> int:
         """Prompt and output together: what `num_computed_tokens` is to catch up with."""
         return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    @property
+    def num_planned_tokens(self) -> int:
+        """Tokens whose K/V are in the cache once the plans under way have run."""
+        return self.num_computed_tokens + self.num_tokens_in_flight
+
+    @property
+    def num_expected_tokens(self) -> int:
+        """`num_tokens` once the plans under way have run: what a further plan is to catch up with."""
+        return (
+            len(self.prompt_token_ids) + len(self.output_token_ids) + self.num_samples_in_flight
+        )
 
     @property
     def token_ids(self) -> tuple[int, ...]:

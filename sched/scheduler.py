@@ -20,10 +20,11 @@ There are no phases: prompt chunks, decoding and recomputation are all a request
 
 Laws that follow, and that its parts lean on:
 
-- Every running request gets a token in every step. Requests keep their order, and only the last
-  of a step can have a chunk cut short by the budget; so the next step's chunks before it are no
-  larger, and leave it something.
-- While a request is unfinished, a plan is never empty. The first running request (FCFS) or the
+- Every running request gets a token in every step, with two exceptions: its last token is in
+  flight already, or it needs pages and such a request is about to leave some. Requests keep their
+  order, and only the last of a step can have a chunk cut short by the budget; so the next step's
+  chunks before it are no larger, and leave it something.
+- While a request is unfinished, a plan is never empty, unless another is under way. The first running request (FCFS) or the
   most urgent one (priority) is never a victim while others run, and alone it has the whole pool,
   which `add_request` has made sure is enough.
 - Under FCFS, running and then waiting requests are in order of arrival, except that one of a
@@ -32,9 +33,11 @@ Laws that follow, and that its parts lean on:
   keep their place at the head, where nobody passes them for lack of a slot or of pages.
 """
 
+from collections import deque
 from collections.abc import Iterable, Mapping
 
 from folojax.sched.config import SchedulerConfig
+from folojax.sched.flight import Flight
 from folojax.sched.groups import Groups
 from folojax.sched.integrity import check_integrity
 from folojax.sched.memory import KVMemory
@@ -47,15 +50,22 @@ from folojax.sched.request import Request, RequestStatus
 class Scheduler:
     """Keeps every unfinished request, and plans one step at a time.
 
-    Calls alternate: `schedule`, then `update_from_output` with that plan. Requests may be added
-    and finished between the two. A plan that was never run may be dropped: the next `schedule`
-    plans its tokens and its page copies again (but reports new, finished and preempted requests
-    only once). After a step that was broken off half way `shutdown` is the way out: nobody can
-    say what the pages hold.
+    `schedule` makes a plan, `update_from_output` takes in what it gave. Plans are run and taken in
+    in order; up to `max_plans_in_flight` may be under way (`folojax.sched.flight`). Requests may
+    be added and finished at any time. The latest plan may be dropped before it is run: `schedule`,
+    when no more plans may be under way, plans its tokens and its page copies again (but reports
+    new, finished and preempted requests only once). After a step that was broken off half way
+    `shutdown` is the way out: nobody can say what the pages hold.
+
+    Pages that are freed while a plan under way writes to them go to later plans, which run after
+    it. What a plan under way computes can be built on by later plans, for the same reason; but it
+    enters the prefix cache only when the plan is taken in.
 
     Attributes:
         config: the limits.
         memory: the pages and what they hold; for reading.
+        num_discarded_tokens: tokens that were sampled for requests that did not await them any
+            more: they had finished, or were to be computed again.
     """
 
     def __init__(self, config: SchedulerConfig) -> None:
@@ -69,10 +79,8 @@ class Scheduler:
         # Ids in order of finishing; a dict, as an id can be used and finished twice between plans.
         self._unreported_finished_ids: dict[str, None] = {}
         self._unreported_preempted_ids: list[str] = []
-        self._plan: SchedulerOutput | None = None
-        # The unfinished requests of that plan; by id alone, a request finished meanwhile could
-        # not be told from a later one that took over its id.
-        self._planned: dict[str, Request] = {}
+        self.num_discarded_tokens = 0
+        self._flights: deque[Flight] = deque()  # the earliest first
 
     @property
     def allocator(self) -> PageAllocator:
@@ -100,6 +108,13 @@ class Scheduler:
     def get_request(self, request_id: str) -> Request | None:
         """Returns an unfinished request, or None: finished ones are not remembered."""
         return self._requests.get(request_id)
+
+    def awaited_requests(self, output: SchedulerOutput) -> Mapping[str, Request]:
+        """Returns the requests that await their results of a plan under way, by id; for reading.
+
+        Without any, the plan can be taken in with nothing sampled.
+        """
+        return next(flight.requests for flight in self._flights if flight.plan is output)
 
     def validate(self, request: Request) -> None:
         """Raises the ValueError that `add_request` would raise, and changes nothing."""
@@ -131,20 +146,25 @@ class Scheduler:
 
     def schedule(self) -> SchedulerOutput:
         """Plans the next step and reserves its pages."""
+        if len(self._flights) == self.config.max_plans_in_flight:
+            self._flights.pop().take_back()
+        else:
+            self.allocator.forget_copies()  # the plan before has them
         draft = PlanDraft(budget_left=self.config.max_num_batched_tokens)
         self._schedule_running(draft)
-        if not draft.has_victims:
+        if not draft.is_short_of_pages:
             self._admit_waiting(draft)
-        assert draft.requests or not self._requests, "requests are left, and none can run"
-        self._plan = draft.publish(
+        is_stuck = not draft.requests and self._requests and not self._flights
+        assert not is_stuck, "requests are left, and none can run"
+        plan = draft.publish(
             self._unreported_finished_ids,
             self._unreported_preempted_ids,
             self.allocator.page_copies,
         )
-        self._planned = draft.requests
+        self._flights.append(Flight(plan, draft.requests))
         self._unreported_finished_ids = {}
         self._unreported_preempted_ids = []
-        return self._plan
+        return plan
 
     def update_from_output(
         self,
@@ -155,11 +175,12 @@ class Scheduler:
         """Takes in what a step computed.
 
         Args:
-            output: the plan that was run, the latest of `schedule`.
+            output: the plan that was run, the earliest that has not been taken in.
             sampled: the new token of each request in `output.sampled_request_ids`, without the
                 failed ones. Requests finished since the plan was made may be in it or not.
             failed: requests of the plan whose row went wrong, with the reason; they finish with
-                FINISHED_ERROR and that reason, and their neighbours go on.
+                FINISHED_ERROR and that reason, and their neighbours go on. One that has lost its
+                pages meanwhile computes and samples again instead.
 
         Returns:
             One update for each request that got a token, failed, or asked for its prompt alone
@@ -168,8 +189,9 @@ class Scheduler:
         Raises:
             AssertionError: another plan, or samples that don't belong to it; nothing has changed.
         """
-        assert output is self._plan, "the plan is not the latest, or was taken in already"
-        planned = self._planned
+        is_next = bool(self._flights) and output is self._flights[0].plan
+        assert is_next, "the plan is not the next to be taken in, or was taken in already"
+        planned = self._flights[0].requests
         may_sample = set(output.sampled_request_ids) - failed.keys()
         missing = (may_sample & planned.keys()) - sampled.keys()
         surplus = sampled.keys() - may_sample
@@ -177,21 +199,28 @@ class Scheduler:
         assert not missing, f"no token for {sorted(missing)}"
         assert not surplus, f"a token that was not asked for: {sorted(surplus)}"
         assert not unknown, f"failed, but not in the plan: {sorted(unknown)}"
-        self._plan, self._planned = None, {}
-        self.allocator.forget_copies()
+        self._flights.popleft()
+        self.num_discarded_tokens += len(may_sample - planned.keys())
 
         updates = []
         num_before = len(self._requests)
         for request_id, request in planned.items():
+            is_preempted = request.status is RequestStatus.PREEMPTED
             if request_id in failed:
+                if is_preempted:
+                    request.num_samples_in_flight -= 1
+                    continue
                 self.memory.discard(request)
                 self._finish(request, RequestStatus.FINISHED_ERROR, failed[request_id])
                 updates.append(RequestUpdate(request, ()))
                 continue
-            self.memory.advance(request, output.num_scheduled_tokens[request_id])
+            if not is_preempted:
+                self.memory.advance(request, output.num_scheduled_tokens[request_id])
             if request_id in sampled:
                 self._append_token(request, sampled[request_id])
                 updates.append(RequestUpdate(request, (sampled[request_id],)))
+                if is_preempted and request.is_finished:
+                    self._waiting.remove(request)
             elif request.is_prompt_only and request.num_computed_tokens == request.num_tokens:
                 self._finish(request, RequestStatus.FINISHED_LENGTH, None)
                 updates.append(RequestUpdate(request, ()))
@@ -228,13 +257,14 @@ class Scheduler:
         """Sends all running requests back to the front of the queue, in order.
 
         Their pages are freed and their output is kept, as with any preemption. For a moment when
-        the K/V must go: the memory is given up, or the weights change. What a plan under way
-        samples for them is not taken in; they sample it again.
+        the K/V must go: the memory is given up, or the weights change. What plans under way
+        sample is not taken in; it is sampled again.
         """
+        for flight in self._flights:
+            flight.forget_all()
         for request in reversed(self._running):
             self._preempt(request)
         self._running = []
-        self._planned = {}
 
     def reset_prefix_cache(self, *, preempt_running: bool = False) -> bool:
         """Drops all cached K/V, so that later requests hit nothing that was computed before.
@@ -255,9 +285,11 @@ class Scheduler:
     def shutdown(self) -> list[Request]:
         """Aborts all requests, drops all cached K/V, and returns the requests.
 
-        The scheduler is empty then and can be used on, also after a step that was interrupted.
+        The scheduler is empty then and can be used on, also after a step that was interrupted. Plans
+        under way are not to be taken in.
         """
         requests = self.finish_requests(tuple(self._requests), RequestStatus.FINISHED_ABORTED)
+        self._flights.clear()
         self.reset_prefix_cache()
         return requests
 
@@ -267,6 +299,17 @@ class Scheduler:
             self.config, self.memory, self._requests.values(), self._running, self._waiting
         )
 
+    def _num_tokens_left(self, request: Request) -> int:
+        """How many tokens a running request has to compute; 0: its last result is in flight."""
+        num_samples = request.num_samples_in_flight
+        num_expected_tokens = request.num_expected_tokens
+        if num_samples and (
+            request.num_output_tokens + num_samples >= request.stop.max_tokens
+            or num_expected_tokens >= self.config.max_model_len
+        ):
+            return 0
+        return num_expected_tokens - request.num_planned_tokens
+
     def _chunk_size(self, num_tokens_left: int, budget_left: int) -> int:
         cap = self.config.long_prefill_token_threshold or budget_left
         return min(num_tokens_left, budget_left, cap)
@@ -275,12 +318,13 @@ class Scheduler:
         for request in self._running:
             if request.status is not RequestStatus.RUNNING:
                 continue  # a victim of this same step
-            num_tokens_left = request.num_tokens - request.num_computed_tokens
-            num_tokens = self._chunk_size(num_tokens_left, draft.budget_left)
+            num_tokens = self._chunk_size(self._num_tokens_left(request), draft.budget_left)
+            if not num_tokens:
+                continue
             page_ids = self._reserve_or_preempt(request, num_tokens, draft)
             if page_ids is not None:
                 draft.put(request, num_tokens, page_ids)
-        if draft.has_victims:
+        if draft.is_short_of_pages:
             self._running = [r for r in self._running if r.status is RequestStatus.RUNNING]
 
     def _admit_waiting(self, draft: PlanDraft) -> None:
@@ -297,6 +341,8 @@ class Scheduler:
 
     def _admit(self, request: Request, draft: PlanDraft) -> bool:
         """Takes a waiting request into the batch; False if it has to stay."""
+        if request.num_samples_in_flight:
+            return False  # it was preempted meanwhile; what it is to compute is not known yet
         start = self.memory.find_start(request, self._groups.find_sibling(request))
         num_tokens_left = request.num_tokens - start.num_tokens
         num_tokens = self._chunk_size(num_tokens_left, draft.budget_left)
@@ -315,8 +361,14 @@ class Scheduler:
     def _reserve_or_preempt(
         self, request: Request, num_tokens: int, draft: PlanDraft
     ) -> list[int] | None:
-        """Gives a request pages for its next tokens; None when it became the victim itself."""
+        """Gives a request pages for its next tokens; None when it gets nothing in this step.
+
+        It is the victim itself, or waits for the pages of a request whose last result is in flight.
+        """
         while (page_ids := self.memory.extend(request, num_tokens)) is None:
+            if any(self._num_tokens_left(r) == 0 for r in self._running if r.page_ids):
+                draft.is_short_of_pages = True
+                return None
             victim = self._choose_victim()
             self._preempt(victim)
             draft.put_victim(victim)
@@ -334,6 +386,8 @@ class Scheduler:
         """Puts a running request back in the queue; the batch is left to the caller."""
         self.memory.release(victim)
         self._groups.set_waiting(victim)
+        for flight in self._flights:
+            flight.forget_chunk(victim)
         victim.status = RequestStatus.PREEMPTED
         victim.num_preemptions += 1
         self._unreported_preempted_ids.append(victim.request_id)
@@ -341,6 +395,7 @@ class Scheduler:
         self._waiting.prepend(victim)
 
     def _append_token(self, request: Request, token: int) -> None:
+        request.num_samples_in_flight -= 1
         request.output_token_ids.append(token)
         status, stop_reason = request.stop.check(request.num_output_tokens, token)
         if status is None and request.num_tokens >= self.config.max_model_len:
@@ -357,5 +412,7 @@ class Scheduler:
         request.status = status
         request.stop_reason = stop_reason
         del self._requests[request.request_id]
-        self._planned.pop(request.request_id, None)
+        request.num_samples_in_flight = 0
+        for flight in self._flights:
+            flight.forget(request)
         self._unreported_finished_ids[request.request_id] = None

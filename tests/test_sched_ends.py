@@ -125,7 +125,7 @@ def test_plan_is_taken_in_once():
     with pytest.raises(AssertionError, match="taken in already"):
         scheduler.update_from_output(plan, {"a": 1})
     scheduler.schedule()
-    with pytest.raises(AssertionError, match="not the latest"):
+    with pytest.raises(AssertionError, match="not the next"):
         scheduler.update_from_output(plan, {"a": 1})
 
 
