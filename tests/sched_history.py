@@ -1,13 +1,15 @@
 """Random histories of one scheduler: what is asked of it when, and the laws of each single step."""
 
+from collections import Counter, deque
 from dataclasses import dataclass, field, replace
 
 from hypothesis import strategies as st
 
 from folojax.sched.config import SchedulerConfig
+from folojax.sched.plan import SchedulerOutput
 from folojax.sched.request import Request, RequestStatus, StopRule
 from folojax.sched.scheduler import Scheduler
-from tests.sched_stub import BAD_TOKEN, VOCAB_SIZE, StubRunner, alone, kv_of
+from tests.sched_stub import BAD_TOKEN, VOCAB_SIZE, StubResult, StubRunner, alone, kv_of
 
 MAX_MODEL_LEN = 24
 
@@ -32,7 +34,7 @@ class Event:
     """Something that happens to the whole scheduler."""
 
     step: int
-    kind: str  # preempt_all, reset_if_idle, reset, or drop_plan
+    kind: str  # preempt_all, reset_if_idle, reset, drop_plan, or drain
     is_mid_step: bool
 
 
@@ -92,6 +94,7 @@ def configs(draw: st.DrawFn) -> SchedulerConfig:
         enable_chunked_prefill=is_chunked,
         long_prefill_token_threshold=draw(st.integers(0, 8)) if is_chunked else 0,
         enable_prefix_caching=draw(st.booleans()),
+        max_plans_in_flight=draw(st.sampled_from([1, 2, 2, 3])),
     )
 
 
@@ -99,7 +102,7 @@ events = st.lists(
     st.builds(
         Event,
         step=st.integers(0, 20),
-        kind=st.sampled_from(["preempt_all", "reset_if_idle", "reset", "drop_plan"]),
+        kind=st.sampled_from(["preempt_all", "reset_if_idle", "reset", "drop_plan", "drain"]),
         is_mid_step=st.booleans(),
     ),
     max_size=3,
@@ -117,8 +120,12 @@ class History:
     admission_order: list[str] = field(default_factory=list)
     reported_finished: list[str] = field(default_factory=list)
     num_preemptions: int = 0
+    num_discarded: Counter[str] = field(default_factory=Counter)
+    num_waits_for_pages: int = 0
 
     def __post_init__(self) -> None:
+        # Plans under way, what the device has made of them, and the tables of the rows that failed.
+        self.flights: deque[tuple[SchedulerOutput, StubResult, dict[str, list[int]]]] = deque()
         self.scheduler = Scheduler(self.config)
         self.runner = StubRunner(self.config.page_size)
 
@@ -144,6 +151,7 @@ class History:
         else:
             raise AssertionError(f"unfinished after {last_step} steps")
         self.step(last_step)  # reports the last to finish
+        self.drain()
 
     def add(self, index: int, job: Job) -> None:
         """Adds the samples of a job, each a request of its own."""
@@ -161,20 +169,38 @@ class History:
             self.scheduler.add_request(request)
 
     def step(self, step: int) -> None:
-        """Plans, runs and takes in one step."""
-        scheduler = self.scheduler
-        was_unfinished = scheduler.has_unfinished_requests()
-        plan = self.plan()
-        if Event(step, "drop_plan", True) in self.events:
-            self.runner.update_rows(plan)
+        """Plans and runs as far ahead as it may, and takes in the earliest plan."""
+        while len(self.flights) < self.config.max_plans_in_flight:
+            was_unfinished = self.scheduler.has_unfinished_requests()
             plan = self.plan()
-        assert plan.is_empty == (not was_unfinished)
-        assert not (plan.is_empty and plan.page_copies)
-        sampled, failed = self.runner.run(plan)
-        tables = {request_id: list(self.runner.rows[request_id].table) for request_id in failed}
+            is_full = len(self.flights) == self.config.max_plans_in_flight - 1
+            if is_full and Event(step, "drop_plan", True) in self.events:
+                self.runner.update_rows(plan)
+                plan = self.plan()
+            assert plan.is_empty == (not was_unfinished) or self.flights
+            assert not (plan.is_empty and plan.page_copies)
+            result = self.runner.run(plan)
+            tables = {id_: list(self.runner.rows[id_].table) for id_ in result.failed}
+            self.flights.append((plan, result, tables))
         self.disturb(step, is_mid_step=True)
+        if self.flights:
+            self.take_in()
+
+    def drain(self) -> None:
+        """Takes in all plans under way."""
+        while self.flights:
+            self.take_in()
+
+    def take_in(self) -> None:
+        """Takes in the earliest plan."""
+        scheduler = self.scheduler
+        plan, (sampled, failed), tables = self.flights.popleft()
+        awaited = dict(scheduler.awaited_requests(plan))
+        for request_id in sampled.keys() - awaited.keys():
+            self.num_discarded[request_id] += 1
         for update in scheduler.update_from_output(plan, sampled, failed):
             request_id = update.request.request_id
+            assert awaited[request_id] is update.request
             if request_id in sampled:
                 assert update.new_token_ids == (sampled[request_id],)
                 assert update.request.output_token_ids[-1:] == list(update.new_token_ids)
@@ -195,9 +221,9 @@ class History:
         assert plan.total_num_scheduled_tokens == sum(plan.num_scheduled_tokens.values())
         assert plan.total_num_scheduled_tokens <= config.max_num_batched_tokens
         assert all(n > 0 for n in plan.num_scheduled_tokens.values())
-        assert len(plan.num_scheduled_tokens) == scheduler.num_running <= config.max_num_seqs
+        assert len(plan.num_scheduled_tokens) <= scheduler.num_running <= config.max_num_seqs
         left = {*plan.finished_request_ids, *plan.preempted_request_ids}
-        assert was_running - left == set(plan.cached_requests.request_ids)
+        self.check_left_out(plan, was_running - left - set(plan.cached_requests.request_ids))
         if config.long_prefill_token_threshold:
             largest = max(plan.num_scheduled_tokens.values(), default=0)
             assert largest <= config.long_prefill_token_threshold
@@ -217,6 +243,29 @@ class History:
         self.reported_finished.extend(plan.finished_request_ids)
         self.num_preemptions += len(plan.preempted_request_ids)
         return plan
+
+    def check_left_out(self, plan: SchedulerOutput, names: set[str]) -> None:
+        """Who is in the batch and not in the plan needs no more, or waits for one of those."""
+        requests = [self.requests[name] for name in names]
+        done = [request for request in requests if self.has_all_in_flight(request)]
+        assert done or not requests
+        if len(done) < len(requests):
+            self.num_waits_for_pages += 1
+            assert plan.new_requests == ()
+        planned = [self.requests[name] for name in plan.num_scheduled_tokens]
+        for request in planned:  # which is in flight now
+            num_outputs = request.num_output_tokens + request.num_samples_in_flight
+            assert num_outputs <= request.stop.max_tokens
+            assert request.num_expected_tokens <= MAX_MODEL_LEN
+
+    def has_all_in_flight(self, request: Request) -> bool:
+        """Whether the host can foresee that a request ends with what is under way."""
+        if request.num_planned_tokens < request.num_tokens:
+            return False
+        return (
+            request.num_output_tokens + request.num_samples_in_flight >= request.stop.max_tokens
+            or request.num_expected_tokens >= MAX_MODEL_LEN
+        )
 
     def check(self) -> None:
         """Between two calls: the books agree, and cached pages hold what they are cached for."""
@@ -238,10 +287,13 @@ class History:
             if job.abort_step == step and job.is_aborted_mid_step == is_mid_step
         ]
         self.scheduler.finish_requests(ids, RequestStatus.FINISHED_ABORTED)
+        self.scheduler.check()
         for event in self.events:
             if (event.step, event.is_mid_step) != (step, is_mid_step):
                 continue
-            if event.kind == "preempt_all":
+            if event.kind == "drain":
+                self.drain()
+            elif event.kind == "preempt_all":
                 self.scheduler.preempt_all()
             elif event.kind == "reset":
                 assert self.scheduler.reset_prefix_cache(preempt_running=True)

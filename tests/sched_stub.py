@@ -3,7 +3,8 @@
 The K/V of a token are one number, a hash of the token and of the number before it: like real K/V
 they depend on all tokens so far. The device knows only the plans: it does the copies, writes each
 scheduled token into its page, reads the number before it from there, and after every step finds
-each row's own numbers in its pages. So a page that is handed out twice, freed too early, hit for
+each row's own numbers in its pages. It feeds sampled tokens back by itself, so it can run plans
+that were made before these tokens were known; then it finds whether it is told the same. A page that is handed out twice, freed too early, hit for
 the wrong tokens, copied too late or listed in the wrong place is noticed in that step.
 """
 
@@ -62,6 +63,7 @@ class StubRow:
     num_computed: int
     seed: int
     is_prompt_only: bool
+    num_known: int  # of its tokens; those behind were sampled here, and not told so far
     kvs: list[int] = field(default_factory=list)  # what its pages must hold, token by token
 
 
@@ -81,7 +83,7 @@ class StubRunner:
         self.copy_pages(plan)
         batch = [*plan.cached_requests.request_ids, *(new.request_id for new in plan.new_requests)]
         assert list(plan.num_scheduled_tokens) == batch
-        assert set(batch) == set(self.rows), "a row holds a place and computes nothing"
+        assert set(batch) <= set(self.rows)
         for request_id in batch:
             self.compute(self.rows[request_id], plan.num_scheduled_tokens[request_id])
         for row in self.rows.values():
@@ -98,6 +100,8 @@ class StubRunner:
                 result.failed[request_id] = "not a number"
             elif has_sample[request_id]:
                 result.sampled[request_id] = sample(kv, row.seed)
+            if has_sample[request_id]:
+                row.tokens.append(sample(kv, row.seed))
         return result
 
     def update_rows(self, plan: SchedulerOutput) -> None:
@@ -114,6 +118,7 @@ class StubRunner:
                 num_computed=new.num_computed_tokens,
                 seed=seed,
                 is_prompt_only=is_prompt_only,
+                num_known=len(new.prompt_token_ids) + len(new.output_token_ids),
             )
             for token in row.tokens[: row.num_computed]:
                 row.kvs.append(kv_of(token, row.kvs[-1] if row.kvs else 0))
@@ -125,9 +130,11 @@ class StubRunner:
             cached.new_page_ids,
             strict=True,
         ):
-            assert self.rows[request_id].num_computed == num_computed
-            self.rows[request_id].tokens.extend(token_ids)
-            self.rows[request_id].table.extend(page_ids)
+            row = self.rows[request_id]
+            assert row.num_computed == num_computed
+            assert row.tokens[row.num_known :][: len(token_ids)] == list(token_ids)
+            row.num_known += len(token_ids)
+            row.table.extend(page_ids)
 
     def copy_pages(self, plan: SchedulerOutput) -> None:
         """Reads every source, then writes every target."""

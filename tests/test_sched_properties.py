@@ -55,6 +55,17 @@ def check_laws(config: SchedulerConfig, jobs: list[Job], events: list[Event]) ->
     assert sorted(history.reported_finished) == sorted(history.requests)
     assert history.runner.rows == {}
     assert history.num_preemptions == sum(r.num_preemptions for r in history.requests.values())
+    assert scheduler.num_discarded_tokens == history.num_discarded.total()
+    if not any(event.kind in ("preempt_all", "reset") for event in events):
+        # An end by length is foreseen; one by a token is seen when it is read.
+        most = {
+            RequestStatus.FINISHED_LENGTH: 0,
+            RequestStatus.FINISHED_ABORTED: config.max_plans_in_flight,
+        }
+        for name, count in history.num_discarded.items():
+            status = history.requests[name].status
+            assert count <= most.get(status, config.max_plans_in_flight - 1)
+    assert all(request.num_samples_in_flight == 0 for request in history.requests.values())
     assert scheduler.reset_prefix_cache()
     scheduler.check()
     assert scheduler.allocator.num_free == config.num_pages
