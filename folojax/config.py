@@ -33,6 +33,9 @@ class EngineConfig:
         prefill_row_len: Prompts are computed in rows of so many tokens: short rows waste less on
             padding, long rows copy fewer pages. None is 16 on CPU, 128 elsewhere.
         enable_prefix_caching: Pages of earlier requests serve later ones that begin alike.
+        async_scheduling: The next step is planned and handed to the device before the last one is
+            read, so that the device does not wait for the host. The tokens are the same; a request
+            that ends by a token may have one more computed, which nobody sees.
         max_logprobs: Most alternatives that a request may have reported with a token; -1 is no cap.
         logprobs_mode: "raw" reports the model's own distribution, "processed" the one that was
             sampled from: after penalties, masks, temperature and truncation.
@@ -50,6 +53,7 @@ class EngineConfig:
     long_prefill_token_threshold: int = 0
     prefill_row_len: int | None = None
     enable_prefix_caching: bool = True
+    async_scheduling: bool = True
     max_logprobs: int = 20
     logprobs_mode: str = "raw"
     seed: int = 0
@@ -72,7 +76,7 @@ class EngineConfig:
                 f"num_pages is {self.num_pages!r} and memory_fraction is {fraction!r}; both size "
                 "the pool: give one of them"
             )
-        for name in ("enable_chunked_prefill", "enable_prefix_caching"):
+        for name in ("enable_chunked_prefill", "enable_prefix_caching", "async_scheduling"):
             if not isinstance(getattr(self, name), bool):
                 problems.append(f"{name} is {getattr(self, name)!r}; it must be True or False")
         if self.logprobs_mode not in LOGPROBS_MODES:
@@ -152,6 +156,7 @@ class ResolvedConfig(EngineConfig):
             enable_chunked_prefill=self.enable_chunked_prefill,
             long_prefill_token_threshold=self.long_prefill_token_threshold,
             enable_prefix_caching=self.enable_prefix_caching,
+            max_plans_in_flight=2 if self.async_scheduling else 1,
         )
 
 
@@ -169,6 +174,7 @@ class EngineOptions(TypedDict, total=False):
     long_prefill_token_threshold: int
     prefill_row_len: int | None
     enable_prefix_caching: bool
+    async_scheduling: bool
     max_logprobs: int
     logprobs_mode: str
     seed: int

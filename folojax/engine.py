@@ -1,10 +1,15 @@
-"""One step of the engine: schedule, run, commit.
+"""One step of the engine: schedule, dispatch, collect, commit.
 
 add_request ─> Job ─> scheduler ─(plan)─> runner ─(tokens)─> scheduler ─(updates)─> outputs
+
+With asynchronous scheduling the plan that a step dispatches is one ahead of the tokens that it
+collects, and the device has always something to do. Whatever ends, moves or replaces what the
+device works with (sleep, other parameters) first takes in all that is under way.
 """
 
 import dataclasses
 import time
+from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias
 
@@ -13,7 +18,7 @@ import numpy as np
 from folojax.job import Job, Sample, make_job
 from folojax.outputs import RequestOutput, ScoreOutput
 from folojax.prompts import ParsedPrompt
-from folojax.runner import Runner, StepResult, TokenLogprob
+from folojax.runner import Pending, Runner, StepResult, TokenLogprob
 from folojax.sampling_params import SamplingParams
 from folojax.sched.plan import SchedulerOutput
 from folojax.sched.request import Request, RequestStatus
@@ -43,6 +48,7 @@ class EngineMetrics:
         num_decode_calls: Device calls for single tokens, at most one a step.
         num_scheduled_tokens: Tokens computed for requests.
         num_padding_tokens: Tokens computed for nobody, to fill a bucket.
+        num_discarded_tokens: Tokens sampled for requests that had ended, which no one has seen.
         num_preemptions: How often a sample lost its pages and was computed again.
         num_prefix_query_tokens: Tokens that were looked up in the prefix cache.
         num_prefix_hit_tokens: Those of them that were found, and not computed.
@@ -58,6 +64,7 @@ class EngineMetrics:
     num_decode_calls: int
     num_scheduled_tokens: int
     num_padding_tokens: int
+    num_discarded_tokens: int
     num_preemptions: int
     num_prefix_query_tokens: int
     num_prefix_hit_tokens: int
@@ -97,6 +104,10 @@ class Engine:
         self._eos_token_ids = tuple(eos_token_ids)
         self._jobs: dict[str, Job | ScoreJob] = {}
         self._owner: dict[str, tuple[Job, Sample] | tuple[ScoreJob, None]] = {}
+        # Plans under way, the earliest first: those that the scheduler knows of.
+        self._in_flight: deque[tuple[SchedulerOutput, list[Pending]]] = deque()
+        # Outputs that no step has returned yet.
+        self._untold: list[Output] = []
         self._seeds = np.random.default_rng(seed)
         vocab_size = runner.model.config.vocab_size
         self._validator = Validator(
@@ -168,24 +179,26 @@ class Engine:
             self._owner[job.request.request_id] = (job, None)
 
     def step(self) -> list[Output]:
-        """Runs one step; returns the requests that finished in it, and streamed ones so far.
+        """Reads one step of the device, and keeps it busy with the next meanwhile.
+
+        Returns:
+            The requests that are known to have finished since the step before, and the streamed
+            ones that got a token, with all that there is so far.
 
         Raises:
             RuntimeError: the engine sleeps.
         """
         self.check_is_awake()
-        plan = self.scheduler.schedule()
-        self._num_preemptions += len(plan.preempted_request_ids)
-        start = time.perf_counter()
-        result = self.runner.run(plan)
-        if plan.is_empty:
-            return []
-        self.num_steps += 1
-        for request_id in plan.num_scheduled_tokens:
-            job = self._owner[request_id][0]
-            if job.first_scheduled_time_s is None:
-                job.first_scheduled_time_s = start
-        return self._commit(plan, result)
+        self._take_in_unawaited()
+        while len(self._in_flight) < self.scheduler.config.max_plans_in_flight:
+            plan = self._dispatch()
+            if plan.is_empty:
+                break
+        self._take_in_unawaited()
+        if self._in_flight:
+            self._take_in()
+        outputs, self._untold = self._untold, []
+        return outputs
 
     def abort(self, request_ids: str | Iterable[str]) -> list[Output]:
         """Ends requests where they stand and returns them; unknown ids are passed over."""
@@ -200,7 +213,9 @@ class Engine:
 
     def reset(self) -> list[Output]:
         """Aborts everything and makes the engine usable again, also after an interrupted step."""
-        outputs = self.abort(list(self._jobs))
+        outputs = [*self._untold, *self.abort(list(self._jobs))]
+        self._untold = []
+        self._in_flight.clear()
         self.scheduler.shutdown()
         self.runner.batch.clear()
         if not self.is_asleep:
@@ -211,7 +226,7 @@ class Engine:
         """Gives the memory of the KV cache back; unfinished requests are computed again later."""
         if self.is_asleep:
             return
-        self.scheduler.reset_prefix_cache(preempt_running=True)
+        self.reset_prefix_cache(preempt_running=True)
         self.runner.batch.clear()
         self.runner.release()
         self.is_asleep = True
@@ -233,16 +248,29 @@ class Engine:
         Raises:
             ValueError: other names, shapes or dtypes; all of them are named, nothing has changed.
         """
-        self.runner.params = check_same_shapes(self.runner.params, params)
-        self.scheduler.reset_prefix_cache(preempt_running=True)
+        params = check_same_shapes(self.runner.params, params)
+        self.reset_prefix_cache(preempt_running=True)
+        self.runner.params = params
+
+    def reset_prefix_cache(self, *, preempt_running: bool = False) -> bool:
+        """Drops all cached K/V; False, and nothing has changed, while requests run.
+
+        Args:
+            preempt_running: Whether to compute running requests again for it. What is under way is
+                taken in first.
+        """
+        if preempt_running:
+            while self._in_flight:
+                self._take_in()
+        return self.scheduler.reset_prefix_cache(preempt_running=preempt_running)
 
     def has_request(self, request_id: str) -> bool:
         """Whether an unfinished request has this id."""
         return request_id in self._jobs
 
     def has_unfinished_requests(self) -> bool:
-        """Whether a step has anything to do."""
-        return bool(self._jobs)
+        """Whether a step has anything to do or to return."""
+        return bool(self._jobs or self._untold)
 
     def metrics(self) -> EngineMetrics:
         """Counts as they stand now."""
@@ -258,17 +286,46 @@ class Engine:
             num_decode_calls=stats.num_decode_calls,
             num_scheduled_tokens=stats.num_scheduled_tokens,
             num_padding_tokens=stats.num_computed_tokens - stats.num_scheduled_tokens,
+            num_discarded_tokens=self.scheduler.num_discarded_tokens,
             num_preemptions=self._num_preemptions,
             num_prefix_query_tokens=memory.num_query_tokens,
             num_prefix_hit_tokens=memory.num_hit_tokens,
         )
 
+    def _dispatch(self) -> SchedulerOutput:
+        """Plans a step, and hands it to the device."""
+        plan = self.scheduler.schedule()
+        now = time.perf_counter()
+        self._in_flight.append((plan, self.runner.dispatch(plan)))
+        self._num_preemptions += len(plan.preempted_request_ids)
+        self.num_steps += not plan.is_empty
+        for new in plan.new_requests:
+            job = self._owner[new.request_id][0]
+            if job.first_scheduled_time_s is None:
+                job.first_scheduled_time_s = now
+        return plan
+
+    def _take_in(self) -> None:
+        """Reads the earliest plan under way."""
+        plan, pending = self._in_flight[0]
+        result = self.runner.collect(pending)
+        self._in_flight.popleft()
+        self._untold += self._commit(plan, result)
+        self._take_in_unawaited()
+
+    def _take_in_unawaited(self) -> None:
+        """Takes in plans of which nobody awaits anything, without a look at what they gave."""
+        while self._in_flight and not self.scheduler.awaited_requests(self._in_flight[0][0]):
+            plan, _ = self._in_flight.popleft()
+            self.scheduler.update_from_output(plan, {})
+
     def _commit(self, plan: SchedulerOutput, result: StepResult) -> list[Output]:
         failed = {i: NO_DISTRIBUTION for i, entry in result.sampled.items() if entry is None}
+        awaited = self.scheduler.awaited_requests(plan)
         for request_id, chunk in result.prompt_logprobs.items():
             if has_nan(chunk):
                 failed[request_id] = NO_DISTRIBUTION
-            else:
+            elif request_id in awaited:
                 self._owner[request_id][0].add_prompt_logprobs(chunk)
         entries = {
             i: entry for i, entry in result.sampled.items() if entry is not None and i not in failed

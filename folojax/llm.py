@@ -309,8 +309,7 @@ class LLM:
         Returns:
             Whether it was done: not while requests run, unless these are reset.
         """
-        scheduler = self.engine.scheduler
-        return scheduler.reset_prefix_cache(preempt_running=reset_running_requests)
+        return self.engine.reset_prefix_cache(preempt_running=reset_running_requests)
 
     def update_params(self, params: Any) -> None:
         """Goes on with other parameters of the same model, such as after a step of training.

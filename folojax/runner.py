@@ -5,8 +5,9 @@
                                           (and score_tokens, for prompts whose scores are wanted)
 
 One decode call serves all rows that need a single token, one prefill call the chunks of all
-prompts (more only if they overflow the largest bucket). Everything is dispatched before any result
-is read.
+prompts (more only if they overflow the largest bucket). `dispatch` hands a plan to the device and
+does not wait; `collect` waits for what it gave. Further plans may be dispatched in between: the
+device has the tokens that they continue.
 """
 
 import dataclasses
@@ -86,8 +87,8 @@ class RunnerStats:
     num_copied_pages: int = 0
 
 
-class _Pending(NamedTuple):
-    """Results that are still on the device; row i of the arrays belongs to `rows[i]`."""
+class Pending(NamedTuple):
+    """Results of a call that are still on the device; row i of the arrays belongs to `rows[i]`."""
 
     rows: list[Row | None]
     out: StepOutput | None
@@ -146,8 +147,8 @@ class Runner:
         self._params = _place(params)
         self._head_params = step.head_params(self._params)
 
-    def run(self, plan: SchedulerOutput) -> StepResult:
-        """Computes a plan."""
+    def dispatch(self, plan: SchedulerOutput) -> list[Pending]:
+        """Has the device compute a plan, after those before; returns what `collect` takes."""
         for row in self.batch.update(plan):
             if row.params.has_slot_edits:
                 self._write_edits(row.slot, row.params, row.token_ids, row.num_prompt_tokens)
@@ -171,6 +172,10 @@ class Runner:
         if singles:
             pending.append(self._decode(singles, sampled))
         self.stats.num_scheduled_tokens += plan.total_num_scheduled_tokens
+        return pending
+
+    def collect(self, pending: list[Pending]) -> StepResult:
+        """Waits until a plan is computed, and returns what it gave; may be asked again."""
         return _read(pending)
 
     def reset(self) -> None:
@@ -217,7 +222,7 @@ class Runner:
         self.state = self.state._replace(cache=cache)
         self.stats.num_copied_pages += len(copies)
 
-    def _prefill(self, chunks: list[Chunk]) -> _Pending:
+    def _prefill(self, chunks: list[Chunk]) -> Pending:
         page_size = self._layout.page_size
         most_pages = max(-(-chunk.end // page_size) for chunk in chunks)
         extent = max(chunk.row.extent for chunk in chunks)
@@ -230,9 +235,9 @@ class Runner:
         rows = [chunk.row if chunk.has_sample else None for chunk in chunks]
         out = self._sample(last, rows, inputs.start + inputs.length) if any(rows) else None
         scores = self._score(hidden, chunks)
-        return _Pending(rows, out, chunks, scores)
+        return Pending(rows, out, chunks, scores)
 
-    def _decode(self, rows: list[Row], sampled: set[str]) -> _Pending:
+    def _decode(self, rows: list[Row], sampled: set[str]) -> Pending:
         extent, most_pages = max(r.extent for r in rows), max(r.num_pages for r in rows)
         shared_items = self.batch.num_shared_items(rows, self.buckets.shared_lanes)
         shape = self.buckets.decode_shape(len(rows), extent, most_pages, shared_items)
@@ -241,7 +246,7 @@ class Runner:
         self.stats.num_decode_calls += 1
         self.stats.num_computed_tokens += shape.rows
         sampling = [row if row.request_id in sampled else None for row in rows]
-        return _Pending(sampling, self._sample(hidden, sampling, inputs.position + 1), [], None)
+        return Pending(sampling, self._sample(hidden, sampling, inputs.position + 1), [], None)
 
     def _sample(self, hidden: Any, rows: list[Row | None], position: Any) -> StepOutput:
         slot = self.batch.slots(rows, len(position))
@@ -350,7 +355,7 @@ def _tokens_after(chunk: Chunk) -> list[int]:
     return tokens
 
 
-def _read(pending: list[_Pending]) -> StepResult:
+def _read(pending: list[Pending]) -> StepResult:
     """Waits for the device and sorts its rows by request."""
     result = StepResult()
     arrays = jax.device_get([(item.out, item.scores) for item in pending])

@@ -17,6 +17,8 @@ The life of a request::
 
      finish_requests: WAITING, RUNNING or PREEMPTED --> FINISHED_ABORTED (or FINISHED_STOPPED,
      for a stop string, which only the caller can see)
+
+A token that was under way when its request was preempted still counts, and can end it.
 """
 
 import enum
@@ -183,10 +185,8 @@ class Request:
 
     @property
     def num_expected_tokens(self) -> int:
-        """`num_tokens` once the plans under way have run: what a further plan is to catch up with."""
-        return (
-            len(self.prompt_token_ids) + len(self.output_token_ids) + self.num_samples_in_flight
-        )
+        """`num_tokens` once the plans under way have run: what the next is to catch up with."""
+        return len(self.prompt_token_ids) + len(self.output_token_ids) + self.num_samples_in_flight
 
     @property
     def token_ids(self) -> tuple[int, ...]:

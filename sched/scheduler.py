@@ -24,9 +24,9 @@ Laws that follow, and that its parts lean on:
   flight already, or it needs pages and such a request is about to leave some. Requests keep their
   order, and only the last of a step can have a chunk cut short by the budget; so the next step's
   chunks before it are no larger, and leave it something.
-- While a request is unfinished, a plan is never empty, unless another is under way. The first running request (FCFS) or the
-  most urgent one (priority) is never a victim while others run, and alone it has the whole pool,
-  which `add_request` has made sure is enough.
+- While a request is unfinished, a plan is never empty, unless another is under way. The first
+  running request (FCFS) or the most urgent one (priority) is never a victim while others run, and
+  alone it has the whole pool, which `add_request` has made sure is enough.
 - Under FCFS, running and then waiting requests are in order of arrival, except that one of a
   group is passed while its prompt is computed for a sibling. Nobody starves for it: a running
   sibling moves on in every step, or goes back to the queue and ends the wait; and the passed
@@ -285,8 +285,8 @@ class Scheduler:
     def shutdown(self) -> list[Request]:
         """Aborts all requests, drops all cached K/V, and returns the requests.
 
-        The scheduler is empty then and can be used on, also after a step that was interrupted. Plans
-        under way are not to be taken in.
+        The scheduler is empty then and can be used on, also after a step that was interrupted.
+        Plans under way are not to be taken in.
         """
         requests = self.finish_requests(tuple(self._requests), RequestStatus.FINISHED_ABORTED)
         self._flights.clear()

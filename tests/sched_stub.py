@@ -3,9 +3,11 @@
 The K/V of a token are one number, a hash of the token and of the number before it: like real K/V
 they depend on all tokens so far. The device knows only the plans: it does the copies, writes each
 scheduled token into its page, reads the number before it from there, and after every step finds
-each row's own numbers in its pages. It feeds sampled tokens back by itself, so it can run plans
-that were made before these tokens were known; then it finds whether it is told the same. A page that is handed out twice, freed too early, hit for
+each row's own numbers in its pages. So a page that is handed out twice, freed too early, hit for
 the wrong tokens, copied too late or listed in the wrong place is noticed in that step.
+
+It feeds sampled tokens back by itself, and so can run plans that were made before these tokens
+were known; when it is told them later, it finds out whether they are the same.
 """
 
 from dataclasses import dataclass, field

@@ -33,6 +33,7 @@ BAD: list[tuple[str, Any]] = [
     *[("enable_chunked_prefill", bad) for bad in (1, 0, None, "yes")],
     *[("enable_prefix_caching", bad) for bad in (1, 0, None, "yes")],
     *[("memory_fraction", bad) for bad in (0, -0.5, 1.01, True, "0.9", math.nan, [0.5])],
+    *[("async_scheduling", bad) for bad in (1, 0, None, "yes")],
     *[("logprobs_mode", bad) for bad in ("", "RAW", "raw_logits", None, 3)],
     *[("scheduling_policy", bad) for bad in ("lifo", "", "FCFS", None, 3, ["fcfs"])],
 ]
@@ -113,8 +114,10 @@ def test_the_scheduler_gets_every_limit() -> None:
     ).resolve(64)
     scheduler = config.scheduler()
     assert scheduler.policy == "priority"
+    assert scheduler.max_plans_in_flight == 2
+    assert dataclasses.replace(config, async_scheduling=False).scheduler().max_plans_in_flight == 1
     for field in dataclasses.fields(scheduler):
-        if field.name != "policy":
+        if field.name not in ("policy", "max_plans_in_flight"):
             assert getattr(scheduler, field.name) == getattr(config, field.name)
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from folojax import LLM, SamplingClass, SamplingParams, engine
 from folojax.models.llama import Llama
+from folojax.sched.request import RequestStatus
 from tests.reference import TINY
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
@@ -208,9 +209,9 @@ def test_abort_of_a_preempted_request_frees_everything(tiny_model: tuple) -> Non
         llm.add_request(str(i), prompt(20, i), dataclasses.replace(GREEDY, max_tokens=40))
     preempted: set[str] = set()
     while not preempted:
-        plan = llm.engine.scheduler.schedule()
-        preempted = set(plan.preempted_request_ids)
-        llm.engine._commit(plan, llm.engine.runner.run(plan))
+        llm.step()
+        requests = [job.requests[0] for job in llm.engine._jobs.values()]
+        preempted = {r.request_id for r in requests if r.status is RequestStatus.PREEMPTED}
     (output,) = llm.abort_request(preempted.pop())
     assert output.outputs[0].token_ids
     assert output.metrics.num_preemptions == 1
@@ -278,23 +279,24 @@ def test_a_row_of_nan_fails_alone_and_leaves_nothing_behind(tiny_model: tuple) -
 
 
 @pytest.mark.parametrize("consumes_state", [False, True])
+@pytest.mark.parametrize("interrupted_call", ["dispatch", "collect"])
 def test_an_interrupt_leaves_the_engine_usable_and_empty(
-    llm: LLM, monkeypatch: pytest.MonkeyPatch, consumes_state: bool
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, interrupted_call: str, consumes_state: bool
 ) -> None:
     expected = token_ids(llm, prompt(6), GREEDY)
     llm.add_request("mine", prompt(9), dataclasses.replace(GREEDY, max_tokens=100))
-    run, calls = llm.engine.runner.run, 0
+    run, calls = getattr(llm.engine.runner, interrupted_call), 0
 
-    def interrupted(plan: Any) -> Any:
+    def interrupted(*args: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == 4:
             if consumes_state:
                 jax.tree.map(lambda leaf: leaf.delete(), llm.engine.runner.state)
             raise KeyboardInterrupt
-        return run(plan)
+        return run(*args)
 
-    monkeypatch.setattr(llm.engine.runner, "run", interrupted)
+    monkeypatch.setattr(llm.engine.runner, interrupted_call, interrupted)
     with pytest.raises(KeyboardInterrupt):
         llm.generate([prompt(6), prompt(7)], GREEDY, use_tqdm=False)
     monkeypatch.undo()
@@ -315,7 +317,7 @@ def test_an_interrupted_step_leaves_the_engine_usable_and_empty(
         jax.tree.map(lambda leaf: leaf.delete(), llm.engine.runner.state)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(llm.engine.runner, "run", interrupted)
+    monkeypatch.setattr(llm.engine.runner, "dispatch", interrupted)
     with pytest.raises(KeyboardInterrupt):
         llm.step()
     monkeypatch.undo()

@@ -72,10 +72,10 @@ def check_same(found: dict[int, RequestOutput], expected: dict[int, RequestOutpu
 
 @pytest.fixture(scope="module")
 def alone(tiny_model: tuple) -> dict[int, RequestOutput]:
-    """Each request by itself in an engine of its own."""
+    """Each request by itself in an engine of its own, every step read before the next."""
     outputs: dict[int, RequestOutput] = {}
     for index in range(NUM_REQUESTS):
-        outputs |= run(make_llm(tiny_model, max_num_seqs=1), [index])
+        outputs |= run(make_llm(tiny_model, max_num_seqs=1, async_scheduling=False), [index])
     return outputs
 
 
