@@ -18,7 +18,8 @@ import numpy as np
 from folojax.job import Job, Sample, make_job
 from folojax.outputs import RequestOutput, ScoreOutput
 from folojax.prompts import ParsedPrompt
-from folojax.runner import Pending, Runner, StepResult, TokenLogprob
+from folojax.results import Pending, StepResult, TokenLogprob
+from folojax.runner import Runner
 from folojax.sampling_params import SamplingParams
 from folojax.sched.plan import SchedulerOutput
 from folojax.sched.request import Request, RequestStatus
@@ -286,7 +287,7 @@ class Engine:
             num_decode_calls=stats.num_decode_calls,
             num_scheduled_tokens=stats.num_scheduled_tokens,
             num_padding_tokens=stats.num_computed_tokens - stats.num_scheduled_tokens,
-            num_discarded_tokens=self.scheduler.num_discarded_tokens,
+            num_discarded_tokens=self.scheduler.flights.num_discarded_tokens,
             num_preemptions=self._num_preemptions,
             num_prefix_query_tokens=memory.num_query_tokens,
             num_prefix_hit_tokens=memory.num_hit_tokens,
@@ -315,13 +316,13 @@ class Engine:
 
     def _take_in_unawaited(self) -> None:
         """Takes in plans of which nobody awaits anything, without a look at what they gave."""
-        while self._in_flight and not self.scheduler.awaited_requests(self._in_flight[0][0]):
+        while self._in_flight and not self.scheduler.flights.awaited(self._in_flight[0][0]):
             plan, _ = self._in_flight.popleft()
             self.scheduler.update_from_output(plan, {})
 
     def _commit(self, plan: SchedulerOutput, result: StepResult) -> list[Output]:
         failed = {i: NO_DISTRIBUTION for i, entry in result.sampled.items() if entry is None}
-        awaited = self.scheduler.awaited_requests(plan)
+        awaited = self.scheduler.flights.awaited(plan)
         for request_id, chunk in result.prompt_logprobs.items():
             if has_nan(chunk):
                 failed[request_id] = NO_DISTRIBUTION
@@ -332,16 +333,17 @@ class Engine:
         }
         tokens = {request_id: entry.token for request_id, entry in entries.items()}
         now = time.perf_counter()
-        touched: dict[str, Job | ScoreJob] = {}
+        told: dict[str, Job | ScoreJob] = {}  # and perhaps finished
         for update in self.scheduler.update_from_output(plan, tokens, failed):
             request_id = update.request.request_id
             job, sample = self._owner[request_id]
-            touched[job.request_id] = job
             if isinstance(job, Job) and sample is not None and request_id in entries:
                 self._take_token(job, sample, entries[request_id], now)
+            if job.is_streamed or update.request.is_finished:
+                told[job.request_id] = job
         return [
             self._close(job) if job.is_finished else job.output()
-            for job in touched.values()
+            for job in told.values()
             if job.is_finished or job.is_streamed
         ]
 

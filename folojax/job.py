@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from folojax.detokenizer import Detokenizer
 from folojax.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+from folojax.results import PromptLogprobs, TokenLogprob
 from folojax.row_params import RowParams
-from folojax.runner import PromptLogprobs, TokenLogprob
 from folojax.sched.request import Request, StopRule
 from folojax.tokenizer import Tokenizer
 from folojax.validation import CheckedRequest

@@ -12,7 +12,7 @@ device has the tokens that they continue.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from flax import linen as nn
@@ -21,6 +21,7 @@ from folojax import kv_cache, step
 from folojax.batch import Batch, Chunk, Row, ints
 from folojax.buckets import Buckets, PrefillShape, slots_for
 from folojax.logit_edits import EditState, init_edits, write_slot
+from folojax.results import Pending, StepResult, is_scored, read, tokens_after
 from folojax.row_params import RowParams
 from folojax.sampling import SamplingClass, SamplingSpec
 from folojax.sampling_params import SamplingParams
@@ -40,41 +41,6 @@ _USUAL_LOGPROBS = 20
 """J where nobody wants more, also in an engine that allows the whole vocabulary."""
 
 
-class TokenLogprob(NamedTuple):
-    """A token, sampled or given, and how likely it was.
-
-    `top_tokens` and `top_logprobs` are the likeliest alternatives, descending: as many as the
-    request asked for. `rank` is 0 where it asked for no log-probabilities.
-    """
-
-    token: int
-    logprob: float
-    rank: int
-    top_tokens: tuple[int, ...] = ()
-    top_logprobs: tuple[float, ...] = ()
-
-
-class PromptLogprobs(NamedTuple):
-    """Log-probabilities of a chunk of a prompt: entry i is of the token at position `first + i`."""
-
-    first: int
-    entries: list[TokenLogprob]
-
-
-@dataclasses.dataclass(frozen=True)
-class StepResult:
-    """What a step gave, by request id.
-
-    Attributes:
-        sampled: The new token; None: the model gave no usable distribution (NaN, or all -inf).
-        prompt_logprobs: Of requests that asked. A request that was preempted and is computed again
-            reports again.
-    """
-
-    sampled: dict[str, TokenLogprob | None] = dataclasses.field(default_factory=dict)
-    prompt_logprobs: dict[str, PromptLogprobs] = dataclasses.field(default_factory=dict)
-
-
 @dataclasses.dataclass
 class RunnerStats:
     """Counts since the runner was made; padding is in computed minus scheduled tokens."""
@@ -85,15 +51,6 @@ class RunnerStats:
     num_prefill_tokens: int = 0
     num_computed_tokens: int = 0
     num_copied_pages: int = 0
-
-
-class Pending(NamedTuple):
-    """Results of a call that are still on the device; row i of the arrays belongs to `rows[i]`."""
-
-    rows: list[Row | None]
-    out: StepOutput | None
-    chunks: list[Chunk]
-    scores: TokenScores | None
 
 
 class Runner:
@@ -159,7 +116,7 @@ class Runner:
         for request_id, num_tokens in plan.num_scheduled_tokens.items():
             row = self.batch.rows[request_id]
             start, end = row.num_computed_tokens, row.num_computed_tokens + num_tokens
-            if num_tokens == 1 and not _is_scored(row, start):
+            if num_tokens == 1 and not is_scored(row, start):
                 singles.append(row)
                 continue
             assert end <= len(row.token_ids), f"{request_id} has {num_tokens} tokens, sampled ones"
@@ -176,7 +133,7 @@ class Runner:
 
     def collect(self, pending: list[Pending]) -> StepResult:
         """Waits until a plan is computed, and returns what it gave; may be asked again."""
-        return _read(pending)
+        return read(pending)
 
     def reset(self) -> None:
         """Forgets every row; replaces the state if an interrupted step has consumed it."""
@@ -256,12 +213,12 @@ class Runner:
         return self._call_sample(hidden, slot, position, spec)
 
     def _score(self, hidden: Any, chunks: list[Chunk]) -> TokenScores | None:
-        scored = [chunk for chunk in chunks if _is_scored(chunk.row, chunk.start)]
+        scored = [chunk for chunk in chunks if is_scored(chunk.row, chunk.start)]
         if not scored:
             return None
         targets = ints(hidden.shape[:2])
         for i, chunk in enumerate(chunks):
-            following = _tokens_after(chunk)
+            following = tokens_after(chunk)
             targets[i, : len(following)] = following
         wanted = [chunk.row.params.num_prompt_logprobs or 0 for chunk in scored]
         return step.score_tokens(
@@ -335,67 +292,3 @@ def _place(arrays: Any) -> Any:
     that come from elsewhere would need executables of their own.
     """
     return jax.device_put(arrays, jax.devices()[0])
-
-
-def _is_scored(row: Row, position: int) -> bool:
-    """Whether the token after a position has a log-probability that the request asked for."""
-    if row.params.num_prompt_logprobs is None:
-        return False
-    return position + 1 < row.num_prompt_tokens or (
-        row.params.next_token is not None and position + 1 == row.num_prompt_tokens
-    )
-
-
-def _tokens_after(chunk: Chunk) -> list[int]:
-    """The scored tokens that follow the positions of a chunk."""
-    row = chunk.row
-    tokens = row.token_ids[: row.num_prompt_tokens].tolist()[chunk.start + 1 : chunk.end + 1]
-    if chunk.end == row.num_prompt_tokens and row.params.next_token is not None:
-        tokens.append(row.params.next_token)
-    return tokens
-
-
-def _read(pending: list[Pending]) -> StepResult:
-    """Waits for the device and sorts its rows by request."""
-    result = StepResult()
-    arrays = jax.device_get([(item.out, item.scores) for item in pending])
-    for item, (out, scores) in zip(pending, arrays, strict=True):
-        if out is not None:
-            _read_samples(item.rows, out, result)
-        if scores is not None:
-            _read_scores(item.chunks, scores, result)
-    return result
-
-
-def _read_samples(rows: list[Row | None], out: StepOutput, result: StepResult) -> None:
-    tokens, logprobs, ranks = out.tokens.tolist(), out.logprobs.tolist(), out.ranks.tolist()
-    is_valid = out.is_valid.tolist()
-    for i, row in enumerate(rows):
-        if row is None:
-            continue
-        entry = TokenLogprob(tokens[i], logprobs[i], ranks[i])
-        if row.params.num_logprobs:
-            entry = entry._replace(
-                top_tokens=tuple(out.top_tokens[i, : row.params.num_logprobs].tolist()),
-                top_logprobs=tuple(out.top_logprobs[i, : row.params.num_logprobs].tolist()),
-            )
-        result.sampled[row.request_id] = entry if is_valid[i] else None
-
-
-def _read_scores(chunks: list[Chunk], scores: TokenScores, result: StepResult) -> None:
-    for i, chunk in enumerate(chunks):
-        count = chunk.row.params.num_prompt_logprobs
-        if count is None or not _is_scored(chunk.row, chunk.start):
-            continue
-        entries = [
-            TokenLogprob(
-                token,
-                float(scores.logprobs[i, j]),
-                int(scores.ranks[i, j]),
-                tuple(scores.top_tokens[i, j, :count].tolist()),
-                tuple(scores.top_logprobs[i, j, :count].tolist()),
-            )
-            for j, token in enumerate(_tokens_after(chunk))
-        ]
-        first = PromptLogprobs(chunk.start + 1, [])
-        result.prompt_logprobs.setdefault(chunk.row.request_id, first).entries.extend(entries)

@@ -6,8 +6,8 @@ import time
 
 from folojax.outputs import RequestMetrics, ScoreOutput
 from folojax.prompts import ParsedPrompt
+from folojax.results import PromptLogprobs, TokenLogprob
 from folojax.row_params import RowParams
-from folojax.runner import PromptLogprobs, TokenLogprob
 from folojax.sampling_params import SamplingParams
 from folojax.sched.request import Request, StopRule
 

@@ -33,11 +33,10 @@ Laws that follow, and that its parts lean on:
   keep their place at the head, where nobody passes them for lack of a slot or of pages.
 """
 
-from collections import deque
 from collections.abc import Iterable, Mapping
 
 from folojax.sched.config import SchedulerConfig
-from folojax.sched.flight import Flight
+from folojax.sched.flight import Flights
 from folojax.sched.groups import Groups
 from folojax.sched.integrity import check_integrity
 from folojax.sched.memory import KVMemory
@@ -64,8 +63,7 @@ class Scheduler:
     Attributes:
         config: the limits.
         memory: the pages and what they hold; for reading.
-        num_discarded_tokens: tokens that were sampled for requests that did not await them any
-            more: they had finished, or were to be computed again.
+        flights: the plans under way; for reading.
     """
 
     def __init__(self, config: SchedulerConfig) -> None:
@@ -79,8 +77,7 @@ class Scheduler:
         # Ids in order of finishing; a dict, as an id can be used and finished twice between plans.
         self._unreported_finished_ids: dict[str, None] = {}
         self._unreported_preempted_ids: list[str] = []
-        self.num_discarded_tokens = 0
-        self._flights: deque[Flight] = deque()  # the earliest first
+        self.flights = Flights()
 
     @property
     def allocator(self) -> PageAllocator:
@@ -108,13 +105,6 @@ class Scheduler:
     def get_request(self, request_id: str) -> Request | None:
         """Returns an unfinished request, or None: finished ones are not remembered."""
         return self._requests.get(request_id)
-
-    def awaited_requests(self, output: SchedulerOutput) -> Mapping[str, Request]:
-        """Returns the requests that await their results of a plan under way, by id; for reading.
-
-        Without any, the plan can be taken in with nothing sampled.
-        """
-        return next(flight.requests for flight in self._flights if flight.plan is output)
 
     def validate(self, request: Request) -> None:
         """Raises the ValueError that `add_request` would raise, and changes nothing."""
@@ -146,22 +136,22 @@ class Scheduler:
 
     def schedule(self) -> SchedulerOutput:
         """Plans the next step and reserves its pages."""
-        if len(self._flights) == self.config.max_plans_in_flight:
-            self._flights.pop().take_back()
+        if len(self.flights) == self.config.max_plans_in_flight:
+            self.flights.take_back()
         else:
             self.allocator.forget_copies()  # the plan before has them
         draft = PlanDraft(budget_left=self.config.max_num_batched_tokens)
         self._schedule_running(draft)
         if not draft.is_short_of_pages:
             self._admit_waiting(draft)
-        is_stuck = not draft.requests and self._requests and not self._flights
+        is_stuck = not draft.requests and self._requests and not self.flights
         assert not is_stuck, "requests are left, and none can run"
         plan = draft.publish(
             self._unreported_finished_ids,
             self._unreported_preempted_ids,
             self.allocator.page_copies,
         )
-        self._flights.append(Flight(plan, draft.requests))
+        self.flights.add(plan, draft.requests)
         self._unreported_finished_ids = {}
         self._unreported_preempted_ids = []
         return plan
@@ -189,22 +179,9 @@ class Scheduler:
         Raises:
             AssertionError: another plan, or samples that don't belong to it; nothing has changed.
         """
-        is_next = bool(self._flights) and output is self._flights[0].plan
-        assert is_next, "the plan is not the next to be taken in, or was taken in already"
-        planned = self._flights[0].requests
-        may_sample = set(output.sampled_request_ids) - failed.keys()
-        missing = (may_sample & planned.keys()) - sampled.keys()
-        surplus = sampled.keys() - may_sample
-        unknown = failed.keys() - output.num_scheduled_tokens.keys()
-        assert not missing, f"no token for {sorted(missing)}"
-        assert not surplus, f"a token that was not asked for: {sorted(surplus)}"
-        assert not unknown, f"failed, but not in the plan: {sorted(unknown)}"
-        self._flights.popleft()
-        self.num_discarded_tokens += len(may_sample - planned.keys())
-
         updates = []
         num_before = len(self._requests)
-        for request_id, request in planned.items():
+        for request_id, request in self.flights.land(output, sampled, failed).items():
             is_preempted = request.status is RequestStatus.PREEMPTED
             if request_id in failed:
                 if is_preempted:
@@ -260,8 +237,7 @@ class Scheduler:
         the K/V must go: the memory is given up, or the weights change. What plans under way
         sample is not taken in; it is sampled again.
         """
-        for flight in self._flights:
-            flight.forget_all()
+        self.flights.forget_all()
         for request in reversed(self._running):
             self._preempt(request)
         self._running = []
@@ -289,7 +265,7 @@ class Scheduler:
         Plans under way are not to be taken in.
         """
         requests = self.finish_requests(tuple(self._requests), RequestStatus.FINISHED_ABORTED)
-        self._flights.clear()
+        self.flights.clear()
         self.reset_prefix_cache()
         return requests
 
@@ -301,14 +277,14 @@ class Scheduler:
 
     def _num_tokens_left(self, request: Request) -> int:
         """How many tokens a running request has to compute; 0: its last result is in flight."""
-        num_samples = request.num_samples_in_flight
-        num_expected_tokens = request.num_expected_tokens
-        if num_samples and (
-            request.num_output_tokens + num_samples >= request.stop.max_tokens
-            or num_expected_tokens >= self.config.max_model_len
+        # Spelled out: asked of every row in every step.
+        num_outputs = len(request.output_token_ids) + request.num_samples_in_flight
+        num_tokens = len(request.prompt_token_ids) + num_outputs
+        if request.num_samples_in_flight and (
+            num_outputs >= request.stop.max_tokens or num_tokens >= self.config.max_model_len
         ):
             return 0
-        return num_expected_tokens - request.num_planned_tokens
+        return num_tokens - request.num_computed_tokens - request.num_tokens_in_flight
 
     def _chunk_size(self, num_tokens_left: int, budget_left: int) -> int:
         cap = self.config.long_prefill_token_threshold or budget_left
@@ -386,8 +362,7 @@ class Scheduler:
         """Puts a running request back in the queue; the batch is left to the caller."""
         self.memory.release(victim)
         self._groups.set_waiting(victim)
-        for flight in self._flights:
-            flight.forget_chunk(victim)
+        self.flights.forget_chunks(victim)
         victim.status = RequestStatus.PREEMPTED
         victim.num_preemptions += 1
         self._unreported_preempted_ids.append(victim.request_id)
@@ -412,7 +387,5 @@ class Scheduler:
         request.status = status
         request.stop_reason = stop_reason
         del self._requests[request.request_id]
-        request.num_samples_in_flight = 0
-        for flight in self._flights:
-            flight.forget(request)
+        self.flights.forget(request)
         self._unreported_finished_ids[request.request_id] = None

@@ -195,7 +195,7 @@ class History:
         """Takes in the earliest plan."""
         scheduler = self.scheduler
         plan, (sampled, failed), tables = self.flights.popleft()
-        awaited = dict(scheduler.awaited_requests(plan))
+        awaited = dict(scheduler.flights.awaited(plan))
         for request_id in sampled.keys() - awaited.keys():
             self.num_discarded[request_id] += 1
         for update in scheduler.update_from_output(plan, sampled, failed):

@@ -12,7 +12,7 @@ PATH = (
     ("kv_cache", "logit_edits", "state", "draws", "sampling", "attention", "step"),
     ("sampling_params", "row_params"),
     ("config", "buckets"),
-    ("batch", "runner"),
+    ("batch", "results", "runner"),
     ("memory_plan", "step_memory"),
     ("time_limit", "tokenizer", "detokenizer", "outputs", "prompts"),
     ("validation", "job", "score_job", "weights"),

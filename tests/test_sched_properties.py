@@ -55,7 +55,7 @@ def check_laws(config: SchedulerConfig, jobs: list[Job], events: list[Event]) ->
     assert sorted(history.reported_finished) == sorted(history.requests)
     assert history.runner.rows == {}
     assert history.num_preemptions == sum(r.num_preemptions for r in history.requests.values())
-    assert scheduler.num_discarded_tokens == history.num_discarded.total()
+    assert scheduler.flights.num_discarded_tokens == history.num_discarded.total()
     if not any(event.kind in ("preempt_all", "reset") for event in events):
         # An end by length is foreseen; one by a token is seen when it is read.
         most = {
