@@ -102,10 +102,10 @@ class KVMemory:
 
     def extend(self, request: Request, num_tokens: int) -> list[int] | None:
         """Gives a request pages for its next tokens, and returns those; None if too few."""
-        num_pages = pages_for(request.num_planned_tokens + num_tokens, self.page_size)
-        num_missing = num_pages - len(request.page_ids)
-        if num_missing <= 0:  # most rows in most steps
+        num_tokens += request.num_computed_tokens + request.num_tokens_in_flight
+        if num_tokens <= len(request.page_ids) * self.page_size:  # most rows in most steps
             return []
+        num_missing = pages_for(num_tokens, self.page_size) - len(request.page_ids)
         page_ids = self.allocator.allocate(num_missing)
         if page_ids is not None:
             request.page_ids.extend(page_ids)

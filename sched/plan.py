@@ -8,6 +8,7 @@ The batch of a step, in the order of `num_scheduled_tokens`::
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from folojax.sched.request import Request
 
@@ -89,8 +90,7 @@ class SchedulerOutput:
         return self.total_num_scheduled_tokens == 0
 
 
-@dataclass(frozen=True)
-class RequestUpdate:
+class RequestUpdate(NamedTuple):
     """What a step gave one request; how it ended, if it did, is in the request itself.
 
     Attributes:
@@ -154,19 +154,27 @@ class PlanDraft:
         joining = []
         cached = []
         sampled_request_ids = []
+        new_page_ids, new_request_ids = self.new_page_ids, self.new_request_ids
+        num_scheduled_tokens = self.num_scheduled_tokens
         for request_id, request in self.requests.items():  # one pass: it goes through every row
-            num_computed_tokens = request.num_planned_tokens
-            if request_id in self.new_request_ids:
+            num_in_flight = request.num_tokens_in_flight
+            num_computed_tokens = request.num_computed_tokens + num_in_flight
+            output_token_ids = request.output_token_ids
+            num_outputs = len(output_token_ids)
+            if request_id in new_request_ids:
                 joining.append(_new_request(request))
             else:
-                token_ids = tuple(request.output_token_ids[request.num_reported_tokens :])
-                page_ids = tuple(self.new_page_ids.get(request_id, ()))
+                token_ids = tuple(output_token_ids[request.num_reported_tokens :])
+                page_ids = tuple(new_page_ids[request_id]) if request_id in new_page_ids else ()
                 cached.append((request_id, token_ids, num_computed_tokens, page_ids))
-            request.num_reported_tokens = len(request.output_token_ids)
-            num_tokens = self.num_scheduled_tokens[request_id]
-            request.num_tokens_in_flight += num_tokens
-            is_last = num_computed_tokens + num_tokens == request.num_expected_tokens
-            if is_last and not request.is_prompt_only:
+            request.num_reported_tokens = num_outputs
+            num_tokens = num_scheduled_tokens[request_id]
+            request.num_tokens_in_flight = num_in_flight + num_tokens
+            num_expected = (
+                len(request.prompt_token_ids) + num_outputs + request.num_samples_in_flight
+            )
+            is_last = num_computed_tokens + num_tokens == num_expected
+            if is_last and request.stop.max_tokens:
                 request.num_samples_in_flight += 1
                 sampled_request_ids.append(request_id)
         return SchedulerOutput(

@@ -371,9 +371,11 @@ class Scheduler:
 
     def _append_token(self, request: Request, token: int) -> None:
         request.num_samples_in_flight -= 1
-        request.output_token_ids.append(token)
-        status, stop_reason = request.stop.check(request.num_output_tokens, token)
-        if status is None and request.num_tokens >= self.config.max_model_len:
+        output_token_ids = request.output_token_ids
+        output_token_ids.append(token)
+        status, stop_reason = request.stop.check(len(output_token_ids), token)
+        num_tokens = len(request.prompt_token_ids) + len(output_token_ids)
+        if status is None and num_tokens >= self.config.max_model_len:
             status = RequestStatus.FINISHED_LENGTH
         if status is not None:
             self._finish(request, status, stop_reason)
