@@ -23,7 +23,7 @@ from folojax.sched.scheduler import Scheduler
 # device wait: until results are there; commit: tokens to requests, and outputs.
 PHASES: dict[str, list[tuple[Any, str]]] = {
     "schedule": [(Scheduler, "schedule")],
-    "pack": [(Runner, "run")],
+    "pack": [(Runner, "dispatch")],
     "dispatch": [(Runner, name) for name in ("_copy_pages", "_call_prefill", "_call_decode")]
     + [(Runner, name) for name in ("_call_sample", "_score", "_write_edits")],
     "device wait": [(jax, "device_get")],
