@@ -125,10 +125,13 @@ class EngineConfig:
                 f"positions: lower EngineConfig.max_model_len to {max_position} or less"
             )
         if fields["num_pages"] is None:
-            num_tokens = max_model_len
+            page_size = fields["page_size"]
+            num_pages = pages_for(max_model_len, page_size)
             if self.pool_fraction(backend) is None:
-                num_tokens = max(num_tokens, self.max_num_seqs * min(max_model_len, 512))
-            fields["num_pages"] = pages_for(num_tokens, fields["page_size"])
+                # Whole pages for each, or all of them running would not fit.
+                usual = pages_for(min(max_model_len, 512), page_size)
+                num_pages = max(num_pages, self.max_num_seqs * usual)
+            fields["num_pages"] = num_pages
         resolved = ResolvedConfig(**{**fields, "memory_fraction": None})
         resolved.scheduler()  # its checks
         return resolved

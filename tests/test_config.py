@@ -78,7 +78,7 @@ def test_it_is_frozen_hashable_and_keyword_only() -> None:
 def test_resolving_takes_the_models_limit_and_makes_room() -> None:
     config = EngineConfig(max_num_seqs=3, page_size=64)
     short = config.resolve(max_position=100)
-    assert (short.max_model_len, short.num_pages) == (100, 5)  # 3 requests of 100 tokens
+    assert (short.max_model_len, short.num_pages) == (100, 6)  # 3 requests of 2 pages
     long = config.resolve(max_position=1000)
     assert (long.max_model_len, long.num_pages) == (1000, 24)  # 3 requests of 512
     longer = config.resolve(max_position=8192)
