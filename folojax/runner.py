@@ -48,9 +48,7 @@ class RunnerStats:
     num_prefill_calls: int = 0
     num_decode_calls: int = 0
     num_scheduled_tokens: int = 0
-    num_prefill_tokens: int = 0
     num_computed_tokens: int = 0
-    num_copied_pages: int = 0
 
 
 class Runner:
@@ -177,7 +175,6 @@ class Runner:
             return
         cache = kv_cache.copy_pages(self.state.cache, copies)
         self.state = self.state._replace(cache=cache)
-        self.stats.num_copied_pages += len(copies)
 
     def _prefill(self, chunks: list[Chunk]) -> Pending:
         page_size = self._layout.page_size
@@ -187,7 +184,6 @@ class Runner:
         inputs = self.batch.prefill_inputs(shape, chunks)
         last, hidden = self._call_prefill(inputs, shape.segments)
         self.stats.num_prefill_calls += 1
-        self.stats.num_prefill_tokens += sum(chunk.end - chunk.start for chunk in chunks)
         self.stats.num_computed_tokens += inputs.tokens.size
         rows = [chunk.row if chunk.has_sample else None for chunk in chunks]
         out = self._sample(last, rows, inputs.start + inputs.length) if any(rows) else None
