@@ -20,6 +20,7 @@ from folojax.outputs import (
 from folojax.prompts import Prompt
 from folojax.sampling import SamplingClass, SamplingSpec
 from folojax.sampling_params import SamplingParams
+from folojax.snapshot import Snapshot, load_snapshot
 from folojax.state import (
     DecodeInputs,
     EngineState,
@@ -56,6 +57,7 @@ __all__ = [
     "SamplingSpec",
     "ScoreOutput",
     "SlotState",
+    "Snapshot",
     "StepOutput",
     "TokenScores",
     "batch_metrics",
@@ -63,6 +65,7 @@ __all__ = [
     "greedy_rows",
     "head_params",
     "init_state",
+    "load_snapshot",
     "prefill",
     "sample_tokens",
     "score_tokens",

@@ -6,7 +6,7 @@ indexing operations, however many requests run.
 
 import dataclasses
 import heapq
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +19,7 @@ from folojax.state import DecodeInputs, PrefillInputs, SharedPages
 
 @dataclasses.dataclass(eq=False)
 class Row:
-    """A request of the batch.
+    """A request of the batch; what changes with every step is in the arrays of `Batch`.
 
     Attributes:
         request_id: Its id.
@@ -27,9 +27,6 @@ class Row:
         params: As they came with the request.
         token_ids: Those that were known when it joined; later ones are sampled on the device.
         num_prompt_tokens: How many of them are its prompt.
-        num_computed_tokens: Tokens whose K/V are in the cache before the step.
-        num_pages: How many pages it has.
-        extent: One more than its highest page.
     """
 
     request_id: str
@@ -37,9 +34,6 @@ class Row:
     params: RowParams
     token_ids: np.ndarray
     num_prompt_tokens: int
-    num_computed_tokens: int
-    num_pages: int = 0
-    extent: int = 0
 
 
 class Chunk(NamedTuple):
@@ -52,7 +46,18 @@ class Chunk(NamedTuple):
 
 
 class Batch:
-    """Rows by request id, and their page tables and parameters by slot."""
+    """Rows by request id, and by slot their page tables, lengths and parameters.
+
+    Attributes:
+        num_slots: M.
+        num_pages: P, of the pool.
+        params: What the sampler needs to know of each slot.
+        rows: By request id.
+        num_computed: By slot, tokens whose K/V are in the cache before the next step.
+        num_row_pages: By slot, how many pages it has.
+        extent: By slot, one more than its highest page.
+        num_scored_rows: Rows that report log-probabilities of their prompts.
+    """
 
     def __init__(self, num_slots: int, max_pages: int, num_pages: int, vocab_size: int) -> None:
         """Makes an empty batch.
@@ -69,8 +74,14 @@ class Batch:
         self.rows: dict[str, Row] = {}
         self._free_slots = list(range(num_slots))
         # One entry more than slots: what padding rows read.
-        self._page_table = np.full((num_slots + 1, max_pages), num_pages, np.int32)
+        size = num_slots + 1
+        self.num_computed, self._num_known = ints(size), ints(size)
+        self.num_row_pages, self.extent = ints(size), ints(size)
+        self._row_at: list[Row | None] = [None] * size
+        self._page_table = np.full((size, max_pages), num_pages, np.int32)
         self._num_owners = np.zeros(num_pages + 1, np.int32)
+        self._num_shared_pages = 0
+        self.num_scored_rows = 0
 
     def update(self, plan: SchedulerOutput) -> list[Row]:
         """Takes in what changed; returns the rows that have joined."""
@@ -78,20 +89,29 @@ class Batch:
             if request_id in self.rows:
                 self._leave(request_id)
         joined = [self._join(new) for new in plan.new_requests]
-        cached = plan.cached_requests
-        for request_id, num_computed, new_pages in zip(
-            cached.request_ids, cached.num_computed_tokens, cached.new_page_ids, strict=True
-        ):
-            row = self.rows[request_id]
-            row.num_computed_tokens = num_computed
-            if new_pages:
-                self._add_pages(row, new_pages)
+        for request_id, page_ids in plan.new_page_ids.items():
+            self._add_pages(self.rows[request_id], page_ids)
         return joined
 
     def clear(self) -> None:
         """Forgets every row."""
         for request_id in list(self.rows):
             self._leave(request_id)
+
+    def check(self, page_ids: Mapping[str, Sequence[int]]) -> None:
+        """Raises AssertionError unless tables and counts of owners are those of these requests."""
+        owners = np.zeros_like(self._num_owners)
+        for request_id, row in self.rows.items():
+            count = self.num_row_pages[row.slot]
+            table = self._page_table[row.slot]
+            assert self._row_at[row.slot] is row, f"slot {row.slot} belongs to two requests"
+            assert (table[count:] == self.num_pages).all(), f"{request_id}: pages behind the last"
+            owners[table[:count]] += 1
+            wanted = page_ids.get(request_id)
+            is_same = wanted is None or table[:count].tolist() == list(wanted)
+            assert is_same, f"{request_id} has pages {table[:count].tolist()}, not {wanted}"
+        assert (owners == self._num_owners).all(), "pages with a wrong count of owners"
+        assert self._num_shared_pages == (owners > 1).sum(), "shared pages are counted wrong"
 
     def check_is_empty(self) -> None:
         """Asserts that no request is remembered and every slot is free."""
@@ -104,40 +124,40 @@ class Batch:
         """Packs chunks into the rows of a shape."""
         tokens = ints((shape.rows, shape.columns))
         start, length = ints(shape.rows), ints(shape.rows)
-        slot = self.slots([chunk.row for chunk in chunks], shape.rows)
+        slot = self.pad([chunk.row.slot for chunk in chunks], shape.rows)
         for i, chunk in enumerate(chunks):
             start[i], length[i] = chunk.start, chunk.end - chunk.start
             tokens[i, : length[i]] = chunk.row.token_ids[chunk.start : chunk.end]
         return PrefillInputs(tokens, start, length, self._table(slot, shape.table_pages))
 
-    def decode_inputs(
-        self, shape: DecodeShape, rows: Sequence[Row], positions: Sequence[int]
-    ) -> DecodeInputs:
-        """Packs rows into a shape; each computes its token at a position."""
-        slot = self.slots(rows, shape.rows)
-        token, position = ints(shape.rows, -1), ints(shape.rows)
-        position[: len(rows)] = positions
-        for i, row in enumerate(rows):
-            if positions[i] < len(row.token_ids):
-                token[i] = row.token_ids[positions[i]]
+    def decode_inputs(self, shape: DecodeShape, slots: Sequence[int]) -> DecodeInputs:
+        """Packs the rows of slots into a shape; each computes its next token."""
+        slot = self.pad(slots, shape.rows)
+        token, position = ints(shape.rows, -1), self.num_computed[slot]
+        for i in np.flatnonzero(position < self._num_known[slot]).tolist():
+            row = self._row_at[slot[i]]
+            assert row is not None, f"slot {slot[i]} is empty"
+            token[i] = row.token_ids[position[i]]
         table = self._table(slot, shape.table_pages)
         shared = self._shared_pages(table, shape) if shape.shared_items else None
         return DecodeInputs(slot, token, position, table, shared)
 
-    def slots(self, rows: Sequence[Row | None], count: int) -> Any:
-        """Slots of rows, padded to `count` entries; None is padding too."""
+    def advance(self, slots: Sequence[int], num_tokens: Sequence[int]) -> None:
+        """Notes that a step computes the next tokens of slots."""
+        self.num_computed[slots] += num_tokens
+
+    def pad(self, slots: Sequence[int], count: int) -> Any:
+        """Slots as an array of `count` entries; M is padding."""
         slot = ints(count, self.num_slots)
-        for i, row in enumerate(rows):
-            if row is not None:
-                slot[i] = row.slot
+        slot[: len(slots)] = slots
         return slot
 
-    def num_shared_items(self, rows: Sequence[Row], lanes: int) -> int:
+    def num_shared_items(self, slots: Sequence[int], lanes: int) -> int:
         """How many work items of `lanes` owners the pages with several owners need."""
-        if (self._num_owners[:-1] < 2).all():
+        if not self._num_shared_pages:
             return 0
-        longest = max(row.num_pages for row in rows)
-        table = self._table(self.slots(rows, len(rows)), longest)
+        slot = self.pad(slots, len(slots))
+        table = self._table(slot, self.num_row_pages[slot].max())
         counts = np.bincount(table.ravel(), minlength=self.num_pages + 1)[: self.num_pages]
         return int((-(-np.maximum(counts - 1, 0) // lanes)).sum())
 
@@ -172,23 +192,34 @@ class Batch:
             params=new.params,
             token_ids=np.array(new.prompt_token_ids + new.output_token_ids, np.int32),
             num_prompt_tokens=len(new.prompt_token_ids),
-            num_computed_tokens=new.num_computed_tokens,
         )
         self.params.put(row.slot, new.params)
-        self.rows[new.request_id] = row
+        self.num_scored_rows += new.params.num_prompt_logprobs is not None
+        self.rows[new.request_id] = self._row_at[row.slot] = row
+        self.num_computed[row.slot] = new.num_computed_tokens
+        self._num_known[row.slot] = len(row.token_ids)
         self._add_pages(row, new.page_ids)
         return row
 
     def _add_pages(self, row: Row, page_ids: Sequence[int]) -> None:
-        first, row.num_pages = row.num_pages, row.num_pages + len(page_ids)
-        self._page_table[row.slot, first : row.num_pages] = page_ids
-        self._num_owners[list(page_ids)] += 1
-        row.extent = max(row.extent, 1 + max(page_ids, default=-1))
+        first = self.num_row_pages[row.slot]
+        self.num_row_pages[row.slot] = last = first + len(page_ids)
+        self._page_table[row.slot, first:last] = page_ids
+        pages = list(page_ids)
+        self._num_shared_pages += int((self._num_owners[pages] == 1).sum())
+        self._num_owners[pages] += 1
+        self.extent[row.slot] = max(self.extent[row.slot], 1 + max(page_ids, default=-1))
 
     def _leave(self, request_id: str) -> None:
         row = self.rows.pop(request_id)
-        self._num_owners[self._page_table[row.slot, : row.num_pages]] -= 1
+        self.num_scored_rows -= row.params.num_prompt_logprobs is not None
+        pages = self._page_table[row.slot, : self.num_row_pages[row.slot]]
+        self._num_shared_pages -= int((self._num_owners[pages] == 2).sum())
+        self._num_owners[pages] -= 1
         self._page_table[row.slot] = self.num_pages
+        for array in (self.num_computed, self._num_known, self.num_row_pages, self.extent):
+            array[row.slot] = 0
+        self._row_at[row.slot] = None
         heapq.heappush(self._free_slots, row.slot)
 
 

@@ -15,6 +15,9 @@ from folojax.sched.pages import pages_for
 
 _SLOT_MULTIPLE = 32
 
+_USUAL_LOGPROBS = 20
+"""J where nobody wants more, also in an engine that allows the whole vocabulary."""
+
 
 @dataclasses.dataclass(frozen=True)
 class PrefillShape:
@@ -148,6 +151,18 @@ def make_buckets(config: ResolvedConfig, backend: str = "cpu", min_decode_rows: 
         decode_pages=_powers(max_pages, 4, min(16, max_pages)),
         segments=segments,
     )
+
+
+def num_alternatives(wanted: int | None, most: int) -> int | None:
+    """J, where so many are wanted of at most `most`; None is no log-probabilities at all.
+
+    One size for nearly all who want any, so that one executable serves them.
+    """
+    if wanted is None:
+        return None
+    if wanted > _USUAL_LOGPROBS:
+        return most
+    return min(_USUAL_LOGPROBS, most) if wanted > 0 else 0
 
 
 def slots_for(max_num_seqs: int) -> int:

@@ -19,6 +19,7 @@ from folojax.models.params import params_bytes
 from folojax.runner import Runner
 from folojax.sampling_params import SamplingParams
 from folojax.sched.scheduler import Scheduler
+from folojax.swap_cost import CPU_RATES, GPU_RATES, min_swap_tokens
 from folojax.tokenizer import Tokenizer, load_tokenizer
 
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
@@ -92,7 +93,9 @@ def plan_memory(
         ValueError: the limits contradict each other or the model, or the memory is too little.
     """
     backend = jax.default_backend()
-    resolved = config.resolve(module.config.max_position, backend)
+    resolved = config.resolve(
+        module.config.max_position, backend, _min_swap_tokens(module, weights_bytes, backend)
+    )
     num_slots = slots_for(resolved.max_num_seqs)
     max_logprobs = _num_alternatives(module, resolved)
 
@@ -162,6 +165,7 @@ def make_engine(model: LoadedModel, tokenizer: Tokenizer | None) -> Engine:
         max_logprobs=_num_alternatives(module, config),
         num_tokens=None if num_tokens == vocab_size else num_tokens,
         is_processed=config.logprobs_mode == "processed",
+        max_decode_steps=config.max_decode_steps,
     )
     return Engine(
         Scheduler(config.scheduler()),
@@ -171,6 +175,7 @@ def make_engine(model: LoadedModel, tokenizer: Tokenizer | None) -> Engine:
         num_tokens=num_tokens,
         max_logprobs=config.max_logprobs,
         seed=config.seed,
+        is_checked=config.check_integrity,
     )
 
 
@@ -180,6 +185,13 @@ def _shapes(module: nn.Module, config: ResolvedConfig) -> tuple[Buckets, KVLayou
     # A product with a single row converts all weights to float32 there, in every call.
     buckets = make_buckets(config, backend, 2 if is_half_on_cpu else 1)
     return buckets, KVLayout.of(module.config, module.dtype, buckets.segments, config.page_size)
+
+
+def _min_swap_tokens(module: nn.Module, weights_bytes: int, backend: str) -> int:
+    itemsize = jnp.dtype(module.dtype).itemsize
+    layout = KVLayout.of(module.config, module.dtype, segments=(1,), page_size=1)
+    rates = CPU_RATES if backend == "cpu" else GPU_RATES
+    return min_swap_tokens(weights_bytes // itemsize, layout.bytes_per_page, rates)
 
 
 def _num_alternatives(module: nn.Module, config: ResolvedConfig) -> int:

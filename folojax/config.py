@@ -36,6 +36,19 @@ class EngineConfig:
         async_scheduling: The next step is planned and handed to the device before the last one is
             read, so that the device does not wait for the host. The tokens are the same; a request
             that ends by a token may have one more computed, which nobody sees.
+        max_decode_steps: Most tokens that a request may get in one step. With more than 1, steps in
+            which nobody waits and nobody's prompt is computed become one call of so many: less host
+            work a token, the same tokens. Streamed tokens then come in bursts, a new request
+            waits for the burst to end, and up to so many tokens more are computed for nobody.
+        num_host_pages: Pages of room in host memory for the K/V of preempted requests; 0: they are
+            computed again.
+        min_swap_tokens: From how many tokens on K/V are moved there and back rather than computed
+            again. None: estimated from the sizes of model and cache and the kind of machine.
+        watermark: Share of the pages that stays free when a request is admitted beside others, so
+            that these can grow before anyone is preempted.
+        check_integrity: After every step, pages, owners, slots and queues are checked against each
+            other; an AssertionError tells of a fault of the engine. For those who look for one:
+            it goes through everything.
         max_logprobs: Most alternatives that a request may have reported with a token; -1 is no cap.
         logprobs_mode: "raw" reports the model's own distribution, "processed" the one that was
             sampled from: after penalties, masks, temperature and truncation.
@@ -54,6 +67,11 @@ class EngineConfig:
     prefill_row_len: int | None = None
     enable_prefix_caching: bool = True
     async_scheduling: bool = True
+    max_decode_steps: int = 1
+    num_host_pages: int = 0
+    min_swap_tokens: int | None = None
+    watermark: float = 0.0
+    check_integrity: bool = False
     max_logprobs: int = 20
     logprobs_mode: str = "raw"
     seed: int = 0
@@ -76,9 +94,13 @@ class EngineConfig:
                 f"num_pages is {self.num_pages!r} and memory_fraction is {fraction!r}; both size "
                 "the pool: give one of them"
             )
-        for name in ("enable_chunked_prefill", "enable_prefix_caching", "async_scheduling"):
+        for name in _SWITCHES:
             if not isinstance(getattr(self, name), bool):
                 problems.append(f"{name} is {getattr(self, name)!r}; it must be True or False")
+        if not _is_fraction(self.watermark, 0) or self.watermark >= 1:
+            problems.append(
+                f"watermark is {self.watermark!r}; it must be a number from 0 up to, and not, 1"
+            )
         if self.logprobs_mode not in LOGPROBS_MODES:
             problems.append(
                 f"logprobs_mode is {self.logprobs_mode!r}; "
@@ -100,7 +122,9 @@ class EngineConfig:
             return _GPU_MEMORY_FRACTION
         return self.memory_fraction
 
-    def resolve(self, max_position: int, backend: str = "cpu") -> "ResolvedConfig":
+    def resolve(
+        self, max_position: int, backend: str = "cpu", min_swap_tokens: int = 1
+    ) -> "ResolvedConfig":
         """Fills in what depends on the model and the device, but for its memory.
 
         A pool that is sized by memory becomes the smallest that will do: one request of
@@ -109,13 +133,15 @@ class EngineConfig:
         Args:
             max_position: Longest sequence the model was made for, in tokens.
             backend: JAX's name of the platform.
+            min_swap_tokens: What takes the place of None.
 
         Raises:
             ValueError: `max_model_len` is beyond it, or the limits contradict each other.
         """
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        defaults = _CPU_DEFAULTS if backend == "cpu" else _GPU_DEFAULTS
-        for name, default in {**defaults, "max_model_len": max_position}.items():
+        defaults = dict(_CPU_DEFAULTS if backend == "cpu" else _GPU_DEFAULTS)
+        defaults |= {"max_model_len": max_position, "min_swap_tokens": min_swap_tokens}
+        for name, default in defaults.items():
             if fields[name] is None:
                 fields[name] = default
         max_model_len = fields["max_model_len"]
@@ -146,6 +172,7 @@ class ResolvedConfig(EngineConfig):
     page_size: int
     num_pages: int
     prefill_row_len: int
+    min_swap_tokens: int
 
     def scheduler(self) -> SchedulerConfig:
         """The scheduler's part."""
@@ -160,6 +187,10 @@ class ResolvedConfig(EngineConfig):
             long_prefill_token_threshold=self.long_prefill_token_threshold,
             enable_prefix_caching=self.enable_prefix_caching,
             max_plans_in_flight=2 if self.async_scheduling else 1,
+            max_decode_steps=self.max_decode_steps,
+            num_host_pages=self.num_host_pages,
+            min_swap_tokens=self.min_swap_tokens,
+            watermark=self.watermark,
         )
 
 
@@ -178,6 +209,11 @@ class EngineOptions(TypedDict, total=False):
     prefill_row_len: int | None
     enable_prefix_caching: bool
     async_scheduling: bool
+    max_decode_steps: int
+    num_host_pages: int
+    min_swap_tokens: int | None
+    watermark: float
+    check_integrity: bool
     max_logprobs: int
     logprobs_mode: str
     seed: int
@@ -191,6 +227,14 @@ _OPTIONAL = (
     "max_num_batched_tokens",
     "page_size",
     "prefill_row_len",
+    "min_swap_tokens",
+)
+
+_SWITCHES = (
+    "enable_chunked_prefill",
+    "enable_prefix_caching",
+    "async_scheduling",
+    "check_integrity",
 )
 
 # Measured: docs/log.md and docs/gpu.md.
@@ -208,10 +252,13 @@ _LOWEST = {
     "num_pages": 1,
     "long_prefill_token_threshold": 0,
     "prefill_row_len": 1,
+    "max_decode_steps": 1,
+    "num_host_pages": 0,
+    "min_swap_tokens": 0,
     "max_logprobs": -1,
     "seed": 0,
 }
 
 
-def _is_fraction(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1
+def _is_fraction(value: object, least: float = 1e-9) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= 1

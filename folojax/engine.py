@@ -7,7 +7,6 @@ collects, and the device has always something to do. Whatever ends, moves or rep
 device works with (sleep, other parameters) first takes in all that is under way.
 """
 
-import dataclasses
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -15,7 +14,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from folojax.job import Job, Sample, make_job
+from folojax.engine_metrics import EngineMetrics
+from folojax.job import NOTHING_YET, Job, Sample, make_job
 from folojax.outputs import RequestOutput, ScoreOutput
 from folojax.prompts import ParsedPrompt
 from folojax.results import Pending, StepResult, TokenLogprob
@@ -25,50 +25,14 @@ from folojax.sched.plan import SchedulerOutput
 from folojax.sched.request import Request, RequestStatus
 from folojax.sched.scheduler import Scheduler
 from folojax.score_job import ScoreJob, has_nan, make_score_job
+from folojax.snapshot import Progress
 from folojax.tokenizer import Tokenizer
 from folojax.validation import CheckedRequest, Validator
-from folojax.weights import check_same_shapes
+from folojax.weights import check_same_shapes, fingerprint
 
 NO_DISTRIBUTION = "the model's logits hold a NaN, or no finite value"
 
 Output: TypeAlias = RequestOutput | ScoreOutput
-
-
-@dataclasses.dataclass(frozen=True)
-class EngineMetrics:
-    """Where the engine stands.
-
-    Attributes:
-        num_running: Samples in the batch.
-        num_waiting: Samples in the queue, new or preempted.
-        num_used_pages: KV pages with an owner.
-        num_cached_pages: KV pages without one, kept for prompts that begin alike.
-        num_pages: KV pages in all.
-        num_steps: Steps that computed something.
-        num_prefill_calls: Device calls for prompt chunks.
-        num_decode_calls: Device calls for single tokens, at most one a step.
-        num_scheduled_tokens: Tokens computed for requests.
-        num_padding_tokens: Tokens computed for nobody, to fill a bucket.
-        num_discarded_tokens: Tokens sampled for requests that had ended, which no one has seen.
-        num_preemptions: How often a sample lost its pages and was computed again.
-        num_prefix_query_tokens: Tokens that were looked up in the prefix cache.
-        num_prefix_hit_tokens: Those of them that were found, and not computed.
-    """
-
-    num_running: int
-    num_waiting: int
-    num_used_pages: int
-    num_cached_pages: int
-    num_pages: int
-    num_steps: int
-    num_prefill_calls: int
-    num_decode_calls: int
-    num_scheduled_tokens: int
-    num_padding_tokens: int
-    num_discarded_tokens: int
-    num_preemptions: int
-    num_prefix_query_tokens: int
-    num_prefix_hit_tokens: int
 
 
 class Engine:
@@ -84,6 +48,7 @@ class Engine:
         num_tokens: int | None = None,
         max_logprobs: int = 20,
         seed: int = 0,
+        is_checked: bool = False,
     ) -> None:
         """Makes an engine without requests.
 
@@ -95,6 +60,7 @@ class Engine:
             num_tokens: Ids that can be sampled; None is the model's whole vocabulary.
             max_logprobs: Most alternatives that are reported with a token; -1 is no cap.
             seed: Of the seeds that requests without one are given.
+            is_checked: Whether every step ends with `check_integrity`.
         """
         self.scheduler = scheduler
         self.runner = runner
@@ -102,6 +68,8 @@ class Engine:
         self.num_steps = 0
         self.is_asleep = False
         self._num_preemptions = 0
+        self._is_checked = is_checked
+        self._fingerprint: str | None = None
         self._eos_token_ids = tuple(eos_token_ids)
         self._jobs: dict[str, Job | ScoreJob] = {}
         self._owner: dict[str, tuple[Job, Sample] | tuple[ScoreJob, None]] = {}
@@ -148,21 +116,34 @@ class Engine:
             checked: As `check` gave them, and no other request has come since.
             is_streamed: Whether every step that gives one a token reports it, or only the last.
         """
-        jobs = []
-        for request in checked:
-            seed = request.params.seed
-            if request.params.is_greedy:
-                seed = None
-            elif seed is None:
-                seed = int(self._seeds.integers(2**63))
-            job = make_job(
-                request,
-                seed=seed,
-                eos_token_ids=self._eos_token_ids,
-                tokenizer=self.tokenizer,
-                is_streamed=is_streamed,
-            )
-            jobs.append(job)
+        self.queue([self.make_job(request, is_streamed=is_streamed) for request in checked])
+
+    def make_job(
+        self,
+        request: CheckedRequest,
+        *,
+        is_streamed: bool = True,
+        progress: Progress = NOTHING_YET,
+        forked_from: Request | None = None,
+    ) -> Job:
+        """A job of this engine, not queued yet; the last arguments are those of `job.make_job`."""
+        seed = request.params.seed
+        if request.params.is_greedy:
+            seed = None
+        elif seed is None:
+            seed = int(self._seeds.integers(2**63))
+        return make_job(
+            request,
+            seed=seed,
+            eos_token_ids=self._eos_token_ids,
+            tokenizer=self.tokenizer,
+            is_streamed=is_streamed,
+            progress=progress,
+            forked_from=forked_from,
+        )
+
+    def queue(self, jobs: Sequence[Job]) -> None:
+        """Queues jobs, all or none; ValueError if the scheduler refuses one."""
         for job in jobs:
             for part in job.requests:
                 self.scheduler.validate(part)
@@ -171,6 +152,23 @@ class Engine:
             for sample in job.samples:
                 self.scheduler.add_request(sample.request)
                 self._owner[sample.request.request_id] = (job, sample)
+
+    def find_sample(self, request_id: str, index: int) -> tuple[Job, Sample]:
+        """An unfinished request and one of its samples; ValueError if there is no such."""
+        job = self._jobs.get(request_id)
+        if not isinstance(job, Job):
+            raise ValueError(f"there is no unfinished request {request_id!r} that generates")
+        if isinstance(index, bool) or not 0 <= index < len(job.samples):
+            most = len(job.samples) - 1
+            raise ValueError(f"index is {index!r}; request {request_id!r} has samples 0 to {most}")
+        return job, job.samples[index]
+
+    @property
+    def weights(self) -> str:
+        """Fingerprint of the parameters in use."""
+        if self._fingerprint is None:
+            self._fingerprint = fingerprint(self.runner.params)
+        return self._fingerprint
 
     def add_scores(self, scored: Iterable[tuple[str, ParsedPrompt, ParsedPrompt]]) -> None:
         """Queues continuations to be scored: request id, prompt and continuation of each."""
@@ -198,8 +196,23 @@ class Engine:
         self._take_in_unawaited()
         if self._in_flight:
             self._take_in()
+        if self._is_checked:
+            self.check_integrity()
         outputs, self._untold = self._untold, []
         return outputs
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError unless queues, pages, slots and tables agree; O(everything)."""
+        self.scheduler.check()
+        known = ((id_, self.scheduler.get_request(id_)) for id_ in self.runner.batch.rows)
+        self.runner.batch.check(
+            {
+                request_id: request.page_ids
+                for request_id, request in known
+                # Of others the runner learns with the next plan that they have left.
+                if request is not None and request.status is RequestStatus.RUNNING
+            }
+        )
 
     def abort(self, request_ids: str | Iterable[str]) -> list[Output]:
         """Ends requests where they stand and returns them; unknown ids are passed over."""
@@ -252,6 +265,7 @@ class Engine:
         params = check_same_shapes(self.runner.params, params)
         self.reset_prefix_cache(preempt_running=True)
         self.runner.params = params
+        self._fingerprint = None
 
     def reset_prefix_cache(self, *, preempt_running: bool = False) -> bool:
         """Drops all cached K/V; False, and nothing has changed, while requests run.
@@ -261,8 +275,7 @@ class Engine:
                 taken in first.
         """
         if preempt_running:
-            while self._in_flight:
-                self._take_in()
+            self.drain()
         return self.scheduler.reset_prefix_cache(preempt_running=preempt_running)
 
     def has_request(self, request_id: str) -> bool:
@@ -289,9 +302,15 @@ class Engine:
             num_padding_tokens=stats.num_computed_tokens - stats.num_scheduled_tokens,
             num_discarded_tokens=self.scheduler.flights.num_discarded_tokens,
             num_preemptions=self._num_preemptions,
+            num_swapped_pages=self.runner.stats.num_loaded_pages,
             num_prefix_query_tokens=memory.num_query_tokens,
             num_prefix_hit_tokens=memory.num_hit_tokens,
         )
+
+    def drain(self) -> None:
+        """Takes in all that is under way; its outputs come with the next step."""
+        while self._in_flight:
+            self._take_in()
 
     def _dispatch(self) -> SchedulerOutput:
         """Plans a step, and hands it to the device."""
@@ -321,25 +340,29 @@ class Engine:
             self.scheduler.update_from_output(plan, {})
 
     def _commit(self, plan: SchedulerOutput, result: StepResult) -> list[Output]:
-        failed = {i: NO_DISTRIBUTION for i, entry in result.sampled.items() if entry is None}
-        awaited = self.scheduler.flights.awaited(plan)
-        for request_id, chunk in result.prompt_logprobs.items():
-            if has_nan(chunk):
-                failed[request_id] = NO_DISTRIBUTION
-            elif request_id in awaited:
-                self._owner[request_id][0].add_prompt_logprobs(chunk)
-        entries = {
-            i: entry for i, entry in result.sampled.items() if entry is not None and i not in failed
+        failed = dict.fromkeys(result.failed, NO_DISTRIBUTION)
+        sampled = result.sampled
+        if result.prompt_logprobs:
+            awaited = self.scheduler.flights.awaited(plan)
+            for request_id, chunk in result.prompt_logprobs.items():
+                if has_nan(chunk):
+                    failed[request_id] = NO_DISTRIBUTION
+                    sampled.pop(request_id, None)
+                elif request_id in awaited:
+                    self._owner[request_id][0].add_prompt_logprobs(chunk)
+        tokens = {
+            request_id: [entry.token for entry in entries]
+            for request_id, entries in sampled.items()
         }
-        tokens = {request_id: entry.token for request_id, entry in entries.items()}
         now = time.perf_counter()
         told: dict[str, Job | ScoreJob] = {}  # and perhaps finished
-        for update in self.scheduler.update_from_output(plan, tokens, failed):
-            request_id = update.request.request_id
-            job, sample = self._owner[request_id]
-            if isinstance(job, Job) and sample is not None and request_id in entries:
-                self._take_token(job, sample, entries[request_id], now)
-            if job.is_streamed or update.request.is_finished:
+        owner = self._owner
+        for request, new_token_ids in self.scheduler.update_from_output(plan, tokens, failed):
+            job, sample = owner[request.request_id]
+            if new_token_ids and isinstance(job, Job) and sample is not None:
+                entries = sampled[request.request_id][: len(new_token_ids)]
+                self._take_tokens(job, sample, entries, now)
+            if job.is_streamed or request.is_finished:
                 told[job.request_id] = job
         return [
             self._close(job) if job.is_finished else job.output()
@@ -347,10 +370,12 @@ class Engine:
             if job.is_finished or job.is_streamed
         ]
 
-    def _take_token(self, job: Job, sample: Sample, entry: TokenLogprob, now: float) -> None:
+    def _take_tokens(
+        self, job: Job, sample: Sample, entries: Sequence[TokenLogprob], now: float
+    ) -> None:
         if job.first_token_time_s is None:
             job.first_token_time_s = now
-        stop = job.add_token(sample, entry)
+        stop = job.add_tokens(sample, entries)
         if stop is not None:
             # It ends a sample also where the newest token has just ended it for another reason.
             self._finish([sample.request], RequestStatus.FINISHED_STOPPED)

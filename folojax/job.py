@@ -10,8 +10,11 @@ from folojax.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOu
 from folojax.results import PromptLogprobs, TokenLogprob
 from folojax.row_params import RowParams
 from folojax.sched.request import Request, StopRule
+from folojax.snapshot import Progress
 from folojax.tokenizer import Tokenizer
 from folojax.validation import CheckedRequest
+
+NOTHING_YET = Progress()
 
 
 @dataclasses.dataclass(eq=False)
@@ -24,6 +27,7 @@ class Sample:
         seed: None for greedy.
         detokenizer: None where there is no text. It reads tokens when text is wanted.
         cumulative_logprob: Of its tokens so far.
+        token_logprobs: Of each of them.
         logprobs: One entry a token; empty if not asked for.
     """
 
@@ -32,6 +36,7 @@ class Sample:
     seed: int | None
     detokenizer: Detokenizer | None
     cumulative_logprob: float = 0.0
+    token_logprobs: list[float] = dataclasses.field(default_factory=list)
     logprobs: list[dict[int, Logprob]] = dataclasses.field(default_factory=list)
 
     def text_tokens(self, is_stop_included: bool) -> list[int]:
@@ -82,15 +87,41 @@ class Job:
         """Whether every sample has ended."""
         return all(sample.request.is_finished for sample in self.samples)
 
-    def add_token(self, sample: Sample, entry: TokenLogprob) -> str | None:
-        """Takes in a token that the scheduler has; returns the stop string that it completes."""
+    def add_tokens(self, sample: Sample, entries: Sequence[TokenLogprob]) -> str | None:
+        """Takes in tokens that the scheduler has; returns the stop string that one completes.
+
+        Tokens behind that one are taken away from the sample again.
+        """
         params = self.request.params
-        sample.cumulative_logprob += entry.logprob
-        if params.logprobs is not None:
-            sample.logprobs.append(as_logprobs(entry, self._token_texts()))
-        if not params.stop or sample.detokenizer is None:
-            return None
-        return sample.detokenizer.read(sample.text_tokens(params.include_stop_str_in_output))
+        has_stops = bool(params.stop) and sample.detokenizer is not None
+        num_before = sample.request.num_output_tokens - len(entries)
+        for count, entry in enumerate(entries, 1):
+            sample.cumulative_logprob += entry.logprob
+            sample.token_logprobs.append(entry.logprob)
+            if params.logprobs is not None:
+                sample.logprobs.append(as_logprobs(entry, self._token_texts()))
+            if has_stops:
+                stop = self._find_stop(sample, num_before + count)
+                if stop is not None:
+                    del sample.request.output_token_ids[num_before + count :]
+                    return stop
+        return None
+
+    def _find_stop(self, sample: Sample, num_tokens: int) -> str | None:
+        """The stop string that the first `num_tokens` tokens complete."""
+        assert sample.detokenizer is not None, "stop strings are found in text"
+        is_stop_included = self.request.params.include_stop_str_in_output
+        tokens = sample.text_tokens(is_stop_included)[:num_tokens]
+        return sample.detokenizer.read(tokens)
+
+    def progress(self, sample: Sample) -> Progress:
+        """What a sample has so far."""
+        has_logprobs = self.request.params.logprobs is not None
+        return Progress(
+            tuple(sample.request.output_token_ids),
+            tuple(sample.token_logprobs),
+            tuple(sample.logprobs) if has_logprobs else None,
+        )
 
     def add_prompt_logprobs(self, chunk: PromptLogprobs) -> None:
         """Takes in a chunk; after a preemption it may be known already."""
@@ -166,6 +197,8 @@ def make_job(
     eos_token_ids: Sequence[int],
     tokenizer: Tokenizer | None,
     is_streamed: bool,
+    progress: Progress = NOTHING_YET,
+    forked_from: Request | None = None,
 ) -> Job:
     """Splits a user's request into requests of the scheduler, one a sample.
 
@@ -177,8 +210,18 @@ def make_job(
         eos_token_ids: The model's end tokens.
         tokenizer: None: there is no text.
         is_streamed: Whether every step is to report it.
+        progress: What every sample has already.
+        forked_from: Whose progress that was, while it goes on; else None.
+
+    Raises:
+        ValueError: log-probabilities are asked for, and those of the first tokens are not known.
     """
     params = checked.params
+    if params.logprobs is not None and progress.token_ids and progress.logprobs is None:
+        raise ValueError(
+            f"logprobs is {params.logprobs!r}, and the {len(progress.token_ids)} tokens that are "
+            "there already came without: leave logprobs out, or ask for them from the start"
+        )
     stop = StopRule(
         max_tokens=checked.max_tokens,
         eos_token_ids=frozenset() if params.ignore_eos else frozenset(eos_token_ids),
@@ -209,8 +252,18 @@ def make_job(
             checked.priority,
             group=None if is_one else checked.request_id,
             skip_prefix_cache=num_prompt_logprobs is not None,
+            forked_from=forked_from,
+            output_token_ids=list(progress.token_ids),
         )
-        samples.append(Sample(index, request, sample_seed, _make_detokenizer(checked, tokenizer)))
+        num_given = len(progress.token_ids)
+        sample = Sample(
+            index, request, sample_seed, _make_detokenizer(checked, tokenizer, num_given)
+        )
+        sample.token_logprobs = list(progress.token_logprobs)
+        sample.cumulative_logprob = sum(progress.token_logprobs)
+        if params.logprobs is not None:
+            sample.logprobs = list(progress.logprobs or ())
+        samples.append(sample)
     return Job(checked, samples, tokenizer, is_streamed, time.perf_counter())
 
 
@@ -226,14 +279,16 @@ def as_logprobs(entry: TokenLogprob, tokenizer: Tokenizer | None) -> dict[int, L
     }
 
 
-def _make_detokenizer(checked: CheckedRequest, tokenizer: Tokenizer | None) -> Detokenizer | None:
+def _make_detokenizer(
+    checked: CheckedRequest, tokenizer: Tokenizer | None, num_given: int
+) -> Detokenizer | None:
     params = checked.params
     if tokenizer is None or not params.detokenize:
         return None
     return Detokenizer(
         tokenizer,
         tuple(params.stop or ()),
-        min_tokens=params.min_tokens,
+        min_tokens=max(params.min_tokens, num_given),  # what was given does not end it
         is_stop_included=params.include_stop_str_in_output,
         skip_special_tokens=params.skip_special_tokens,
         spaces_between_special_tokens=params.spaces_between_special_tokens,

@@ -19,7 +19,7 @@ import bisect
 import dataclasses
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -113,7 +113,7 @@ def split_segments(num_pages: int, first: int = 8, unit: int | None = None) -> t
 
 def init_cache(layout: KVLayout) -> KVCache:
     """A cache of zeros."""
-    dtype = _storage_dtype(layout.dtype)
+    dtype = storage_dtype(layout.dtype)
 
     def segment(num_pages: int, *page_shape: int) -> SegmentArrays:
         shape = (num_pages, layout.num_kv_heads, *page_shape)
@@ -205,37 +205,80 @@ def gather_pages(
     return _load(keys, dtype), _load(values, dtype)
 
 
+class TakenPages(NamedTuple):
+    """Some pages of one segment, out of the cache.
+
+    Attributes:
+        place: Which of the pages asked for they are; -1 is padding.
+        arrays: Keys, then values, of every layer: [X, K, D, S] and [X, K, S, D].
+    """
+
+    place: np.ndarray
+    arrays: list[Array]
+
+
+def take_pages(cache: KVCache, pages: Sequence[int]) -> list[TakenPages]:
+    """Copies whole pages, all layers, out of the cache.
+
+    Not one jitted function but a small one for each array: it compiles in no time, where one
+    program over all layers and segments takes seconds and runs no faster.
+
+    Args:
+        cache: Not donated.
+        pages: Page ids.
+    """
+    arrays, firsts = _by_segment(cache)
+    segment_of = [bisect.bisect_right(firsts, page) - 1 for page in pages]
+    taken = []
+    for segment in sorted(set(segment_of)):
+        places = [place for place, found in enumerate(segment_of) if found == segment]
+        for first in range(0, len(places), COPY_SIZES[-1]):
+            some = places[first : first + COPY_SIZES[-1]]
+            size = next(size for size in COPY_SIZES if len(some) <= size)
+            index, place = np.zeros(size, np.int32), np.full(size, -1)
+            index[: len(some)] = [pages[one] - firsts[segment] for one in some]
+            place[: len(some)] = some
+            taken.append(TakenPages(place, [_take(array, index) for array in arrays[segment]]))
+    return taken
+
+
+def put_pages(cache: KVCache, taken: Iterable[TakenPages], targets: Mapping[int, int]) -> KVCache:
+    """Writes whole pages, all layers, into the cache.
+
+    DONATES `cache`.
+
+    Args:
+        cache: Pages, new or old.
+        taken: What `take_pages` gave, from this cache or one of the same layout.
+        targets: Page ids by the place of what is to be written there; pages of other places are
+            passed over.
+    """
+    arrays, firsts = _by_segment(cache)
+    sizes = [segment[0].shape[0] for segment in arrays]
+    for place, pages in taken:
+        target = np.array([targets.get(one, -1) for one in place.tolist()])
+        for segment, (first, size) in enumerate(zip(firsts, sizes, strict=True)):
+            is_here = (target >= first) & (target < first + size)
+            if is_here.any():
+                index = np.where(is_here, target - first, size).astype(np.int32)
+                arrays[segment] = [
+                    _put(array, index, page)
+                    for array, page in zip(arrays[segment], pages, strict=True)
+                ]
+    return _from_segments(arrays)
+
+
 def copy_pages(cache: KVCache, copies: Sequence[tuple[int, int]]) -> KVCache:
     """Copies whole pages, all layers, all at once: every source is read before a target is written.
 
-    DONATES `cache`. Not one jitted function but a small one for each array: it compiles in no time,
-    where one program over all layers and segments takes seconds and runs no faster.
+    DONATES `cache`.
 
     Args:
         cache: Pages, new or old.
         copies: (source, target) page ids; targets differ.
     """
-    sizes = [segment[0].shape[0] for segment in cache.keys]
-    firsts = [0, *itertools.accumulate(sizes)]
-    arrays = [[*keys, *values] for keys, values in zip(*cache, strict=True)]
-
-    def locate(copy: tuple[int, int]) -> tuple[int, int]:
-        return bisect.bisect_right(firsts, copy[0]) - 1, bisect.bisect_right(firsts, copy[1]) - 1
-
-    taken: list[tuple[int, Any, list[Array]]] = []
-    for (source, target), group in itertools.groupby(sorted(copies, key=locate), key=locate):
-        pairs = np.array(list(group), np.int32) - np.array([firsts[source], firsts[target]])
-        for first in range(0, len(pairs), COPY_SIZES[-1]):
-            some = pairs[first : first + COPY_SIZES[-1]]
-            size = next(size for size in COPY_SIZES if len(some) <= size)
-            index, place = np.zeros(size, np.int32), np.full(size, sizes[target], np.int32)
-            index[: len(some)], place[: len(some)] = some[:, 0], some[:, 1]
-            taken.append((target, place, [_take(array, index) for array in arrays[source]]))
-    for target, place, pages in taken:
-        arrays[target] = [
-            _put(array, place, page) for array, page in zip(arrays[target], pages, strict=True)
-        ]
-    return _from_segments(arrays)
+    taken = take_pages(cache, [source for source, _ in copies])
+    return put_pages(cache, taken, dict(enumerate(target for _, target in copies)))
 
 
 def compile_copies(cache: KVCache) -> tuple[KVCache, int]:
@@ -243,7 +286,7 @@ def compile_copies(cache: KVCache) -> tuple[KVCache, int]:
 
     DONATES `cache`.
     """
-    arrays = [[*keys, *values] for keys, values in zip(*cache, strict=True)]
+    arrays, _ = _by_segment(cache)
     for size in COPY_SIZES:
         index = np.zeros(size, np.int32)
         for segment in arrays:
@@ -251,6 +294,13 @@ def compile_copies(cache: KVCache) -> tuple[KVCache, int]:
             segment[:] = [_put(array, place, _take(array, index)) for array in segment]
     shapes = {array.shape for segment in arrays for array in segment}
     return _from_segments(arrays), 2 * len(COPY_SIZES) * len(shapes)
+
+
+def _by_segment(cache: KVCache) -> tuple[list[list[Array]], list[int]]:
+    """Keys, then values, of every layer, by segment; and the first page of each segment."""
+    arrays = [[*keys, *values] for keys, values in zip(*cache, strict=True)]
+    sizes = [segment[0].shape[0] for segment in arrays]
+    return arrays, [0, *itertools.accumulate(sizes[:-1])]
 
 
 def _from_segments(arrays: list[list[Array]]) -> KVCache:
@@ -291,7 +341,8 @@ def _replace(arrays: SegmentArrays, layer: int, new: Array) -> SegmentArrays:
     return (*arrays[:layer], new, *arrays[layer + 1 :])
 
 
-def _storage_dtype(dtype: DTypeLike) -> jnp.dtype:
+def storage_dtype(dtype: DTypeLike) -> jnp.dtype:
+    """What a cache of a dtype keeps: see `KVLayout.dtype`."""
     is_bf16_on_cpu = jnp.dtype(dtype) == jnp.bfloat16 and jax.default_backend() == "cpu"
     return jnp.dtype(jnp.uint16) if is_bf16_on_cpu else jnp.dtype(dtype)
 

@@ -4,25 +4,24 @@ import functools
 import itertools
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias, Unpack
 
 from flax import linen as nn
 
 from folojax.build import default_params, find_tokenizer, load_model, make_config, make_engine
-from folojax.calls import Calls
 from folojax.compilation_cache import enable_compilation_cache
 from folojax.config import EngineConfig, EngineOptions
-from folojax.engine import EngineMetrics
+from folojax.engine_metrics import EngineMetrics
 from folojax.outputs import RequestOutput, ScoreOutput
 from folojax.prompts import (
     Prompt,
     conversations,
     pair_continuations,
     params_per_prompt,
-    parse_prompt,
     parse_prompts,
 )
+from folojax.request_loop import RequestLoop
 from folojax.sampling import SamplingClass
 from folojax.sampling_params import SamplingParams
 from folojax.validation import CheckedRequest
@@ -33,7 +32,7 @@ Params: TypeAlias = SamplingParams | Sequence[SamplingParams] | None
 Message: TypeAlias = Mapping[str, Any]
 
 
-class LLM:
+class LLM(RequestLoop):
     """A model, its tokenizer and an engine.
 
     Args:
@@ -86,10 +85,9 @@ class LLM:
         loaded = load_model(model, dtype, revision, config)
         self.config, self.memory_plan = loaded.config, loaded.memory_plan
         _LOG.info("%s", self.memory_plan)
-        self.default_params = default_params(loaded.checkpoint)
-        self.engine = make_engine(loaded, find_tokenizer(tokenizer, loaded.checkpoint))
+        engine = make_engine(loaded, find_tokenizer(tokenizer, loaded.checkpoint))
+        super().__init__(engine, default_params(loaded.checkpoint))
         self._numbers = itertools.count()
-        self._calls = Calls(self.engine)
 
     def generate(
         self,
@@ -241,49 +239,6 @@ class LLM:
         self.engine.check_is_awake()
         return self._calls.stream(checked)
 
-    def add_request(
-        self,
-        request_id: str,
-        prompt: Prompt,
-        sampling_params: SamplingParams | None = None,
-        priority: int = 0,
-    ) -> None:
-        """Queues one request, for callers that own the loop; also while the engine sleeps.
-
-        Args:
-            request_id: Not that of an unfinished request.
-            prompt: As in `generate`.
-            sampling_params: None for the model's own defaults.
-            priority: Smaller is more urgent; only read under scheduling_policy="priority".
-
-        Raises:
-            ValueError: the request is refused; nothing was queued.
-        """
-        parsed = parse_prompt(prompt, self.engine.tokenizer)
-        (params,) = params_per_prompt(self._or_default(sampling_params), 1)
-        checked = self.engine.check(request_id, parsed, params, priority)
-        self.engine.add([checked], is_streamed=True)
-
-    def step(self) -> list[RequestOutput]:
-        """Runs one step of the batch.
-
-        Returns:
-            What has changed: an output with all that there is so far, for every request of
-            `add_request` that got a token; and those that finished since the last `step`.
-
-        Raises:
-            RuntimeError: the engine sleeps.
-        """
-        return self._calls.step()
-
-    def abort_request(self, request_ids: str | Iterable[str]) -> list[RequestOutput]:
-        """Ends requests where they stand, and returns them; unknown ids are passed over."""
-        return self._calls.abort(request_ids)
-
-    def has_unfinished_requests(self) -> bool:
-        """Whether `step` has anything to do or to return."""
-        return self._calls.has_outputs() or self.engine.has_unfinished_requests()
-
     def sleep(self, level: int = 1) -> None:
         """Gives the memory of the KV cache back, until `wake_up`.
 
@@ -349,14 +304,11 @@ class LLM:
         self, prompts: Prompt | Sequence[Prompt], sampling_params: Params, kind: str = "generate"
     ) -> list[CheckedRequest]:
         parsed = parse_prompts(prompts, self.engine.tokenizer)
-        params = params_per_prompt(self._or_default(sampling_params), len(parsed))
+        params = params_per_prompt(self.or_default(sampling_params), len(parsed))
         return [
             self.engine.check(self._draw_id(kind), prompt, one)
             for prompt, one in zip(parsed, params, strict=True)
         ]
-
-    def _or_default(self, sampling_params: Params) -> SamplingParams | Sequence[SamplingParams]:
-        return self.default_params if sampling_params is None else sampling_params
 
     def _draw_id(self, kind: str) -> str:
         ids = (f"{kind}-{number}" for number in self._numbers)

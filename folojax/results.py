@@ -1,6 +1,7 @@
 """What a step gave: arrays on the device, read and sorted by request."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -35,22 +36,29 @@ class StepResult:
     """What a step gave, by request id.
 
     Attributes:
-        sampled: The new token; None: the model gave no usable distribution (NaN, or all -inf).
+        sampled: The new tokens.
+        failed: Those for which the model then gave no usable distribution (NaN, or all -inf).
         prompt_logprobs: Of requests that asked. A request that was preempted and is computed again
             reports again.
     """
 
-    sampled: dict[str, TokenLogprob | None] = dataclasses.field(default_factory=dict)
+    sampled: dict[str, Sequence[TokenLogprob]] = dataclasses.field(default_factory=dict)
+    failed: set[str] = dataclasses.field(default_factory=set)
     prompt_logprobs: dict[str, PromptLogprobs] = dataclasses.field(default_factory=dict)
 
 
 class Pending(NamedTuple):
-    """Results of a call that are still on the device; row i of the arrays belongs to `rows[i]`."""
+    """Results of a call that are still on the device; row i of the arrays belongs to `rows[i]`.
+
+    Those of several decode steps have one axis more, in front; `num_steps` says how many of them
+    are of use to each row.
+    """
 
     rows: list[Row | None]
     out: StepOutput | None
     chunks: list[Chunk]
     scores: TokenScores | None
+    num_steps: list[int] | None = None
 
 
 def is_scored(row: Row, position: int) -> bool:
@@ -77,25 +85,48 @@ def read(pending: list[Pending]) -> StepResult:
     arrays = jax.device_get([(item.out, item.scores) for item in pending])
     for item, (out, scores) in zip(pending, arrays, strict=True):
         if out is not None:
-            _read_samples(item.rows, out, result)
+            _read_samples(item, out, result)
         if scores is not None:
             _read_scores(item.chunks, scores, result)
     return result
 
 
-def _read_samples(rows: list[Row | None], out: StepOutput, result: StepResult) -> None:
-    tokens, logprobs, ranks = out.tokens.tolist(), out.logprobs.tolist(), out.ranks.tolist()
+def _read_samples(item: Pending, out: StepOutput, result: StepResult) -> None:
+    if item.num_steps is None:
+        _read_step(item.rows, out, result)
+        return
+    for number in range(max(item.num_steps)):
+        rows = [
+            row if number < count else None
+            for row, count in zip(item.rows, item.num_steps, strict=True)
+        ]
+        now = StepResult()
+        _read_step(rows, StepOutput(*(array[number] for array in out)), now)
+        for request_id, entries in now.sampled.items():
+            if request_id not in result.failed:
+                before = result.sampled.get(request_id, ())
+                result.sampled[request_id] = (*before, *entries)
+        result.failed.update(now.failed)
+
+
+def _read_step(rows: list[Row | None], out: StepOutput, result: StepResult) -> None:
+    logprobs, ranks = out.logprobs.tolist(), out.ranks.tolist()
     is_valid = out.is_valid.tolist()
-    for i, row in enumerate(rows):
+    # Spelled out: it goes through every row in every step.
+    sampled, make = result.sampled, TokenLogprob
+    for i, (row, token) in enumerate(zip(rows, out.tokens.tolist(), strict=False)):
         if row is None:
             continue
-        entry = TokenLogprob(tokens[i], logprobs[i], ranks[i])
-        if row.params.num_logprobs:
-            entry = entry._replace(
-                top_tokens=tuple(out.top_tokens[i, : row.params.num_logprobs].tolist()),
-                top_logprobs=tuple(out.top_logprobs[i, : row.params.num_logprobs].tolist()),
-            )
-        result.sampled[row.request_id] = entry if is_valid[i] else None
+        if not is_valid[i]:
+            result.failed.add(row.request_id)
+            continue
+        count = row.params.num_logprobs
+        if count:
+            top = out.top_tokens[i, :count].tolist(), out.top_logprobs[i, :count].tolist()
+            entry = make(token, logprobs[i], ranks[i], tuple(top[0]), tuple(top[1]))
+        else:
+            entry = make(token, logprobs[i], ranks[i])
+        sampled[row.request_id] = (entry,)
 
 
 def _read_scores(chunks: list[Chunk], scores: TokenScores, result: StepResult) -> None:

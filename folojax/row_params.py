@@ -15,6 +15,8 @@ from folojax.state import SamplingRows
 MAX_BAD_WORD_TOKENS = NUM_RECENT + 1
 """Most tokens of a bad word."""
 
+NO_LOGPROBS = -1
+
 _FEWEST_BANS = 64
 _FEWEST_EDITS = 64
 
@@ -128,6 +130,7 @@ class RowTable:
         self._presence = np.zeros(size, np.float32)
         self._frequency = np.zeros(size, np.float32)
         self._class = np.zeros(size, np.int32)
+        self._num_logprobs = np.full(size, NO_LOGPROBS, np.int32)
         # Below this position a row has bans of a step: 0 for most, never ending for bad words.
         self._banned_until = np.zeros(size, np.int32)
         self._row: list[RowParams | None] = [None] * size
@@ -146,6 +149,7 @@ class RowTable:
         self._presence[slot] = params.presence_penalty
         self._frequency[slot] = params.frequency_penalty
         self._class[slot] = SamplingClass.EDITED if row.has_slot_edits else params.sampling_class
+        self._num_logprobs[slot] = NO_LOGPROBS if row.num_logprobs is None else row.num_logprobs
         self._banned_until[slot] = row.banned_until if row.banned_ids else 0
         if any(len(word) > 1 for word in row.bad_word_ids):
             self._banned_until[slot] = np.iinfo(np.int32).max
@@ -164,31 +168,45 @@ class RowTable:
 
     def edit_rows(self, slot: Any, position: Any) -> EditRows:
         """The edits of slots whose next token stands at `position`."""
-        bans = [
-            (i, token, prefix)
-            for i in np.flatnonzero(position < self._banned_until[slot]).tolist()
-            for token, prefix in self._row_of(int(slot[i])).bans(int(position[i]))
-        ]
-        size = _bucket(len(bans), _FEWEST_BANS, 4)
-        table: Any = np.full((size, 2 + NUM_RECENT), ANY_TOKEN, np.int32)
-        table[:, 0] = len(slot)
-        for entry, (i, token, prefix) in zip(table, bans, strict=False):
-            entry[:2] = i, token
-            entry[len(entry) - len(prefix) :] = prefix
+        (bans,) = self.bans(slot, position[None])
         fields: tuple[Any, ...] = (
             self._edit_slot[slot],
             self._repetition[slot],
             self._presence[slot],
             self._frequency[slot],
-            table,
+            bans,
         )
         return EditRows(*fields)
+
+    def bans(self, slot: Any, position: Any) -> Any:
+        """The bans of K steps, [K, Z, 2 + NUM_RECENT]; positions are [K, B]."""
+        found = [
+            [
+                (i, token, prefix)
+                for i in np.flatnonzero(positions < self._banned_until[slot]).tolist()
+                for token, prefix in self._row_of(int(slot[i])).bans(int(positions[i]))
+            ]
+            for positions in position
+        ]
+        size = _bucket(max(map(len, found)), _FEWEST_BANS, 4)
+        bans: Any = np.full((len(found), size, 2 + NUM_RECENT), ANY_TOKEN, np.int32)
+        bans[:, :, 0] = len(slot)
+        for table, step in zip(bans, found, strict=True):
+            for entry, (i, token, prefix) in zip(table, step, strict=False):
+                entry[:2] = i, token
+                entry[len(entry) - len(prefix) :] = prefix
+        return bans
 
     def sampling_class(self, slot: Any, position: Any) -> SamplingClass:
         """What the most demanding of the rows needs; arguments as for `edit_rows`."""
         if (position < self._banned_until[slot]).any():
             return SamplingClass.EDITED
         return SamplingClass(int(self._class[slot].max()))
+
+    def most_logprobs(self, slot: Any) -> int | None:
+        """The most alternatives that any of the slots reports; None if none reports anything."""
+        most = int(self._num_logprobs[slot].max())
+        return None if most == NO_LOGPROBS else most
 
     def _row_of(self, slot: int) -> RowParams:
         row = self._row[slot]

@@ -5,40 +5,42 @@
                                           (and score_tokens, for prompts whose scores are wanted)
 
 One decode call serves all rows that need a single token, one prefill call the chunks of all
-prompts (more only if they overflow the largest bucket). `dispatch` hands a plan to the device and
+prompts (more only if they overflow the largest bucket). Several decode steps at once, where a plan
+has them, are one call too, with the sampling of each. `dispatch` hands a plan to the device and
 does not wait; `collect` waits for what it gave. Further plans may be dispatched in between: the
 device has the tokens that they continue.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from flax import linen as nn
 
 from folojax import kv_cache, step
 from folojax.batch import Batch, Chunk, Row, ints
-from folojax.buckets import Buckets, PrefillShape, slots_for
+from folojax.buckets import Buckets, DecodeShape, PrefillShape, num_alternatives, slots_for
+from folojax.host_store import HostStore, TokenKV, read_tokens
 from folojax.logit_edits import EditState, init_edits, write_slot
 from folojax.results import Pending, StepResult, is_scored, read, tokens_after
 from folojax.row_params import RowParams
 from folojax.sampling import SamplingClass, SamplingSpec
 from folojax.sampling_params import SamplingParams
-from folojax.sched.plan import SchedulerOutput
+from folojax.sched.plan import PageMoves, SchedulerOutput
 from folojax.state import (
     DecodeInputs,
     EngineState,
     PrefillInputs,
     SampleInputs,
+    SlotState,
     StepOutput,
     TokenScores,
     init_state,
     is_alive,
 )
-
-_USUAL_LOGPROBS = 20
-"""J where nobody wants more, also in an engine that allows the whole vocabulary."""
 
 
 @dataclasses.dataclass
@@ -47,6 +49,7 @@ class RunnerStats:
 
     num_prefill_calls: int = 0
     num_decode_calls: int = 0
+    num_loaded_pages: int = 0
     num_scheduled_tokens: int = 0
     num_computed_tokens: int = 0
 
@@ -65,6 +68,7 @@ class Runner:
         max_logprobs: int = 20,
         num_tokens: int | None = None,
         is_processed: bool = False,
+        max_decode_steps: int = 1,
     ) -> None:
         """Allocates the state.
 
@@ -77,6 +81,7 @@ class Runner:
             max_logprobs: J wherever a request wants alternatives.
             num_tokens: Ids from here on are padding of the vocabulary; None: there are none.
             is_processed: Sampled tokens are reported as in `SamplingSpec`; prompts always raw.
+            max_decode_steps: Most decode steps of a plan, and their number wherever it is not 1.
         """
         self.model = model
         self.buckets = buckets
@@ -85,6 +90,8 @@ class Runner:
         self._num_tokens = num_tokens
         self._is_processed = is_processed
         self._layout = layout
+        self._max_decode_steps = max_decode_steps
+        self.host = HostStore(layout)
         num_slots = slots_for(max_num_seqs)
         self.batch = Batch(
             num_slots, buckets.decode_pages[-1], layout.num_pages, model.config.vocab_size
@@ -107,35 +114,38 @@ class Runner:
         for row in self.batch.update(plan):
             if row.params.has_slot_edits:
                 self._write_edits(row.slot, row.params, row.token_ids, row.num_prompt_tokens)
-        self._copy_pages(plan.page_copies)
-        sampled = set(plan.sampled_request_ids)
-        chunks: list[Chunk] = []
-        singles: list[Row] = []
-        for request_id, num_tokens in plan.num_scheduled_tokens.items():
-            row = self.batch.rows[request_id]
-            start, end = row.num_computed_tokens, row.num_computed_tokens + num_tokens
-            if num_tokens == 1 and not is_scored(row, start):
-                singles.append(row)
-                continue
-            assert end <= len(row.token_ids), f"{request_id} has {num_tokens} tokens, sampled ones"
-            columns = self.buckets.prefill_columns
-            for first in range(start, end, columns):
-                last = min(first + columns, end)
-                chunks.append(Chunk(row, first, last, last == end and request_id in sampled))
-        most = self.buckets.prefill_rows[-1]
-        pending = [self._prefill(chunks[i : i + most]) for i in range(0, len(chunks), most)]
-        if singles:
-            pending.append(self._decode(singles, sampled))
+        self._move_pages(plan.page_moves)
         self.stats.num_scheduled_tokens += plan.total_num_scheduled_tokens
+        rows = [self.batch.rows[request_id] for request_id in plan.num_scheduled_tokens]
+        num_tokens = list(plan.num_scheduled_tokens.values())
+        slots = [row.slot for row in rows]
+        sampled = plan.sampled_request_ids
+        is_plain = plan.total_num_scheduled_tokens == len(rows) and not self.batch.num_scored_rows
+        if not rows:
+            return []
+        if plan.num_decode_steps > 1:
+            pending = [self._decode_steps(rows, slots, num_tokens)]
+        elif is_plain and len(sampled) == len(rows):  # most steps
+            pending = [self._decode(rows, slots, None)]
+        else:
+            pending = self._mixed(rows, num_tokens, set(sampled))
+        self.batch.advance(slots, num_tokens)
         return pending
 
     def collect(self, pending: list[Pending]) -> StepResult:
         """Waits until a plan is computed, and returns what it gave; may be asked again."""
         return read(pending)
 
+    def read_kv(self, page_ids: Sequence[int], num_tokens: int) -> TokenKV:
+        """Waits for the K/V of the first tokens in some pages."""
+        num_pages = -(-num_tokens // self._layout.page_size)
+        taken = kv_cache.take_pages(self.state.cache, page_ids[:num_pages])
+        return read_tokens(taken, num_tokens, self._layout)
+
     def reset(self) -> None:
         """Forgets every row; replaces the state if an interrupted step has consumed it."""
         self.batch.clear()
+        self.host.clear()
         if not is_alive(self.state):
             self.state = _place(init_state(self._layout, self.batch.num_slots))
 
@@ -148,6 +158,7 @@ class Runner:
     def check_is_empty(self) -> None:
         """Asserts that no request is remembered and every slot is free."""
         self.batch.check_is_empty()
+        assert not len(self.host), "host memory holds pages"
 
     def warm_up(self, sampling: Sequence[SamplingClass]) -> int:
         """Compiles every planned shape by running it on padding; returns how many there are."""
@@ -158,55 +169,126 @@ class Runner:
                 inputs = self.batch.prefill_inputs(shape, [])
                 hidden[shape.rows], _ = self._call_prefill(inputs, shape.segments)
             else:
-                row_inputs = self.batch.decode_inputs(shape, [], [])
+                row_inputs = self.batch.decode_inputs(shape, [])
                 hidden[shape.rows] = self._call_decode(row_inputs, shape.segments)
         for needed in sampling:
             for rows, states in hidden.items():
                 slot = ints(rows, self.batch.num_slots)
                 self._call_sample(states, slot, ints(rows), SamplingSpec(needed, None))
+        num_multiple = 0
+        if self._max_decode_steps > 1:
+            decode_shapes = [shape for shape in shapes if isinstance(shape, DecodeShape)]
+            for shape, needed in itertools.product(decode_shapes, sampling):
+                row_inputs = self.batch.decode_inputs(shape, [])
+                self._call_decode_steps(
+                    row_inputs, shape.segments, ints(shape.rows), SamplingSpec(needed, None)
+                )
+                num_multiple += 1
         if SamplingClass.EDITED in sampling:
             self._write_edits(0, RowParams(SamplingParams(), 0), ints(0), 0)
         cache, num_copies = kv_cache.compile_copies(self.state.cache)
         self.state = self.state._replace(cache=cache)
-        return len(shapes) + len(hidden) * len(sampling) + num_copies
+        return len(shapes) + len(hidden) * len(sampling) + num_multiple + num_copies
 
-    def _copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
-        if not copies:
-            return
-        cache = kv_cache.copy_pages(self.state.cache, copies)
+    def _move_pages(self, moves: PageMoves) -> None:
+        """In the order that the scheduler counts on."""
+        cache = self.state.cache
+        if moves.saves:
+            self.host.save(cache, moves.saves)
+        if moves.copies:
+            cache = kv_cache.copy_pages(cache, moves.copies)
+        if moves.loads:
+            cache = self.host.load(cache, moves.loads)
+            self.stats.num_loaded_pages += sum(len(load.page_ids) for load in moves.loads)
+        if moves.dropped:
+            self.host.drop(moves.dropped)
         self.state = self.state._replace(cache=cache)
+
+    def _mixed(self, rows: list[Row], num_tokens: list[int], sampled: set[str]) -> list[Pending]:
+        """Chunks of prompts, and beside them the rows that have a single token to compute."""
+        chunks: list[Chunk] = []
+        singles: list[Row] = []
+        columns = self.buckets.prefill_columns
+        for row, count in zip(rows, num_tokens, strict=True):
+            start = int(self.batch.num_computed[row.slot])
+            if count == 1 and not is_scored(row, start):
+                singles.append(row)
+                continue
+            end = start + count
+            assert end <= len(row.token_ids), f"{row.request_id} has {count} tokens, sampled ones"
+            for first in range(start, end, columns):
+                last = min(first + columns, end)
+                has_sample = last == end and row.request_id in sampled
+                chunks.append(Chunk(row, first, last, has_sample))
+        most = self.buckets.prefill_rows[-1]
+        pending = [self._prefill(chunks[i : i + most]) for i in range(0, len(chunks), most)]
+        if singles:
+            pending.append(self._decode(singles, [row.slot for row in singles], sampled))
+        return pending
 
     def _prefill(self, chunks: list[Chunk]) -> Pending:
         page_size = self._layout.page_size
         most_pages = max(-(-chunk.end // page_size) for chunk in chunks)
-        extent = max(chunk.row.extent for chunk in chunks)
+        extent = int(self.batch.extent[[chunk.row.slot for chunk in chunks]].max())
         shape = self.buckets.prefill_shape(len(chunks), extent, most_pages)
         inputs = self.batch.prefill_inputs(shape, chunks)
         last, hidden = self._call_prefill(inputs, shape.segments)
         self.stats.num_prefill_calls += 1
         self.stats.num_computed_tokens += inputs.tokens.size
         rows = [chunk.row if chunk.has_sample else None for chunk in chunks]
-        out = self._sample(last, rows, inputs.start + inputs.length) if any(rows) else None
-        scores = self._score(hidden, chunks)
-        return Pending(rows, out, chunks, scores)
+        out = None
+        if any(rows):
+            nowhere = self.batch.num_slots
+            slots = [nowhere if row is None else row.slot for row in rows]
+            slot = self.batch.pad(slots, shape.rows)
+            out = self._sample(last, slot, inputs.start + inputs.length)
+        return Pending(rows, out, chunks, self._score(hidden, chunks))
 
-    def _decode(self, rows: list[Row], sampled: set[str]) -> Pending:
-        extent, most_pages = max(r.extent for r in rows), max(r.num_pages for r in rows)
-        shared_items = self.batch.num_shared_items(rows, self.buckets.shared_lanes)
-        shape = self.buckets.decode_shape(len(rows), extent, most_pages, shared_items)
-        inputs = self.batch.decode_inputs(shape, rows, [row.num_computed_tokens for row in rows])
-        hidden = self._call_decode(inputs, shape.segments)
+    def _decode(self, rows: list[Row], slots: list[int], sampled: set[str] | None) -> Pending:
+        """One token of each row; `sampled` are the ids of those that sample, None is all."""
+        inputs, segments = self._decode_inputs(slots)
+        hidden = self._call_decode(inputs, segments)
+        sampling: list[Row | None] = list(rows)
+        slot = inputs.slot
+        if sampled is not None:
+            sampling = [row if row.request_id in sampled else None for row in rows]
+            nowhere = self.batch.num_slots
+            some = [nowhere if row is None else row.slot for row in sampling]
+            slot = self.batch.pad(some, len(slot))
+        self.stats.num_computed_tokens += len(slot)
+        return Pending(sampling, self._sample(hidden, slot, inputs.position + 1), [], None)
+
+    def _decode_steps(self, rows: list[Row], slots: list[int], num_tokens: list[int]) -> Pending:
+        """Several tokens of each row, one after the other."""
+        inputs, segments = self._decode_inputs(slots)
+        num_steps = ints(len(inputs.slot))
+        num_steps[: len(num_tokens)] = num_tokens
+        last = inputs.position + num_steps  # of the tokens to be drawn
+        spec = self._spec(inputs.slot, np.stack([inputs.position + 1, last]))
+        self.stats.num_computed_tokens += len(inputs.slot) * self._max_decode_steps
+        out = self._call_decode_steps(inputs, segments, num_steps, spec)
+        return Pending(list(rows), out, [], None, num_tokens)
+
+    def _decode_inputs(self, slots: list[int]) -> tuple[DecodeInputs, int]:
+        """The inputs, and how many segments hold their pages."""
+        batch = self.batch
+        shape = self.buckets.decode_shape(
+            len(slots),
+            int(batch.extent[slots].max()),
+            int(batch.num_row_pages[slots].max()),
+            batch.num_shared_items(slots, self.buckets.shared_lanes),
+        )
         self.stats.num_decode_calls += 1
-        self.stats.num_computed_tokens += shape.rows
-        sampling = [row if row.request_id in sampled else None for row in rows]
-        return Pending(sampling, self._sample(hidden, sampling, inputs.position + 1), [], None)
+        return batch.decode_inputs(shape, slots), shape.segments
 
-    def _sample(self, hidden: Any, rows: list[Row | None], position: Any) -> StepOutput:
-        slot = self.batch.slots(rows, len(position))
-        wanted = [row.params.num_logprobs for row in rows if row is not None]
-        num_logprobs = self._bucket_logprobs([count for count in wanted if count is not None])
-        spec = SamplingSpec(self.batch.params.sampling_class(slot, position), num_logprobs)
-        return self._call_sample(hidden, slot, position, spec)
+    def _sample(self, hidden: Any, slot: Any, position: Any) -> StepOutput:
+        return self._call_sample(hidden, slot, position, self._spec(slot, position[None]))
+
+    def _spec(self, slot: Any, positions: Any) -> SamplingSpec:
+        """What slots need that draw tokens at some positions, [K, B]."""
+        params = self.batch.params
+        needed = max(params.sampling_class(slot, position) for position in positions)
+        return SamplingSpec(needed, num_alternatives(params.most_logprobs(slot), self.max_logprobs))
 
     def _score(self, hidden: Any, chunks: list[Chunk]) -> TokenScores | None:
         scored = [chunk for chunk in chunks if is_scored(chunk.row, chunk.start)]
@@ -222,17 +304,8 @@ class Runner:
             hidden,
             targets,
             model=self.model,
-            num_logprobs=self._bucket_logprobs(wanted) or 0,
+            num_logprobs=num_alternatives(max(wanted), self.max_logprobs) or 0,
         )
-
-    def _bucket_logprobs(self, wanted: Sequence[int]) -> int | None:
-        """J: one size for nearly all who want alternatives, so that one executable serves them."""
-        if not wanted:
-            return None
-        most = max(wanted)
-        if most > _USUAL_LOGPROBS:
-            return self.max_logprobs
-        return min(_USUAL_LOGPROBS, self.max_logprobs) if most > 0 else 0
 
     def _call_prefill(self, inputs: PrefillInputs, num_segments: int) -> tuple[Any, Any]:
         head, tail = kv_cache.take_segments(self.state.cache, num_segments)
@@ -248,23 +321,56 @@ class Runner:
         self.state = self.state._replace(cache=kv_cache.join_segments(head, tail))
         return hidden
 
+    def _call_decode_steps(
+        self, inputs: DecodeInputs, num_segments: int, num_steps: Any, spec: SamplingSpec
+    ) -> StepOutput:
+        count = self._max_decode_steps
+        slots, kept, sampling, spec = self._sampling(inputs.slot, inputs.position + 1, spec)
+        bans = None
+        if sampling.edits is not None:
+            positions = sampling.position + np.minimum(
+                np.arange(count)[:, None], np.maximum(num_steps - 1, 0)
+            )
+            bans = self.batch.params.bans(inputs.slot, positions)
+        head, tail = kv_cache.take_segments(self.state.cache, num_segments)
+        head, slots, out = step.decode_steps(
+            self.params,
+            head,
+            slots,
+            inputs,
+            num_steps,
+            sampling,
+            bans,
+            model=self.model,
+            spec=spec,
+            most_steps=count,
+        )
+        slots = slots._replace(edits=slots.edits or kept)
+        self.state = EngineState(kv_cache.join_segments(head, tail), slots)
+        return out
+
     def _call_sample(self, hidden: Any, slot: Any, position: Any, spec: SamplingSpec) -> StepOutput:
+        slots, kept, inputs, spec = self._sampling(slot, position, spec)
+        slots, out = step.sample_tokens(
+            self._head_params, slots, hidden, inputs, model=self.model, spec=spec
+        )
+        self.state = self.state._replace(slots=slots._replace(edits=slots.edits or kept))
+        return out
+
+    def _sampling(
+        self, slot: Any, position: Any, spec: SamplingSpec
+    ) -> tuple[SlotState, EditState | None, SampleInputs, SamplingSpec]:
+        """The arguments of a call that samples, and the edits that it is not to touch."""
         spec = dataclasses.replace(
             spec, num_tokens=self._num_tokens, is_processed=self._is_processed
         )
         inputs = SampleInputs(slot, position, self.batch.params.rows(slot))
-        slots, edits = self.state.slots, None
+        slots = self.state.slots
         if spec.needed >= SamplingClass.EDITED:
-            slots = slots._replace(edits=self._edits())
-            inputs = inputs._replace(edits=self.batch.params.edit_rows(slot, position))
-        else:
-            # Not an argument of the others, which would be compiled once with and once without it.
-            slots, edits = slots._replace(edits=None), slots.edits
-        slots, out = step.sample_tokens(
-            self._head_params, slots, hidden, inputs, model=self.model, spec=spec
-        )
-        self.state = self.state._replace(slots=slots._replace(edits=slots.edits or edits))
-        return out
+            edits = self.batch.params.edit_rows(slot, position)
+            return slots._replace(edits=self._edits()), None, inputs._replace(edits=edits), spec
+        # Not an argument of the others, which would be compiled once with and once without it.
+        return slots._replace(edits=None), slots.edits, inputs, spec
 
     def _edits(self) -> EditState:
         """What is kept for edits of logits; allocated when a request first needs it."""

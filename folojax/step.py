@@ -10,8 +10,8 @@ has an error path: that a row has room in its pages is decided on the host (`fol
 
 Model and sampler are separate calls because each has its own axes of variation. The shapes of the
 inputs choose the executable of the model; the number of rows and a static `SamplingSpec` choose
-that of the sampler, which is small. Together they would need the product of both. Parameters of a
-request are arrays and choose nothing.
+that of the sampler, which is small. Together they would need the product of both. (`decode_steps`
+is such a product: both, several times over.) Parameters of a request are arrays and choose nothing.
 
 Shapes that do not fit together fail while tracing, with an AssertionError that names them.
 """
@@ -25,8 +25,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
+from folojax import kv_cache
 from folojax.attention import attend_chunks, attend_tokens, plan_chunks, plan_tokens
 from folojax.kv_cache import KVCache
 from folojax.logit_edits import note_tokens
@@ -99,20 +100,72 @@ def decode(
     Returns:
         The new cache and the hidden state of each row's token.
     """
-    rows = inputs.slot.shape[0]
-    chex.assert_shape([inputs.token, inputs.position], (rows,))
-    chex.assert_shape(inputs.page_table, (rows, None))
-    plan = plan_tokens(inputs, cache)
-    sampled = tokens.at[inputs.slot].get(mode="clip")
-    result: Any = model.apply(
-        {"params": params},
-        jnp.where(inputs.token < 0, sampled, inputs.token),
-        inputs.position,
-        cache,
-        functools.partial(attend_tokens, plan),
-    )
-    hidden, cache = result
-    return cache, hidden
+    return _decode(params, cache, tokens, inputs, model, None)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("model", "spec", "most_steps"), donate_argnames=("cache", "slots")
+)
+def decode_steps(
+    params: Any,
+    cache: KVCache,
+    slots: SlotState,
+    inputs: DecodeInputs,
+    num_steps: Int[Array, " B"],
+    sampling: SampleInputs,
+    bans: Int[Array, "K Z _"] | None,
+    *,
+    model: nn.Module,
+    spec: SamplingSpec,
+    most_steps: int,
+) -> tuple[KVCache, SlotState, StepOutput]:
+    """`decode` and `sample_tokens`, K times over: each step computes what the one before sampled.
+
+    DONATES `cache` and `slots`.
+
+    Args:
+        params: The module's parameters.
+        cache: Holds the rows' earlier tokens, and has room for K more.
+        slots: Of all requests.
+        inputs: B rows, as for the first step.
+        num_steps: How many steps each row takes; in the others it is padding.
+        sampling: As for the first step.
+        bans: In place of those in `sampling.edits`, of each step; None for specs without edits.
+        model: A module of `folojax.models`.
+        spec: At least as demanding as every row.
+        most_steps: K.
+
+    Returns:
+        The new cache and slots, and the report of each step: [K, B] where one step has [B].
+    """
+    num_slots = slots.tokens.shape[0]
+
+    def one_step(
+        carry: tuple[KVCache, SlotState], xs: tuple[Array, Array | None]
+    ) -> tuple[tuple[KVCache, SlotState], StepOutput]:
+        (cache, slots), (number, banned) = carry, xs
+        is_active = number < num_steps
+        # A row that is done stands still, at a token that it has computed already.
+        behind = jnp.clip(number, 0, jnp.maximum(num_steps - 1, 0))
+        now = inputs._replace(
+            slot=jnp.where(is_active, inputs.slot, num_slots),
+            token=jnp.where(number == 0, inputs.token, -1),
+            position=inputs.position + behind,
+        )
+        cache, hidden = _decode(params, cache, slots.tokens, now, model, is_active)
+        edits = sampling.edits
+        if edits is not None and banned is not None:
+            edits = edits._replace(slot=jnp.where(is_active, edits.slot, num_slots), bans=banned)
+        drawn = sampling._replace(
+            slot=jnp.where(is_active, sampling.slot, num_slots),
+            position=sampling.position + behind,
+            edits=edits,
+        )
+        slots, out = _sample(params, slots, hidden, drawn, model, spec)
+        return (cache, slots), out
+
+    (cache, slots), out = lax.scan(one_step, (cache, slots), (jnp.arange(most_steps), bans))
+    return cache, slots, out
 
 
 @functools.partial(jax.jit, static_argnames=("model", "spec"), donate_argnames="slots")
@@ -137,16 +190,7 @@ def sample_tokens(
         model: A module of `folojax.models`.
         spec: At least as demanding as every row.
     """
-    chex.assert_shape([inputs.slot, inputs.position], (hidden.shape[0],))
-    logits: Any = model.apply({"params": params}, hidden, method="logits")
-    edits = slots.edits
-    if edits is None or inputs.edits is None:
-        out = sample(logits, inputs.rows, inputs.position, spec)
-    else:
-        out = sample(logits, inputs.rows, inputs.position, spec, (edits, inputs.edits))
-        edits = note_tokens(edits, inputs.edits.slot, out.tokens)
-    tokens = slots.tokens.at[inputs.slot].set(out.tokens, mode="drop")
-    return SlotState(tokens, edits), out
+    return _sample(params, slots, hidden, inputs, model, spec)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "num_logprobs"))
@@ -184,3 +228,52 @@ def head_params(params: Any) -> Any:
     The sampler is handed no more than that: what a call costs grows with its number of arrays.
     """
     return {name: value for name, value in params.items() if not isinstance(value, Mapping)}
+
+
+def _decode(
+    params: Any,
+    cache: KVCache,
+    tokens: Int[Array, " M"],
+    inputs: DecodeInputs,
+    model: nn.Module,
+    is_active: Bool[Array, " B"] | None,
+) -> tuple[KVCache, Float[Array, "B E"]]:
+    """See `decode`; rows that are not active store nothing."""
+    rows = inputs.slot.shape[0]
+    chex.assert_shape([inputs.token, inputs.position], (rows,))
+    chex.assert_shape(inputs.page_table, (rows, None))
+    plan = plan_tokens(inputs, cache)
+    if is_active is not None:
+        nowhere = kv_cache.num_pages(cache)
+        plan = plan._replace(page=jnp.where(is_active, plan.page, nowhere))
+    sampled = tokens.at[inputs.slot].get(mode="clip")
+    result: Any = model.apply(
+        {"params": params},
+        jnp.where(inputs.token < 0, sampled, inputs.token),
+        inputs.position,
+        cache,
+        functools.partial(attend_tokens, plan),
+    )
+    hidden, cache = result
+    return cache, hidden
+
+
+def _sample(
+    params: Any,
+    slots: SlotState,
+    hidden: Float[Array, "B E"],
+    inputs: SampleInputs,
+    model: nn.Module,
+    spec: SamplingSpec,
+) -> tuple[SlotState, StepOutput]:
+    """See `sample_tokens`."""
+    chex.assert_shape([inputs.slot, inputs.position], (hidden.shape[0],))
+    logits: Any = model.apply({"params": params}, hidden, method="logits")
+    edits = slots.edits
+    if edits is None or inputs.edits is None:
+        out = sample(logits, inputs.rows, inputs.position, spec)
+    else:
+        out = sample(logits, inputs.rows, inputs.position, spec, (edits, inputs.edits))
+        edits = note_tokens(edits, inputs.edits.slot, out.tokens)
+    tokens = slots.tokens.at[inputs.slot].set(out.tokens, mode="drop")
+    return SlotState(tokens, edits), out

@@ -149,11 +149,11 @@ def _lower(
     yield step.prefill.lower(params, state.cache, inputs, model=module)
 
     decode_shape = largest_decode(buckets, layout.num_pages)
-    one = batch.decode_inputs(decode_shape, [], [])
+    one = batch.decode_inputs(decode_shape, [])
     yield step.decode.lower(params, state.cache, state.slots.tokens, one, model=module)
 
     rows = max(shape.rows, decode_shape.rows)
-    slot = batch.slots([], rows)
+    slot = batch.pad([], rows)
     spec = SamplingSpec(SamplingClass.EDITED, max_logprobs)
     rows_inputs = SampleInputs(
         slot, ints(rows), batch.params.rows(slot), batch.params.edit_rows(slot, ints(rows))

@@ -23,6 +23,13 @@ class SchedulerConfig:
             that begin with the same tokens.
         max_plans_in_flight: plans that may be made before the first of them is taken in; with 2,
             one is planned while the device computes the one before.
+        max_decode_steps: most tokens that a request may get in one plan. More than 1 are planned
+            when all requests run, and none of them has anything but its next token to compute.
+        num_host_pages: room for K/V of preempted requests in host memory; 0: all is computed again.
+        min_swap_tokens: from how many tokens on it is cheaper to move their K/V to host memory and
+            back than to compute them again.
+        watermark: share of the pages that is to stay free when a request is admitted while others
+            run: they have some room to grow before anyone is preempted.
 
     Raises:
         ValueError: with every mismatch in one text.
@@ -38,6 +45,10 @@ class SchedulerConfig:
     long_prefill_token_threshold: int = 0
     enable_prefix_caching: bool = False
     max_plans_in_flight: int = 1
+    max_decode_steps: int = 1
+    num_host_pages: int = 0
+    min_swap_tokens: int = 1
+    watermark: float = 0.0
 
     def __post_init__(self) -> None:
         problems = [
@@ -50,6 +61,10 @@ class SchedulerConfig:
             for name in ("enable_chunked_prefill", "enable_prefix_caching")
             if not isinstance(getattr(self, name), bool)
         ]
+        if not _is_share(self.watermark):
+            problems.append(
+                f"watermark is {self.watermark!r}; it must be a number from 0 up to, and not, 1"
+            )
         if self.policy not in POLICIES:
             problems.append(f"policy is {self.policy!r}; it must be one of {', '.join(POLICIES)}")
         if not problems:  # the limits can be compared only once each of them is a number
@@ -57,8 +72,8 @@ class SchedulerConfig:
         if problems:
             raise ValueError("; ".join(problems))
 
-    def request_problems(self, prompt_len: int, max_tokens: int) -> list[str]:
-        """Says why a request of this size can never run; empty when it can."""
+    def request_problems(self, prompt_len: int, max_tokens: int, num_outputs: int = 0) -> list[str]:
+        """Says why a request of this size, with outputs so far, can never run; empty if it can."""
         if prompt_len == 0:
             return ["the prompt is empty; at least one token is needed to start from"]
         if prompt_len >= self.max_model_len:
@@ -66,6 +81,13 @@ class SchedulerConfig:
                 f"prompt has {prompt_len:,} tokens; max_model_len is {self.max_model_len:,} and "
                 f"one token must be left for the output: shorten it to at most "
                 f"{self.max_model_len - 1:,} tokens or raise max_model_len"
+            ]
+        most_outputs = min(max_tokens, self.max_model_len - prompt_len)
+        if num_outputs > 0 and most_outputs <= num_outputs:
+            return [
+                f"the request has {num_outputs:,} output tokens; with max_tokens {max_tokens:,} "
+                f"and a max_model_len of {self.max_model_len:,} it can have {most_outputs:,}: "
+                f"there is none to come, raise max_tokens or continue an earlier token"
             ]
         # The last token is returned, never fed back: its K/V are not needed. A prompt alone has
         # no such token.
@@ -113,8 +135,15 @@ _LEAST = {
     "page_size": 1,
     "long_prefill_token_threshold": 0,
     "max_plans_in_flight": 1,
+    "max_decode_steps": 1,
+    "num_host_pages": 0,
+    "min_swap_tokens": 0,
 }
 
 
 def _is_int_from(value: object, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_share(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1

@@ -11,7 +11,7 @@ later plan already. That plan's token for it is then no longer awaited, and is d
 """
 
 from collections import deque
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from folojax.sched.plan import SchedulerOutput
@@ -36,7 +36,8 @@ class Flight:
         sampled = set(self.plan.sampled_request_ids)
         for request_id, request in self.requests.items():
             request.num_tokens_in_flight -= self.plan.num_scheduled_tokens[request_id]
-            request.num_samples_in_flight -= request_id in sampled
+            if request_id in sampled:
+                request.num_samples_in_flight -= self.plan.num_samples(request_id)
 
     def forget(self, request: Request) -> None:
         """Awaits nothing more for a request."""
@@ -75,14 +76,14 @@ class Flights:
         return next(flight.requests for flight in self._flights if flight.plan is plan)
 
     def land(
-        self, plan: SchedulerOutput, sampled: Mapping[str, int], failed: Collection[str]
+        self, plan: SchedulerOutput, sampled: Mapping[str, Sequence[int]], failed: Collection[str]
     ) -> dict[str, Request]:
         """Takes out the earliest plan, and returns the requests that await its results.
 
         Args:
             plan: the one that was run.
             sampled: tokens by request id.
-            failed: ids of requests without a token.
+            failed: ids of requests that lack tokens, or all of them.
 
         Raises:
             AssertionError: another plan, or samples that don't belong to it; nothing has changed.
@@ -90,16 +91,21 @@ class Flights:
         is_next = bool(self._flights) and plan is self._flights[0].plan
         assert is_next, "the plan is not the next to be taken in, or was taken in already"
         requests = self._flights[0].requests
-        may_sample = set(plan.sampled_request_ids).difference(failed)
-        is_ended = may_sample - requests.keys()
-        missing = may_sample - sampled.keys() - is_ended
+        may_sample = set(plan.sampled_request_ids)
+        is_ended = may_sample.difference(requests)
+        missing = may_sample.difference(sampled, failed, is_ended)
         surplus = sampled.keys() - may_sample
         unknown = set(failed) - plan.num_scheduled_tokens.keys()
         assert not missing, f"no token for {sorted(missing)}"
         assert not surplus, f"a token that was not asked for: {sorted(surplus)}"
         assert not unknown, f"failed, but not in the plan: {sorted(unknown)}"
+        for request_id in failed:
+            has_all = len(sampled.get(request_id, ())) == plan.num_samples(request_id)
+            assert not has_all, f"failed, with all tokens: {request_id!r}"
         self._flights.popleft()
-        self.num_discarded_tokens += len(is_ended)
+        self.num_discarded_tokens += sum(
+            plan.num_samples(request_id) for request_id in is_ended.difference(failed)
+        )
         return requests
 
     def forget(self, request: Request) -> None:

@@ -1,6 +1,7 @@
 """Requests with one prompt: who holds its K/V, and who waits for them."""
 
-from folojax.sched.request import Request
+from folojax.sched.memory import Source
+from folojax.sched.request import Request, RequestStatus
 
 
 class Groups:
@@ -53,6 +54,15 @@ class Groups:
             if sibling.num_planned_tokens >= request.num_prompt_tokens - 1:
                 return sibling
         return None
+
+    def find_source(self, request: Request) -> Source | None:
+        """A running request that has the K/V of the same first tokens: its parent or a sibling."""
+        parent = request.forked_from
+        if parent is not None and parent.status is RequestStatus.RUNNING:
+            return Source(parent, request.num_tokens)
+        sibling = self.find_sibling(request)
+        # Of the prompt's last token the K/V may be missing.
+        return None if sibling is None else Source(sibling, request.num_prompt_tokens - 1)
 
     def must_wait(self, request: Request) -> bool:
         """Whether the prompt is being computed for a sibling, and nobody has it yet."""

@@ -22,9 +22,11 @@ def check_integrity(
     _check_owners(memory.allocator, requests)
     _check_contents(memory, running)
     _check_places(config, requests, running, waiting)
+    memory.host.check([request.saved for request in requests if request.saved is not None])
     for request in running:
         assert request.status is RequestStatus.RUNNING, f"in the batch, but {request}"
         assert request.num_computed_tokens < request.num_tokens, f"nothing to do for {request}"
+        assert request.saved is None, f"in the batch, and saved: {request}"
         num_left = request.num_expected_tokens - request.num_planned_tokens
         assert num_left >= 0, f"more is planned than there will be: {request}"
         held = len(request.page_ids)

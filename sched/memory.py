@@ -3,17 +3,35 @@
 A request that is admitted starts behind the K/V that it finds, the longer of two beginnings::
 
     in the prefix cache     |page|page|page|          full pages, shared where they lie
-    with a sibling          |page|page|page|pa..|     full pages shared, the last part copied
+    with another request    |page|page|page|pa..|     full pages shared, the last part copied
+    in host memory          |page|page|page|pa..|     what is not shared is loaded
 
-and computes the rest into pages of its own: a page with several owners is never written.
+and computes the rest into pages of its own: a page with several owners is never written. What it
+finds with another request is the prompt of its group, or what it was forked from.
 """
 
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from folojax.sched.config import SchedulerConfig
+from folojax.sched.host_pages import HostPages, SavedPages
 from folojax.sched.pages import PageAllocator, pages_for
+from folojax.sched.plan import PageMoves
 from folojax.sched.prefix_cache import PrefixCache, PrefixNode
 from folojax.sched.request import Request
+
+
+class Source(NamedTuple):
+    """A running request whose K/V another can use.
+
+    Attributes:
+        request: the one that has them, of as many tokens as it has planned: it does at the latest
+            when the plans under way have run.
+        num_tokens: tokens that both have in common, from the first on.
+    """
+
+    request: Request
+    num_tokens: int
 
 
 class Start(NamedTuple):
@@ -24,12 +42,14 @@ class Start(NamedTuple):
         page_ids: the full pages that hold them.
         node: of the last full page in the prefix cache; its root when caching is off.
         partial_page: the page that holds those behind the last full page; None without any.
+        saved: what host memory holds of those behind `page_ids`; None when nothing is loaded.
     """
 
     num_tokens: int
     page_ids: list[int]
     node: PrefixNode
     partial_page: int | None = None
+    saved: SavedPages | None = None
 
 
 class KVMemory:
@@ -39,59 +59,109 @@ class KVMemory:
         page_size: tokens in a page.
         allocator: the pages.
         cache: the prefixes that can be hit; stays empty when caching is off.
+        host: what is in host memory.
         num_query_tokens: tokens looked up in the cache, of each request when it was first admitted.
-        num_hit_tokens: those of them that were found, in the cache or with a sibling.
+        num_hit_tokens: those of them that were found, in the cache or with another request.
     """
 
-    def __init__(self, num_pages: int, page_size: int, enable_prefix_caching: bool) -> None:
-        self.page_size = page_size
+    def __init__(self, config: SchedulerConfig) -> None:
+        self.page_size = config.page_size
         self.cache = PrefixCache()
-        self.allocator = PageAllocator(num_pages, self.cache)
+        self.allocator = PageAllocator(config.num_pages, self.cache)
+        self.host = HostPages(config.num_host_pages)
         self.num_query_tokens = 0
         self.num_hit_tokens = 0
-        self._is_caching = enable_prefix_caching
+        self._is_caching = config.enable_prefix_caching
+        self._least_saved = config.min_swap_tokens
+        self._num_kept_free = int(config.watermark * config.num_pages)
         # Per running request the node of its last full page: its next one belongs under it.
         self._tails: dict[Request, PrefixNode] = {}
+        # What requests that are admitted by the plan being made are to find in host memory.
+        self._loading: dict[Request, SavedPages] = {}
 
-    def find_start(self, request: Request, sibling: Request | None) -> Start:
-        """Looks for the K/V of a request that is to be admitted; at least one token stays to do.
+    def publish_moves(self) -> PageMoves:
+        """Returns what is to happen to pages before the step that has been planned."""
+        saves, loads, dropped = self.host.publish()
+        return PageMoves(saves, self.allocator.page_copies, loads, dropped)
+
+    def plan_again(self) -> None:
+        """Begins to plan the published step anew: its moves were not done, and are still to be."""
+        self.host.plan_again()
+
+    def plan_next(self) -> None:
+        """Begins to plan the next step: the moves published so far are done before it."""
+        self.allocator.forget_copies()
+        self.host.plan_next()
+        self._loading.clear()
+
+    def find_start(self, request: Request, source: Source | None) -> Start:
+        """Looks for the K/V of a request of no pages, which is to be admitted.
+
+        The last token stays to be computed in any case: what follows it is to be sampled.
+        """
+        start = self._find_in_cache(request)
+        # What is only loaded before this step comes too late to be copied.
+        if source is not None and source.request not in self._loading:
+            start = self._find_with(source, request, start)
+        saved = request.saved
+        # What host memory holds beyond that is loaded if that is cheaper than to compute it.
+        if saved is None or saved.num_tokens - start.num_tokens < max(self._least_saved, 1):
+            return start
+        num_tokens = min(saved.num_tokens, request.num_tokens - 1)
+        return start._replace(num_tokens=num_tokens, partial_page=None, saved=saved)
+
+    def admit(
+        self, request: Request, start: Start, num_tokens: int, has_company: bool = False
+    ) -> bool:
+        """Gives a request its start and pages for `num_tokens` more; False if they are too few.
 
         Args:
-            request: of no pages so far.
-            sibling: one that holds the K/V of the same prompt, except its last token perhaps; at
-                the latest when the plans under way have run.
+            request: that finds `start`.
+            start: its pages may be idle so far.
+            num_tokens: to be computed in the step.
+            has_company: whether others run, for whose growth some pages are to stay free.
         """
-        if request.skip_prefix_cache:
-            return Start(0, [], self.cache.root)
-        pieces = self._pieces(request) if self._is_caching else ()
-        page_ids, node = self.cache.match(pieces)
-        num_cached = len(page_ids) * self.page_size
-        # The prompt's last token is computed again: what follows it is to be sampled.
-        num_shared = request.num_prompt_tokens - 1
-        if sibling is None or num_shared <= num_cached:
-            return Start(num_cached, page_ids, node)
-        num_full, num_left = divmod(num_shared, self.page_size)
-        partial_page = sibling.page_ids[num_full] if num_left else None
-        # Pages that a plan under way computes are not in the cache, and come behind its last node.
-        node = self._tails[sibling].ancestor(num_full)
-        return Start(num_shared, sibling.page_ids[:num_full], node, partial_page)
-
-    def admit(self, request: Request, start: Start, num_tokens: int) -> bool:
-        """Gives a request its start and pages for `num_tokens` more; False if they are too few."""
-        num_pages = pages_for(start.num_tokens + num_tokens, self.page_size) - len(start.page_ids)
+        num_shared = len(start.page_ids)
+        num_pages = pages_for(start.num_tokens + num_tokens, self.page_size) - num_shared
         num_idle = sum(self.allocator.ref_count(page) == 0 for page in start.page_ids)
-        if num_pages > self.allocator.num_available - num_idle:
+        num_kept_free = self._num_kept_free if has_company else 0
+        if num_pages > self.allocator.num_available - num_idle - num_kept_free:
             return False
         self.allocator.share(start.page_ids)  # first, so that none of them is evicted
         page_ids = self.allocator.allocate(num_pages)
         assert page_ids is not None, "pages were counted, and are not there"
         if start.partial_page is not None:
             self.allocator.copy(start.partial_page, page_ids[0])
+        if start.saved is not None:
+            num_loaded = pages_for(start.num_tokens, self.page_size) - num_shared
+            self.host.load(start.saved, num_shared, tuple(page_ids[:num_loaded]))
+            self._loading[request] = start.saved
+            request.saved = None
+        self.drop_saved(request)  # it is computed again instead
         request.page_ids = start.page_ids + page_ids
         request.num_computed_tokens = start.num_tokens
         self._tails[request] = start.node
         self.cache.pin(start.node)
         return True
+
+    def save(self, request: Request) -> None:
+        """Has the K/V of a request kept in host memory, if that is cheaper and there is room.
+
+        All that is planned counts: a save runs after the plans under way.
+        """
+        num_tokens = request.num_planned_tokens
+        is_cheaper = num_tokens >= max(self._least_saved, 1)
+        # One that reports on its prompt has to compute it; one that is to be loaded stays saved.
+        if request.skip_prefix_cache or request in self._loading or not is_cheaper:
+            return
+        num_pages = pages_for(num_tokens, self.page_size)
+        request.saved = self.host.save(tuple(request.page_ids[:num_pages]), num_tokens)
+
+    def drop_saved(self, request: Request) -> None:
+        """Gives up what host memory holds of a request, if anything."""
+        if request.saved is not None:
+            self.host.drop(request.saved)
+            request.saved = None
 
     def count_start(self, request: Request) -> None:
         """Takes the start of a request that was admitted for the first time into the counts."""
@@ -99,6 +169,11 @@ class KVMemory:
         if self._is_caching and not request.skip_prefix_cache:
             self.num_query_tokens += request.num_tokens
             self.num_hit_tokens += request.num_cached_tokens
+
+    def num_missing_pages(self, request: Request, num_tokens: int) -> int:
+        """How many pages a running request needs for its next tokens."""
+        num_tokens += request.num_planned_tokens
+        return pages_for(num_tokens, self.page_size) - len(request.page_ids)
 
     def extend(self, request: Request, num_tokens: int) -> list[int] | None:
         """Gives a request pages for its next tokens, and returns those; None if too few."""
@@ -141,8 +216,29 @@ class KVMemory:
         self.allocator.free(reversed(request.page_ids))
         request.page_ids = []
         request.num_computed_tokens = request.num_tokens_in_flight = 0
+        saved = self._loading.pop(request, None)
+        if saved is not None and self.host.cancel_load(saved):
+            request.saved = saved
         if request in self._tails:  # it was admitted
             self.cache.unpin(self._tails.pop(request))
+
+    def _find_in_cache(self, request: Request) -> Start:
+        if request.skip_prefix_cache or not self._is_caching:
+            return Start(0, [], self.cache.root)
+        page_ids, node = self.cache.match(self._pieces(request))
+        return Start(len(page_ids) * self.page_size, page_ids, node)
+
+    def _find_with(self, source: Source, request: Request, start: Start) -> Start:
+        """What another request offers, if that is more than `start`."""
+        holder = source.request
+        num_shared = min(source.num_tokens, request.num_tokens - 1, holder.num_planned_tokens)
+        if request.skip_prefix_cache or num_shared <= start.num_tokens:
+            return start
+        num_full, num_left = divmod(num_shared, self.page_size)
+        partial_page = holder.page_ids[num_full] if num_left else None
+        # Pages that a plan under way computes are not in the cache, and come behind its last node.
+        node = self._tails[holder].ancestor(num_full)
+        return Start(num_shared, holder.page_ids[:num_full], node, partial_page)
 
     def _pieces(self, request: Request) -> Iterator[tuple[int, ...]]:
         """The full pages of a request's tokens, without the last token: that is to be computed."""

@@ -3,7 +3,7 @@
 import bisect
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from folojax.sched.request import Request
 
@@ -137,6 +137,13 @@ class PriorityQueue(RequestQueue):
 def _reversed_urgency(request: Request) -> tuple[int, int]:
     priority, arrival_index = request.urgency
     return -priority, -arrival_index
+
+
+def choose_victim(running: Sequence[Request], policy: str) -> Request:
+    """Whom to preempt: the last of the batch, or the least urgent."""
+    if policy == "priority":
+        return max(running, key=lambda request: request.urgency)
+    return running[-1]
 
 
 _QUEUES: dict[str, type[RequestQueue]] = {"fcfs": FCFSQueue, "priority": PriorityQueue}

@@ -24,6 +24,8 @@ A token that was under way when its request was preempted still counts, and can 
 import enum
 from dataclasses import dataclass, field
 
+from folojax.sched.host_pages import SavedPages
+
 NOT_ARRIVED = -1
 """`Request.arrival_index` of a request that no scheduler has taken yet."""
 
@@ -117,7 +119,8 @@ class StopRule:
 class Request:
     """A prompt, its stop rule and the state that the scheduler keeps of it.
 
-    The caller sets the first seven fields; the rest belongs to the scheduler, and is for reading.
+    The caller sets the first fields, up to `saved`, and may give output tokens that
+    are known already; the rest belongs to the scheduler, and is for reading.
 
     Attributes:
         request_id: unique among the live requests.
@@ -129,17 +132,20 @@ class Request:
             for one of them, while the others wait. None: it is alone.
         skip_prefix_cache: compute every token of the prompt, whatever others have left; for a
             request that reports something about each of them. Its pages may serve others.
+        forked_from: a request with the same prompt that gave it its first outputs: if that runs
+            when this one is admitted, they share pages.
+        saved: what host memory holds of its K/V.
         arrival_index: order of `add_request` calls, NOT_ARRIVED before.
         status: where the request is in its life.
-        output_token_ids: sampled so far; kept over a preemption.
+        output_token_ids: sampled so far; kept over a preemption. Those that it had when it was
+            added count as outputs in every respect.
         num_computed_tokens: tokens, from the first on, whose K/V are in the cache.
         num_tokens_in_flight: tokens behind them whose K/V the plans under way compute.
         num_samples_in_flight: output tokens that the plans under way sample.
         page_ids: pages that hold those K/V, in token order; one reference each.
-        num_cached_tokens: tokens that were found computed when it was first admitted, in the prefix
-            cache or with a request of its group.
+        num_cached_tokens: tokens that were found computed when it was first admitted: in the prefix
+            cache, with another request or in host memory.
         num_preemptions: how often its pages were taken away.
-        num_reported_tokens: output tokens that a `SchedulerOutput` has carried already.
         stop_reason: stop id or text that ended it; the reason when it failed; else None.
     """
 
@@ -150,6 +156,8 @@ class Request:
     priority: int = 0
     group: str | None = None
     skip_prefix_cache: bool = False
+    forked_from: "Request | None" = None
+    saved: SavedPages | None = None
 
     arrival_index: int = field(default=NOT_ARRIVED, kw_only=True)
     status: RequestStatus = field(default=RequestStatus.WAITING, kw_only=True)
@@ -160,7 +168,6 @@ class Request:
     page_ids: list[int] = field(default_factory=list, kw_only=True)
     num_cached_tokens: int = field(default=0, kw_only=True)
     num_preemptions: int = field(default=0, kw_only=True)
-    num_reported_tokens: int = field(default=0, kw_only=True)
     stop_reason: int | str | None = field(default=None, kw_only=True)
 
     @property

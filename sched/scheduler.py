@@ -15,8 +15,8 @@ There are no phases: prompt chunks, decoding and recomputation are all a request
          |
          v  sampled tokens
     update_from_output()
-      num_computed_tokens advances, full pages enter the prefix cache, tokens are appended, stop
-      rules checked, pages of finished requests freed, and the requests forgotten
+      tokens are appended, stop rules checked, num_computed_tokens advances, full pages enter the
+      prefix cache, pages of finished requests are freed, and the requests forgotten
 
 Laws that follow, and that its parts lean on:
 
@@ -33,16 +33,21 @@ Laws that follow, and that its parts lean on:
   keep their place at the head, where nobody passes them for lack of a slot or of pages.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from folojax.sched.config import SchedulerConfig
 from folojax.sched.flight import Flights
 from folojax.sched.groups import Groups
 from folojax.sched.integrity import check_integrity
-from folojax.sched.memory import KVMemory
-from folojax.sched.pages import PageAllocator
+from folojax.sched.memory import KVMemory, Source
 from folojax.sched.plan import PlanDraft, RequestUpdate, SchedulerOutput
-from folojax.sched.queue import make_queue
+from folojax.sched.progress import (
+    append_tokens,
+    num_decode_steps,
+    num_samples_left,
+    num_tokens_left,
+)
+from folojax.sched.queue import choose_victim, make_queue
 from folojax.sched.request import Request, RequestStatus
 
 
@@ -52,7 +57,7 @@ class Scheduler:
     `schedule` makes a plan, `update_from_output` takes in what it gave. Plans are run and taken in
     in order; up to `max_plans_in_flight` may be under way (`folojax.sched.flight`). Requests may
     be added and finished at any time. The latest plan may be dropped before it is run: `schedule`,
-    when no more plans may be under way, plans its tokens and its page copies again (but reports
+    when no more plans may be under way, plans its tokens and its page moves again (but reports
     new, finished and preempted requests only once). After a step that was broken off half way
     `shutdown` is the way out: nobody can say what the pages hold.
 
@@ -68,7 +73,7 @@ class Scheduler:
 
     def __init__(self, config: SchedulerConfig) -> None:
         self.config = config
-        self.memory = KVMemory(config.num_pages, config.page_size, config.enable_prefix_caching)
+        self.memory = KVMemory(config)
         self._requests: dict[str, Request] = {}
         self._waiting = make_queue(config.policy)
         self._running: list[Request] = []
@@ -78,11 +83,6 @@ class Scheduler:
         self._unreported_finished_ids: dict[str, None] = {}
         self._unreported_preempted_ids: list[str] = []
         self.flights = Flights()
-
-    @property
-    def allocator(self) -> PageAllocator:
-        """The pages of the pool; for reading."""
-        return self.memory.allocator
 
     @property
     def num_running(self) -> int:
@@ -108,7 +108,9 @@ class Scheduler:
 
     def validate(self, request: Request) -> None:
         """Raises the ValueError that `add_request` would raise, and changes nothing."""
-        problems = self.config.request_problems(request.num_prompt_tokens, request.stop.max_tokens)
+        problems = self.config.request_problems(
+            request.num_prompt_tokens, request.stop.max_tokens, request.num_output_tokens
+        )
         problems += self._groups.problems(request)
         if request.request_id in self._requests:
             problems.append(
@@ -119,12 +121,12 @@ class Scheduler:
             raise ValueError("; ".join(problems))
 
     def add_request(self, request: Request) -> None:
-        """Queues a new request.
+        """Queues a new request; it may have outputs already, and K/V in host memory.
 
         Raises:
             ValueError: the id belongs to an unfinished request, the prompt is empty, leaves no
-                room for one token or is not that of the group, or the request could outgrow the
-                whole pool.
+                room for one token or is not that of the group, the outputs are as many as it may
+                get, or the request could outgrow the whole pool.
         """
         self.validate(request)
         assert request.status is RequestStatus.WAITING, f"a used request: {request.status}"
@@ -138,9 +140,13 @@ class Scheduler:
         """Plans the next step and reserves its pages."""
         if len(self.flights) == self.config.max_plans_in_flight:
             self.flights.take_back()
+            self.memory.plan_again()
         else:
-            self.allocator.forget_copies()  # the plan before has them
-        draft = PlanDraft(budget_left=self.config.max_num_batched_tokens)
+            self.memory.plan_next()
+        num_steps = 1
+        if not self._waiting:
+            num_steps = num_decode_steps(self.config, self._running, self.memory)
+        draft = PlanDraft(self.config.max_num_batched_tokens, num_steps)
         self._schedule_running(draft)
         if not draft.is_short_of_pages:
             self._admit_waiting(draft)
@@ -149,7 +155,7 @@ class Scheduler:
         plan = draft.publish(
             self._unreported_finished_ids,
             self._unreported_preempted_ids,
-            self.allocator.page_copies,
+            self.memory.publish_moves(),
         )
         self.flights.add(plan, draft.requests)
         self._unreported_finished_ids = {}
@@ -159,18 +165,18 @@ class Scheduler:
     def update_from_output(
         self,
         output: SchedulerOutput,
-        sampled: Mapping[str, int],
+        sampled: Mapping[str, Sequence[int]],
         failed: Mapping[str, str] = {},
     ) -> list[RequestUpdate]:
         """Takes in what a step computed.
 
         Args:
             output: the plan that was run, the earliest that has not been taken in.
-            sampled: the new token of each request in `output.sampled_request_ids`, without the
-                failed ones. Requests finished since the plan was made may be in it or not.
-            failed: requests of the plan whose row went wrong, with the reason; they finish with
-                FINISHED_ERROR and that reason, and their neighbours go on. One that has lost its
-                pages meanwhile computes and samples again instead.
+            sampled: the new tokens of each request in `output.sampled_request_ids`, one for each
+                decode step that it took part in. Those finished since may be in it or not.
+            failed: requests of the plan whose row went wrong, with the reason. They keep what they
+                got before and finish with FINISHED_ERROR; their neighbours go on. One that has
+                lost its pages meanwhile computes and samples again instead.
 
         Returns:
             One update for each request that got a token, failed, or asked for its prompt alone
@@ -181,23 +187,39 @@ class Scheduler:
         """
         updates = []
         num_before = len(self._requests)
+        num_scheduled_tokens = output.num_scheduled_tokens
+        is_multiple = output.num_decode_steps > 1
         for request_id, request in self.flights.land(output, sampled, failed).items():
-            is_preempted = request.status is RequestStatus.PREEMPTED
-            if request_id in failed:
-                if is_preempted:
-                    request.num_samples_in_flight -= 1
+            has_pages = request.status is not RequestStatus.PREEMPTED
+            tokens = sampled.get(request_id, ())
+            if failed and request_id in failed:
+                if request_id in output.sampled_request_ids:
+                    request.num_samples_in_flight -= output.num_samples(request_id)
+                if not has_pages:
+                    self.memory.drop_saved(request)  # it may hold the reason
                     continue
+                request.output_token_ids += tokens
                 self.memory.discard(request)
                 self._finish(request, RequestStatus.FINISHED_ERROR, failed[request_id])
-                updates.append(RequestUpdate(request, ()))
+                updates.append(RequestUpdate(request, tuple(tokens)))
                 continue
-            if not is_preempted:
-                self.memory.advance(request, output.num_scheduled_tokens[request_id])
-            if request_id in sampled:
-                self._append_token(request, sampled[request_id])
-                updates.append(RequestUpdate(request, (sampled[request_id],)))
-                if is_preempted and request.is_finished:
-                    self._waiting.remove(request)
+            status, stop_reason = None, None
+            if tokens:
+                request.num_samples_in_flight -= len(tokens)
+                num_sampled = len(tokens)
+                tokens, status, stop_reason = append_tokens(
+                    request, tokens, self.config.max_model_len
+                )
+                self.flights.num_discarded_tokens += num_sampled - len(tokens)
+            if has_pages:
+                num_computed = len(tokens) if is_multiple else num_scheduled_tokens[request_id]
+                self.memory.advance(request, num_computed)
+            if tokens:
+                updates.append(RequestUpdate(request, tuple(tokens)))
+                if status is not None:
+                    self._finish(request, status, stop_reason)
+                    if not has_pages:
+                        self._waiting.remove(request)
             elif request.is_prompt_only and request.num_computed_tokens == request.num_tokens:
                 self._finish(request, RequestStatus.FINISHED_LENGTH, None)
                 updates.append(RequestUpdate(request, ()))
@@ -219,7 +241,7 @@ class Scheduler:
             stop_reason: what ended them, such as a stop string.
 
         Returns:
-            The requests that this call finished, with the output they had so far.
+            Those that this call has finished.
         """
         assert status.is_finished, f"{status} does not finish a request"
         ids = (request_ids,) if isinstance(request_ids, str) else dict.fromkeys(request_ids)
@@ -233,9 +255,8 @@ class Scheduler:
     def preempt_all(self) -> None:
         """Sends all running requests back to the front of the queue, in order.
 
-        Their pages are freed and their output is kept, as with any preemption. For a moment when
-        the K/V must go: the memory is given up, or the weights change. What plans under way
-        sample is not taken in; it is sampled again.
+        Their output is kept, and no K/V are: the memory is given up, or the weights change. What
+        plans under way sample is not taken in; it is sampled again.
         """
         self.flights.forget_all()
         for request in reversed(self._running):
@@ -246,8 +267,7 @@ class Scheduler:
         """Drops all cached K/V, so that later requests hit nothing that was computed before.
 
         Args:
-            preempt_running: whether to send running requests back to the queue for it; they then
-                compute everything again.
+            preempt_running: whether to send running requests back to the queue for it.
 
         Returns:
             Whether it was done; False, and nothing has changed, while requests run.
@@ -255,7 +275,9 @@ class Scheduler:
         if self._running and not preempt_running:
             return False
         self.preempt_all()
-        self.allocator.drop_idle()
+        self.memory.allocator.drop_idle()
+        for request in self._requests.values():
+            self.memory.drop_saved(request)
         return True
 
     def shutdown(self) -> list[Request]:
@@ -275,28 +297,24 @@ class Scheduler:
             self.config, self.memory, self._requests.values(), self._running, self._waiting
         )
 
-    def _num_tokens_left(self, request: Request) -> int:
-        """How many tokens a running request has to compute; 0: its last result is in flight."""
-        # Spelled out: asked of every row in every step.
-        num_outputs = len(request.output_token_ids) + request.num_samples_in_flight
-        num_tokens = len(request.prompt_token_ids) + num_outputs
-        if request.num_samples_in_flight and (
-            num_outputs >= request.stop.max_tokens or num_tokens >= self.config.max_model_len
-        ):
-            return 0
-        return num_tokens - request.num_computed_tokens - request.num_tokens_in_flight
-
     def _chunk_size(self, num_tokens_left: int, budget_left: int) -> int:
         cap = self.config.long_prefill_token_threshold or budget_left
         return min(num_tokens_left, budget_left, cap)
 
     def _schedule_running(self, draft: PlanDraft) -> None:
+        max_model_len = self.config.max_model_len
         for request in self._running:
             if request.status is not RequestStatus.RUNNING:
                 continue  # a victim of this same step
-            num_tokens = self._chunk_size(self._num_tokens_left(request), draft.budget_left)
-            if not num_tokens:
+            num_left = num_tokens_left(request, max_model_len)
+            if not num_left:
                 continue
+            if draft.num_decode_steps > 1:
+                num_tokens = min(draft.num_decode_steps, num_samples_left(request, max_model_len))
+            else:
+                num_tokens = self._chunk_size(num_left, draft.budget_left)
+                if not num_tokens:
+                    continue
             page_ids = self._reserve_or_preempt(request, num_tokens, draft)
             if page_ids is not None:
                 draft.put(request, num_tokens, page_ids)
@@ -308,30 +326,32 @@ class Scheduler:
         for request in self._waiting:
             if len(self._running) == self.config.max_num_seqs or not draft.budget_left:
                 break
-            if self._groups.must_wait(request):
+            source = self._groups.find_source(request)
+            if source is None and self._groups.must_wait(request):
                 continue  # it keeps its place
-            if not self._admit(request, draft):
+            if not self._admit(request, source, draft):
                 break
             admitted.append(request)
         self._waiting.remove_many(admitted)
 
-    def _admit(self, request: Request, draft: PlanDraft) -> bool:
+    def _admit(self, request: Request, source: Source | None, draft: PlanDraft) -> bool:
         """Takes a waiting request into the batch; False if it has to stay."""
         if request.num_samples_in_flight:
             return False  # it was preempted meanwhile; what it is to compute is not known yet
-        start = self.memory.find_start(request, self._groups.find_sibling(request))
-        num_tokens_left = request.num_tokens - start.num_tokens
-        num_tokens = self._chunk_size(num_tokens_left, draft.budget_left)
-        if not self.config.enable_chunked_prefill and num_tokens < num_tokens_left:
+        start = self.memory.find_start(request, source)
+        num_left = request.num_tokens - start.num_tokens
+        num_tokens = self._chunk_size(num_left, draft.budget_left)
+        if not self.config.enable_chunked_prefill and num_tokens < num_left:
             return False  # nor may a shorter one jump the head of the queue
-        if not self.memory.admit(request, start, num_tokens):
+        if not self.memory.admit(request, start, num_tokens, has_company=bool(self._running)):
             return False
+        request.forked_from = None
         if request.status is RequestStatus.WAITING:
             self.memory.count_start(request)
         request.status = RequestStatus.RUNNING
         self._running.append(request)
         self._groups.set_running(request)
-        draft.put_new(request, num_tokens, request.page_ids)
+        draft.put_new(request, num_tokens)
         return True
 
     def _reserve_or_preempt(
@@ -342,21 +362,18 @@ class Scheduler:
         It is the victim itself, or waits for the pages of a request whose last result is in flight.
         """
         while (page_ids := self.memory.extend(request, num_tokens)) is None:
-            if any(self._num_tokens_left(r) == 0 for r in self._running if r.page_ids):
+            most = self.config.max_model_len
+            if any(num_tokens_left(r, most) == 0 for r in self._running if r.page_ids):
                 draft.is_short_of_pages = True
                 return None
-            victim = self._choose_victim()
+            running = [r for r in self._running if r.status is RequestStatus.RUNNING]
+            victim = choose_victim(running, self.config.policy)
+            self.memory.save(victim)
             self._preempt(victim)
             draft.put_victim(victim)
             if victim is request:
                 return None
         return page_ids
-
-    def _choose_victim(self) -> Request:
-        running = [r for r in self._running if r.status is RequestStatus.RUNNING]
-        if self.config.policy == "priority":
-            return max(running, key=lambda request: request.urgency)
-        return running[-1]
 
     def _preempt(self, victim: Request) -> None:
         """Puts a running request back in the queue; the batch is left to the caller."""
@@ -366,25 +383,15 @@ class Scheduler:
         victim.status = RequestStatus.PREEMPTED
         victim.num_preemptions += 1
         self._unreported_preempted_ids.append(victim.request_id)
-        # Later victims of a step go in front of earlier ones, and they arrived before them.
-        self._waiting.prepend(victim)
-
-    def _append_token(self, request: Request, token: int) -> None:
-        request.num_samples_in_flight -= 1
-        output_token_ids = request.output_token_ids
-        output_token_ids.append(token)
-        status, stop_reason = request.stop.check(len(output_token_ids), token)
-        num_tokens = len(request.prompt_token_ids) + len(output_token_ids)
-        if status is None and num_tokens >= self.config.max_model_len:
-            status = RequestStatus.FINISHED_LENGTH
-        if status is not None:
-            self._finish(request, status, stop_reason)
+        self._waiting.prepend(victim)  # later victims of a step arrived before earlier ones
 
     def _finish(
         self, request: Request, status: RequestStatus, stop_reason: int | str | None
     ) -> None:
         """Ends a request; taking it out of the queue or the batch is left to the caller."""
         self.memory.release(request)
+        self.memory.drop_saved(request)
+        request.forked_from = None
         self._groups.remove(request)
         request.status = status
         request.stop_reason = stop_reason

@@ -24,8 +24,9 @@ from folojax.sched.scheduler import Scheduler
 PHASES: dict[str, list[tuple[Any, str]]] = {
     "schedule": [(Scheduler, "schedule")],
     "pack": [(Runner, "dispatch")],
-    "dispatch": [(Runner, name) for name in ("_copy_pages", "_call_prefill", "_call_decode")]
-    + [(Runner, name) for name in ("_call_sample", "_score", "_write_edits")],
+    "dispatch": [(Runner, name) for name in ("_move_pages", "_call_prefill", "_call_decode")]
+    + [(Runner, name) for name in ("_call_decode_steps", "_call_sample")]
+    + [(Runner, name) for name in ("_score", "_write_edits")],
     "device wait": [(jax, "device_get")],
     "commit": [(Engine, "_commit")],
     "detokenise": [(Detokenizer, "read"), (Detokenizer, "finish")],
@@ -33,7 +34,7 @@ PHASES: dict[str, list[tuple[Any, str]]] = {
 }
 
 # Packing that the calls above do between two dispatches.
-PHASES["pack"] += [(Batch, name) for name in ("update", "prefill_inputs", "decode_inputs", "slots")]
+PHASES["pack"] += [(Batch, name) for name in ("update", "prefill_inputs", "decode_inputs", "pad")]
 
 
 class Stopwatch:

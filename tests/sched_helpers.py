@@ -41,7 +41,8 @@ def add(
 
 
 def commit(scheduler: Scheduler, plan: SchedulerOutput, token: int = TOKEN):
-    updates = scheduler.update_from_output(plan, dict.fromkeys(plan.sampled_request_ids, token))
+    sampled = {id_: (token,) * plan.num_samples(id_) for id_ in plan.sampled_request_ids}
+    updates = scheduler.update_from_output(plan, sampled)
     scheduler.check()
     return updates
 
@@ -57,7 +58,7 @@ def assert_empty(scheduler: Scheduler) -> None:
     scheduler.check()
     assert not scheduler.has_unfinished_requests()
     assert (scheduler.num_running, scheduler.num_waiting) == (0, 0)
-    pages = scheduler.allocator
+    pages = scheduler.memory.allocator
     assert pages.num_used == 0
     assert pages.num_free == pages.num_pages - scheduler.memory.cache.num_pages
     scheduler.schedule()

@@ -1,112 +1,14 @@
 """Random histories of one scheduler: what is asked of it when, and the laws of each single step."""
 
 from collections import Counter, deque
-from dataclasses import dataclass, field, replace
-
-from hypothesis import strategies as st
+from dataclasses import dataclass, field
 
 from folojax.sched.config import SchedulerConfig
 from folojax.sched.plan import SchedulerOutput
-from folojax.sched.request import Request, RequestStatus, StopRule
+from folojax.sched.request import Request, RequestStatus
 from folojax.sched.scheduler import Scheduler
-from tests.sched_stub import BAD_TOKEN, VOCAB_SIZE, StubResult, StubRunner, alone, kv_of
-
-MAX_MODEL_LEN = 24
-
-
-@dataclass(frozen=True)
-class Job:
-    """A prompt and its samples: when they come, what they ask, and when the user gives up."""
-
-    arrival_step: int
-    prompt: tuple[int, ...]
-    stop: StopRule
-    priority: int = 0
-    num_samples: int = 1
-    is_grouped: bool = True
-    skip_prefix_cache: bool = False
-    abort_step: int | None = None
-    is_aborted_mid_step: bool = False
-
-
-@dataclass(frozen=True)
-class Event:
-    """Something that happens to the whole scheduler."""
-
-    step: int
-    kind: str  # preempt_all, reset_if_idle, reset, drop_plan, or drain
-    is_mid_step: bool
-
-
-@st.composite
-def job_lists(draw: st.DrawFn, max_size: int = 8) -> list[Job]:
-    """Jobs of which some begin alike, and some carry on where an earlier one ended."""
-    jobs: list[Job] = []
-    common = tuple(draw(st.lists(st.integers(0, 2), max_size=MAX_MODEL_LEN)))
-    for _ in range(draw(st.integers(1, max_size))):
-        tail = tuple(draw(st.lists(st.integers(0, 2), min_size=1, max_size=MAX_MODEL_LEN - 1)))
-        prompt = common[: draw(st.sampled_from([0, 0, 6, MAX_MODEL_LEN]))] + tail
-        is_next_turn = draw(st.booleans())
-        if jobs and is_next_turn:
-            earlier = draw(st.sampled_from(jobs))
-            turn = alone(earlier.prompt, earlier.stop, MAX_MODEL_LEN)
-            prompt = earlier.prompt + tuple(turn or ()) + tail[: draw(st.integers(0, 4))]
-        prompt = prompt[: MAX_MODEL_LEN - 1]
-        if draw(st.integers(0, 9)) == 0:
-            prompt = (*prompt[:-1], BAD_TOKEN)
-        ids = st.frozensets(st.integers(0, VOCAB_SIZE - 1), max_size=1)
-        jobs.append(
-            Job(
-                arrival_step=draw(st.integers(0, 12)),
-                prompt=prompt,
-                stop=StopRule(
-                    max_tokens=draw(st.integers(0, MAX_MODEL_LEN)),
-                    eos_token_ids=draw(ids),
-                    stop_token_ids=draw(ids),
-                    min_tokens=draw(st.integers(0, 4)),
-                ),
-                priority=draw(st.integers(-1, 2)),
-                num_samples=draw(st.sampled_from([1, 1, 2, 4])),
-                is_grouped=draw(st.booleans()),
-                skip_prefix_cache=draw(st.integers(0, 5)) == 0,
-                abort_step=draw(st.none() | st.integers(0, 20)),
-                is_aborted_mid_step=draw(st.booleans()),
-            )
-        )
-    return jobs
-
-
-@st.composite
-def configs(draw: st.DrawFn) -> SchedulerConfig:
-    """Limits of every kind; any request fits in the pool alone, and often not much more does."""
-    page_size = draw(st.integers(1, 8))
-    least_pages = -(-(MAX_MODEL_LEN - 1) // page_size)
-    max_num_seqs = draw(st.integers(1, 6))
-    is_chunked = draw(st.booleans())
-    least_budget = max_num_seqs if is_chunked else max(max_num_seqs, MAX_MODEL_LEN)
-    return SchedulerConfig(
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=least_budget + draw(st.integers(0, 20)),
-        max_model_len=MAX_MODEL_LEN,
-        num_pages=least_pages + draw(st.integers(0, 3 * least_pages)),
-        page_size=page_size,
-        policy=draw(st.sampled_from(["fcfs", "priority"])),
-        enable_chunked_prefill=is_chunked,
-        long_prefill_token_threshold=draw(st.integers(0, 8)) if is_chunked else 0,
-        enable_prefix_caching=draw(st.booleans()),
-        max_plans_in_flight=draw(st.sampled_from([1, 2, 2, 3])),
-    )
-
-
-events = st.lists(
-    st.builds(
-        Event,
-        step=st.integers(0, 20),
-        kind=st.sampled_from(["preempt_all", "reset_if_idle", "reset", "drop_plan", "drain"]),
-        is_mid_step=st.booleans(),
-    ),
-    max_size=3,
-)
+from tests.sched_cases import MAX_MODEL_LEN, Branch, Event, Job
+from tests.sched_stub import StubResult, StubRunner, alone, kv_of
 
 
 @dataclass
@@ -116,6 +18,8 @@ class History:
     config: SchedulerConfig
     jobs: list[Job]
     events: list[Event] = field(default_factory=list)
+    branches: list[Branch] = field(default_factory=list)
+    num_given: dict[str, int] = field(default_factory=dict)  # outputs that a branch began with
     requests: dict[str, Request] = field(default_factory=dict)
     admission_order: list[str] = field(default_factory=list)
     reported_finished: list[str] = field(default_factory=list)
@@ -138,14 +42,15 @@ class History:
         num_tokens = sum(
             (len(job.prompt) + job.stop.max_tokens) * job.num_samples for job in self.jobs
         )
-        last_step = 21 + (num_requests + 1) * num_tokens
+        num_tokens += len(self.branches) * 2 * MAX_MODEL_LEN
+        last_step = 21 + (num_requests + len(self.branches) + 1) * num_tokens
         for step in range(last_step):
             for index, job in enumerate(self.jobs):
                 if job.arrival_step == step:
                     self.add(index, job)
             self.disturb(step, is_mid_step=False)
             self.step(step)
-            have_all_arrived = len(self.requests) == num_requests
+            have_all_arrived = len(self.requests) - len(self.num_given) == num_requests
             if have_all_arrived and not self.scheduler.has_unfinished_requests():
                 break
         else:
@@ -178,8 +83,12 @@ class History:
                 self.runner.update_rows(plan)
                 plan = self.plan()
             assert plan.is_empty == (not was_unfinished) or self.flights
-            assert not (plan.is_empty and plan.page_copies)
+            assert not (plan.is_empty and (plan.page_moves.copies or plan.page_moves.loads))
             result = self.runner.run(plan)
+            for request_id, row in self.runner.rows.items():
+                request = self.requests[request_id]
+                is_running = request.status is RequestStatus.RUNNING
+                assert not is_running or row.num_computed == request.num_planned_tokens
             tables = {id_: list(self.runner.rows[id_].table) for id_ in result.failed}
             self.flights.append((plan, result, tables))
         self.disturb(step, is_mid_step=True)
@@ -197,13 +106,15 @@ class History:
         plan, (sampled, failed), tables = self.flights.popleft()
         awaited = dict(scheduler.flights.awaited(plan))
         for request_id in sampled.keys() - awaited.keys():
-            self.num_discarded[request_id] += 1
+            self.num_discarded[request_id] += len(sampled[request_id])
         for update in scheduler.update_from_output(plan, sampled, failed):
             request_id = update.request.request_id
             assert awaited[request_id] is update.request
             if request_id in sampled:
-                assert update.new_token_ids == (sampled[request_id],)
-                assert update.request.output_token_ids[-1:] == list(update.new_token_ids)
+                tokens = update.new_token_ids
+                assert tokens == sampled[request_id][: len(tokens)] != ()
+                assert tuple(update.request.output_token_ids[-len(tokens) :]) == tokens
+                self.num_discarded[request_id] += len(sampled[request_id]) - len(tokens)
             else:
                 assert update.request.is_finished
                 assert update.new_token_ids == ()
@@ -219,14 +130,22 @@ class History:
         plan = scheduler.schedule()
         scheduler.check()
         assert plan.total_num_scheduled_tokens == sum(plan.num_scheduled_tokens.values())
-        assert plan.total_num_scheduled_tokens <= config.max_num_batched_tokens
+        num_steps = plan.num_decode_steps
+        assert num_steps in (1, config.max_decode_steps)
+        assert num_steps == 1 or not scheduler.num_waiting
+        tokens_in_step = [
+            min(n, 1) if num_steps > 1 else n for n in plan.num_scheduled_tokens.values()
+        ]
+        assert sum(tokens_in_step) <= config.max_num_batched_tokens
+        assert max(plan.num_scheduled_tokens.values(), default=0) <= max(
+            num_steps, max(tokens_in_step, default=0)
+        )
         assert all(n > 0 for n in plan.num_scheduled_tokens.values())
         assert len(plan.num_scheduled_tokens) <= scheduler.num_running <= config.max_num_seqs
         left = {*plan.finished_request_ids, *plan.preempted_request_ids}
-        self.check_left_out(plan, was_running - left - set(plan.cached_requests.request_ids))
+        self.check_left_out(plan, was_running - left - plan.num_scheduled_tokens.keys())
         if config.long_prefill_token_threshold:
-            largest = max(plan.num_scheduled_tokens.values(), default=0)
-            assert largest <= config.long_prefill_token_threshold
+            assert max(tokens_in_step, default=0) <= config.long_prefill_token_threshold
         if not config.enable_chunked_prefill:
             for request_id in plan.num_scheduled_tokens.keys() - plan.sampled_request_ids:
                 assert self.requests[request_id].is_prompt_only
@@ -270,7 +189,7 @@ class History:
     def check(self) -> None:
         """Between two calls: the books agree, and cached pages hold what they are cached for."""
         self.scheduler.check()
-        allocator = self.scheduler.allocator
+        allocator = self.scheduler.memory.allocator
         assert allocator.num_free + allocator.num_idle + allocator.num_used == allocator.num_pages
         for page, prefix in self.scheduler.memory.cache.prefixes():
             kvs = [0]
@@ -283,11 +202,15 @@ class History:
         ids = [
             request_id
             for request_id in self.requests
+            if request_id not in self.num_given
             for job in [self.jobs[int(request_id.split("#")[0])]]
             if job.abort_step == step and job.is_aborted_mid_step == is_mid_step
         ]
         self.scheduler.finish_requests(ids, RequestStatus.FINISHED_ABORTED)
         self.scheduler.check()
+        for number, branch in enumerate(self.branches):
+            if (branch.step, branch.is_mid_step) == (step, is_mid_step):
+                self.branch(f"branch {number}", branch)
         for event in self.events:
             if (event.step, event.is_mid_step) != (step, is_mid_step):
                 continue
@@ -297,18 +220,55 @@ class History:
                 self.scheduler.preempt_all()
             elif event.kind == "reset":
                 assert self.scheduler.reset_prefix_cache(preempt_running=True)
-                assert self.scheduler.allocator.num_free == self.config.num_pages
+                assert self.scheduler.memory.allocator.num_free == self.config.num_pages
             elif event.kind == "reset_if_idle":
                 is_running = self.scheduler.num_running > 0
                 assert self.scheduler.reset_prefix_cache() == (not is_running)
                 assert is_running or self.scheduler.memory.cache.num_pages == 0
 
+    def branch(self, name: str, branch: Branch) -> None:
+        """Has a request go on from the tokens of another that are known."""
+        if branch.is_moved:
+            self.drain()
+        parents = [r for r in self.requests.values() if not r.is_finished]
+        if not parents:
+            return
+        parent = parents[branch.parent % len(parents)]
+        outputs = parent.output_token_ids[: max(parent.num_output_tokens - branch.num_dropped, 0)]
+        num_tokens = parent.num_prompt_tokens + len(outputs)
+        if len(outputs) >= branch.stop.max_tokens or num_tokens >= MAX_MODEL_LEN:
+            return
+        request = Request(
+            name,
+            parent.prompt_token_ids,
+            branch.stop,
+            params=(branch.seed, False),
+            priority=branch.priority,
+            output_token_ids=list(outputs),
+        )
+        if not branch.is_moved:
+            request.forked_from = parent
+        elif parent.status is RequestStatus.RUNNING:
+            num_saved = min(parent.num_computed_tokens, num_tokens - 1)
+            table = self.runner.rows[parent.request_id].table
+            pages = [
+                list(self.runner.memory[page])
+                for page in table[: -(-num_saved // self.config.page_size)]
+            ]
+            if num_saved:
+                request.saved = self.scheduler.memory.host.adopt(num_saved)
+                self.runner.host[request.saved.key] = pages
+        if branch.is_moved:
+            self.scheduler.finish_requests(parent.request_id, RequestStatus.FINISHED_ABORTED)
+        self.num_given[name] = len(outputs)
+        self.requests[name] = request
+        self.scheduler.add_request(request)
+        self.scheduler.check()
+
     def expected(self, request: Request) -> list[int] | None:
         """What a request gives alone; None when it fails."""
         assert isinstance(request.params, tuple)
-        return alone(request.prompt_token_ids, request.stop, MAX_MODEL_LEN, request.params[0])
-
-
-def all_at_once(jobs: list[Job]) -> list[Job]:
-    """The same jobs, arriving in the first step, and none aborted."""
-    return [replace(job, arrival_step=0, abort_step=None) for job in jobs]
+        given = request.output_token_ids[: self.num_given.get(request.request_id, 0)]
+        return alone(
+            request.prompt_token_ids, request.stop, MAX_MODEL_LEN, request.params[0], given
+        )

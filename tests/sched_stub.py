@@ -4,12 +4,14 @@ The K/V of a token are one number, a hash of the token and of the number before 
 they depend on all tokens so far. The device knows only the plans: it does the copies, writes each
 scheduled token into its page, reads the number before it from there, and after every step finds
 each row's own numbers in its pages. So a page that is handed out twice, freed too early, hit for
-the wrong tokens, copied too late or listed in the wrong place is noticed in that step.
+the wrong tokens, copied, saved or loaded too late or listed in the wrong place is noticed in that
+step.
 
 It feeds sampled tokens back by itself, and so can run plans that were made before these tokens
-were known; when it is told them later, it finds out whether they are the same.
+were known.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -32,11 +34,18 @@ def sample(kv: int, seed: int) -> int:
 
 
 def alone(
-    prompt: tuple[int, ...], stop: StopRule, max_model_len: int, seed: int = 0
+    prompt: tuple[int, ...],
+    stop: StopRule,
+    max_model_len: int,
+    seed: int = 0,
+    outputs: Sequence[int] = (),
 ) -> list[int] | None:
-    """What a request gives with no scheduler at all; None for one that fails."""
-    tokens, kv = list(prompt), 0
-    for token in prompt:
+    """What a request gives with no scheduler at all; None for one that fails.
+
+    The first `outputs` are given, and do not end it.
+    """
+    tokens, kv = [*prompt, *outputs], 0
+    for token in tokens:
         kv = kv_of(token, kv)
     if kv == NAN:
         return None
@@ -52,7 +61,7 @@ def alone(
 class StubResult(NamedTuple):
     """What the device says of a step."""
 
-    sampled: dict[str, int]
+    sampled: dict[str, tuple[int, ...]]
     failed: dict[str, str]
 
 
@@ -65,7 +74,6 @@ class StubRow:
     num_computed: int
     seed: int
     is_prompt_only: bool
-    num_known: int  # of its tokens; those behind were sampled here, and not told so far
     kvs: list[int] = field(default_factory=list)  # what its pages must hold, token by token
 
 
@@ -76,35 +84,51 @@ class StubRunner:
     page_size: int
     rows: dict[str, StubRow] = field(default_factory=dict)
     memory: dict[int, list[int]] = field(default_factory=dict)  # page -> K/V
+    host: dict[int, list[list[int]]] = field(default_factory=dict)  # key -> K/V of its pages
     num_copied_pages: int = 0
+    num_loaded_pages: int = 0
     num_computed_tokens: int = 0
 
     def run(self, plan: SchedulerOutput) -> StubResult:
         """Runs a plan, and checks every page of every row."""
         self.update_rows(plan)
-        self.copy_pages(plan)
-        batch = [*plan.cached_requests.request_ids, *(new.request_id for new in plan.new_requests)]
-        assert list(plan.num_scheduled_tokens) == batch
+        self.move_pages(plan)
+        batch = list(plan.num_scheduled_tokens)
+        assert plan.new_page_ids.keys() | {new.request_id for new in plan.new_requests} <= set(
+            batch
+        )
         assert set(batch) <= set(self.rows)
-        for request_id in batch:
-            self.compute(self.rows[request_id], plan.num_scheduled_tokens[request_id])
+        result = StubResult({}, {})
+        if plan.num_decode_steps == 1:
+            self.run_step(plan, plan.num_scheduled_tokens, result)
+        else:
+            assert plan.sampled_request_ids == tuple(batch)
+            for step in range(plan.num_decode_steps):
+                names = [id_ for id_ in batch if plan.num_scheduled_tokens[id_] > step]
+                self.run_step(plan, dict.fromkeys(names, 1), result)
+        for request_id in plan.sampled_request_ids:
+            if request_id not in result.failed:
+                assert len(result.sampled[request_id]) == plan.num_samples(request_id)
+        return result
+
+    def run_step(self, plan: SchedulerOutput, num_tokens: dict[str, int], result: StubResult):
+        """Computes tokens of rows, and samples behind the last of each."""
+        for request_id in num_tokens:
+            self.compute(self.rows[request_id], num_tokens[request_id])
         for row in self.rows.values():
             assert self.read(row) == row.kvs, "a page was written by somebody else"
-
-        has_last = {id_: len(row.tokens) == row.num_computed for id_, row in self.rows.items()}
-        has_sample = {id_: has_last[id_] and not self.rows[id_].is_prompt_only for id_ in batch}
-        assert plan.sampled_request_ids == tuple(id_ for id_ in batch if has_sample[id_])
-        result = StubResult({}, {})
-        for request_id in batch:
+        for request_id in num_tokens:
             row = self.rows[request_id]
+            has_sample = len(row.tokens) == row.num_computed and not row.is_prompt_only
+            assert has_sample == (request_id in plan.sampled_request_ids)
             kv = row.kvs[-1]
-            if kv == NAN and (has_sample[request_id] or row.is_prompt_only):
+            if kv == NAN and (has_sample or row.is_prompt_only):
                 result.failed[request_id] = "not a number"
-            elif has_sample[request_id]:
-                result.sampled[request_id] = sample(kv, row.seed)
-            if has_sample[request_id]:
+            elif has_sample:
+                before = result.sampled.get(request_id, ())
+                result.sampled[request_id] = (*before, sample(kv, row.seed))
+            if has_sample:
                 row.tokens.append(sample(kv, row.seed))
-        return result
 
     def update_rows(self, plan: SchedulerOutput) -> None:
         """Takes in which requests left, joined and grew."""
@@ -120,32 +144,32 @@ class StubRunner:
                 num_computed=new.num_computed_tokens,
                 seed=seed,
                 is_prompt_only=is_prompt_only,
-                num_known=len(new.prompt_token_ids) + len(new.output_token_ids),
             )
             for token in row.tokens[: row.num_computed]:
                 row.kvs.append(kv_of(token, row.kvs[-1] if row.kvs else 0))
-        cached = plan.cached_requests
-        for request_id, token_ids, num_computed, page_ids in zip(
-            cached.request_ids,
-            cached.new_token_ids,
-            cached.num_computed_tokens,
-            cached.new_page_ids,
-            strict=True,
-        ):
-            row = self.rows[request_id]
-            assert row.num_computed == num_computed
-            assert row.tokens[row.num_known :][: len(token_ids)] == list(token_ids)
-            row.num_known += len(token_ids)
-            row.table.extend(page_ids)
+        for request_id, page_ids in plan.new_page_ids.items():
+            self.rows[request_id].table.extend(page_ids)
 
-    def copy_pages(self, plan: SchedulerOutput) -> None:
-        """Reads every source, then writes every target."""
-        targets = [target for _, target in plan.page_copies]
+    def move_pages(self, plan: SchedulerOutput) -> None:
+        """Saves; reads every source, then writes every target; loads; and forgets."""
+        saves, copies, loads, dropped = plan.page_moves
+        for save in saves:
+            assert save.key not in self.host
+            self.host[save.key] = [list(self.memory[page]) for page in save.page_ids]
+        targets = [target for _, target in copies]
         assert len(targets) == len(set(targets)), "two copies into one page"
-        assert all(source != target for source, target in plan.page_copies)
-        contents = [list(self.memory[source]) for source, _ in plan.page_copies]
+        assert all(source != target for source, target in copies)
+        contents = [list(self.memory[source]) for source, _ in copies]
         self.memory.update(zip(targets, contents, strict=True))
         self.num_copied_pages += len(targets)
+        for load in loads:
+            pages = self.host.pop(load.key)[load.first :]
+            assert len(load.page_ids) <= len(pages)
+            for page, content in zip(load.page_ids, pages, strict=False):
+                self.memory[page] = list(content)
+            self.num_loaded_pages += len(load.page_ids)
+        for key in dropped:
+            self.host.pop(key, None)  # also of what was loaded for nothing
 
     def compute(self, row: StubRow, num_tokens: int) -> None:
         """Writes the K/V of a row's next tokens, each from the one before as its page holds it."""

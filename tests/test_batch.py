@@ -14,7 +14,7 @@ from folojax.batch import Batch
 from folojax.buckets import DecodeShape
 from folojax.kv_cache import KVCache, KVLayout
 from folojax.row_params import RowParams
-from folojax.sched.plan import CachedRequests, NewRequest, SchedulerOutput
+from folojax.sched.plan import NewRequest, SchedulerOutput
 from folojax.state import DecodeInputs
 
 M, P, S, K, G, D, MAX_PAGES = 32, 40, 4, 2, 3, 8, 10
@@ -34,12 +34,7 @@ def plan(
             NewRequest(name, tuple(range(count)), (), GREEDY, count - 1, tuple(pages))
             for name, (count, pages) in joining.items()
         ),
-        cached_requests=CachedRequests(
-            tuple(growing),
-            ((),) * len(growing),
-            (0,) * len(growing),
-            tuple(map(tuple, growing.values())),
-        ),
+        new_page_ids={name: list(pages) for name, pages in growing.items()},
         num_scheduled_tokens=dict.fromkeys((*joining, *growing), 1),
         total_num_scheduled_tokens=len(joining) + len(growing),
         sampled_request_ids=(),
@@ -56,9 +51,12 @@ def test_rows_join_grow_and_leave_without_a_trace() -> None:
     batch = make_batch()
     batch.update(plan({"a": (9, [3, 7, 1]), "b": (3, [0])}))
     batch.update(plan(growing={"b": [5, 6]}))
-    rows = [batch.rows["b"], batch.rows["a"]]
-    assert [(row.num_pages, row.extent) for row in rows] == [(3, 7), (3, 8)]
-    inputs = batch.decode_inputs(DecodeShape(4, 1, 4), rows, [3, 8])
+    slots = [batch.rows["b"].slot, batch.rows["a"].slot]
+    batch.advance(slots, [1, 0])
+    assert batch.num_row_pages[slots].tolist() == [3, 3]
+    assert batch.extent[slots].tolist() == [7, 8]
+    batch.check({"a": [3, 7, 1], "b": [0, 5, 6]})
+    inputs = batch.decode_inputs(DecodeShape(4, 1, 4), slots)
     np.testing.assert_array_equal(inputs.slot, [1, 0, M, M])
     np.testing.assert_array_equal(inputs.token, [-1, 8, -1, -1])  # "b" has sampled since
     np.testing.assert_array_equal(inputs.position, [3, 8, 0, 0])
@@ -74,7 +72,7 @@ def test_an_id_may_be_used_again_in_the_step_that_drops_it() -> None:
     batch = make_batch()
     batch.update(plan({"a": (9, [3, 7, 1])}))
     batch.update(plan({"a": (2, [2])}, finished=["a"]))
-    assert batch.rows["a"].num_pages == 1
+    assert batch.num_row_pages[batch.rows["a"].slot] == 1
     batch.update(plan(finished=["a", "never seen"]))
     batch.check_is_empty()
 
@@ -131,14 +129,16 @@ def test_rows_that_share_pages_attend_like_plain_attention(num_owners: int) -> N
     # The last token stands anywhere in the last page.
     lengths = {name: len(pages) * S - i % S for i, (name, pages) in enumerate(tables.items())}
     batch.update(plan({name: (lengths[name], pages) for name, pages in tables.items()}))
-    rows = [batch.rows[name] for name in tables]
-    items = batch.num_shared_items(rows, lanes=8)
+    batch.check(tables)
+    slots = [batch.rows[name].slot for name in tables]
+    items = batch.num_shared_items(slots, lanes=8)
     sharing = [num_owners, num_owners, -(-num_owners // 2)]
     assert items == sum(-(-(count - 1) // 8) for count in sharing)
 
     shape = DecodeShape(24, 2, 4, shared_items=16, shared_lanes=8)
     positions = [lengths[name] - 1 for name in tables]
-    inputs = batch.decode_inputs(shape, rows, positions)
+    inputs = batch.decode_inputs(shape, slots)
+    assert inputs.position[: len(positions)].tolist() == positions
     query = rng.normal(size=(24, K * G, D)).astype(np.float32)
     key, value = rng.normal(size=(2, 24, K, D)).astype(np.float32)
     cache, out = attend(cache, inputs, query, key, value)
@@ -151,9 +151,8 @@ def test_rows_that_share_pages_attend_like_plain_attention(num_owners: int) -> N
 def test_without_shared_pages_there_are_no_items() -> None:
     batch = make_batch()
     batch.update(plan({"a": (9, [3, 7, 1]), "b": (3, [0])}))
-    assert batch.num_shared_items(list(batch.rows.values()), lanes=8) == 0
+    assert batch.num_shared_items([0, 1], lanes=8) == 0
     batch.update(plan({"c": (9, [3, 7, 2])}))
-    assert batch.num_shared_items(list(batch.rows.values()), lanes=8) == 2
+    assert batch.num_shared_items([0, 1, 2], lanes=8) == 2
     # The sharing row takes no part in this step.
-    others = [batch.rows["a"], batch.rows["b"]]
-    assert batch.num_shared_items(others, lanes=8) == 0
+    assert batch.num_shared_items([0, 1], lanes=8) == 0

@@ -16,6 +16,9 @@ INTEGERS = {
     "num_pages": 1,
     "long_prefill_token_threshold": 0,
     "prefill_row_len": 1,
+    "max_decode_steps": 1,
+    "num_host_pages": 0,
+    "min_swap_tokens": 0,
     "max_logprobs": -1,
     "seed": 0,
 }
@@ -25,6 +28,7 @@ NONE_ALLOWED = {
     "max_num_batched_tokens",
     "page_size",
     "prefill_row_len",
+    "min_swap_tokens",
 }
 BAD: list[tuple[str, Any]] = [
     *[(name, low - 1) for name, low in INTEGERS.items()],
@@ -34,6 +38,8 @@ BAD: list[tuple[str, Any]] = [
     *[("enable_prefix_caching", bad) for bad in (1, 0, None, "yes")],
     *[("memory_fraction", bad) for bad in (0, -0.5, 1.01, True, "0.9", math.nan, [0.5])],
     *[("async_scheduling", bad) for bad in (1, 0, None, "yes")],
+    *[("check_integrity", bad) for bad in (1, 0, None, "yes")],
+    *[("watermark", bad) for bad in (-0.1, 1, 1.0, True, "0.1", math.nan, None)],
     *[("logprobs_mode", bad) for bad in ("", "RAW", "raw_logits", None, 3)],
     *[("scheduling_policy", bad) for bad in ("lifo", "", "FCFS", None, 3, ["fcfs"])],
 ]

@@ -232,7 +232,7 @@ def test_the_compiled_steps_of_an_engine_keep_to_its_plan(
     planned = nbytes(runner.params) + nbytes(runner.state.cache) + measured
     buckets, batch, state = runner.buckets, runner.batch, runner.state
     shape = buckets.prefill_shape(buckets.prefill_rows[-1], NUM_PAGES, buckets.prefill_pages[-1])
-    one = batch.decode_inputs(step_memory.largest_decode(buckets, NUM_PAGES), [], [])
+    one = batch.decode_inputs(step_memory.largest_decode(buckets, NUM_PAGES), [])
     rows = one.slot.shape[0]
     sampled = SampleInputs(one.slot, one.position, batch.params.rows(one.slot))
     calls: list[tuple[Any, tuple, dict[str, Any]]] = [

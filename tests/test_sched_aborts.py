@@ -77,7 +77,7 @@ def test_abort_while_the_step_runs(with_token: bool):
     a, b = (add(scheduler, name, 3) for name in "ab")
     plan = scheduler.schedule()
     scheduler.finish_requests("a", RequestStatus.FINISHED_ABORTED)
-    sampled = {"a": 1, "b": 1} if with_token else {"b": 1}
+    sampled = {"a": (1,), "b": (1,)} if with_token else {"b": (1,)}
     (update,) = scheduler.update_from_output(plan, sampled)
     assert update.request is b
     assert a.output_token_ids == []
@@ -90,7 +90,7 @@ def test_id_reused_while_the_step_runs_keeps_the_tokens_apart():
     plan = scheduler.schedule()
     scheduler.finish_requests("a", RequestStatus.FINISHED_ABORTED)
     new = add(scheduler, "a", 5)
-    assert scheduler.update_from_output(plan, {"a": 1}) == []
+    assert scheduler.update_from_output(plan, {"a": (1,)}) == []
     assert old.output_token_ids == new.output_token_ids == []
     plan = scheduler.schedule()
     assert plan.finished_request_ids == ("a",)
@@ -118,7 +118,7 @@ def test_shutdown_aborts_all_and_leaves_a_usable_scheduler():
     plan = scheduler.schedule()
     assert scheduler.shutdown() == requests
     with pytest.raises(AssertionError, match="not the next"):
-        scheduler.update_from_output(plan, {"a": 1})
+        scheduler.update_from_output(plan, {"a": (1,)})
     assert_empty(scheduler)
     add(scheduler, "a", 3, max_tokens=1)
     step(scheduler)

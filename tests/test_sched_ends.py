@@ -82,7 +82,7 @@ def test_failed_row_ends_alone():
     scheduler = make_scheduler()
     a, b = (add(scheduler, name, 3) for name in "ab")
     plan = scheduler.schedule()
-    updates = scheduler.update_from_output(plan, {"b": 1}, failed={"a": "logits are NaN"})
+    updates = scheduler.update_from_output(plan, {"b": (1,)}, failed={"a": "logits are NaN"})
     assert [(u.request, u.new_token_ids) for u in updates] == [(a, ()), (b, (1,))]
     assert a.status is RequestStatus.FINISHED_ERROR
     assert (a.status.finish_reason, a.stop_reason) == ("error", "logits are NaN")
@@ -102,10 +102,10 @@ def test_row_may_fail_in_the_middle_of_its_prompt():
     ("sampled", "failed", "text"),
     [
         ({}, {}, "no token for \\['a'\\]"),
-        ({"a": 1, "b": 1}, {}, "not asked for: \\['b'\\]"),
-        ({"a": 1, "x": 1}, {}, "not asked for: \\['x'\\]"),
-        ({"a": 1}, {"a": "bad"}, "not asked for: \\['a'\\]"),
-        ({"a": 1}, {"x": "bad"}, "not in the plan: \\['x'\\]"),
+        ({"a": (1,), "b": (1,)}, {}, "not asked for: \\['b'\\]"),
+        ({"a": (1,), "x": (1,)}, {}, "not asked for: \\['x'\\]"),
+        ({"a": (1,)}, {"a": "bad"}, "failed, with all tokens: 'a'"),
+        ({"a": (1,)}, {"x": "bad"}, "not in the plan: \\['x'\\]"),
     ],
 )
 def test_samples_must_fit_the_plan(sampled, failed, text):
@@ -123,10 +123,10 @@ def test_plan_is_taken_in_once():
     add(scheduler, "a", 4)
     plan = step(scheduler)
     with pytest.raises(AssertionError, match="taken in already"):
-        scheduler.update_from_output(plan, {"a": 1})
+        scheduler.update_from_output(plan, {"a": (1,)})
     scheduler.schedule()
     with pytest.raises(AssertionError, match="not the next"):
-        scheduler.update_from_output(plan, {"a": 1})
+        scheduler.update_from_output(plan, {"a": (1,)})
 
 
 def test_dropped_plan_is_planned_again():

@@ -25,12 +25,11 @@ def test_a_token_in_flight_counts_as_one():
     assert (request.num_tokens, request.num_expected_tokens) == (3, 5)
     assert (request.num_computed_tokens, request.num_planned_tokens) == (0, 4)
     assert second.num_scheduled_tokens == {"a": 1}
-    assert second.cached_requests.num_computed_tokens == (3,)
-    assert second.cached_requests.new_token_ids == ((),)
+    assert second.new_requests == ()
     assert second.sampled_request_ids == ("a",)
     commit(scheduler, first, token=5)
     third = plan(scheduler)
-    assert third.cached_requests.new_token_ids == ((5,),)
+    assert third.num_scheduled_tokens == {"a": 1}
     commit(scheduler, second, token=6)
     commit(scheduler, third, token=7)
     assert request.output_token_ids == [5, 6, 7]
@@ -41,7 +40,7 @@ def test_plans_are_taken_in_in_order():
     add(scheduler, "a", 3)
     first, second = plan(scheduler), plan(scheduler)
     with pytest.raises(AssertionError, match="not the next"):
-        scheduler.update_from_output(second, {"a": 1})
+        scheduler.update_from_output(second, {"a": (1,)})
     commit(scheduler, first)
     commit(scheduler, second)
 
@@ -97,7 +96,7 @@ def test_a_failed_row_is_not_awaited_any_more():
     request = add(scheduler, "a", 9)
     neighbour = add(scheduler, "b", (1, 2))
     first, second = plan(scheduler), plan(scheduler)
-    scheduler.update_from_output(first, {"b": 5}, failed={"a": "NaN"})
+    scheduler.update_from_output(first, {"b": (5,)}, failed={"a": "NaN"})
     assert request.status is RequestStatus.FINISHED_ERROR
     assert scheduler.memory.cache.num_pages == 0
     (update,) = commit(scheduler, second, token=6)
@@ -114,7 +113,7 @@ def test_a_sibling_builds_on_a_prompt_that_is_under_way():
     second = plan(scheduler)
     assert second.num_scheduled_tokens == {"a": 1, "b": 1}
     assert b.page_ids[:2] == a.page_ids[:2]
-    assert second.page_copies == ((a.page_ids[2], b.page_ids[2]),)
+    assert second.page_moves.copies == ((a.page_ids[2], b.page_ids[2]),)
     assert scheduler.memory.cache.num_pages == 0
     commit(scheduler, first)
     assert scheduler.memory.cache.num_pages == 2
@@ -174,7 +173,7 @@ def test_a_preempted_request_does_not_fail_but_tries_again():
     """The pages that may be to blame are not its own any more."""
     scheduler = make_ahead(num_pages=3, max_model_len=12)
     _, b, first, _ = preempted_with_a_token_in_flight(scheduler)
-    scheduler.update_from_output(first, {"a": 5}, failed={"b": "NaN"})
+    scheduler.update_from_output(first, {"a": (5,)}, failed={"b": "NaN"})
     scheduler.check()
     assert (b.status, b.num_samples_in_flight) == (RequestStatus.PREEMPTED, 0)
 

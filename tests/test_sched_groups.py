@@ -25,15 +25,15 @@ def test_one_computes_the_prompt_and_the_others_one_token_each(enable_prefix_cac
     requests = add_group(scheduler, "abc", 10)
     plan = step(scheduler)
     assert plan.num_scheduled_tokens == {"a": 10}
-    assert plan.page_copies == ()
+    assert plan.page_moves.copies == ()
     plan = step(scheduler)
     assert plan.num_scheduled_tokens == {"a": 1, "b": 1, "c": 1}
     assert plan.sampled_request_ids == ("a", "b", "c")
     # Positions 0 to 8 are there: two full pages, and one token of page 2, which is a's.
     assert [new.num_computed_tokens for new in plan.new_requests] == [9, 9]
     assert [new.page_ids for new in plan.new_requests] == [(0, 1, 3), (0, 1, 4)]
-    assert plan.page_copies == ((2, 3), (2, 4))
-    assert [scheduler.allocator.ref_count(page) for page in range(5)] == [3, 3, 1, 1, 1]
+    assert plan.page_moves.copies == ((2, 3), (2, 4))
+    assert [scheduler.memory.allocator.ref_count(page) for page in range(5)] == [3, 3, 1, 1, 1]
     assert [request.num_cached_tokens for request in requests] == [0, 9, 9]
     while scheduler.has_unfinished_requests():
         step(scheduler)
@@ -49,7 +49,7 @@ def test_prompt_that_ends_with_a_page_but_one_needs_no_copy(enable_prefix_cachin
     plan = step(scheduler)
     assert plan.num_scheduled_tokens == {"a": 1, "b": 1}
     assert plan.new_requests[0].page_ids == (0, 1, 3)
-    assert plan.page_copies == ()
+    assert plan.page_moves.copies == ()
 
 
 @both
@@ -58,7 +58,7 @@ def test_prompt_of_one_token_is_not_waited_for(enable_prefix_caching):
     add_group(scheduler, "abc", 1)
     plan = step(scheduler)
     assert plan.num_scheduled_tokens == {"a": 1, "b": 1, "c": 1}
-    assert plan.page_copies == ()
+    assert plan.page_moves.copies == ()
 
 
 @both
@@ -109,7 +109,7 @@ def test_child_shares_with_whoever_still_has_the_prompt():
     plan = step(scheduler)
     assert plan.finished_request_ids == ("a",)
     assert plan.num_scheduled_tokens == {"b": 1, "c": 1}
-    ((source, target),) = plan.page_copies
+    ((source, target),) = plan.page_moves.copies
     assert (source, target) == (3, 2), "copied from b's page into the one that a has left"
 
 
@@ -119,7 +119,7 @@ def test_child_of_a_child_of_the_same_step_is_copied_from_the_first():
     step(scheduler)
     scheduler._groups.find_sibling = lambda request: scheduler._running[-1]  # type: ignore[method-assign]
     plan = step(scheduler)
-    assert plan.page_copies == ((2, 3), (2, 4)), "not from page 3, which is only being filled"
+    assert plan.page_moves.copies == ((2, 3), (2, 4)), "not from page 3, which is only being filled"
 
 
 @both
@@ -177,7 +177,7 @@ def test_groups_do_not_mix():
     add_group(scheduler, "cd", 10, group="h")
     add(scheduler, "e", 10)
     assert step(scheduler).num_scheduled_tokens == {"a": 10, "c": 10, "e": 10}
-    assert step(scheduler).page_copies == ((2, 9), (5, 10))
+    assert step(scheduler).page_moves.copies == ((2, 9), (5, 10))
 
 
 def test_another_prompt_in_a_group_is_refused():

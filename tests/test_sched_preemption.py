@@ -44,7 +44,7 @@ def test_last_running_is_preempted_and_resumed_with_its_output():
     assert plan.sampled_request_ids == ("b", "c")
     assert b.output_token_ids == [TOKEN] * 3
     plan = scheduler.schedule()
-    assert plan.cached_requests.new_token_ids == ((TOKEN,),)
+    assert list(plan.num_scheduled_tokens) == ["b"]
     assert plan.finished_request_ids == ("c",)
     assert c.is_finished
 
@@ -81,7 +81,7 @@ def test_victim_has_the_lowest_priority_and_its_tokens_leave_the_plan():
     plan = scheduler.schedule()  # low takes no page, as it is preempted for high
     assert plan.preempted_request_ids == ("low",)
     assert list(plan.num_scheduled_tokens.items()) == [("high", 1), ("middle", 1)]
-    assert plan.cached_requests.request_ids == ("high", "middle")
+    assert plan.new_requests == ()
     assert plan.total_num_scheduled_tokens == 2
     commit(scheduler, plan)
     assert [r.num_preemptions for r in (low, middle, high) if r] == [1, 0, 0]
@@ -135,7 +135,7 @@ def test_preempt_all_empties_the_pool_and_keeps_output_and_order(policy):
     scheduler.preempt_all()
     scheduler.check()
     assert (scheduler.num_running, scheduler.num_waiting) == (0, 4)
-    assert scheduler.allocator.num_used == 0
+    assert scheduler.memory.allocator.num_used == 0
     assert [request.num_preemptions for request in requests] == [1, 1, 1, 0]
     plan = step(scheduler)
     assert sorted(plan.preempted_request_ids) == ["a", "b", "c"]
@@ -153,7 +153,7 @@ def test_preempt_all_while_a_step_runs_drops_its_samples():
     plan = scheduler.schedule()
     scheduler.preempt_all()
     scheduler.finish_requests("b", RequestStatus.FINISHED_ABORTED)
-    assert scheduler.update_from_output(plan, {"a": 1, "b": 1}) == []
+    assert scheduler.update_from_output(plan, {"a": (1,), "b": (1,)}) == []
     scheduler.check()
     assert a.output_token_ids == b.output_token_ids == []
     plan = step(scheduler)

@@ -146,11 +146,11 @@ def test_running_requests_share_and_pages_come_back_with_the_last():
     step(scheduler)
     add(scheduler, "b", 9)
     step(scheduler)
-    assert [scheduler.allocator.ref_count(page) for page in (0, 1)] == [2, 2]
+    assert [scheduler.memory.allocator.ref_count(page) for page in (0, 1)] == [2, 2]
     scheduler.finish_requests("a", RequestStatus.FINISHED_ABORTED)
-    assert [scheduler.allocator.ref_count(page) for page in (0, 1)] == [1, 1]
+    assert [scheduler.memory.allocator.ref_count(page) for page in (0, 1)] == [1, 1]
     scheduler.finish_requests("b", RequestStatus.FINISHED_ABORTED)
-    assert (scheduler.allocator.num_used, scheduler.allocator.num_idle) == (0, 2)
+    assert (scheduler.memory.allocator.num_used, scheduler.memory.allocator.num_idle) == (0, 2)
     assert_empty(scheduler)
 
 
@@ -237,7 +237,7 @@ def test_reset_is_refused_while_requests_run_unless_asked():
     assert scheduler.reset_prefix_cache(preempt_running=True)
     scheduler.check()
     assert scheduler.memory.cache.num_pages == 0
-    assert scheduler.allocator.num_free == 64
+    assert scheduler.memory.allocator.num_free == 64
     plan = step(scheduler)
     assert plan.num_scheduled_tokens == {"a": 10, "b": 9}, "nothing old was hit"
     assert plan.preempted_request_ids == ("a",)
@@ -258,13 +258,13 @@ def test_active_pages_stay_low_and_idle_ones_move_up():
     scheduler = caching(num_pages=16)
     add(scheduler, "a", 12, max_tokens=1)
     step(scheduler)
-    assert scheduler.allocator.num_idle == 3
+    assert scheduler.memory.allocator.num_idle == 3
     add(scheduler, "b", tuple(range(5)), max_tokens=4)
     plan = step(scheduler)
     assert plan.new_requests[0].page_ids == (0, 1)
-    assert set(plan.page_copies) == {(0, 15), (1, 14)}
-    assert scheduler.allocator.extent == 2
-    assert step(scheduler).page_copies == ()
+    assert set(plan.page_moves.copies) == {(0, 15), (1, 14)}
+    assert scheduler.memory.allocator.extent == 2
+    assert step(scheduler).page_moves.copies == ()
     again = add(scheduler, "c", 13, max_tokens=1)
     plan = step(scheduler)
     assert plan.new_requests[0].page_ids[:3] == (15, 14, 2), "a hit is used where it is"
@@ -287,11 +287,11 @@ def test_shutdown_forgets_what_pages_hold():
     add(scheduler, "a", 9, max_tokens=1)
     step(scheduler)
     add(scheduler, "b", (1, 2, 3))
-    assert scheduler.schedule().page_copies == ((0, 7),)
+    assert scheduler.schedule().page_moves.copies == ((0, 7),)
     scheduler.shutdown()
-    assert scheduler.allocator.num_free == 8
+    assert scheduler.memory.allocator.num_free == 8
     plan = scheduler.schedule()
-    assert (plan.finished_request_ids, plan.page_copies) == (("b",), ())
+    assert (plan.finished_request_ids, plan.page_moves.copies) == (("b",), ())
 
 
 def test_dropped_plan_has_its_copies_planned_again():
@@ -299,4 +299,8 @@ def test_dropped_plan_has_its_copies_planned_again():
     add(scheduler, "a", 9, max_tokens=1)
     step(scheduler)
     add(scheduler, "b", (1, 2, 3))
-    assert scheduler.schedule().page_copies == scheduler.schedule().page_copies == ((0, 7),)
+    assert (
+        scheduler.schedule().page_moves.copies
+        == scheduler.schedule().page_moves.copies
+        == ((0, 7),)
+    )

@@ -5,20 +5,24 @@ from hypothesis import given, settings
 
 from folojax.sched.config import SchedulerConfig
 from folojax.sched.request import RequestStatus, StopRule
-from tests.sched_history import (
+from tests.sched_cases import (
     MAX_MODEL_LEN,
+    Branch,
     Event,
-    History,
     Job,
     all_at_once,
+    branches,
     configs,
     events,
     job_lists,
 )
+from tests.sched_history import History
 
 
-def check_laws(config: SchedulerConfig, jobs: list[Job], events: list[Event]) -> None:
-    history = History(config, jobs, events)
+def check_laws(
+    config: SchedulerConfig, jobs: list[Job], events: list[Event], branches: list[Branch]
+) -> None:
+    history = History(config, jobs, events, branches)
     history.run()
 
     for request in history.requests.values():
@@ -29,7 +33,7 @@ def check_laws(config: SchedulerConfig, jobs: list[Job], events: list[Event]) ->
             assert expected is None or len(expected) in (0, *range(request.num_output_tokens, 99))
         elif expected is None:
             assert request.status is RequestStatus.FINISHED_ERROR
-            assert request.output_token_ids == []
+            assert request.num_output_tokens == history.num_given.get(request.request_id, 0)
         else:
             assert request.output_token_ids == expected
             stop = request.stop
@@ -39,13 +43,16 @@ def check_laws(config: SchedulerConfig, jobs: list[Job], events: list[Event]) ->
                 and expected[-1] in stop.eos_token_ids | stop.stop_token_ids
             )
         assert (request.page_ids, request.num_computed_tokens) == ([], 0)
-        assert request.num_cached_tokens < request.num_prompt_tokens
+        num_given = history.num_given.get(request.request_id, 0)
+        assert request.num_cached_tokens < request.num_prompt_tokens + num_given
+        assert request.saved is None
+        assert request.forked_from is None
 
     # Nothing stays behind but what the cache keeps, and every end was reported once.
     scheduler = history.scheduler
     memory = scheduler.memory
-    assert scheduler.allocator.num_used == scheduler.allocator.extent == 0
-    assert scheduler.allocator.num_free == config.num_pages - memory.cache.num_pages
+    assert scheduler.memory.allocator.num_used == scheduler.memory.allocator.extent == 0
+    assert scheduler.memory.allocator.num_free == config.num_pages - memory.cache.num_pages
     if not config.enable_prefix_caching:
         assert memory.cache.num_pages == memory.num_query_tokens == memory.num_hit_tokens == 0
     assert memory.num_hit_tokens <= memory.num_query_tokens
@@ -53,22 +60,24 @@ def check_laws(config: SchedulerConfig, jobs: list[Job], events: list[Event]) ->
     assert not scheduler.has_finished_requests()
     assert all(scheduler.get_request(name) is None for name in history.requests)
     assert sorted(history.reported_finished) == sorted(history.requests)
-    assert history.runner.rows == {}
+    assert history.runner.rows == history.runner.host == {}
+    assert memory.host.num_used == 0
     assert history.num_preemptions == sum(r.num_preemptions for r in history.requests.values())
     assert scheduler.flights.num_discarded_tokens == history.num_discarded.total()
     if not any(event.kind in ("preempt_all", "reset") for event in events):
         # An end by length is foreseen; one by a token is seen when it is read.
+        num_steps = config.max_decode_steps
         most = {
             RequestStatus.FINISHED_LENGTH: 0,
-            RequestStatus.FINISHED_ABORTED: config.max_plans_in_flight,
+            RequestStatus.FINISHED_ABORTED: config.max_plans_in_flight * num_steps,
         }
         for name, count in history.num_discarded.items():
             status = history.requests[name].status
-            assert count <= most.get(status, config.max_plans_in_flight - 1)
+            assert count <= most.get(status, config.max_plans_in_flight * num_steps - 1)
     assert all(request.num_samples_in_flight == 0 for request in history.requests.values())
     assert scheduler.reset_prefix_cache()
     scheduler.check()
-    assert scheduler.allocator.num_free == config.num_pages
+    assert scheduler.memory.allocator.num_free == config.num_pages
     assert memory.cache.root.children == {}
 
     if config.policy == "fcfs":
@@ -81,16 +90,16 @@ def check_laws(config: SchedulerConfig, jobs: list[Job], events: list[Event]) ->
 
 
 @settings(max_examples=400, deadline=None)
-@given(config=configs(), jobs=job_lists(), events=events)
-def test_laws_over_random_histories(config, jobs, events):
-    check_laws(config, jobs, events)
+@given(config=configs(), jobs=job_lists(), events=events, branches=branches)
+def test_laws_over_random_histories(config, jobs, events, branches):
+    check_laws(config, jobs, events, branches)
 
 
 @pytest.mark.slow
 @settings(max_examples=3000, deadline=None)
-@given(config=configs(), jobs=job_lists(max_size=12), events=events)
-def test_laws_over_many_random_histories(config, jobs, events):
-    check_laws(config, jobs, events)
+@given(config=configs(), jobs=job_lists(max_size=12), events=events, branches=branches)
+def test_laws_over_many_random_histories(config, jobs, events, branches):
+    check_laws(config, jobs, events, branches)
 
 
 @settings(max_examples=100, deadline=None)

@@ -68,10 +68,7 @@ def test_prompts_are_cut_into_chunks_of_the_budget():
     plans = [step(scheduler) for _ in range(4)]
     assert [plan.num_scheduled_tokens["a"] for plan in plans] == [8, 8, 4, 1]
     assert [plan.sampled_request_ids for plan in plans] == [(), (), ("a",), ("a",)]
-    cached = plans[1].cached_requests
-    assert cached.new_token_ids == ((),)
-    assert cached.num_computed_tokens == (8,)
-    assert cached.new_page_ids == ((2, 3),)
+    assert plans[1].new_page_ids == {"a": [2, 3]}
     assert request.output_token_ids == [TOKEN, TOKEN]
 
 
@@ -100,11 +97,7 @@ def test_decoding_reports_differences_only():
     plan = step(scheduler)
     scheduled = scheduler.schedule()
     assert scheduled.new_requests == ()
-    cached = scheduled.cached_requests
-    assert cached.request_ids == ("a", "b")
-    assert cached.new_token_ids == ((TOKEN,), (TOKEN,))
-    assert cached.num_computed_tokens == (3, 4)
-    assert cached.new_page_ids == ((), (2,)), "only b's fifth token opens a page"
+    assert scheduled.new_page_ids == {"b": [2]}, "only b's fifth token opens a page"
     assert scheduled.num_scheduled_tokens == {"a": 1, "b": 1}
     assert plan.finished_request_ids == plan.preempted_request_ids == ()
 
@@ -126,7 +119,6 @@ def test_late_arrival_joins_behind_the_running():
     add(scheduler, "late", 12)
     plan = step(scheduler)
     assert list(plan.num_scheduled_tokens.items()) == [("a", 1), ("late", 9)]
-    assert plan.cached_requests.request_ids == ("a",)
     assert [new.request_id for new in plan.new_requests] == ["late"]
 
 

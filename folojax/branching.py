@@ -1,0 +1,94 @@
+"""Requests that go on from where others stand: beside them, later, or in another engine.
+
+::
+
+    fork       shares the pages of a request that goes on, from one step to the next
+    snapshot   copies a request out of the engine, K/V included, as a value
+    resume     queues what a snapshot holds; its K/V are loaded when it is admitted
+"""
+
+import dataclasses
+
+from folojax.engine import Engine
+from folojax.host_store import TokenKV
+from folojax.prompts import ParsedPrompt
+from folojax.sampling_params import SamplingParams
+from folojax.sched.request import Request
+from folojax.snapshot import Snapshot
+
+
+def fork(
+    engine: Engine,
+    parent_id: str,
+    request_id: str,
+    params: SamplingParams | None,
+    *,
+    index: int = 0,
+    num_output_tokens: int | None = None,
+    priority: int = 0,
+) -> None:
+    """Queues a request that begins with what a sample of another has; see `LLM.fork`."""
+    job, sample = engine.find_sample(parent_id, index)
+    progress = job.progress(sample).take(num_output_tokens)
+    prompt = ParsedPrompt(job.request.prompt, job.request.prompt_token_ids)
+    if params is None:
+        params = dataclasses.replace(job.request.params, n=1, seed=sample.seed)
+    checked = engine.check(request_id, prompt, params, priority)
+    parent = None if sample.request.is_finished else sample.request
+    engine.queue([engine.make_job(checked, progress=progress, forked_from=parent)])
+
+
+def take_snapshot(engine: Engine, request_id: str, index: int = 0) -> Snapshot:
+    """Copies a sample; see `LLM.snapshot`. What is under way is taken in first."""
+    engine.find_sample(request_id, index)
+    engine.drain()
+    job, sample = engine.find_sample(request_id, index)
+    return Snapshot(
+        prompt=job.request.prompt,
+        prompt_token_ids=job.request.prompt_token_ids,
+        params=dataclasses.replace(job.request.params, n=1),
+        seed=sample.seed,
+        progress=job.progress(sample),
+        kv=_read_kv(engine, sample.request),
+        weights=engine.weights,
+    )
+
+
+def resume(
+    engine: Engine,
+    snapshot: Snapshot,
+    request_id: str,
+    params: SamplingParams | None,
+    priority: int = 0,
+) -> None:
+    """Queues a request that begins with what a snapshot holds; see `LLM.resume`."""
+    if snapshot.kv is not None and snapshot.weights != engine.weights:
+        raise ValueError(
+            "the snapshot's K/V were computed with other weights: use those, or "
+            "snapshot.without_kv(), which is computed again"
+        )
+    if params is None:
+        params = dataclasses.replace(snapshot.params, seed=snapshot.seed)
+    prompt = ParsedPrompt(snapshot.prompt, snapshot.prompt_token_ids)
+    checked = engine.check(request_id, prompt, params, priority)
+    job = engine.make_job(checked, progress=snapshot.progress)
+    request = job.samples[0].request  # one of several would share its K/V with the others
+    if snapshot.kv is not None and not request.skip_prefix_cache:
+        kv = snapshot.kv.take(min(snapshot.kv.num_tokens, request.num_tokens - 1))
+        request.saved = engine.scheduler.memory.host.adopt(kv.num_tokens)
+        engine.runner.host.put(request.saved.key, kv)
+    try:
+        engine.queue([job])
+    except ValueError:
+        if request.saved is not None:
+            engine.runner.host.drop([request.saved.key])
+        raise
+
+
+def _read_kv(engine: Engine, request: Request) -> TokenKV | None:
+    """What is computed of a request; nothing is under way."""
+    if request.saved is not None:
+        return engine.runner.host.read(request.saved.key, request.saved.num_tokens)
+    if not request.num_computed_tokens:
+        return None
+    return engine.runner.read_kv(request.page_ids, request.num_computed_tokens)

@@ -1,0 +1,62 @@
+"""How far a request has come, and how far it may go: what plans under way will give included."""
+
+from collections.abc import Iterable, Sequence
+
+from folojax.sched.config import SchedulerConfig
+from folojax.sched.memory import KVMemory
+from folojax.sched.request import Request, RequestStatus
+
+
+def num_tokens_left(request: Request, max_model_len: int) -> int:
+    """How many tokens a running request has to compute; 0: its last result is in flight."""
+    # Spelled out: asked of every row in every step.
+    num_outputs = len(request.output_token_ids) + request.num_samples_in_flight
+    num_tokens = len(request.prompt_token_ids) + num_outputs
+    if request.num_samples_in_flight and (
+        num_outputs >= request.stop.max_tokens or num_tokens >= max_model_len
+    ):
+        return 0
+    return num_tokens - request.num_computed_tokens - request.num_tokens_in_flight
+
+
+def num_samples_left(request: Request, max_model_len: int) -> int:
+    """How many tokens a request may get beyond those in flight; an end token may come first."""
+    num_outputs = request.num_output_tokens + request.num_samples_in_flight
+    return min(request.stop.max_tokens - num_outputs, max_model_len - request.num_expected_tokens)
+
+
+def num_decode_steps(config: SchedulerConfig, running: Iterable[Request], memory: KVMemory) -> int:
+    """How many tokens the requests of the next plan may get at once, while nobody waits."""
+    most = config.max_decode_steps
+    if most == 1:
+        return 1
+    num_missing = 0
+    for request in running:
+        num_left = num_tokens_left(request, config.max_model_len)
+        if num_left > 1 or request.is_prompt_only:
+            return 1
+        if num_left:
+            num_tokens = min(most, num_samples_left(request, config.max_model_len))
+            num_missing += memory.num_missing_pages(request, num_tokens)
+    # Nobody is preempted for the sake of more tokens at once.
+    return most if num_missing <= memory.allocator.num_available else 1
+
+
+def append_tokens(
+    request: Request, tokens: Sequence[int], max_model_len: int
+) -> tuple[Sequence[int], RequestStatus | None, int | None]:
+    """Gives a request its tokens, up to one that ends it.
+
+    Returns:
+        Those that it got; the finished status, or None to go on; and the stop id, or None.
+    """
+    output_token_ids = request.output_token_ids
+    most_outputs = max_model_len - len(request.prompt_token_ids)
+    for count, token in enumerate(tokens, 1):
+        output_token_ids.append(token)
+        status, stop_reason = request.stop.check(len(output_token_ids), token)
+        if status is None and len(output_token_ids) >= most_outputs:
+            status = RequestStatus.FINISHED_LENGTH
+        if status is not None:
+            return tokens[:count], status, stop_reason
+    return tokens, None, None
