@@ -93,19 +93,26 @@ class Job:
         Tokens behind that one are taken away from the sample again.
         """
         params = self.request.params
-        has_stops = bool(params.stop) and sample.detokenizer is not None
-        num_before = sample.request.num_output_tokens - len(entries)
-        for count, entry in enumerate(entries, 1):
+        for entry in entries:
             sample.cumulative_logprob += entry.logprob
             sample.token_logprobs.append(entry.logprob)
             if params.logprobs is not None:
                 sample.logprobs.append(as_logprobs(entry, self._token_texts()))
-            if has_stops:
-                stop = self._find_stop(sample, num_before + count)
-                if stop is not None:
-                    del sample.request.output_token_ids[num_before + count :]
-                    return stop
+        if not params.stop or sample.detokenizer is None:
+            return None
+        num_before = sample.request.num_output_tokens - len(entries)
+        for count in range(1, len(entries) + 1):
+            stop = self._find_stop(sample, num_before + count)
+            if stop is not None:
+                self._cut(sample, num_before + count)
+                return stop
         return None
+
+    def _cut(self, sample: Sample, num_tokens: int) -> None:
+        """Takes tokens away from the end of a sample."""
+        for entries in (sample.token_logprobs, sample.logprobs, sample.request.output_token_ids):
+            del entries[num_tokens:]
+        sample.cumulative_logprob = sum(sample.token_logprobs)
 
     def _find_stop(self, sample: Sample, num_tokens: int) -> str | None:
         """The stop string that the first `num_tokens` tokens complete."""
