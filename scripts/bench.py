@@ -48,7 +48,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--model", help="as LLM takes it; the default is the embedded model")
-    common.add_argument("--rounds", type=int, default=5)
+    common.add_argument("--rounds", type=int, help="default: 5; of long prompts 3")
     common.add_argument("--json", type=Path, metavar="OUT", help="write the figures to this file")
     commands = parser.add_subparsers(dest="workload", required=True)
     for name in NAMES:
@@ -58,10 +58,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     sampling.add_argument("--input-len", type=int, default=64)
     sampling.add_argument("--output-len", type=int, default=64)
     args = parser.parse_args(argv)
+    if args.rounds is None:
+        args.rounds = 3 if args.workload == "long" else 5
     if args.rounds < 1:
         parser.error(f"--rounds is {args.rounds}; at least one is needed")
-    if args.workload != "sampling" and args.request_rate <= 0:
+    if args.workload == "sampling":
+        return args
+    if args.request_rate <= 0:
         parser.error(f"--request-rate is {args.request_rate}; it must be above 0, or inf")
+    if args.warm_up is None:
+        args.warm_up = "rehearsal" if args.workload == "long" else "plan"
     return args
 
 
@@ -91,7 +97,12 @@ def _add_workload_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--one-at-a-time", action="store_true", help="also the same engine with a single slot"
     )
-    parser.add_argument("--warm-up", choices=WARM_UPS, default="plan")
+    parser.add_argument(
+        "--warm-up",
+        choices=WARM_UPS,
+        help="default: plan; of long prompts, whose arrivals follow tokens and not the clock, "
+        "rehearsal: every run of it takes the same steps",
+    )
     parser.add_argument("--profile", action="store_true", help="shares of a step")
     parser.add_argument("--check", action="store_true", help="exit code 1 if a target is missed")
     parser.add_argument(

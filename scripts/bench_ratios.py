@@ -55,7 +55,10 @@ def find_ratios(
         ratios.append(Ratio("median ttft: fresh / cached prefix", value, 5))
     if workload == "long":
         chunked, whole = (one["by_label"]["short"]["max_itl_ms"] for one in (ours, others[0]))
-        text = "worst itl of the short requests: chunked / whole prompts"
+        text = (
+            "worst gap between two tokens of a short request: in chunks / whole prompts "
+            f"({chunked:,.0f} / {whole:,.0f} ms)"
+        )
         ratios.append(Ratio(text, chunked / whole, 1 / 3, False))
     if workload == "sharegpt":
         value = ours["p99_itl_ms"] / ours["p50_itl_ms"]
