@@ -11,7 +11,10 @@ TORCH := torch==2.13.0
 # A file's tests share models and executables, so a file stays with one process.
 WORKERS := --numprocesses 2 --dist loadfile
 
-.PHONY: demo test test-all lint types wheel clean
+# XLA's compiler for NVIDIA GPUs, which needs none: of jaxlib's version, beside the environment.
+CUDA_COMPILER := $(VENV)/cuda-compiler
+
+.PHONY: demo test test-all test-gpu-programs lint types wheel clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python scripts/generate.py --max-tokens 48
@@ -21,6 +24,9 @@ test: $(VENV)/.test
 
 test-all: $(VENV)/.test
 	$(BIN)/python -m pytest $(WORKERS) --slow
+
+test-gpu-programs: $(CUDA_COMPILER)/.installed
+	$(BIN)/python -m pytest tests/test_inspect_hlo.py --gpu-compiler $(CUDA_COMPILER)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -45,6 +51,12 @@ $(VENV)/.demo: pyproject.toml Makefile | $(BIN)/python
 $(VENV)/.test: $(VENV)/.demo
 	$(BIN)/pip install --quiet $(TORCH)
 	$(BIN)/pip install --quiet --editable '.[test]'
+	touch $@
+
+$(CUDA_COMPILER)/.installed: $(VENV)/.test
+	version=$$($(BIN)/python -c 'import jaxlib; print(jaxlib.__version__)') && \
+	$(BIN)/pip install --quiet --no-deps --upgrade --target $(CUDA_COMPILER) \
+		jax-cuda12-plugin==$$version jax-cuda12-pjrt==$$version
 	touch $@
 
 clean:

@@ -41,13 +41,19 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run the longer proofs too")
+    parser.addoption(
+        "--gpu-compiler",
+        metavar="DIR",
+        help="run what compiles for a GPU too; DIR has jax-cuda12-plugin and jax-cuda12-pjrt",
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not config.getoption("--slow"):
-        slow = [item for item in items if "slow" in item.keywords]
-        config.hook.pytest_deselected(items=slow)
-        items[:] = [item for item in items if "slow" not in item.keywords]
+    for option, marker in (("--slow", "slow"), ("--gpu-compiler", "gpu_compiler")):
+        if not config.getoption(option):
+            left_out = [item for item in items if marker in item.keywords]
+            config.hook.pytest_deselected(items=left_out)
+            items[:] = [item for item in items if marker not in item.keywords]
 
 
 @pytest.fixture(scope="session")
