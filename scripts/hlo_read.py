@@ -108,13 +108,12 @@ class Program:
         """
         moves, cache = [], self.cache_values
         for one in self.entry.values():
-            sources = [
-                self.cache_values[name] for name in one.operands if name in self.cache_values
-            ]
-            if one.opcode in _FREE or one.name in self.cache_values or not sources:
+            sources = [cache[name].num_elements for name in one.operands if name in cache]
+            if one.opcode in _FREE or one.name in cache or not sources:
                 continue
-            largest = max(source.num_elements for source in sources)
-            if 2 * one.num_elements >= largest:
+            # A library call gives its workspace as well, as bytes.
+            sizes = [math.prod(dims) for kind, dims in one.shapes if kind not in ("s8", "u8")]
+            if 2 * max(sizes, default=0) > max(sources):
                 moves.append(f"{one.opcode} {one.name} {one.shapes} {self._inside(one)}")
         return moves
 
