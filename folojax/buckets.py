@@ -18,6 +18,10 @@ _SLOT_MULTIPLE = 32
 _USUAL_LOGPROBS = 20
 """J where nobody wants more, also in an engine that allows the whole vocabulary."""
 
+# A chunk copies the pages of its request: on CPU, calls that copy more than some 15 MB a layer lose
+# more to fresh memory than they gain by more rows. Also fewer shapes to compile.
+_MOST_COPIED_TOKENS_ON_CPU = 10_240
+
 
 @dataclasses.dataclass(frozen=True)
 class PrefillShape:
@@ -53,6 +57,7 @@ class Buckets:
     Attributes:
         decode_rows: B, up to max_num_seqs.
         prefill_rows: R; rows beyond the largest go into further calls.
+        shared_rows: B of decode calls in which pages have several owners; coarser.
         prefill_columns: C.
         prefill_pages: N of a prefill row, up to the pages of max_model_len.
         prefill_segments: How many segments a prefill call may be handed.
@@ -61,6 +66,7 @@ class Buckets:
         shared_lanes: Q, owners of a work item of shared pages. Their number X is 0 where no page
             is shared, else two a row, which holds a long prefix that all rows have in common;
             beyond that it grows by powers of 4, which are not listed.
+        most_copied_pages: R * N of a prefill call with more than one row; None is no limit.
     """
 
     decode_rows: tuple[int, ...]
@@ -70,7 +76,18 @@ class Buckets:
     prefill_segments: tuple[int, ...]
     decode_pages: tuple[int, ...]
     segments: tuple[int, ...]
+    shared_rows: tuple[int, ...]
     shared_lanes: int = 8
+    most_copied_pages: int | None = None
+
+    def most_prefill_rows(self, num_pages: int) -> int:
+        """How many rows a prefill call may have if its longest request has `num_pages` pages."""
+        if self.most_copied_pages is None:
+            return self.prefill_rows[-1]
+        fitting = self.most_copied_pages // round_up(num_pages, self.prefill_pages)
+        return max(
+            (rows for rows in self.prefill_rows if rows <= fitting), default=self.prefill_rows[0]
+        )
 
     def prefill_shape(self, num_rows: int, extent: int, num_pages: int) -> PrefillShape:
         """The smallest shape for so many rows of at most `num_pages` pages, ids below `extent`."""
@@ -85,7 +102,7 @@ class Buckets:
         self, num_rows: int, extent: int, num_pages: int, shared_items: int = 0
     ) -> DecodeShape:
         """The smallest shape for so many rows of at most `num_pages` pages, ids below `extent`."""
-        rows = round_up(num_rows, self.decode_rows)
+        rows = round_up(num_rows, self.shared_rows if shared_items else self.decode_rows)
         listed = _listed_items(rows)
         return DecodeShape(
             rows=rows,
@@ -100,18 +117,22 @@ class Buckets:
         extents = tuple(itertools.accumulate(self.segments))
         for rows, segments in itertools.product(self.prefill_rows, self.prefill_segments):
             for fewer_pages, pages in _with_previous(self.prefill_pages):
-                if extents[segments - 1] > fewer_pages:
+                if rows <= self.most_prefill_rows(pages) and extents[segments - 1] > fewer_pages:
                     yield PrefillShape(rows, self.prefill_columns, pages, segments)
-        for fewer_rows, rows in _with_previous(self.decode_rows):
-            for fewer_pages, pages in _with_previous(self.decode_pages):
+        for is_shared, sizes in ((False, self.decode_rows), (True, self.shared_rows)):
+            for (fewer_rows, rows), (fewer_pages, pages) in itertools.product(
+                _with_previous(sizes), _with_previous(self.decode_pages)
+            ):
                 for segments, extent in enumerate(extents, start=1):
-                    # More than `fewer_rows` rows, each with a page, and one with more than
-                    # `fewer_pages`: a smaller cache cannot hold them.
-                    if extent > fewer_rows + fewer_pages:
+                    # More than `fewer_rows` rows, each with a page of its own, and one with more
+                    # than `fewer_pages`: a smaller cache cannot hold them.
+                    if extent <= fewer_rows + fewer_pages:
+                        continue
+                    if not is_shared:
                         yield DecodeShape(rows, segments, pages)
-                        if rows > 1:
-                            items = _listed_items(rows)
-                            yield DecodeShape(rows, segments, pages, items, self.shared_lanes)
+                    elif rows > 1:
+                        items = _listed_items(rows)
+                        yield DecodeShape(rows, segments, pages, items, self.shared_lanes)
 
     def _segments_for(self, extent: int) -> int:
         return 1 + bisect.bisect_left(tuple(itertools.accumulate(self.segments)), extent)
@@ -132,24 +153,29 @@ def make_buckets(config: ResolvedConfig, backend: str = "cpu", min_decode_rows: 
     # A chunk copies its pages out of every segment it is handed: not always all of them.
     if backend == "cpu":
         segments = split_segments(config.num_pages)
+        decode_rows = _powers(config.max_num_seqs, 2, min_decode_rows)
         return Buckets(
-            decode_rows=_powers(config.max_num_seqs, 2, min_decode_rows),
+            decode_rows=decode_rows,
             prefill_rows=_powers(most_rows, 2),
             prefill_columns=config.prefill_row_len,
-            prefill_pages=_powers(max_pages, 4, min(4, max_pages)),
+            prefill_pages=_table_sizes(max_pages, 4),
             prefill_segments=(*range(2, len(segments), 2), len(segments)),
-            decode_pages=_powers(max_pages, 4, min(8, max_pages)),
+            decode_pages=_table_sizes(max_pages, 8),
             segments=segments,
+            shared_rows=_every_other(decode_rows),
+            most_copied_pages=_MOST_COPIED_TOKENS_ON_CPU // config.page_size,
         )
     segments = split_segments(config.num_pages, first=128, unit=512)
+    decode_rows = _powers(config.max_num_seqs, 8, min(8, config.max_num_seqs))
     return Buckets(
-        decode_rows=_powers(config.max_num_seqs, 8, min(8, config.max_num_seqs)),
+        decode_rows=decode_rows,
         prefill_rows=_powers(most_rows, 4, min(8, most_rows)),
         prefill_columns=config.prefill_row_len,
-        prefill_pages=_powers(max_pages, 4, min(8, max_pages)),
+        prefill_pages=_table_sizes(max_pages, 8),
         prefill_segments=(*range(4, len(segments), 4), len(segments)),
-        decode_pages=_powers(max_pages, 4, min(16, max_pages)),
+        decode_pages=_table_sizes(max_pages, 16),
         segments=segments,
+        shared_rows=decode_rows,
     )
 
 
@@ -198,6 +224,25 @@ def _at_least(value: int, first: int, factor: int) -> int:
 def _with_previous(sizes: tuple[int, ...]) -> Iterator[tuple[int, int]]:
     """Each size with the one before it, 0 before the first."""
     return zip((0, *sizes), sizes, strict=False)
+
+
+def _table_sizes(last: int, first: int) -> tuple[int, ...]:
+    """`first`, times 4, ... up to `last`; a size that is nearly as large as `last` is left out.
+
+    >>> _table_sizes(34, 8)
+    (8, 34)
+    """
+    sizes = _powers(last, 4, min(first, last))
+    return tuple(size for size in sizes if size == last or 4 * size < 3 * last)
+
+
+def _every_other(sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """Of ascending sizes the last, the last but two ...
+
+    >>> _every_other((1, 2, 4, 8, 16, 32))
+    (2, 8, 32)
+    """
+    return sizes[::-1][::2][::-1]
 
 
 def _powers(last: int, factor: int, first: int = 1) -> tuple[int, ...]:

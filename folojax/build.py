@@ -166,6 +166,7 @@ def make_engine(model: LoadedModel, tokenizer: Tokenizer | None) -> Engine:
         num_tokens=None if num_tokens == vocab_size else num_tokens,
         is_processed=config.logprobs_mode == "processed",
         max_decode_steps=config.max_decode_steps,
+        is_strict=config.strict,
     )
     return Engine(
         Scheduler(config.scheduler()),

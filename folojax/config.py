@@ -53,6 +53,9 @@ class EngineConfig:
         logprobs_mode: "raw" reports the model's own distribution, "processed" the one that was
             sampled from: after penalties, masks, temperature and truncation.
         seed: Of the seeds that requests without one are given.
+        strict: A step that needs an executable outside the compile plan raises a RuntimeError, and
+            its requests are aborted. Otherwise it waits for the compiler; after a warm-up the
+            first such step is told in the log. For tests and measurements.
     """
 
     max_model_len: int | None = None
@@ -75,6 +78,7 @@ class EngineConfig:
     max_logprobs: int = 20
     logprobs_mode: str = "raw"
     seed: int = 0
+    strict: bool = False
 
     def __post_init__(self) -> None:
         problems = []
@@ -217,6 +221,7 @@ class EngineOptions(TypedDict, total=False):
     max_logprobs: int
     logprobs_mode: str
     seed: int
+    strict: bool
     gpu_memory_utilization: float  # vLLM's name of memory_fraction
     tensor_parallel_size: int  # of other engines; only 1
 
@@ -235,6 +240,7 @@ _SWITCHES = (
     "enable_prefix_caching",
     "async_scheduling",
     "check_integrity",
+    "strict",
 )
 
 # Measured: docs/log.md and docs/gpu.md.

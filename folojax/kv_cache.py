@@ -149,6 +149,27 @@ def join_segments(head: KVCache, tail: KVCache) -> KVCache:
     return KVCache(head.keys + tail.keys, head.values + tail.values)
 
 
+def layer_of(cache: KVCache, layer: int) -> KVCache:
+    """The cache of one layer, which has index 0 in it; copies nothing."""
+    return KVCache(
+        keys=tuple((segment[layer],) for segment in cache.keys),
+        values=tuple((segment[layer],) for segment in cache.values),
+    )
+
+
+def with_layers(layers: Sequence[KVCache]) -> KVCache:
+    """The inverse of `layer_of`: caches of single layers as one."""
+    return KVCache(
+        keys=tuple(
+            tuple(one[0] for one in parts) for parts in zip(*(x.keys for x in layers), strict=True)
+        ),
+        values=tuple(
+            tuple(one[0] for one in parts)
+            for parts in zip(*(x.values for x in layers), strict=True)
+        ),
+    )
+
+
 def write(
     cache: KVCache,
     layer: int,

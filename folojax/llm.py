@@ -9,8 +9,10 @@ from typing import Any, TypeAlias, Unpack
 
 from flax import linen as nn
 
+from folojax.ahead import make_plan, warm_up
 from folojax.build import default_params, find_tokenizer, load_model, make_config, make_engine
 from folojax.compilation_cache import enable_compilation_cache
+from folojax.compile_plan import CompilePlan
 from folojax.config import EngineConfig, EngineOptions
 from folojax.engine_metrics import EngineMetrics
 from folojax.outputs import RequestOutput, ScoreOutput
@@ -289,16 +291,36 @@ class LLM(RequestLoop):
         """Counts as they stand now."""
         return self.engine.metrics()
 
-    def warm_up(self, sampling: Sequence[SamplingClass] = tuple(SamplingClass)) -> int:
-        """Compiles every executable of the plan now, so that no step waits for a compiler.
+    def plan(
+        self,
+        sampling: Sequence[SamplingClass] = tuple(SamplingClass),
+        logprobs: bool = True,
+    ) -> CompilePlan:
+        """Lists every executable that may be needed; as text, a line for each.
+
+        Memory and compile times are those of `warm_up`, and unknown before.
 
         Args:
             sampling: Classes of sampling parameters that will be used.
+            logprobs: Whether log-probabilities will be, of samples, prompts or continuations.
+        """
+        return make_plan(self.engine.runner, sampling, logprobs)
+
+    def warm_up(
+        self,
+        sampling: Sequence[SamplingClass] = tuple(SamplingClass),
+        logprobs: bool = True,
+    ) -> int:
+        """Compiles every executable of the plan now, so that no step waits for a compiler.
+
+        Args:
+            sampling: As in `plan`.
+            logprobs: As in `plan`.
 
         Returns:
             How many executables there are.
         """
-        return self.engine.runner.warm_up(sampling)
+        return len(warm_up(self.engine.runner, sampling, logprobs))
 
     def _check_all(
         self, prompts: Prompt | Sequence[Prompt], sampling_params: Params, kind: str = "generate"

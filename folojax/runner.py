@@ -12,8 +12,7 @@ device has the tokens that they continue.
 """
 
 import dataclasses
-import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -22,13 +21,24 @@ from flax import linen as nn
 
 from folojax import kv_cache, step
 from folojax.batch import Batch, Chunk, Row, ints
-from folojax.buckets import Buckets, DecodeShape, PrefillShape, num_alternatives, slots_for
+from folojax.buckets import Buckets, DecodeShape, num_alternatives, slots_for
+from folojax.compile_plan import (
+    COPIES,
+    EDITS,
+    Executable,
+    Gate,
+    list_executables,
+    model_executable,
+    sample_executable,
+    steps_executable,
+)
 from folojax.host_store import HostStore, TokenKV, read_tokens
+from folojax.layered import make_steps
 from folojax.logit_edits import EditState, init_edits, write_slot
 from folojax.results import Pending, StepResult, is_scored, read, tokens_after
 from folojax.row_params import RowParams
 from folojax.sampling import SamplingClass, SamplingSpec
-from folojax.sampling_params import SamplingParams
+from folojax.sched.pages import pages_for
 from folojax.sched.plan import PageMoves, SchedulerOutput
 from folojax.state import (
     DecodeInputs,
@@ -69,6 +79,7 @@ class Runner:
         num_tokens: int | None = None,
         is_processed: bool = False,
         max_decode_steps: int = 1,
+        is_strict: bool = False,
     ) -> None:
         """Allocates the state.
 
@@ -82,6 +93,7 @@ class Runner:
             num_tokens: Ids from here on are padding of the vocabulary; None: there are none.
             is_processed: Sampled tokens are reported as in `SamplingSpec`; prompts always raw.
             max_decode_steps: Most decode steps of a plan, and their number wherever it is not 1.
+            is_strict: Whether an executable outside the compile plan is an error.
         """
         self.model = model
         self.buckets = buckets
@@ -92,6 +104,8 @@ class Runner:
         self._layout = layout
         self._max_decode_steps = max_decode_steps
         self.host = HostStore(layout)
+        self.steps = make_steps(model, jax.default_backend())
+        self.gate = Gate(list(self.list_executables(tuple(SamplingClass), True)), is_strict)
         num_slots = slots_for(max_num_seqs)
         self.batch = Batch(
             num_slots, buckets.decode_pages[-1], layout.num_pages, model.config.vocab_size
@@ -113,7 +127,8 @@ class Runner:
         """Has the device compute a plan, after those before; returns what `collect` takes."""
         for row in self.batch.update(plan):
             if row.params.has_slot_edits:
-                self._write_edits(row.slot, row.params, row.token_ids, row.num_prompt_tokens)
+                self.gate.check(EDITS)
+                self.write_edits(row.slot, row.params, row.token_ids, row.num_prompt_tokens)
         self._move_pages(plan.page_moves)
         self.stats.num_scheduled_tokens += plan.total_num_scheduled_tokens
         rows = [self.batch.rows[request_id] for request_id in plan.num_scheduled_tokens]
@@ -160,39 +175,11 @@ class Runner:
         self.batch.check_is_empty()
         assert not len(self.host), "host memory holds pages"
 
-    def warm_up(self, sampling: Sequence[SamplingClass]) -> int:
-        """Compiles every planned shape by running it on padding; returns how many there are."""
-        shapes = list(self.buckets.shapes())
-        hidden: dict[int, Any] = {}
-        for shape in shapes:
-            if isinstance(shape, PrefillShape):
-                inputs = self.batch.prefill_inputs(shape, [])
-                hidden[shape.rows], _ = self._call_prefill(inputs, shape.segments)
-            else:
-                row_inputs = self.batch.decode_inputs(shape, [])
-                hidden[shape.rows] = self._call_decode(row_inputs, shape.segments)
-        for needed in sampling:
-            for rows, states in hidden.items():
-                slot = ints(rows, self.batch.num_slots)
-                self._call_sample(states, slot, ints(rows), SamplingSpec(needed, None))
-        num_multiple = 0
-        if self._max_decode_steps > 1:
-            decode_shapes = [shape for shape in shapes if isinstance(shape, DecodeShape)]
-            for shape, needed in itertools.product(decode_shapes, sampling):
-                row_inputs = self.batch.decode_inputs(shape, [])
-                self._call_decode_steps(
-                    row_inputs, shape.segments, ints(shape.rows), SamplingSpec(needed, None)
-                )
-                num_multiple += 1
-        if SamplingClass.EDITED in sampling:
-            self._write_edits(0, RowParams(SamplingParams(), 0), ints(0), 0)
-        cache, num_copies = kv_cache.compile_copies(self.state.cache)
-        self.state = self.state._replace(cache=cache)
-        return len(shapes) + len(hidden) * len(sampling) + num_multiple + num_copies
-
     def _move_pages(self, moves: PageMoves) -> None:
         """In the order that the scheduler counts on."""
         cache = self.state.cache
+        if moves.saves or moves.copies or moves.loads:
+            self.gate.check(COPIES)
         if moves.saves:
             self.host.save(cache, moves.saves)
         if moves.copies:
@@ -220,18 +207,33 @@ class Runner:
                 last = min(first + columns, end)
                 has_sample = last == end and row.request_id in sampled
                 chunks.append(Chunk(row, first, last, has_sample))
-        most = self.buckets.prefill_rows[-1]
-        pending = [self._prefill(chunks[i : i + most]) for i in range(0, len(chunks), most)]
+        pending = [self._prefill(some) for some in self._by_call(chunks)]
         if singles:
             pending.append(self._decode(singles, [row.slot for row in singles], sampled))
         return pending
 
+    def _by_call(self, chunks: list[Chunk]) -> Iterator[list[Chunk]]:
+        """Cuts chunks into those of one prefill call each; long tables leave room for few rows."""
+        some: list[Chunk] = []
+        most_pages = 0
+        for chunk in chunks:
+            most_pages = max(most_pages, self._num_pages(chunk))
+            if some and len(some) + 1 > self.buckets.most_prefill_rows(most_pages):
+                yield some
+                some, most_pages = [], self._num_pages(chunk)
+            some.append(chunk)
+        if some:
+            yield some
+
+    def _num_pages(self, chunk: Chunk) -> int:
+        return pages_for(chunk.end, self._layout.page_size)
+
     def _prefill(self, chunks: list[Chunk]) -> Pending:
-        page_size = self._layout.page_size
-        most_pages = max(-(-chunk.end // page_size) for chunk in chunks)
+        most_pages = max(map(self._num_pages, chunks))
         extent = int(self.batch.extent[[chunk.row.slot for chunk in chunks]].max())
         shape = self.buckets.prefill_shape(len(chunks), extent, most_pages)
         inputs = self.batch.prefill_inputs(shape, chunks)
+        self.gate.check(model_executable(shape))
         last, hidden = self._call_prefill(inputs, shape.segments)
         self.stats.num_prefill_calls += 1
         self.stats.num_computed_tokens += inputs.tokens.size
@@ -246,8 +248,9 @@ class Runner:
 
     def _decode(self, rows: list[Row], slots: list[int], sampled: set[str] | None) -> Pending:
         """One token of each row; `sampled` are the ids of those that sample, None is all."""
-        inputs, segments = self._decode_inputs(slots)
-        hidden = self._call_decode(inputs, segments)
+        inputs, shape = self._decode_inputs(slots)
+        self.gate.check(model_executable(shape))
+        hidden = self._call_decode(inputs, shape.segments)
         sampling: list[Row | None] = list(rows)
         slot = inputs.slot
         if sampled is not None:
@@ -260,17 +263,18 @@ class Runner:
 
     def _decode_steps(self, rows: list[Row], slots: list[int], num_tokens: list[int]) -> Pending:
         """Several tokens of each row, one after the other."""
-        inputs, segments = self._decode_inputs(slots)
+        inputs, shape = self._decode_inputs(slots)
         num_steps = ints(len(inputs.slot))
         num_steps[: len(num_tokens)] = num_tokens
         last = inputs.position + num_steps  # of the tokens to be drawn
         spec = self._spec(inputs.slot, np.stack([inputs.position + 1, last]))
         self.stats.num_computed_tokens += len(inputs.slot) * self._max_decode_steps
-        out = self._call_decode_steps(inputs, segments, num_steps, spec)
+        self.gate.check(steps_executable(shape, self._max_decode_steps, spec))
+        out = self._call_decode_steps(inputs, shape.segments, num_steps, spec)
         return Pending(list(rows), out, [], None, num_tokens)
 
-    def _decode_inputs(self, slots: list[int]) -> tuple[DecodeInputs, int]:
-        """The inputs, and how many segments hold their pages."""
+    def _decode_inputs(self, slots: list[int]) -> tuple[DecodeInputs, DecodeShape]:
+        """The inputs, and their shape."""
         batch = self.batch
         shape = self.buckets.decode_shape(
             len(slots),
@@ -279,7 +283,7 @@ class Runner:
             batch.num_shared_items(slots, self.buckets.shared_lanes),
         )
         self.stats.num_decode_calls += 1
-        return batch.decode_inputs(shape, slots), shape.segments
+        return batch.decode_inputs(shape, slots), shape
 
     def _sample(self, hidden: Any, slot: Any, position: Any) -> StepOutput:
         return self._call_sample(hidden, slot, position, self._spec(slot, position[None]))
@@ -299,65 +303,61 @@ class Runner:
             following = tokens_after(chunk)
             targets[i, : len(following)] = following
         wanted = [chunk.row.params.num_prompt_logprobs or 0 for chunk in scored]
+        num_logprobs = num_alternatives(max(wanted), self.max_logprobs) or 0
+        self.gate.check(
+            Executable("score", len(targets), targets.shape[1], num_logprobs=num_logprobs)
+        )
         return step.score_tokens(
-            self._head_params,
-            hidden,
-            targets,
-            model=self.model,
-            num_logprobs=num_alternatives(max(wanted), self.max_logprobs) or 0,
+            self._head_params, hidden, targets, model=self.model, num_logprobs=num_logprobs
         )
 
     def _call_prefill(self, inputs: PrefillInputs, num_segments: int) -> tuple[Any, Any]:
         head, tail = kv_cache.take_segments(self.state.cache, num_segments)
-        head, last, hidden = step.prefill(self.params, head, inputs, model=self.model)
+        head, last, hidden = self.steps.prefill(self.params, head, inputs)
         self.state = self.state._replace(cache=kv_cache.join_segments(head, tail))
         return last, hidden
 
     def _call_decode(self, inputs: DecodeInputs, num_segments: int) -> Any:
         head, tail = kv_cache.take_segments(self.state.cache, num_segments)
-        head, hidden = step.decode(
-            self.params, head, self.state.slots.tokens, inputs, model=self.model
-        )
+        head, hidden = self.steps.decode(self.params, head, self.state.slots.tokens, inputs)
         self.state = self.state._replace(cache=kv_cache.join_segments(head, tail))
         return hidden
 
     def _call_decode_steps(
         self, inputs: DecodeInputs, num_segments: int, num_steps: Any, spec: SamplingSpec
     ) -> StepOutput:
+        head, tail = kv_cache.take_segments(self.state.cache, num_segments)
+        arguments, options, kept = self.decode_steps_arguments(inputs, num_steps, spec)
+        head, slots, out = step.decode_steps(self.params, head, *arguments, **options)
+        slots = slots._replace(edits=slots.edits or kept)
+        self.state = EngineState(kv_cache.join_segments(head, tail), slots)
+        return out
+
+    def decode_steps_arguments(
+        self, inputs: DecodeInputs, num_steps: Any, spec: SamplingSpec
+    ) -> tuple[tuple[Any, ...], dict[str, Any], EditState | None]:
+        """Those of `step.decode_steps` after the cache, and the edits that it is not to touch."""
         count = self._max_decode_steps
-        slots, kept, sampling, spec = self._sampling(inputs.slot, inputs.position + 1, spec)
+        slots, kept, sampling, spec = self.sampling(inputs.slot, inputs.position + 1, spec)
         bans = None
         if sampling.edits is not None:
             positions = sampling.position + np.minimum(
                 np.arange(count)[:, None], np.maximum(num_steps - 1, 0)
             )
             bans = self.batch.params.bans(inputs.slot, positions)
-        head, tail = kv_cache.take_segments(self.state.cache, num_segments)
-        head, slots, out = step.decode_steps(
-            self.params,
-            head,
-            slots,
-            inputs,
-            num_steps,
-            sampling,
-            bans,
-            model=self.model,
-            spec=spec,
-            most_steps=count,
-        )
-        slots = slots._replace(edits=slots.edits or kept)
-        self.state = EngineState(kv_cache.join_segments(head, tail), slots)
-        return out
+        options = {"model": self.model, "spec": spec, "most_steps": count}
+        return (slots, inputs, num_steps, sampling, bans), options, kept
 
     def _call_sample(self, hidden: Any, slot: Any, position: Any, spec: SamplingSpec) -> StepOutput:
-        slots, kept, inputs, spec = self._sampling(slot, position, spec)
+        self.gate.check(sample_executable(len(slot), spec))
+        slots, kept, inputs, spec = self.sampling(slot, position, spec)
         slots, out = step.sample_tokens(
             self._head_params, slots, hidden, inputs, model=self.model, spec=spec
         )
         self.state = self.state._replace(slots=slots._replace(edits=slots.edits or kept))
         return out
 
-    def _sampling(
+    def sampling(
         self, slot: Any, position: Any, spec: SamplingSpec
     ) -> tuple[SlotState, EditState | None, SampleInputs, SamplingSpec]:
         """The arguments of a call that samples, and the edits that it is not to touch."""
@@ -372,6 +372,17 @@ class Runner:
         # Not an argument of the others, which would be compiled once with and once without it.
         return slots._replace(edits=None), slots.edits, inputs, spec
 
+    def list_executables(
+        self, sampling: Collection[SamplingClass], has_logprobs: bool
+    ) -> Iterator[Executable]:
+        """Every executable that plans may need, for these classes of sampling."""
+        sizes: list[int] = []
+        if has_logprobs:
+            most = self.max_logprobs
+            found = (num_alternatives(wanted, most) for wanted in (0, min(1, most), most))
+            sizes = sorted({size for size in found if size is not None})
+        return list_executables(self.buckets, sampling, sizes, self._max_decode_steps)
+
     def _edits(self) -> EditState:
         """What is kept for edits of logits; allocated when a request first needs it."""
         edits = self.state.slots.edits
@@ -379,9 +390,10 @@ class Runner:
             edits = _place(init_edits(self.batch.num_slots, self.model.config.vocab_size))
         return edits
 
-    def _write_edits(
+    def write_edits(
         self, slot: int, params: RowParams, token_ids: Any, num_prompt_tokens: int
     ) -> None:
+        """Keeps what edits of logits need of a request that joins, in its slot."""
         new = params.slot_edits(token_ids, num_prompt_tokens, self.model.config.vocab_size)
         edits = write_slot(self._edits(), ints((), slot), new)
         self.state = self.state._replace(slots=self.state.slots._replace(edits=edits))

@@ -28,7 +28,14 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from folojax import kv_cache
-from folojax.attention import attend_chunks, attend_tokens, plan_chunks, plan_tokens
+from folojax.attention import (
+    ChunkPlan,
+    TokenPlan,
+    attend_chunks,
+    attend_tokens,
+    plan_chunks,
+    plan_tokens,
+)
 from folojax.kv_cache import KVCache
 from folojax.logit_edits import note_tokens
 from folojax.sampling import SamplingSpec, sample, token_logprobs
@@ -60,20 +67,12 @@ def prefill(
     Returns:
         The new cache, the hidden state of each row's last valid token, and those of all tokens.
     """
-    rows, columns = inputs.tokens.shape
-    chex.assert_shape([inputs.start, inputs.length], (rows,))
-    chex.assert_shape(inputs.page_table, (rows, None))
-    plan = plan_chunks(inputs, cache)
+    plan, tokens, positions = plan_prefill(cache, inputs)
     result: Any = model.apply(
-        {"params": params},
-        inputs.tokens.reshape(-1),
-        plan.query_position.reshape(-1),
-        cache,
-        functools.partial(attend_chunks, plan),
+        {"params": params}, tokens, positions, cache, functools.partial(attend_chunks, plan)
     )
     hidden, cache = result
-    last = jnp.arange(rows) * columns + jnp.maximum(inputs.length - 1, 0)
-    return cache, hidden[last], hidden.reshape(rows, columns, -1)
+    return cache, *last_and_all(hidden, inputs)
 
 
 @functools.partial(jax.jit, static_argnames=("model",), donate_argnames="cache")
@@ -230,6 +229,37 @@ def head_params(params: Any) -> Any:
     return {name: value for name, value in params.items() if not isinstance(value, Mapping)}
 
 
+def plan_prefill(
+    cache: KVCache, inputs: PrefillInputs
+) -> tuple[ChunkPlan, Int[Array, " T"], Int[Array, " T"]]:
+    """What the layers of a prefill need: the plan of attention, tokens, their positions."""
+    rows = inputs.tokens.shape[0]
+    chex.assert_shape([inputs.start, inputs.length], (rows,))
+    chex.assert_shape(inputs.page_table, (rows, None))
+    plan = plan_chunks(inputs, cache)
+    return plan, inputs.tokens.reshape(-1), plan.query_position.reshape(-1)
+
+
+def last_and_all(
+    hidden: Float[Array, "T E"], inputs: PrefillInputs
+) -> tuple[Float[Array, "R E"], Float[Array, "R C E"]]:
+    """The hidden state of each row's last valid token, and those of all tokens by row."""
+    rows, columns = inputs.tokens.shape
+    last = jnp.arange(rows) * columns + jnp.maximum(inputs.length - 1, 0)
+    return hidden[last], hidden.reshape(rows, columns, -1)
+
+
+def plan_decode(
+    cache: KVCache, tokens: Int[Array, " M"], inputs: DecodeInputs
+) -> tuple[TokenPlan, Int[Array, " B"]]:
+    """What the layers of a decode step need: the plan of attention, and each row's token."""
+    rows = inputs.slot.shape[0]
+    chex.assert_shape([inputs.token, inputs.position], (rows,))
+    chex.assert_shape(inputs.page_table, (rows, None))
+    sampled = tokens.at[inputs.slot].get(mode="clip")
+    return plan_tokens(inputs, cache), jnp.where(inputs.token < 0, sampled, inputs.token)
+
+
 def _decode(
     params: Any,
     cache: KVCache,
@@ -239,20 +269,12 @@ def _decode(
     is_active: Bool[Array, " B"] | None,
 ) -> tuple[KVCache, Float[Array, "B E"]]:
     """See `decode`; rows that are not active store nothing."""
-    rows = inputs.slot.shape[0]
-    chex.assert_shape([inputs.token, inputs.position], (rows,))
-    chex.assert_shape(inputs.page_table, (rows, None))
-    plan = plan_tokens(inputs, cache)
+    plan, token = plan_decode(cache, tokens, inputs)
     if is_active is not None:
         nowhere = kv_cache.num_pages(cache)
         plan = plan._replace(page=jnp.where(is_active, plan.page, nowhere))
-    sampled = tokens.at[inputs.slot].get(mode="clip")
     result: Any = model.apply(
-        {"params": params},
-        jnp.where(inputs.token < 0, sampled, inputs.token),
-        inputs.position,
-        cache,
-        functools.partial(attend_tokens, plan),
+        {"params": params}, token, inputs.position, cache, functools.partial(attend_tokens, plan)
     )
     hidden, cache = result
     return cache, hidden

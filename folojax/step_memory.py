@@ -22,8 +22,9 @@ from jax.sharding import SingleDeviceSharding
 
 from folojax import kv_cache, step
 from folojax.batch import Batch, ints
-from folojax.buckets import Buckets, DecodeShape
+from folojax.buckets import Buckets, DecodeShape, PrefillShape
 from folojax.kv_cache import KVLayout
+from folojax.layered import make_steps
 from folojax.logit_edits import init_edits
 from folojax.memory_plan import DeviceMemory
 from folojax.models.dense_attend import dense_attend
@@ -103,8 +104,11 @@ def estimate(module: nn.Module, layout: KVLayout, buckets: Buckets, max_logprobs
     page = 2 * kv_heads * dim * size * width
     # Prefill: the pages of every row copied out, scores and weights; then the MLP.
     rows, columns = buckets.prefill_rows[-1], buckets.prefill_columns
-    tokens, pages = rows * columns, buckets.prefill_pages[-1]
-    prefill = rows * pages * page + 8 * tokens * heads * pages * size + 4 * tokens * inner
+    tokens, prefill = rows * columns, 0
+    for one in largest_prefills(buckets, layout.num_pages):
+        seen = one.rows * one.table_pages
+        parts = seen * page + 8 * columns * heads * seen * size + 4 * one.rows * columns * inner
+        prefill = max(prefill, parts)
     # Decode: scores and partial values of every page, shared ones as well; rows combine theirs.
     # Where half precision is foreign to the device, a layer's pages are converted first.
     shape = largest_decode(buckets, layout.num_pages)
@@ -127,6 +131,20 @@ def largest_decode(buckets: Buckets, num_pages: int) -> DecodeShape:
     return buckets.decode_shape(rows, num_pages, buckets.decode_pages[-1], int(rows > 1))
 
 
+def largest_prefills(buckets: Buckets, num_pages: int) -> list[PrefillShape]:
+    """The prefill shapes that may need most: of each number of rows that with the longest tables.
+
+    The first one has the most rows.
+    """
+    longest: dict[int, int] = {}
+    for pages in buckets.prefill_pages:
+        longest[buckets.most_prefill_rows(pages)] = pages
+    return [
+        buckets.prefill_shape(rows, num_pages, pages)
+        for rows, pages in sorted(longest.items(), reverse=True)
+    ]
+
+
 def _lower(
     module: nn.Module, layout: KVLayout, buckets: Buckets, num_slots: int, max_logprobs: int
 ) -> Iterator[Any]:
@@ -142,15 +160,15 @@ def _lower(
     edits = _on_device(jax.eval_shape(functools.partial(init_edits, num_slots, vocab_size)))
     batch = Batch(num_slots, buckets.decode_pages[-1], layout.num_pages, vocab_size)
 
-    shape = buckets.prefill_shape(
-        buckets.prefill_rows[-1], layout.num_pages, buckets.prefill_pages[-1]
-    )
-    inputs = batch.prefill_inputs(shape, [])
-    yield step.prefill.lower(params, state.cache, inputs, model=module)
+    steps = make_steps(module, jax.default_backend())
+    prefills = largest_prefills(buckets, layout.num_pages)
+    for prefill_shape in prefills:
+        inputs = batch.prefill_inputs(prefill_shape, [])
+        yield from steps.lower_prefill(params, state.cache, inputs)
 
-    decode_shape = largest_decode(buckets, layout.num_pages)
+    shape, decode_shape = prefills[0], largest_decode(buckets, layout.num_pages)
     one = batch.decode_inputs(decode_shape, [])
-    yield step.decode.lower(params, state.cache, state.slots.tokens, one, model=module)
+    yield from steps.lower_decode(params, state.cache, state.slots.tokens, one)
 
     rows = max(shape.rows, decode_shape.rows)
     slot = batch.pad([], rows)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol, runtime_checkable
 
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 
 # Checkable at run time, so annotations can be checked under pytest.
@@ -26,4 +26,34 @@ class Attend(Protocol):
         value: Float[Array, "N K D"],
     ) -> tuple[Any, Float[Array, "N H D"]]:
         """Returns the new cache and each token's attention output, in the query's dtype."""
+        ...
+
+
+@runtime_checkable
+class Layered(Protocol):
+    """A model that can be run layer by layer, each call a program of its own.
+
+    The same as its `__call__`, cut in pieces: `begin`, then `alone(i)` with the parameters
+    `layers_<i>` on what `layer_rotary` picks, then `end`.
+    """
+
+    config: Any
+
+    def begin(self, tokens: Int[Array, " N"], positions: Int[Array, " N"]) -> tuple[Any, Any]:
+        """The residual stream before the first layer, and what all layers share."""
+        ...
+
+    def end(self, hidden: Float[Array, "N E"]) -> Float[Array, "N E"]:
+        """The hidden states, from the residual stream after the last layer."""
+        ...
+
+    def layer_rotary(self, shared: Any, layer: int) -> Any:
+        """The part of what all layers share that a layer takes."""
+        ...
+
+    def alone(self, layer: int) -> Any:
+        """A layer as a module; hashable, and equal for layers that compute the same.
+
+        Called as (hidden, rotary, cache, attend), with a cache of this layer alone, of index 0.
+        """
         ...

@@ -139,12 +139,30 @@ class Llama(nn.Module):
         Returns:
             The hidden states after the final norm, in `dtype`, and the cache of the last call.
         """
+        hidden, rotary = self.begin(tokens, positions)
+        for layer, block in enumerate(self.layers):
+            hidden, cache = block(hidden, self.layer_rotary(rotary, layer), cache, attend)
+        return self.end(hidden), cache
+
+    def begin(self, tokens: Int[Array, " N"], positions: Int[Array, " N"]) -> tuple[Any, Any]:
+        """What comes before the layers: the residual stream, and what all layers share."""
         rotary = rotary_tables(positions, self.config)
         with jax.named_scope("embed"):
-            hidden = jnp.take(self.embed, tokens, axis=0, mode="clip")
-        for block in self.layers:
-            hidden, cache = block(hidden, rotary, cache, attend)
-        return rms_norm(hidden, self.final_norm, self.config.rms_norm_eps), cache
+            return jnp.take(self.embed, tokens, axis=0, mode="clip"), rotary
+
+    def end(self, hidden: Float[Array, "N E"]) -> Float[Array, "N E"]:
+        """What comes after the layers."""
+        return rms_norm(hidden, self.final_norm, self.config.rms_norm_eps)
+
+    @nn.nowrap
+    def layer_rotary(self, shared: Any, layer: int) -> Any:
+        """A layer's part of what all layers share."""
+        return shared
+
+    @nn.nowrap
+    def alone(self, layer: int) -> Block:
+        """A layer as a module of its own; layers that compute the same are equal modules."""
+        return Block(self.config, self.dtype, layer=0, parent=None)
 
     def logits(self, hidden: Float[Array, "M E"]) -> Float[Array, "M V"]:
         """Scores of the next token in float32, for hidden states that `__call__` returned."""

@@ -26,7 +26,7 @@ PHASES: dict[str, list[tuple[Any, str]]] = {
     "pack": [(Runner, "dispatch")],
     "dispatch": [(Runner, name) for name in ("_move_pages", "_call_prefill", "_call_decode")]
     + [(Runner, name) for name in ("_call_decode_steps", "_call_sample")]
-    + [(Runner, name) for name in ("_score", "_write_edits")],
+    + [(Runner, name) for name in ("_score", "write_edits")],
     "device wait": [(jax, "device_get")],
     "commit": [(Engine, "_commit")],
     "detokenise": [(Detokenizer, "read"), (Detokenizer, "finish")],

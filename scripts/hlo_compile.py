@@ -81,7 +81,7 @@ class Steps:
     def decode(self, shape: DecodeShape) -> Compiled:
         """The decode step; the cache must have exactly the segments of the shape."""
         batch = self._batch(shape.rows, shape.table_pages)
-        inputs = self._on_device(batch.decode_inputs(shape, [], []))
+        inputs = self._on_device(batch.decode_inputs(shape, []))
         tokens = self._array((batch.num_slots,), jnp.int32)
         return self._compile(step.decode, self._params, self._cache, tokens, inputs)
 

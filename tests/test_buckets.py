@@ -51,13 +51,21 @@ def test_every_step_has_a_listed_shape_that_holds_it(config: ResolvedConfig, min
             assert decode.rows >= max(rows, min_rows)
             assert sum(buckets.segments[: decode.segments]) >= extent
             assert sum(buckets.segments[: decode.segments - 1]) < extent
+            if rows > 1:
+                shared = buckets.decode_shape(rows, extent, longest, shared_items=1)
+                assert shared in shapes
+                assert shared.rows >= decode.rows
+                assert (shared.table_pages, shared.segments) == (
+                    decode.table_pages,
+                    decode.segments,
+                )
 
     for rows, pages, extent in itertools.product(
         range(1, buckets.prefill_rows[-1] + 1),
         range(1, most_pages + 1),
         itertools.accumulate(buckets.segments),
     ):
-        if pages > extent:
+        if pages > extent or rows > buckets.most_prefill_rows(pages):
             continue
         prefill = buckets.prefill_shape(rows, extent, pages)
         assert prefill in shapes
@@ -109,10 +117,12 @@ def test_the_plan_of_a_small_engine() -> None:
         prefill_columns=16,
         prefill_pages=(4, 10),
         prefill_segments=(2, 3),
-        decode_pages=(8, 10),
+        decode_pages=(10,),
         segments=(8, 8, 4),
+        shared_rows=(2, 5),
+        most_copied_pages=640,
     )
-    assert buckets.decode_shape(3, 8, 2) == DecodeShape(rows=4, segments=1, table_pages=8)
+    assert buckets.decode_shape(3, 8, 2) == DecodeShape(rows=4, segments=1, table_pages=10)
     assert buckets.decode_shape(5, 9, 9) == DecodeShape(rows=5, segments=2, table_pages=10)
     assert buckets.prefill_shape(2, 7, 3) == PrefillShape(2, 16, table_pages=4, segments=2)
     assert buckets.prefill_shape(3, 17, 5) == PrefillShape(3, 16, table_pages=10, segments=3)

@@ -9,10 +9,11 @@ ROOT = Path(__file__).parent.parent
 
 # Each module of the data path may import those before it, and nothing that comes later.
 PATH = (
-    ("kv_cache", "logit_edits", "state", "draws", "sampling", "attention", "step"),
+    ("kv_cache", "logit_edits", "state", "draws", "sampling", "attention", "step", "layered"),
     ("sampling_params", "row_params"),
     ("config", "buckets"),
-    ("batch", "results", "host_store", "runner"),
+    ("compile_plan",),
+    ("batch", "results", "host_store", "runner", "ahead"),
     ("memory_plan", "step_memory", "swap_cost"),
     ("time_limit", "tokenizer", "detokenizer", "outputs", "prompts", "snapshot"),
     ("validation", "job", "score_job", "weights", "engine_metrics"),

@@ -1,0 +1,193 @@
+"""The compile plan: every executable that an engine may need, listed before it is paid for."""
+
+import collections
+import dataclasses
+import itertools
+import logging
+from collections.abc import Collection, Iterator, Sequence
+from typing import NamedTuple
+
+from folojax.buckets import Buckets, DecodeShape, PrefillShape
+from folojax.sampling import SamplingClass, SamplingSpec
+
+_LOG = logging.getLogger("folojax")
+
+
+class Executable(NamedTuple):
+    """What chooses an executable; fields that a kind has no use for keep their default.
+
+    Attributes:
+        kind: "prefill", "decode", "decode_steps", "sample", "score", "copy" or "edit".
+        rows: Of the batch.
+        tokens: Of a row.
+        table_pages: Of a row's page table.
+        segments: Of the cache.
+        shared_items: Work items of pages with several owners.
+        sampling: The most demanding row's needs.
+        num_logprobs: Alternatives reported with a token; None reports no ranks either.
+    """
+
+    kind: str
+    rows: int = 0
+    tokens: int = 1
+    table_pages: int = 0
+    segments: int = 0
+    shared_items: int = 0
+    sampling: SamplingClass | None = None
+    num_logprobs: int | None = None
+
+    def __str__(self) -> str:
+        parts = [self.kind]
+        for name, value in zip(self._fields[1:], self[1:], strict=True):
+            if value != self._field_defaults[name]:
+                text = value.name.lower() if isinstance(value, SamplingClass) else value
+                parts.append(f"{name}={text}")
+        return " ".join(parts)
+
+
+COPIES = Executable("copy")
+"""The small programs that copy pages."""
+EDITS = Executable("edit")
+"""Those that keep what a request's edits of logits need."""
+
+
+def model_executable(shape: PrefillShape | DecodeShape) -> Executable:
+    """That of a model's step."""
+    if isinstance(shape, PrefillShape):
+        return Executable("prefill", shape.rows, shape.columns, shape.table_pages, shape.segments)
+    return Executable(
+        "decode", shape.rows, 1, shape.table_pages, shape.segments, shape.shared_items
+    )
+
+
+def sample_executable(rows: int, spec: SamplingSpec) -> Executable:
+    """That of a sampler."""
+    return Executable("sample", rows, sampling=spec.needed, num_logprobs=spec.num_logprobs)
+
+
+def steps_executable(shape: DecodeShape, most_steps: int, spec: SamplingSpec) -> Executable:
+    """That of several decode steps in one call."""
+    return model_executable(shape)._replace(
+        kind="decode_steps",
+        tokens=most_steps,
+        sampling=spec.needed,
+        num_logprobs=spec.num_logprobs,
+    )
+
+
+def list_executables(
+    buckets: Buckets,
+    sampling: Collection[SamplingClass],
+    logprobs: Sequence[int],
+    most_steps: int,
+) -> Iterator[Executable]:
+    """Every executable of an engine.
+
+    Args:
+        buckets: Which shapes exist.
+        sampling: Classes that will be used.
+        logprobs: How many alternatives may be reported with a token; that samples have no
+            log-probabilities is always possible.
+        most_steps: Decode steps of one call, where they are several.
+    """
+    shapes = list(buckets.shapes())
+    yield from map(model_executable, shapes)
+    specs = [
+        SamplingSpec(needed, count)
+        for needed, count in itertools.product(sorted(sampling), (None, *logprobs))
+    ]
+    for shape, spec in itertools.product(shapes, specs):
+        if isinstance(shape, DecodeShape) and most_steps > 1:
+            yield steps_executable(shape, most_steps, spec)
+    rows = sorted({*buckets.decode_rows, *buckets.shared_rows, *buckets.prefill_rows})
+    for spec, size in itertools.product(specs, rows):
+        yield sample_executable(size, spec)
+    for count, size in itertools.product(logprobs, buckets.prefill_rows):
+        yield Executable("score", size, buckets.prefill_columns, num_logprobs=count)
+    yield COPIES
+    if SamplingClass.EDITED in sampling:
+        yield EDITS
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """An executable of the plan, and what it has cost.
+
+    Attributes:
+        executable: What chooses it.
+        temporaries_bytes: Memory beside arguments and results; None: not compiled ahead of time.
+        compile_s: Seconds of tracing and compiling, or of reading it from disk; likewise.
+    """
+
+    executable: Executable
+    temporaries_bytes: int | None = None
+    compile_s: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class CompilePlan:
+    """Every executable of an engine; as text, a line for each."""
+
+    entries: tuple[Planned, ...]
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __str__(self) -> str:
+        lines = []
+        for entry in self.entries:
+            line = f"{entry.executable!s:72}"
+            if entry.temporaries_bytes is not None:
+                line += f"{entry.temporaries_bytes / 2**20:10.1f} MiB"
+            if entry.compile_s is not None:
+                line += f"{entry.compile_s:8.2f} s"
+            lines.append(line.rstrip())
+        counts = collections.Counter(entry.executable.kind for entry in self.entries)
+        told = ", ".join(f"{count} {kind}" for kind, count in counts.items())
+        lines.append(f"{len(self)} executables: {told}")
+        times = [entry.compile_s for entry in self.entries if entry.compile_s is not None]
+        if times:
+            lines[-1] += f"; {sum(times):.1f} s of compiling, all threads together"
+        return "\n".join(lines)
+
+
+class Gate:
+    """Lets executables pass that were planned, and tells of the others before they are compiled."""
+
+    def __init__(self, planned: Collection[Executable], is_strict: bool) -> None:
+        """`is_strict` makes an executable outside the plan an error."""
+        self._is_strict = is_strict
+        self._is_warm = False
+        self._has_warned = False
+        self._compiled: dict[Executable, Planned] = {}
+        self._known = set(planned)
+
+    def set_compiled(self, entries: Collection[Planned]) -> None:
+        """From now on these are the plan, with those that were compiled before."""
+        self._compiled |= {entry.executable: entry for entry in entries}
+        self._known = set(self._compiled)
+        self._is_warm = True
+
+    def cost(self, executable: Executable) -> Planned:
+        """What an executable has cost, if it was compiled ahead of time."""
+        return self._compiled.get(executable, Planned(executable))
+
+    def check(self, executable: Executable) -> None:
+        """Tells of an executable outside the plan.
+
+        Raises:
+            RuntimeError: there is one, and the gate is strict.
+        """
+        if executable in self._known:
+            return
+        text = f"{executable} is not in the compile plan"
+        if self._is_strict:
+            raise RuntimeError(
+                f"{text}, and EngineConfig.strict forbids to compile it: warm up for what is used "
+                "(LLM.warm_up has the classes of sampling and log-probabilities as arguments), or "
+                "set strict to False"
+            )
+        self._known.add(executable)
+        if self._is_warm and not self._has_warned:
+            self._has_warned = True
+            _LOG.warning("%s: a step waits for the compiler. This is said once.", text)

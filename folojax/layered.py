@@ -1,0 +1,222 @@
+"""Ways to run `prefill` and `decode`: as one program, or layer by layer.
+
+On a GPU a step is one program: one CUDA graph, and one call of the host. On CPU the layers of a
+model are equal, so one layer is compiled and called for each: compiling takes a tenth of the time,
+and running no longer, for a call costs 10-20 us where a layer takes 500. Temporaries are those of
+a layer either way.
+
+    whole      prefill | decode
+    layered    begin ──> layer ──> layer ──> ... ──> end      each with its own part of the cache
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import jax
+from flax import linen as nn
+from jax.sharding import SingleDeviceSharding
+
+from folojax import step
+from folojax.attention import attend_chunks, attend_tokens
+from folojax.kv_cache import KVCache, layer_of, with_layers
+from folojax.models.interface import Layered
+from folojax.state import DecodeInputs, PrefillInputs
+
+_LAYER = "layers_"
+
+
+class Steps(Protocol):
+    """`step.prefill` and `step.decode` for one model, both DONATING the cache."""
+
+    def prefill(self, params: Any, cache: KVCache, inputs: PrefillInputs) -> tuple[Any, Any, Any]:
+        """As `step.prefill`."""
+        ...
+
+    def decode(
+        self, params: Any, cache: KVCache, tokens: Any, inputs: DecodeInputs
+    ) -> tuple[Any, Any]:
+        """As `step.decode`."""
+        ...
+
+    def lower_prefill(self, params: Any, cache: KVCache, inputs: PrefillInputs) -> list[Any]:
+        """Traces what a call of `prefill` runs; arrays may be shapes, and nothing is donated."""
+        ...
+
+    def lower_decode(
+        self, params: Any, cache: KVCache, tokens: Any, inputs: DecodeInputs
+    ) -> list[Any]:
+        """Traces what a call of `decode` runs, likewise."""
+        ...
+
+
+def make_steps(model: nn.Module, backend: str) -> Steps:
+    """The way that suits a platform, by JAX's name of it."""
+    if backend == "cpu" and isinstance(model, Layered):
+        return LayeredSteps(model)
+    return WholeSteps(model)
+
+
+class WholeSteps:
+    """A step is one program."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    def prefill(self, params: Any, cache: KVCache, inputs: PrefillInputs) -> tuple[Any, Any, Any]:
+        """As `step.prefill`."""
+        return step.prefill(params, cache, inputs, model=self._model)
+
+    def decode(
+        self, params: Any, cache: KVCache, tokens: Any, inputs: DecodeInputs
+    ) -> tuple[Any, Any]:
+        """As `step.decode`."""
+        return step.decode(params, cache, tokens, inputs, model=self._model)
+
+    def lower_prefill(self, params: Any, cache: KVCache, inputs: PrefillInputs) -> list[Any]:
+        """One program."""
+        return [step.prefill.lower(params, cache, inputs, model=self._model)]
+
+    def lower_decode(
+        self, params: Any, cache: KVCache, tokens: Any, inputs: DecodeInputs
+    ) -> list[Any]:
+        """One program."""
+        return [step.decode.lower(params, cache, tokens, inputs, model=self._model)]
+
+
+class LayeredSteps:
+    """A step is a program for each kind of layer, and one before and one after them."""
+
+    def __init__(self, model: Any) -> None:
+        """`model` is a `Layered` Flax module."""
+        self._model = model
+        self._layers = range(model.config.num_layers)
+
+    def prefill(self, params: Any, cache: KVCache, inputs: PrefillInputs) -> tuple[Any, Any, Any]:
+        """As `step.prefill`."""
+        outer = _outer(params)
+        begun = _begin_prefill(outer, layer_of(cache, 0), inputs, model=self._model)
+        cache, hidden = self._run_layers(params, cache, begun, attend_chunks)
+        return cache, *_end_prefill(outer, hidden, inputs, model=self._model)
+
+    def decode(
+        self, params: Any, cache: KVCache, tokens: Any, inputs: DecodeInputs
+    ) -> tuple[Any, Any]:
+        """As `step.decode`."""
+        outer = _outer(params)
+        begun = _begin_decode(outer, layer_of(cache, 0), tokens, inputs, model=self._model)
+        cache, hidden = self._run_layers(params, cache, begun, attend_tokens)
+        return cache, _end_decode(outer, hidden, model=self._model)
+
+    def lower_prefill(self, params: Any, cache: KVCache, inputs: PrefillInputs) -> list[Any]:
+        """One program before the layers, one of each kind of layer, one after them."""
+        outer, model = _outer(params), self._model
+        bound = functools.partial(_begin_prefill, model=model)
+        begin = _begin_prefill.lower(outer, layer_of(cache, 0), inputs, model=model)
+        _, hidden, _ = begun = _results(bound, outer, layer_of(cache, 0), inputs)
+        layers = list(self._lower_layers(params, cache, begun, attend_chunks))
+        return [begin, *layers, _end_prefill.lower(outer, hidden, inputs, model=model)]
+
+    def lower_decode(
+        self, params: Any, cache: KVCache, tokens: Any, inputs: DecodeInputs
+    ) -> list[Any]:
+        """One program before the layers, one of each kind of layer, one after them."""
+        outer, model = _outer(params), self._model
+        bound = functools.partial(_begin_decode, model=model)
+        begin = _begin_decode.lower(outer, layer_of(cache, 0), tokens, inputs, model=model)
+        _, hidden, _ = begun = _results(bound, outer, layer_of(cache, 0), tokens, inputs)
+        layers = list(self._lower_layers(params, cache, begun, attend_tokens))
+        return [begin, *layers, _end_decode.lower(outer, hidden, model=model)]
+
+    def _run_layers(
+        self, params: Any, cache: KVCache, begun: tuple[Any, Any, Any], attend: Callable[..., Any]
+    ) -> tuple[KVCache, Any]:
+        plan, hidden, shared = begun
+        layers = []
+        for layer in self._layers:
+            hidden, part = _layer(
+                params[f"{_LAYER}{layer}"],
+                layer_of(cache, layer),
+                hidden,
+                self._model.layer_rotary(shared, layer),
+                plan,
+                block=self._model.alone(layer),
+                attend=attend,
+            )
+            layers.append(part)
+        return with_layers(layers), hidden
+
+    def _lower_layers(
+        self, params: Any, cache: KVCache, begun: tuple[Any, Any, Any], attend: Callable[..., Any]
+    ) -> Iterator[Any]:
+        plan, hidden, shared = begun
+        seen = set()
+        for layer in self._layers:
+            block = self._model.alone(layer)
+            if block in seen:
+                continue
+            seen.add(block)
+            rotary = self._model.layer_rotary(shared, layer)
+            part, own = layer_of(cache, layer), params[f"{_LAYER}{layer}"]
+            yield _layer.lower(own, part, hidden, rotary, plan, block=block, attend=attend)
+
+
+@functools.partial(jax.jit, static_argnames=("model",))
+def _begin_prefill(params: Any, layer: KVCache, inputs: PrefillInputs, *, model: Any) -> Any:
+    plan, tokens, positions = step.plan_prefill(layer, inputs)
+    return plan, *model.apply({"params": params}, tokens, positions, method="begin")
+
+
+@functools.partial(jax.jit, static_argnames=("model",))
+def _begin_decode(
+    params: Any, layer: KVCache, tokens: Any, inputs: DecodeInputs, *, model: Any
+) -> Any:
+    plan, token = step.plan_decode(layer, tokens, inputs)
+    return plan, *model.apply({"params": params}, token, inputs.position, method="begin")
+
+
+@functools.partial(
+    jax.jit, static_argnames=("block", "attend"), donate_argnames=("cache", "hidden")
+)
+def _layer(
+    params: Any,
+    cache: KVCache,
+    hidden: Any,
+    rotary: Any,
+    plan: Any,
+    *,
+    block: nn.Module,
+    attend: Callable[..., Any],
+) -> Any:
+    """DONATES `cache`, which is this layer's, and `hidden`."""
+    bound = functools.partial(attend, plan)
+    return block.apply({"params": params}, hidden, rotary, cache, bound)
+
+
+@functools.partial(jax.jit, static_argnames=("model",))
+def _end_prefill(params: Any, hidden: Any, inputs: PrefillInputs, *, model: Any) -> Any:
+    hidden = model.apply({"params": params}, hidden, method="end")
+    return step.last_and_all(hidden, inputs)
+
+
+@functools.partial(jax.jit, static_argnames=("model",))
+def _end_decode(params: Any, hidden: Any, *, model: Any) -> Any:
+    return model.apply({"params": params}, hidden, method="end")
+
+
+def _outer(params: Any) -> Any:
+    """The parameters outside the layers."""
+    return {name: leaf for name, leaf in params.items() if not name.startswith(_LAYER)}
+
+
+def _results(function: Callable[..., Any], *args: Any) -> Any:
+    """What a jitted function gives, as shapes of arrays that are committed to the device."""
+    sharding = SingleDeviceSharding(jax.devices()[0])
+
+    def result(leaf: Any) -> jax.ShapeDtypeStruct:
+        # A weak type is another type to the next program.
+        return jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=sharding, weak_type=leaf.weak_type
+        )
+
+    return jax.tree.map(result, jax.eval_shape(function, *args))

@@ -1,0 +1,148 @@
+"""The compile plan: what is listed is compiled, and nothing else is, whatever comes."""
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from folojax import LLM, SamplingClass, SamplingParams
+from folojax.ahead import warm_up
+from folojax.compile_plan import COPIES, EDITS, Executable
+
+OPTIONS: dict[str, Any] = {
+    "page_size": 8,
+    "num_pages": 24,
+    "max_model_len": 96,
+    "max_num_seqs": 4,
+    "max_num_batched_tokens": 32,
+    "prefill_row_len": 8,
+    "max_logprobs": 3,
+}
+
+
+class CompileCounter:
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self, event: str, duration_secs: float, **kwargs: Any) -> None:
+        self.count += event == "/jax/core/compile/backend_compile_duration"
+
+
+@pytest.fixture
+def counter() -> Iterator[CompileCounter]:
+    """Programs that XLA has compiled, or read from disk, since the test began."""
+    counter = CompileCounter()
+    jax.monitoring.register_event_duration_secs_listener(counter)
+    yield counter
+    jax.monitoring.unregister_event_duration_listener(counter)
+
+
+def make(tiny_model: tuple, **options: Any) -> LLM:
+    return LLM(tiny_model, **(OPTIONS | options))
+
+
+def prompt(length: int, seed: int = 0) -> dict[str, list[int]]:
+    ids = np.random.default_rng(seed).integers(3, 128, length)
+    return {"prompt_token_ids": ids.tolist()}
+
+
+def run_everything(llm: LLM) -> None:
+    """Mixed lengths, sampling classes, log-probabilities, shared pages, copies, preemptions."""
+    rng = np.random.default_rng(0)
+    kinds: list[dict[str, Any]] = [
+        {"temperature": 0.0},
+        {"temperature": 0.7, "seed": 3},
+        {"temperature": 1.0, "top_p": 0.9, "seed": 1, "n": 3},  # shares pages and copies them
+        {"temperature": 1.0, "top_k": 5, "seed": 2, "logprobs": 3},
+        {"temperature": 0.5, "seed": 4, "repetition_penalty": 1.3, "logit_bias": {5: 2.0}},
+        {"temperature": 0.0, "logprobs": 0, "prompt_logprobs": 2},
+    ]
+    common = prompt(20, seed=9)["prompt_token_ids"]
+    for round_ in range(8):
+        count = 1 + round_ % 6
+        picked = rng.permutation(len(kinds))[:count]
+        params = [
+            SamplingParams(max_tokens=int(rng.integers(1, 40)), ignore_eos=True, **kinds[k])
+            for k in picked
+        ]
+        prompts = []
+        for k in picked:
+            ids = prompt(int(rng.integers(1, 50)), int(k))["prompt_token_ids"]
+            prompts.append({"prompt_token_ids": common + ids[:30] if k % 2 else ids})
+        llm.generate(prompts, params, use_tqdm=False)
+    llm.score(prompt(11), [prompt(7, 1), prompt(20, 2)], use_tqdm=False)
+
+
+def test_no_workload_compiles_after_a_warm_up(tiny_model: tuple, counter: CompileCounter) -> None:
+    llm = make(tiny_model, strict=True)
+    assert llm.warm_up() == len(llm.plan()) > 50
+    before = counter.count
+    assert before > 0
+    run_everything(llm)
+    assert llm.metrics().num_preemptions > 0
+    assert llm.metrics().num_prefix_hit_tokens > 0
+    assert counter.count == before
+
+
+def test_a_plan_lists_before_it_pays(tiny_model: tuple, counter: CompileCounter) -> None:
+    llm = make(tiny_model)
+    before = counter.count
+    plan = llm.plan([SamplingClass.GREEDY], logprobs=False)
+    assert counter.count == before
+    assert all(entry.compile_s is None for entry in plan.entries)
+    executables = [entry.executable for entry in plan.entries]
+    assert len(executables) == len(set(executables))
+    assert {one.kind for one in executables} == {"prefill", "decode", "sample", "copy"}
+    assert EDITS not in executables
+    everything = {entry.executable for entry in llm.plan().entries}
+    assert everything > set(executables)
+    assert {EDITS, COPIES} < everything
+
+    warm = warm_up(llm.engine.runner, [SamplingClass.GREEDY], False, num_threads=1)
+    assert [entry.executable for entry in warm.entries] == executables
+    assert all(entry.compile_s is not None for entry in warm.entries)
+    assert all(
+        entry.temporaries_bytes is not None
+        for entry in warm.entries
+        if entry.executable not in (COPIES, EDITS)
+    )
+    text = str(warm)
+    assert "decode rows=4 table_pages=12 segments=2 shared_items=16" in text
+    assert f"{len(warm)} executables: " in text
+
+
+def test_strict_refuses_what_was_not_warmed_up(tiny_model: tuple, counter: CompileCounter) -> None:
+    llm = make(tiny_model, strict=True)
+    llm.warm_up([SamplingClass.GREEDY], logprobs=False)
+    before = counter.count
+    sampled = SamplingParams(temperature=1.0, seed=1, max_tokens=3)
+    with pytest.raises(RuntimeError, match=r"sample rows=1 sampling=random is not in the compile"):
+        llm.generate(prompt(5), sampled, use_tqdm=False)
+    assert counter.count == before
+    # The engine is empty and usable.
+    (output,) = llm.generate(prompt(5), SamplingParams(temperature=0, max_tokens=3), use_tqdm=False)
+    assert len(output.outputs[0].token_ids) == 3
+
+
+def test_strict_without_a_warm_up_compiles_what_is_planned(tiny_model: tuple) -> None:
+    llm = make(tiny_model, strict=True)
+    sampled = SamplingParams(temperature=1.0, seed=1, max_tokens=3, logprobs=1)
+    llm.generate(prompt(5), sampled, use_tqdm=False)
+    with pytest.raises(RuntimeError, match="decode rows=99 is not in the compile plan"):
+        llm.engine.runner.gate.check(Executable("decode", 99))
+
+
+def test_otherwise_it_is_told_once(tiny_model: tuple, caplog: pytest.LogCaptureFixture) -> None:
+    llm = make(tiny_model)
+    sampled = SamplingParams(temperature=1.0, seed=1, max_tokens=2)
+    with caplog.at_level(logging.WARNING, "folojax"):
+        llm.generate(prompt(5), sampled, use_tqdm=False)
+        llm.warm_up([SamplingClass.GREEDY], logprobs=False)
+        assert not caplog.records
+        llm.generate([prompt(5), prompt(6)], sampled, use_tqdm=False)
+        llm.generate(prompt(5), SamplingParams(temperature=1.0, top_k=3), use_tqdm=False)
+    (record,) = caplog.records
+    assert "not in the compile plan" in record.message

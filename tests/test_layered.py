@@ -1,0 +1,101 @@
+"""A step layer by layer is the same step."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from folojax import kv_cache
+from folojax.batch import ints
+from folojax.kv_cache import KVCache, KVLayout
+from folojax.layered import LayeredSteps, WholeSteps, make_steps
+from folojax.state import DecodeInputs, PrefillInputs
+
+SEGMENTS, PAGE_SIZE = (4, 4), 8
+NUM_PAGES = sum(SEGMENTS)
+
+
+def random_cache(module: Any) -> KVCache:
+    layout = KVLayout.of(module.config, module.dtype, SEGMENTS, PAGE_SIZE)
+    rng = np.random.default_rng(0)
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype),
+        kv_cache.init_cache(layout),
+    )
+
+
+def prefill_inputs() -> PrefillInputs:
+    tokens: Any = np.random.default_rng(1).integers(3, 128, (3, 4)).astype(np.int32)
+    table: Any = np.array([[0, 5], [7, 2], [8, 8]], np.int32)
+    start: Any = np.array([0, 9, 0], np.int32)
+    length: Any = np.array([4, 3, 0], np.int32)  # a full row, a short one, padding
+    return PrefillInputs(tokens, start, length, table)
+
+
+def decode_inputs() -> DecodeInputs:
+    table: Any = np.array([[0, 5], [7, 2], [8, 8]], np.int32)
+    slot: Any = np.array([0, 2, 4], np.int32)
+    token: Any = np.array([-1, 17, -1], np.int32)
+    position: Any = np.array([3, 12, 0], np.int32)
+    return DecodeInputs(slot, token, position, table)
+
+
+def close(one: Any, other: Any) -> None:
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=2e-5, atol=2e-5)
+
+
+def test_a_prefill(tiny_model: tuple) -> None:
+    module, params = tiny_model
+    assert module.config.num_layers > 1
+    results = [
+        steps.prefill(params, random_cache(module), prefill_inputs())
+        for steps in (WholeSteps(module), LayeredSteps(module))
+    ]
+    close(*results)
+
+
+def test_a_decode(tiny_model: tuple) -> None:
+    module, params = tiny_model
+    tokens = jnp.array([5, 6, 7, 8])
+    results = [
+        steps.decode(params, random_cache(module), tokens, decode_inputs())
+        for steps in (WholeSteps(module), LayeredSteps(module))
+    ]
+    close(*results)
+
+
+def test_the_cache_is_donated(tiny_model: tuple) -> None:
+    module, params = tiny_model
+    cache = random_cache(module)
+    LayeredSteps(module).decode(params, cache, ints(4), decode_inputs())
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(cache))
+
+
+def test_a_layer_is_compiled_once_whatever_the_depth(tiny_model: tuple) -> None:
+    module, params = tiny_model
+    lowered = LayeredSteps(module).lower_prefill(params, random_cache(module), prefill_inputs())
+    assert len(lowered) == 3  # before the layers, a layer, after them
+    assert module.alone(0) == module.alone(1)
+
+
+def test_a_cache_in_layers(tiny_model: tuple) -> None:
+    cache = random_cache(tiny_model[0])
+    layers = [kv_cache.layer_of(cache, i) for i in range(tiny_model[0].config.num_layers)]
+    close(kv_cache.with_layers(layers), cache)
+
+
+class Opaque:
+    """A model that cannot be cut."""
+
+
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_who_is_run_in_layers(tiny_model: tuple, backend: str) -> None:
+    kind = LayeredSteps if backend == "cpu" else WholeSteps
+    assert isinstance(make_steps(tiny_model[0], backend), kind)
+    opaque: Any = Opaque()
+    assert isinstance(make_steps(opaque, backend), WholeSteps)
+    assert dataclasses.is_dataclass(tiny_model[0].alone(0))
