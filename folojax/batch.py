@@ -6,13 +6,14 @@ indexing operations, however many requests run.
 
 import dataclasses
 import heapq
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from folojax.buckets import DecodeShape, PrefillShape
+from folojax.buckets import Buckets, DecodeShape, PrefillShape
 from folojax.row_params import RowParams, RowTable
+from folojax.sched.pages import pages_for
 from folojax.sched.plan import NewRequest, SchedulerOutput
 from folojax.state import DecodeInputs, PrefillInputs, SharedPages
 
@@ -221,6 +222,21 @@ class Batch:
             array[row.slot] = 0
         self._row_at[row.slot] = None
         heapq.heappush(self._free_slots, row.slot)
+
+
+def by_call(chunks: Sequence[Chunk], buckets: Buckets, page_size: int) -> Iterator[list[Chunk]]:
+    """Cuts chunks into those of one prefill call each; long tables leave room for few rows."""
+    some: list[Chunk] = []
+    most_pages = 0
+    for chunk in chunks:
+        num_pages = pages_for(chunk.end, page_size)
+        most_pages = max(most_pages, num_pages)
+        if some and len(some) + 1 > buckets.most_prefill_rows(most_pages):
+            yield some
+            some, most_pages = [], num_pages
+        some.append(chunk)
+    if some:
+        yield some
 
 
 def ints(shape: int | tuple[int, ...], value: int = 0) -> Any:

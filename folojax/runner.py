@@ -20,7 +20,7 @@ import numpy as np
 from flax import linen as nn
 
 from folojax import kv_cache, step
-from folojax.batch import Batch, Chunk, Row, ints
+from folojax.batch import Batch, Chunk, Row, by_call, ints
 from folojax.buckets import Buckets, DecodeShape, num_alternatives, slots_for
 from folojax.compile_plan import (
     COPIES,
@@ -207,29 +207,14 @@ class Runner:
                 last = min(first + columns, end)
                 has_sample = last == end and row.request_id in sampled
                 chunks.append(Chunk(row, first, last, has_sample))
-        pending = [self._prefill(some) for some in self._by_call(chunks)]
+        size = self._layout.page_size
+        pending = [self._prefill(some) for some in by_call(chunks, self.buckets, size)]
         if singles:
             pending.append(self._decode(singles, [row.slot for row in singles], sampled))
         return pending
 
-    def _by_call(self, chunks: list[Chunk]) -> Iterator[list[Chunk]]:
-        """Cuts chunks into those of one prefill call each; long tables leave room for few rows."""
-        some: list[Chunk] = []
-        most_pages = 0
-        for chunk in chunks:
-            most_pages = max(most_pages, self._num_pages(chunk))
-            if some and len(some) + 1 > self.buckets.most_prefill_rows(most_pages):
-                yield some
-                some, most_pages = [], self._num_pages(chunk)
-            some.append(chunk)
-        if some:
-            yield some
-
-    def _num_pages(self, chunk: Chunk) -> int:
-        return pages_for(chunk.end, self._layout.page_size)
-
     def _prefill(self, chunks: list[Chunk]) -> Pending:
-        most_pages = max(map(self._num_pages, chunks))
+        most_pages = max(pages_for(chunk.end, self._layout.page_size) for chunk in chunks)
         extent = int(self.batch.extent[[chunk.row.slot for chunk in chunks]].max())
         shape = self.buckets.prefill_shape(len(chunks), extent, most_pages)
         inputs = self.batch.prefill_inputs(shape, chunks)

@@ -6,6 +6,7 @@ python scripts/generate.py --prompts "Tell me a story." --system "You are a pira
 python scripts/generate.py --model path/to/model --temperature 0.7 --top-p 0.9 --n 3 --seed 1
 python scripts/generate.py --prompts-file prompts.txt --stop "." --logprobs 3 --json out.json
 python scripts/generate.py --num-prompts 32 --max-tokens 64 --ignore-eos --compare-sequential
+python scripts/generate.py --max-model-len 512 --plan
 python scripts/generate.py --input requests.jsonl --output answers.jsonl --resume
 head -n 9 requests.jsonl | python scripts/generate.py --input - > answers.jsonl
 
@@ -67,6 +68,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--max-num-seqs", type=int, default=32, help="most requests at once; default: 32")
     add("--max-num-batched-tokens", type=int, help="budget of a step; default: by device")
     add("--max-model-len", type=int, help="most tokens of a request; default: the model's limit")
+    add("--plan", action="store_true", help="list every executable that may be needed, and end")
+    add("--warm-up", action="store_true", help="compile them all first; with --plan, tell the cost")
     add("--memory-fraction", type=float, help="share of the device's memory; default: by device")
     add = parser.add_argument_group("prompts").add_argument
     add("--prompts", nargs="+", default=[], metavar="TEXT", help="default: five of our own")
@@ -117,6 +120,9 @@ def generate(args: argparse.Namespace) -> int:
     params = sampling_params(args)
     console, log = Console(), Console(stderr=True)
     llm = _load(args, log)
+    if args.plan:
+        console.print(str(llm.plan()), highlight=False, soft_wrap=True)
+        return 0
     inputs = _as_inputs(llm, texts, args.chat, args.system)
     log.print(f"{len(texts)} prompts, {llm.config.max_num_seqs} at once", style="dim")
     if args.compare_sequential:
@@ -202,6 +208,7 @@ def _check_together(parser: argparse.ArgumentParser, args: argparse.Namespace) -
     refused = {
         "input": shown,
         "stream": {"compare_sequential"},
+        "plan": {"stream", "compare_sequential", "json", "input"},
     }
     for name, others in refused.items():
         both = sorted(others & given)
@@ -239,6 +246,9 @@ def _load(args: argparse.Namespace, log: Console) -> "LLM":
             memory_fraction=args.memory_fraction,
         )
     log.print(str(llm.memory_plan), style="dim", highlight=False, soft_wrap=True)
+    if args.warm_up:
+        with log.status("Compiling all that may be needed"):
+            llm.warm_up()
     return llm
 
 

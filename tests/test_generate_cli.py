@@ -86,6 +86,15 @@ def test_compare_sequential_prints_both_runs(call: Callable) -> None:
     assert "NOT" not in text
 
 
+def test_a_plan_lists_executables_and_runs_nothing(call: Callable) -> None:
+    code, text, _ = call("--plan")
+    assert code == 0
+    lines = text.splitlines()
+    assert any(line.startswith("decode rows=4 table_pages=2 segments=1") for line in lines)
+    assert lines[-1].startswith(f"{len(lines) - 1} executables: ")
+    assert "compiling" not in text
+
+
 def test_one_prompt_streams_plainly(call: Callable, tmp_path: Path) -> None:
     """Standard output has the text alone, so that it can go through a pipe."""
     out = tmp_path / "out.json"
