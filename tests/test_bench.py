@@ -188,8 +188,13 @@ def run(bench: ModuleType, directory: Path, out: Path, name: str, *options: str)
 
 
 def test_a_run_reports_everything(
-    bench: ModuleType, text_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    bench: ModuleType,
+    text_directory: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "120")  # large figures would break the lines of headings
     jax.clear_caches()  # programs that another test of this process has compiled count for nothing
     options = ("--num-requests", "6", "--scale", "0.1", "--profile", "--one-at-a-time")
     report = run(bench, text_directory, tmp_path / "out.json", "uniform", *options)
