@@ -165,6 +165,11 @@ def write(
     infinity among the values would spoil them all the same. So no such value is ever stored: it
     becomes zero, and its key NaN, which its own request cannot miss and nobody else reads.
     """
+    if page.shape[0] == 1:
+        # Never a single write: XLA on CPU makes it a slice update and copies the array for that.
+        nowhere = jnp.full_like(page, num_pages(cache))
+        page, offset = jnp.append(page, nowhere), jnp.append(offset, offset)
+        key, value = jnp.concatenate((key, key)), jnp.concatenate((value, value))
     is_finite = jnp.isfinite(value).all(axis=-1, keepdims=True)
     value = jnp.where(is_finite, value, 0)
     key = jnp.where(is_finite, key, jnp.nan)
