@@ -25,7 +25,6 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Num
 
@@ -54,8 +53,8 @@ class KVLayout:
         num_layers: L.
         num_kv_heads: K.
         head_dim: D.
-        dtype: Of the values that go in and come out. bfloat16 is stored as uint16 on CPU, where
-            XLA would otherwise send the whole array through float32 on every write.
+        dtype: Of the values that go in. On CPU the cache is float32 whatever they are: there XLA
+            sends an array of half precision through float32 on every write and most reads.
     """
 
     segments: tuple[int, ...]
@@ -88,7 +87,7 @@ class KVLayout:
     def bytes_per_page(self) -> int:
         """Bytes of one page over all layers, keys and values."""
         elements = 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.page_size
-        return elements * jnp.dtype(self.dtype).itemsize
+        return elements * storage_dtype(self.dtype).itemsize
 
 
 def split_segments(num_pages: int, first: int = 8, unit: int | None = None) -> tuple[int, ...]:
@@ -129,6 +128,11 @@ def init_cache(layout: KVLayout) -> KVCache:
 def num_pages(cache: KVCache) -> int:
     """P: pages of all segments."""
     return sum(segment[0].shape[0] for segment in cache.keys)
+
+
+def dtype(cache: KVCache) -> jnp.dtype:
+    """Of the arrays: attention computes in it, where the cache lies, and converts what is small."""
+    return cache.keys[0][0].dtype
 
 
 def page_size(cache: KVCache) -> int:
@@ -183,8 +187,8 @@ def write(
         outside = size + jnp.arange(page.shape[0])
         local = jnp.where((page >= first) & (page < first + size), page - first, outside)
         options: dict[str, Any] = {"mode": "drop", "unique_indices": True}
-        new_key = old_key.at[local, :, :, offset].set(_store(key, old_key.dtype), **options)
-        new_value = old_value.at[local, :, offset].set(_store(value, old_value.dtype), **options)
+        new_key = old_key.at[local, :, :, offset].set(key.astype(old_key.dtype), **options)
+        new_value = old_value.at[local, :, offset].set(value.astype(old_value.dtype), **options)
         keys[index] = _replace(segment_keys, layer, new_key)
         values[index] = _replace(segment_values, layer, new_value)
         first += size
@@ -196,7 +200,7 @@ def layer_segments(
 ) -> list[tuple[Float[Array, "P K D S"], Float[Array, "P K S D"]]]:
     """Keys and values of a layer, segment by segment, where they lie."""
     return [
-        (_load(keys[layer], dtype), _load(values[layer], dtype))
+        (keys[layer].astype(dtype), values[layer].astype(dtype))
         for keys, values in zip(*cache, strict=True)
     ]
 
@@ -207,7 +211,7 @@ def gather_pages(
     """Copies pages out of a layer; the content of padding entries is unspecified."""
     keys = _gather([segment[layer] for segment in cache.keys], page_table)
     values = _gather([segment[layer] for segment in cache.values], page_table)
-    return _load(keys, dtype), _load(values, dtype)
+    return keys.astype(dtype), values.astype(dtype)
 
 
 class TakenPages(NamedTuple):
@@ -348,17 +352,4 @@ def _replace(arrays: SegmentArrays, layer: int, new: Array) -> SegmentArrays:
 
 def storage_dtype(dtype: DTypeLike) -> jnp.dtype:
     """What a cache of a dtype keeps: see `KVLayout.dtype`."""
-    is_bf16_on_cpu = jnp.dtype(dtype) == jnp.bfloat16 and jax.default_backend() == "cpu"
-    return jnp.dtype(jnp.uint16) if is_bf16_on_cpu else jnp.dtype(dtype)
-
-
-def _store(x: Array, storage: jnp.dtype) -> Array:
-    if storage == jnp.uint16:
-        return lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16)
-    return x.astype(storage)
-
-
-def _load(x: Array, dtype: jnp.dtype) -> Array:
-    if x.dtype == jnp.uint16:
-        return lax.bitcast_convert_type(x, jnp.bfloat16)
-    return x.astype(dtype)
+    return jnp.dtype(jnp.float32) if jax.default_backend() == "cpu" else jnp.dtype(dtype)
