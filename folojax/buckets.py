@@ -136,12 +136,12 @@ def make_buckets(config: ResolvedConfig, backend: str = "cpu", min_decode_rows: 
             decode_rows=_powers(config.max_num_seqs, 2, min_decode_rows),
             prefill_rows=_powers(most_rows, 2),
             prefill_columns=config.prefill_row_len,
-            prefill_pages=_powers(max_pages, 4, min(4, max_pages)),
+            prefill_pages=_powers(max_pages, 4, min(2, max_pages)),
             prefill_segments=(*range(2, len(segments), 2), len(segments)),
             decode_pages=_powers(max_pages, 4, min(8, max_pages)),
             segments=segments,
         )
-    segments = split_segments(config.num_pages, first=128, unit=512)
+    segments = split_segments(config.num_pages, head=(128, 384))
     return Buckets(
         decode_rows=_powers(config.max_num_seqs, 8, min(8, config.max_num_seqs)),
         prefill_rows=_powers(most_rows, 4, min(8, most_rows)),

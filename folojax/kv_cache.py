@@ -5,7 +5,7 @@ that scores are a plain product over the pages where they lie:
 
     keys    [P, K, D, S]        values  [P, K, S, D]        one array per layer and segment
 
-Pages are numbered through *segments* of growing size (8, 8, 16, 32 ... pages):
+Pages are numbered through *segments* of growing size (8, 8, 16, 32, 32 ... pages):
 
     page id     0 ........ 7 | 8 ....... 15 | 16 .............. 31 | 32 ...
     segment          0       |       1      |          2           |   3
@@ -90,22 +90,21 @@ class KVLayout:
         return elements * storage_dtype(self.dtype).itemsize
 
 
-def split_segments(num_pages: int, first: int = 8, unit: int | None = None) -> tuple[int, ...]:
+def split_segments(num_pages: int, head: tuple[int, ...] = (8, 8, 16)) -> tuple[int, ...]:
     """Sizes of segments: small ones for small batches, then growing with the extent.
 
-    The extent doubles each time. With a `unit`, what follows the first segment fills the unit, and
-    from there on the extent grows by half, in whole units.
+    After the head, whose sum is the unit, the extent grows by half each time, in whole units.
 
-    >>> split_segments(100)
-    (8, 8, 16, 32, 36)
-    >>> split_segments(3000, first=128, unit=512)
+    >>> split_segments(200)
+    (8, 8, 16, 32, 32, 32, 64, 8)
+    >>> split_segments(3000, head=(128, 384))
     (128, 384, 512, 512, 512, 952)
     """
     sizes: list[int] = []
+    unit = sum(head)
     while (extent := sum(sizes)) < num_pages:
-        size = max(first, extent)
-        if unit is not None and extent > 0:
-            size = max(unit - extent, extent // (2 * unit) * unit, unit if extent >= unit else 0)
+        grown = max(unit, extent // (2 * unit) * unit)
+        size = head[len(sizes)] if len(sizes) < len(head) else grown
         sizes.append(min(size, num_pages - extent))
     return tuple(sizes)
 
