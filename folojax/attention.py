@@ -135,6 +135,8 @@ def attend_tokens(
     Pages with several owners are copied out and read once more for every Q further ones.
     """
     cache = kv_cache.write(cache, layer, plan.page, plan.offset, key, value)
+    # In the dtype of the cache, which is all of the data: to convert it would cost as much again.
+    query, dtype = query.astype(kv_cache.dtype(cache)), query.dtype
     rows, heads, dim = query.shape
     segments = kv_cache.layer_segments(cache, layer, query.dtype)
     num_pages = plan.owner.shape[0]
@@ -155,7 +157,7 @@ def attend_tokens(
     total = (scale * partials.total.at[plan.partial].get(mode="clip")).sum(axis=1)
     out = (scale[..., None] * partials.value.at[plan.partial].get(mode="clip")).sum(axis=1)
     out = out / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)[..., None]
-    return cache, out.reshape(rows, heads, dim).astype(query.dtype)
+    return cache, out.reshape(rows, heads, dim).astype(dtype)
 
 
 class _Partials(NamedTuple):
@@ -180,8 +182,10 @@ def _attend_pages(
     score = _paged_product("ngd,nds->ngs", flat, [keys for keys, _ in arrays])
     score = score.reshape(pages, kv_heads, owners, groups, size) * dim**-0.5
     is_valid = is_valid[:, None, :, None, :]
-    maximum = jnp.where(is_valid, score, MASKED).max(axis=-1)
-    weight = jnp.where(is_valid, jnp.exp(score - maximum[..., None]), 0.0)
+    score = jnp.where(is_valid, score, MASKED)
+    maximum = score.max(axis=-1)
+    # Of a page without any valid token all weights are 1; its maximum makes it nothing to the row.
+    weight = jnp.exp(score - maximum[..., None])
     flat_weight = weight.astype(query.dtype).reshape(pages * kv_heads, owners * groups, size)
     value = _paged_product("ngs,nsd->ngd", flat_weight, [values for _, values in arrays])
     value = value.reshape(pages, kv_heads, owners, groups, dim)

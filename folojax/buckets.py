@@ -158,14 +158,14 @@ def make_buckets(config: ResolvedConfig, backend: str = "cpu", min_decode_rows: 
             decode_rows=decode_rows,
             prefill_rows=_powers(most_rows, 2),
             prefill_columns=config.prefill_row_len,
-            prefill_pages=_table_sizes(max_pages, 4),
+            prefill_pages=_table_sizes(max_pages, 2),
             prefill_segments=(*range(2, len(segments), 2), len(segments)),
             decode_pages=_table_sizes(max_pages, 8),
             segments=segments,
             shared_rows=_every_other(decode_rows),
             most_copied_pages=_MOST_COPIED_TOKENS_ON_CPU // config.page_size,
         )
-    segments = split_segments(config.num_pages, first=128, unit=512)
+    segments = split_segments(config.num_pages, head=(128, 384))
     decode_rows = _powers(config.max_num_seqs, 8, min(8, config.max_num_seqs))
     return Buckets(
         decode_rows=decode_rows,

@@ -112,8 +112,8 @@ def read_tokens(taken: Sequence[TakenPages], num_tokens: int, layout: KVLayout) 
     by_token = (num_layers, -1, layout.num_kv_heads, layout.head_dim)
     dtype = np.dtype(layout.dtype)
     return TokenKV(
-        keys.transpose(0, 1, 4, 2, 3).reshape(by_token)[:, :num_tokens].view(dtype),
-        values.transpose(0, 1, 3, 2, 4).reshape(by_token)[:, :num_tokens].view(dtype),
+        keys.transpose(0, 1, 4, 2, 3).reshape(by_token)[:, :num_tokens].astype(dtype),
+        values.transpose(0, 1, 3, 2, 4).reshape(by_token)[:, :num_tokens].astype(dtype),
     )
 
 
@@ -123,10 +123,7 @@ def write_tokens(kv: TokenKV, layout: KVLayout) -> TakenPages:
     storage = kv_cache.storage_dtype(layout.dtype)
     padding = ((0, 0), (0, num_pages * layout.page_size - kv.num_tokens), (0, 0), (0, 0))
     shape = (layout.num_layers, num_pages, layout.page_size, layout.num_kv_heads, layout.head_dim)
-    keys, values = (
-        np.pad(np.ascontiguousarray(x).view(storage), padding).reshape(shape)
-        for x in (kv.keys, kv.values)
-    )
+    keys, values = (np.pad(x.astype(storage), padding).reshape(shape) for x in (kv.keys, kv.values))
     arrays = [*keys.transpose(0, 1, 3, 4, 2), *values.transpose(0, 1, 3, 2, 4)]
     # One group: its size is its own, and so is what `put_pages` compiles for it.
     return TakenPages(np.arange(num_pages), [jax.numpy.asarray(array) for array in arrays])

@@ -5,7 +5,7 @@ that scores are a plain product over the pages where they lie:
 
     keys    [P, K, D, S]        values  [P, K, S, D]        one array per layer and segment
 
-Pages are numbered through *segments* of growing size (8, 8, 16, 32 ... pages):
+Pages are numbered through *segments* of growing size (8, 8, 16, 32, 32 ... pages):
 
     page id     0 ........ 7 | 8 ....... 15 | 16 .............. 31 | 32 ...
     segment          0       |       1      |          2           |   3
@@ -25,7 +25,6 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Num
 
@@ -54,8 +53,8 @@ class KVLayout:
         num_layers: L.
         num_kv_heads: K.
         head_dim: D.
-        dtype: Of the values that go in and come out. bfloat16 is stored as uint16 on CPU, where
-            XLA would otherwise send the whole array through float32 on every write.
+        dtype: Of the values that go in. On CPU the cache is float32 whatever they are: there XLA
+            sends an array of half precision through float32 on every write and most reads.
     """
 
     segments: tuple[int, ...]
@@ -88,25 +87,24 @@ class KVLayout:
     def bytes_per_page(self) -> int:
         """Bytes of one page over all layers, keys and values."""
         elements = 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.page_size
-        return elements * jnp.dtype(self.dtype).itemsize
+        return elements * storage_dtype(self.dtype).itemsize
 
 
-def split_segments(num_pages: int, first: int = 8, unit: int | None = None) -> tuple[int, ...]:
+def split_segments(num_pages: int, head: tuple[int, ...] = (8, 8, 16)) -> tuple[int, ...]:
     """Sizes of segments: small ones for small batches, then growing with the extent.
 
-    The extent doubles each time. With a `unit`, what follows the first segment fills the unit, and
-    from there on the extent grows by half, in whole units.
+    After the head, whose sum is the unit, the extent grows by half each time, in whole units.
 
-    >>> split_segments(100)
-    (8, 8, 16, 32, 36)
-    >>> split_segments(3000, first=128, unit=512)
+    >>> split_segments(200)
+    (8, 8, 16, 32, 32, 32, 64, 8)
+    >>> split_segments(3000, head=(128, 384))
     (128, 384, 512, 512, 512, 952)
     """
     sizes: list[int] = []
+    unit = sum(head)
     while (extent := sum(sizes)) < num_pages:
-        size = max(first, extent)
-        if unit is not None and extent > 0:
-            size = max(unit - extent, extent // (2 * unit) * unit, unit if extent >= unit else 0)
+        grown = max(unit, extent // (2 * unit) * unit)
+        size = head[len(sizes)] if len(sizes) < len(head) else grown
         sizes.append(min(size, num_pages - extent))
     return tuple(sizes)
 
@@ -129,6 +127,11 @@ def init_cache(layout: KVLayout) -> KVCache:
 def num_pages(cache: KVCache) -> int:
     """P: pages of all segments."""
     return sum(segment[0].shape[0] for segment in cache.keys)
+
+
+def dtype(cache: KVCache) -> jnp.dtype:
+    """Of the arrays: attention computes in it, where the cache lies, and converts what is small."""
+    return cache.keys[0][0].dtype
 
 
 def page_size(cache: KVCache) -> int:
@@ -186,6 +189,11 @@ def write(
     infinity among the values would spoil them all the same. So no such value is ever stored: it
     becomes zero, and its key NaN, which its own request cannot miss and nobody else reads.
     """
+    if page.shape[0] == 1:
+        # Never a single write: XLA on CPU makes it a slice update and copies the array for that.
+        nowhere = jnp.full_like(page, num_pages(cache))
+        page, offset = jnp.append(page, nowhere), jnp.append(offset, offset)
+        key, value = jnp.concatenate((key, key)), jnp.concatenate((value, value))
     is_finite = jnp.isfinite(value).all(axis=-1, keepdims=True)
     value = jnp.where(is_finite, value, 0)
     key = jnp.where(is_finite, key, jnp.nan)
@@ -199,8 +207,8 @@ def write(
         outside = size + jnp.arange(page.shape[0])
         local = jnp.where((page >= first) & (page < first + size), page - first, outside)
         options: dict[str, Any] = {"mode": "drop", "unique_indices": True}
-        new_key = old_key.at[local, :, :, offset].set(_store(key, old_key.dtype), **options)
-        new_value = old_value.at[local, :, offset].set(_store(value, old_value.dtype), **options)
+        new_key = old_key.at[local, :, :, offset].set(key.astype(old_key.dtype), **options)
+        new_value = old_value.at[local, :, offset].set(value.astype(old_value.dtype), **options)
         keys[index] = _replace(segment_keys, layer, new_key)
         values[index] = _replace(segment_values, layer, new_value)
         first += size
@@ -212,7 +220,7 @@ def layer_segments(
 ) -> list[tuple[Float[Array, "P K D S"], Float[Array, "P K S D"]]]:
     """Keys and values of a layer, segment by segment, where they lie."""
     return [
-        (_load(keys[layer], dtype), _load(values[layer], dtype))
+        (keys[layer].astype(dtype), values[layer].astype(dtype))
         for keys, values in zip(*cache, strict=True)
     ]
 
@@ -223,7 +231,7 @@ def gather_pages(
     """Copies pages out of a layer; the content of padding entries is unspecified."""
     keys = _gather([segment[layer] for segment in cache.keys], page_table)
     values = _gather([segment[layer] for segment in cache.values], page_table)
-    return _load(keys, dtype), _load(values, dtype)
+    return keys.astype(dtype), values.astype(dtype)
 
 
 class TakenPages(NamedTuple):
@@ -364,17 +372,4 @@ def _replace(arrays: SegmentArrays, layer: int, new: Array) -> SegmentArrays:
 
 def storage_dtype(dtype: DTypeLike) -> jnp.dtype:
     """What a cache of a dtype keeps: see `KVLayout.dtype`."""
-    is_bf16_on_cpu = jnp.dtype(dtype) == jnp.bfloat16 and jax.default_backend() == "cpu"
-    return jnp.dtype(jnp.uint16) if is_bf16_on_cpu else jnp.dtype(dtype)
-
-
-def _store(x: Array, storage: jnp.dtype) -> Array:
-    if storage == jnp.uint16:
-        return lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16)
-    return x.astype(storage)
-
-
-def _load(x: Array, dtype: jnp.dtype) -> Array:
-    if x.dtype == jnp.uint16:
-        return lax.bitcast_convert_type(x, jnp.bfloat16)
-    return x.astype(dtype)
+    return jnp.dtype(jnp.float32) if jax.default_backend() == "cpu" else jnp.dtype(dtype)

@@ -98,10 +98,9 @@ def estimate(module: nn.Module, layout: KVLayout, buckets: Buckets, max_logprobs
     was made from and a successor.
     """
     config, size = module.config, layout.page_size
-    width = jnp.dtype(layout.dtype).itemsize
     heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
     inner = 2 * config.intermediate_size + 3 * config.hidden_size + (heads + 2 * kv_heads) * dim
-    page = 2 * kv_heads * dim * size * width
+    page = layout.bytes_per_page // layout.num_layers
     # Prefill: the pages of every row copied out, scores and weights; then the MLP.
     rows, columns = buckets.prefill_rows[-1], buckets.prefill_columns
     tokens, prefill = rows * columns, 0
@@ -110,12 +109,11 @@ def estimate(module: nn.Module, layout: KVLayout, buckets: Buckets, max_logprobs
         parts = seen * page + 8 * columns * heads * seen * size + 4 * one.rows * columns * inner
         prefill = max(prefill, parts)
     # Decode: scores and partial values of every page, shared ones as well; rows combine theirs.
-    # Where half precision is foreign to the device, a layer's pages are converted first.
     shape = largest_decode(buckets, layout.num_pages)
     lanes = shape.shared_items * shape.shared_lanes
     parts = layout.num_pages + lanes + shape.rows * shape.table_pages
     decode = 4 * parts * heads * (size + dim + 4)
-    decode += (layout.num_pages + shape.shared_items) * page
+    decode += shape.shared_items * page
     decode += 4 * shape.rows * inner
     # Sampling: logits, sorted copies, noise; and the alternatives that are reported.
     most_rows = max(rows, shape.rows, columns)

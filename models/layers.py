@@ -89,7 +89,13 @@ def rotary_tables(
     """Cosine and sine of every token's rotation, float32; made once a call, not once a layer."""
     frequencies = jnp.asarray(rotary_frequencies(config))
     angles = positions.astype(jnp.float32)[:, None, None] * frequencies[None, None, :]
-    return jnp.cos(angles), jnp.sin(angles)
+    tables = jnp.concatenate((jnp.cos(angles), jnp.sin(angles)), axis=-1)
+    # XLA on CPU would compute them again in every layer, for every head and page that reads them,
+    # and drops barriers. It does not fuse through a product; that with the identity is exact.
+    identity = np.eye(tables.shape[-1], dtype=np.float32)
+    tables = jnp.dot(tables, identity, precision=jax.lax.Precision.HIGHEST)
+    cos, sin = jnp.split(tables, 2, axis=-1)
+    return cos, sin
 
 
 def rotate(

@@ -231,8 +231,7 @@ def _decode_bits(small: bool, module: Llama, params: Any, report: Report) -> Non
     key = iter(jax.random.split(jax.random.key(0), len(jax.tree.leaves(shapes))))
 
     def noise(like: Array) -> Array:
-        values = jax.random.normal(next(key), like.shape, jnp.bfloat16)
-        return jax.lax.bitcast_convert_type(values, like.dtype)  # on CPU, uint16
+        return jax.random.normal(next(key), like.shape, like.dtype)
 
     cache = jax.tree.map(noise, shapes)
 

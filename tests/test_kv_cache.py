@@ -158,7 +158,7 @@ def test_every_bit_pattern_of_bfloat16_survives() -> None:
     token = jnp.arange(num_pages * S)
     cache = kv_cache.init_cache(make_layout(jnp.bfloat16, (num_pages,)))
     if jax.default_backend() == "cpu":
-        assert cache.keys[0][0].dtype == jnp.uint16
+        assert kv_cache.dtype(cache) == jnp.float32
     finite = jnp.where(jnp.isfinite(numbers), numbers, 1)[::-1]
     cache = write(cache, 0, token // S, token % S, numbers, finite)
     keys, values = read(cache, 0, jnp.bfloat16)
@@ -206,22 +206,32 @@ def test_a_donated_cache_is_written_in_place(dtype: Any) -> None:
     assert memory.temp_size_in_bytes < new.keys[0][0].nbytes
 
 
-@given(num_pages=st.integers(1, 5000), first=st.integers(1, 40))
-def test_segments_add_up_and_double_the_extent(num_pages: int, first: int) -> None:
-    sizes = split_segments(num_pages, first)
+HEADS = st.lists(st.integers(1, 40), min_size=1, max_size=4).map(tuple)
+
+
+@given(num_pages=st.integers(1, 5000), head=HEADS)
+def test_segments_add_up_and_the_extent_grows_by_half(
+    num_pages: int, head: tuple[int, ...]
+) -> None:
+    sizes = split_segments(num_pages, head)
     assert sum(sizes) == num_pages
     assert all(size >= 1 for size in sizes)
-    assert sizes[0] == min(first, num_pages)
-    for index in range(1, len(sizes)):
-        extent = sum(sizes[:index])
-        # Doubled exactly, but for the last, which is cut to fit.
-        assert sizes[index] == extent or (index == len(sizes) - 1 and sizes[index] < extent)
+    # The last is cut to fit.
+    assert sizes[: len(head)][:-1] == head[: len(sizes)][:-1]
+    for index in range(len(head), len(sizes)):
+        extent, unit = sum(sizes[:index]), sum(head)
+        is_last = index == len(sizes) - 1
+        assert sizes[index] % unit == 0 or is_last
+        assert sizes[index] <= max(unit, extent / 2)
+        assert sizes[index] > extent / 2 - unit or is_last
 
 
-@given(first=st.integers(1, 64), num_pages=st.integers(0, 4096), more=st.integers(0, 4096))
-def test_a_larger_pool_begins_with_the_same_segments(first: int, num_pages: int, more: int) -> None:
-    sizes = split_segments(num_pages, first)
-    assert split_segments(num_pages + more, first)[: max(len(sizes) - 1, 0)] == sizes[:-1]
+@given(num_pages=st.integers(0, 4096), more=st.integers(0, 4096), head=HEADS)
+def test_a_larger_pool_begins_with_the_same_segments(
+    num_pages: int, more: int, head: tuple[int, ...]
+) -> None:
+    sizes = split_segments(num_pages, head)
+    assert split_segments(num_pages + more, head)[: max(len(sizes) - 1, 0)] == sizes[:-1]
 
 
 def test_pages_are_copied_all_at_once() -> None:

@@ -132,7 +132,7 @@ def test_a_cap_on_long_prompts_changes_no_token(tiny_model: tuple, alone: dict) 
 
 
 def test_rows_in_bfloat16_are_their_own_too(tiny_directory: Path) -> None:
-    """A uint16 cache and a least bucket of two rows, on CPU."""
+    """A float32 cache and a least bucket of two rows, on CPU."""
     checkpoint = open_checkpoint(tiny_directory)
     model = (build_module(checkpoint.config, jnp.bfloat16), load_params(checkpoint, jnp.bfloat16))
     llm = make_llm(model, num_pages=16, max_num_seqs=2, max_num_batched_tokens=16)
