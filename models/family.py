@@ -49,6 +49,8 @@ class Family:
     fields: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda mapping: {}
     """Fields of ModelConfig that are not as in Llama, from a normalised config.json that has all
     sizes. ValueError for what is not supported."""
+    has_layer_types: bool = False
+    """`layer_types` may name layers with a window; elsewhere transformers has no eye for it."""
     has_partial_rotary: bool = False
     """`partial_rotary_factor` may be other than 1."""
     head_names: Names = dataclasses.field(default_factory=lambda: HEAD_NAMES)

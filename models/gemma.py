@@ -68,6 +68,7 @@ GEMMA2 = Family(
     },
     normalize=_normalize,
     fields=_gemma2,
+    has_layer_types=True,
     block_names=_NAMES,
 )
 
@@ -81,5 +82,6 @@ GEMMA3 = Family(
     },
     normalize=_normalize,
     fields=_gemma3,
+    has_layer_types=True,
     block_names=_NAMES,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -28,6 +29,9 @@ _ACTIVATIONS = {
     "gelu_fast": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
 }
+_FLOATS = frozenset(
+    field.name for field in dataclasses.fields(ModelConfig) if str(field.type).startswith("float")
+)
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
@@ -78,7 +82,12 @@ def _fields(architecture: str, family: Family, stated: Mapping[str, Any]) -> dic
         "windows": _windows(mapping),
         "hf_config": json.dumps(dict(stated)),
     }
-    return fields | _rope_fields(mapping, fields["head_dim"]) | family.fields(mapping)
+    fields |= _rope_fields(mapping, fields["head_dim"]) | family.fields(mapping)
+    # "factor": 8 means 8.0; true means a mistake, and stays for ModelConfig to find.
+    return {
+        name: float(value) if name in _FLOATS and type(value) is int else value
+        for name, value in fields.items()
+    }
 
 
 def _is_size(value: Any) -> bool:
@@ -115,11 +124,10 @@ def _unsupported_features(mapping: Mapping[str, Any], family: Family) -> list[st
         found.append(f"hidden_act {activation!r}: supported are {', '.join(_ACTIVATIONS)}")
     if mapping.get("rope_interleaved"):
         found.append("rope_interleaved true: only the half-rotation layout is supported")
-    kinds = set(mapping.get("layer_types") or ()) - set(_LAYER_TYPES)
+    known = _LAYER_TYPES if family.has_layer_types else _LAYER_TYPES[:1]
+    kinds = sorted(set(mapping.get("layer_types") or ()) - set(known))
     if kinds:
-        found.append(
-            f"layer_types {sorted(kinds)}: supported are {', '.join(sorted(_LAYER_TYPES))}"
-        )
+        found.append(f"layer_types {kinds}: supported here are {', '.join(known)}")
     partial = _partial_rotary(mapping)
     if partial != 1.0 and not family.has_partial_rotary:
         found.append(f"partial_rotary_factor {partial}: only 1.0 is supported")

@@ -16,7 +16,7 @@ from folojax.models.hf_names import Source, is_ignorable, parameter_sources
 from folojax.models.safetensors_files import DTYPES, TensorFiles, open_tensors
 
 _SILENT_SECONDS = 2.0
-_MOST_PROBLEMS = 100
+_MOST_PROBLEMS = 50
 
 
 def read_params(directory: Path, config: ModelConfig, dtype: Any) -> dict[str, Any]:

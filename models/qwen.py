@@ -25,6 +25,12 @@ def _qwen3(mapping: Mapping[str, Any]) -> dict[str, Any]:
     return _windows(mapping) | {"qk_norm": True}
 
 
+def _moe_words(mapping: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Transformers 5 writes another word for the number of experts than it reads."""
+    stated = mapping.get("num_experts", mapping.get("num_local_experts"))
+    return mapping if stated is None else {**mapping, "num_experts": stated}
+
+
 def _qwen3_moe(mapping: Mapping[str, Any]) -> dict[str, Any]:
     """All layers have the window here, and those experts that no list or step leaves out."""
     has_window = mapping.get("use_sliding_window") and mapping.get("sliding_window") is not None
@@ -44,9 +50,9 @@ def _qwen3_moe(mapping: Mapping[str, Any]) -> dict[str, Any]:
 
 _WINDOWS = {"sliding_window": 4096, "max_window_layers": 28}
 
-QWEN2 = Family(defaults=_WINDOWS, fields=_qwen2)
+QWEN2 = Family(defaults=_WINDOWS, fields=_qwen2, has_layer_types=True)
 
-QWEN3 = Family(defaults=_WINDOWS | {"head_dim": 128}, fields=_qwen3)
+QWEN3 = Family(defaults=_WINDOWS | {"head_dim": 128}, fields=_qwen3, has_layer_types=True)
 
 QWEN3_MOE = Family(
     defaults={
@@ -57,5 +63,6 @@ QWEN3_MOE = Family(
         "norm_topk_prob": False,
         "decoder_sparse_step": 1,
     },
+    normalize=_moe_words,
     fields=_qwen3_moe,
 )

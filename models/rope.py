@@ -65,6 +65,8 @@ class LongRope:
 
 RopeScaling = LinearRope | Llama3Rope | YarnRope | LongRope
 
+_ORIGINAL = "original_max_position_embeddings"
+
 SUPPORTED = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 
 
@@ -141,11 +143,10 @@ def _numbers(rope: Mapping[str, Any], kind: str, *names: str) -> dict[str, Any]:
     missing = [name for name in names if rope.get(name) is None]
     if missing:
         raise ValueError(f"rope type {kind!r} needs {', '.join(missing)} beside it")
-    numbers = {name: rope[name] for name in names}
-    for name, value in numbers.items():
-        if not _is_positive(value):
-            raise ValueError(f"rope type {kind!r}: {name} is {value!r}, not a number above 0")
-    return numbers
+    for name in names:
+        if not _is_positive(rope[name]):
+            raise ValueError(f"rope type {kind!r}: {name} is {rope[name]!r}, not a number above 0")
+    return {name: int(rope[name]) if name == _ORIGINAL else float(rope[name]) for name in names}
 
 
 def _is_positive(value: Any) -> bool:
@@ -154,11 +155,11 @@ def _is_positive(value: Any) -> bool:
 
 
 def _yarn(rope: Mapping[str, Any], max_position: int) -> YarnRope:
-    original = rope.get("original_max_position_embeddings") or max_position
-    stated = {"original_max_position_embeddings": original, "factor": rope.get("factor")}
+    original = rope.get(_ORIGINAL) or max_position
+    stated = {_ORIGINAL: original, "factor": rope.get("factor")}
     if stated["factor"] is None and _is_positive(original):
         stated["factor"] = max_position / original
-    numbers = _numbers(stated, "yarn", "factor", "original_max_position_embeddings")
+    numbers = _numbers(stated, "yarn", "factor", _ORIGINAL)
     for name, default in (("beta_fast", 32), ("beta_slow", 1)):
         numbers |= _numbers({name: rope.get(name) or default}, "yarn", name)
     given = rope.get("attention_factor")
@@ -168,7 +169,7 @@ def _yarn(rope: Mapping[str, Any], max_position: int) -> YarnRope:
         if mscale and all_dim:
             given = _mscale(numbers["factor"], mscale) / _mscale(numbers["factor"], all_dim)
     return YarnRope(
-        attention_factor=given, is_truncated=bool(rope.get("truncate", True)), **numbers
+        attention_factor=float(given), is_truncated=bool(rope.get("truncate", True)), **numbers
     )
 
 
@@ -177,8 +178,8 @@ def _mscale(factor: float, multiplier: float = 1.0) -> float:
 
 
 def _longrope(rope: Mapping[str, Any], max_position: int) -> LongRope:
-    original = rope.get("original_max_position_embeddings") or max_position
-    _numbers({"original_max_position_embeddings": original}, "longrope")
+    original = rope.get(_ORIGINAL) or max_position
+    _numbers({_ORIGINAL: original}, "longrope")
     factors = rope.get("short_factor")
     if not isinstance(factors, list) or not all(map(_is_positive, factors)):
         raise ValueError(f"rope type 'longrope' needs short_factor, a list of numbers: {factors!r}")
@@ -186,8 +187,8 @@ def _longrope(rope: Mapping[str, Any], max_position: int) -> LongRope:
     if given is None:
         given = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
     return LongRope(
-        short_factor=tuple(factors),
-        attention_factor=given,
+        short_factor=tuple(map(float, factors)),
+        attention_factor=float(given),
         original_max_position_embeddings=original,
     )
 

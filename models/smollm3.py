@@ -32,4 +32,5 @@ SMOLLM3 = Family(
         "no_rope_layer_interval": 4,
     },
     fields=_fields,
+    has_layer_types=True,
 )

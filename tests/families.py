@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -133,14 +134,23 @@ _GPT2 = {
 }
 
 
-def save_family(case: str, directory: Path, **options: Any) -> Any:
-    """Makes the model of a case, saves it as safetensors, and returns it in float32."""
+def save_family(
+    case: str, directory: Path, changes: Mapping[str, Any] | None = None, **options: Any
+) -> Any:
+    """Makes the model of a case, saves it as safetensors, and returns it in float32.
+
+    Args:
+        case: A key of `FAMILIES`.
+        directory: Where it goes.
+        changes: Of the config.
+        options: Of save_pretrained.
+    """
     import torch
     import transformers
 
     name, overrides = FAMILIES[case]
     config_name, model_name = _CLASSES.get(name, (f"{name}Config", f"{name}ForCausalLM"))
-    fields = (_GPT2 if name == "GPT2" else _TINY) | overrides
+    fields = (_GPT2 if name == "GPT2" else _TINY) | overrides | dict(changes or {})
     config = getattr(transformers, config_name)(**fields)
     torch.manual_seed(0)
     model = getattr(transformers, model_name)(config).eval()

@@ -4,6 +4,7 @@ import functools
 from pathlib import Path
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +15,7 @@ from folojax.models.checkpoint import build_module, load_params, open_checkpoint
 from folojax.models.dense_attend import dense_attend
 from folojax.models.llama import init_params
 from folojax.models.registry import FAMILIES as REGISTRY
+from folojax.models.save import save_pretrained
 from tests import reference
 from tests.families import FAMILIES, PROMPT_LEN, save_family
 
@@ -65,6 +67,22 @@ def test_the_loaded_tree_is_the_initialised_tree(family: Any) -> None:
     assert jax.tree.map(lambda leaf: leaf.shape, params) == jax.tree.map(
         lambda leaf: leaf.shape, shapes
     )
+
+
+def test_saved_parameters_are_what_transformers_loads(family: Any, tmp_path: Path) -> None:
+    """Changed before, so that nothing can come from the old files; in several shards."""
+    name, _, _, (module, params) = family
+    changed = jax.tree.map(lambda leaf: leaf * 1.25, params)
+    shard_bytes = 100_000 if name in ("qwen2", "mixtral", "gpt2") else 2**30
+    save_pretrained(changed, tmp_path, module.config, shard_bytes=shard_bytes)
+    assert (tmp_path / "model.safetensors.index.json").exists() == (shard_bytes == 100_000)
+    tokens = prompt(PROMPT_LEN)
+    theirs = reference.logits(reference.load_model(tmp_path), tokens)
+    ours = dense_logits(module, changed, jnp.asarray(tokens, jnp.int32))
+    np.testing.assert_allclose(np.asarray(ours), theirs, rtol=0, atol=2e-4)
+    again = open_checkpoint(tmp_path)
+    assert again.config == module.config
+    chex.assert_trees_all_equal(load_params(again, jnp.float32), changed)
 
 
 def test_every_registered_family_is_tried(tmp_path: Path) -> None:
