@@ -118,7 +118,8 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
 
     try:
         return Tokenizer(AutoTokenizer.from_pretrained(os.fspath(path), trust_remote_code=False))
-    except (OSError, ValueError, KeyError) as error:
+    # The tokenizers library raises bare exceptions on files it cannot read.
+    except Exception as error:
         raise ValueError(
             f"no tokenizer could be loaded from {os.fspath(path)}: {error}; "
             "pass tokenizer= a directory or a transformers tokenizer"

@@ -144,17 +144,23 @@ def _from_directory(directory: Path) -> Checkpoint:
     eos = generation_config.get("eos_token_id")
     if eos is None:
         eos = mapping.get("eos_token_id")
+    config = config_from_hf(mapping)
     return Checkpoint(
         directory=directory,
-        config=config_from_hf(mapping),
+        config=config,
         generation_config=generation_config,
-        eos_token_ids=_token_ids(eos, directory),
+        eos_token_ids=_token_ids(eos, config.vocab_size, directory),
     )
 
 
-def _token_ids(value: Any, directory: Path) -> tuple[int, ...]:
+def _token_ids(value: Any, vocab_size: int, directory: Path) -> tuple[int, ...]:
     """One id, a list of ids or None, as a tuple."""
     values = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(item, int) and not isinstance(item, bool) for item in values):
         raise ValueError(f"eos_token_id of {directory} is {value!r}: not token ids")
+    if not all(0 <= item < vocab_size for item in values):
+        raise ValueError(
+            f"eos_token_id of {directory} is {value!r}; the model has ids from 0 to "
+            f"{vocab_size - 1}"
+        )
     return tuple(values)

@@ -74,9 +74,7 @@ def test_every_misfit_is_named_and_nothing_written(tiny_model: tuple, tmp_path: 
     module, params = tiny_model
     wrong = {**params, "other": params["embed"], "embed": params["embed"][1:]}
     del wrong["final_norm"]
-    with pytest.raises(
-        ValueError, match=r"final_norm is missing; other is unknown; embed is \(127"
-    ):
+    with pytest.raises(ValueError, match=r"final_norm is missing; other is unknown; embed is"):
         save_pretrained(wrong, tmp_path / "new", module.config)
     assert not (tmp_path / "new").exists()
 
