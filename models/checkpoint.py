@@ -66,7 +66,7 @@ def open_checkpoint(
         return _from_directory(_download(source, revision))
     if revision is not None:
         raise ValueError(f"revision {revision!r} is for Hub repositories; {source!r} is local")
-    path = _embedded_model() if source is None else Path(source)
+    path = embedded_model() if source is None else Path(source)
     if path.suffix in PICKLE_SUFFIXES:
         raise ValueError(f"{path}: {REFUSED_PICKLE}")
     if not path.exists():
@@ -104,7 +104,7 @@ def _is_hub_name(source: str) -> bool:
     return is_name and Path(source).suffix not in {".gguf", ".safetensors", *PICKLE_SUFFIXES}
 
 
-def _embedded_model() -> Path:
+def embedded_model() -> Path:
     """Path of the packaged GGUF file; the package itself is not imported."""
     spec = importlib.util.find_spec(_EMBEDDED_PACKAGE)
     for location in (spec and spec.submodule_search_locations) or ():

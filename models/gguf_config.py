@@ -18,12 +18,14 @@ Read = Callable[..., Any]
 Tables = Mapping[str, np.ndarray]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class GgufFamily:
     """How one GGUF architecture is read."""
 
     architecture: str
     """Of the Hugging Face config."""
+    model_type: str
+    """The same, as transformers looks for it."""
     extra: Callable[[Read], dict[str, Any]] = lambda read: {}
     """Further entries of its config; `read(key, default)` gives metadata."""
     is_permuted: bool = False
@@ -85,20 +87,20 @@ def _gpt2(read: Read) -> dict[str, Any]:
 
 
 GGUF_FAMILIES: dict[str, GgufFamily] = {
-    "llama": GgufFamily(architecture="LlamaForCausalLM", is_permuted=True),
-    "qwen2": GgufFamily(architecture="Qwen2ForCausalLM"),
-    "qwen3": GgufFamily(architecture="Qwen3ForCausalLM"),
-    "qwen3moe": GgufFamily(architecture="Qwen3MoeForCausalLM", extra=_qwen3_moe),
-    "gemma2": GgufFamily(architecture="Gemma2ForCausalLM", extra=_gemma2, norm_offset=1.0),
-    "gemma3": GgufFamily(architecture="Gemma3ForCausalLM", extra=_gemma3, norm_offset=1.0),
-    "phi3": GgufFamily(architecture="Phi3ForCausalLM", extra=_window),
-    "gpt2": GgufFamily(architecture="GPT2LMHeadModel", extra=_gpt2, is_conv1d=True),
+    "llama": GgufFamily("LlamaForCausalLM", "llama", is_permuted=True),
+    "qwen2": GgufFamily("Qwen2ForCausalLM", "qwen2"),
+    "qwen3": GgufFamily("Qwen3ForCausalLM", "qwen3"),
+    "qwen3moe": GgufFamily("Qwen3MoeForCausalLM", "qwen3_moe", extra=_qwen3_moe),
+    "gemma2": GgufFamily("Gemma2ForCausalLM", "gemma2", extra=_gemma2, norm_offset=1.0),
+    "gemma3": GgufFamily("Gemma3ForCausalLM", "gemma3_text", extra=_gemma3, norm_offset=1.0),
+    "phi3": GgufFamily("Phi3ForCausalLM", "phi3", extra=_window),
+    "gpt2": GgufFamily("GPT2LMHeadModel", "gpt2", extra=_gpt2, is_conv1d=True),
 }
 """By `general.architecture`."""
 
 # Mistral and Mixtral call themselves llama in GGUF.
-_MISTRAL = GgufFamily(architecture="MistralForCausalLM", extra=_window, is_permuted=True)
-_MIXTRAL = GgufFamily(architecture="MixtralForCausalLM", extra=_experts, is_permuted=True)
+_MISTRAL = GgufFamily("MistralForCausalLM", "mistral", extra=_window, is_permuted=True)
+_MIXTRAL = GgufFamily("MixtralForCausalLM", "mixtral", extra=_experts, is_permuted=True)
 
 
 def gguf_family(metadata: Metadata) -> GgufFamily:
@@ -171,6 +173,7 @@ def hf_config(metadata: Metadata, family: GgufFamily, tables: Tables, is_tied: b
         config["rope_parameters"] = _rope(read, tables, head_dim)
     defaults = {
         "architectures": [family.architecture],
+        "model_type": family.model_type,
         "vocab_size": len(metadata["tokenizer.ggml.tokens"]),
         "num_key_value_heads": read("attention.head_count_kv", num_heads),
         "head_dim": head_dim,

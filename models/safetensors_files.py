@@ -82,6 +82,9 @@ class TensorFiles:
                 file.seek(place.start)
                 for first in range(0, place.shape[0], num_rows):
                     rows = target[first : first + num_rows]
+                    if rows.dtype == dtype and rows.flags.c_contiguous:
+                        _fill(file, rows)
+                        continue
                     block = np.empty(rows.shape, dtype)
                     _fill(file, block)
                     # float16 of what is too large is infinite, as everywhere.

@@ -17,10 +17,14 @@ from pathlib import Path
 _MOST = 1.25
 
 _CHILD = """
-import resource, sys, time
+import pathlib, re, resource, sys, time
 import jax, jax.numpy as jnp
 from folojax.models.checkpoint import load_params, open_checkpoint
 def peak():
+    # Of this program alone; rusage also counts what the parent held when it started this one.
+    status = pathlib.Path("/proc/self/status")
+    if status.exists():
+        return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", status.read_text())[1])
     scale = 1 if sys.platform == "darwin" else 1024
     return scale * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 jnp.zeros(1).block_until_ready()

@@ -62,6 +62,8 @@ def test_logits_are_those_of_the_model_it_was_made_from(case: str, tmp_path: Pat
     ours = dense_logits(module, load_params(checkpoint, jnp.float32), jnp.asarray(tokens))
     # Norms lose a bit to the 1 that is added in the file.
     np.testing.assert_allclose(ours, reference.logits(model, tokens), rtol=0, atol=2e-4)
+    converted = reference.load_model(checkpoint.directory)
+    np.testing.assert_allclose(ours, reference.logits(converted, tokens), rtol=0, atol=2e-4)
 
 
 def test_every_architecture_is_tried() -> None:
