@@ -171,6 +171,12 @@ def hf_config(metadata: Metadata, family: GgufFamily, tables: Tables, is_tied: b
         config["layer_norm_epsilon"] = shortest(config["layer_norm_epsilon"])
     else:
         config["rope_parameters"] = _rope(read, tables, head_dim)
+    local = config.pop("rope_local_base_freq", None)
+    if local is not None:
+        config["rope_parameters"] = {
+            "full_attention": config["rope_parameters"],
+            "sliding_attention": {"rope_type": "default", "rope_theta": local},
+        }
     defaults = {
         "architectures": [family.architecture],
         "model_type": family.model_type,

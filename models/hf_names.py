@@ -106,8 +106,9 @@ def _block_sources(config: ModelConfig, family: Family, layer: int) -> dict[str,
             sources[parameter] = Source(shapes, is_transposed=True)
         if has_bias:
             biases = (name.removesuffix("weight") + "bias" for name in tensors)
-            shapes = tuple((name, (r,)) for name, r in zip(biases, rows, strict=True))
-            sources[f"{parameter}_bias"] = Source(shapes)
+            sources[f"{parameter}_bias"] = Source(
+                tuple((name, (r,)) for name, r in zip(biases, rows, strict=True))
+            )
 
     for part in ("attn", "mlp"):
         if config.has_pre_norm:

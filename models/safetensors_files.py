@@ -139,7 +139,7 @@ def _read_header(path: Path) -> dict[str, _Place]:
 
 def _fill(file: io.FileIO, block: np.ndarray) -> None:
     """Reads as many bytes as the array has."""
-    rest = memoryview(block.view(np.uint8).reshape(-1))
+    rest = block.view(np.uint8).reshape(-1).data
     while rest:
         count = file.readinto(rest)
         if not count:

@@ -38,7 +38,7 @@ class ShardWriter:
         if count == 1:
             self._part(0).rename(self._directory / SINGLE_FILE)
             return
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for number, names in enumerate(self._shards):
             file_name = f"model-{number + 1:05}-of-{count:05}.safetensors"
             self._part(number).rename(self._directory / file_name)

@@ -73,11 +73,11 @@ def convert(model: Any, directory: Path, architecture: str, path: Path) -> None:
         array = tensor.float().numpy()
         if name.endswith("experts.gate_up_proj"):
             prefix, half = name.removesuffix("gate_up_proj"), array.shape[1] // 2
-            tensors[names.get_name(prefix + "gate_proj") + ".weight"] = array[:, :half]
-            tensors[names.get_name(prefix + "up_proj") + ".weight"] = array[:, half:]
+            tensors[f"{names.get_name(prefix + 'gate_proj')}.weight"] = array[:, :half]
+            tensors[f"{names.get_name(prefix + 'up_proj')}.weight"] = array[:, half:]
             continue
         if name.endswith("experts.down_proj"):
-            tensors[names.get_name(name) + ".weight"] = array
+            tensors[f"{names.get_name(name)}.weight"] = array
             continue
         gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert gguf_name, name

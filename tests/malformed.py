@@ -190,6 +190,11 @@ def _offset_beyond(data: bytes) -> bytes:
     return _patch(data, place, struct.pack("<Q", 2**40))
 
 
+def _no_tokenizer(directory: Path) -> None:
+    for path in directory.glob("tokenizer*"):
+        path.unlink()
+
+
 _EVIL = {"AutoModelForCausalLM": "modeling_evil.Evil", "AutoConfig": "configuration_evil.Evil"}
 
 # What to do to a good model, and what the error must say.
@@ -269,7 +274,7 @@ CASES: dict[str, tuple[Change, str]] = {
     "tokenizer: no JSON": (_text("tokenizer.json", "{"), "no tokenizer could be loaded"),
     "tokenizer: another JSON": (_text("tokenizer.json", '{"a": 1}'), "no tokenizer could be"),
     "tokenizer: none": (
-        lambda directory: [path.unlink() for path in directory.glob("tokenizer*")],
+        _no_tokenizer,
         "no tokenizer could be loaded",
     ),
     "tokenizer: its own code": (

@@ -19,6 +19,7 @@ from folojax.models.artefacts import build_once, cache_root
 from folojax.models.checkpoint import build_module, load_params, open_checkpoint
 from folojax.models.dense_attend import dense_attend
 from folojax.models.gguf_tokenizer import build_tokenizer
+from folojax.models.rope import LinearRope
 from tests import reference
 
 TEXT = (
@@ -293,7 +294,7 @@ def test_linear_rope_and_turn_ends_are_read(tmp_path, cache):
             tokenizer__ggml__eot_token_id=2,
         )
     )
-    assert checkpoint.config.rope_scaling is not None
+    assert isinstance(checkpoint.config.rope_scaling, LinearRope)
     assert checkpoint.config.rope_scaling.factor == 4.0
     assert checkpoint.eos_token_ids == (1, 2)
 
