@@ -10,10 +10,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from folojax import kv_cache
 from folojax.kv_cache import KVCache
+from folojax.models.interface import PLAIN, Scoring
 from folojax.state import DecodeInputs, PrefillInputs, SharedPages
 
 # Finite, so that a row without any valid key (padding) gives numbers and not NaN.
@@ -36,10 +37,10 @@ class TokenPlan(NamedTuple):
     offset: Int[Array, " B"]
     page_table: Int[Array, "B N"]
     owner: Int[Array, " P"]  # first row of the page; B for a page that nobody reads
-    is_valid: Bool[Array, "P S"]
+    age: Int[Array, "P S"]  # positions between a key and its owner's query; below 0: not valid
     partial: Int[Array, "B N"]  # where the row finds what its pages gave: P + X * Q of them
     shared: SharedPages | None
-    is_shared_valid: Bool[Array, "X Q S"] | None
+    shared_age: Int[Array, "X Q S"] | None
 
 
 def plan_chunks(inputs: PrefillInputs, cache: KVCache) -> ChunkPlan:
@@ -72,20 +73,20 @@ def plan_tokens(inputs: DecodeInputs, cache: KVCache) -> TokenPlan:
     last_position = jnp.append(inputs.position, -1)
     key_position = index[:, None] * page_size + jnp.arange(page_size)[None, :]
     last = jnp.minimum(inputs.position // page_size, table_pages - 1)
-    partial, is_shared_valid = inputs.page_table, None
+    partial, shared_age = inputs.page_table, None
     if shared is not None:
         partial = jnp.where(is_first, partial, num_pages + shared.lane)
         shared_position = key_position.at[shared.page].get(mode="clip")
-        is_shared_valid = shared_position[:, None, :] <= last_position[shared.owner][:, :, None]
+        shared_age = last_position[shared.owner][:, :, None] - shared_position[:, None, :]
     return TokenPlan(
         page=jnp.take_along_axis(inputs.page_table, last[:, None], axis=1)[:, 0],
         offset=inputs.position % page_size,
         page_table=inputs.page_table,
         owner=owner,
-        is_valid=key_position <= last_position[owner][:, None],
+        age=last_position[owner][:, None] - key_position,
         partial=partial,
         shared=shared,
-        is_shared_valid=is_shared_valid,
+        shared_age=shared_age,
     )
 
 
@@ -96,6 +97,7 @@ def attend_chunks(
     query: Float[Array, "T H D"],
     key: Float[Array, "T K D"],
     value: Float[Array, "T K D"],
+    scoring: Scoring = PLAIN,
 ) -> tuple[KVCache, Float[Array, "T H D"]]:
     """Causal attention of every row's tokens to its request's pages, softmax in float32."""
     cache = kv_cache.write(cache, layer, plan.page, plan.offset, key, value)
@@ -109,8 +111,9 @@ def attend_chunks(
     keys = keys.transpose(0, 2, 3, 1, 4).reshape(rows * kv_heads, dim, pages * size)
     values = values.transpose(0, 2, 1, 3, 4).reshape(rows * kv_heads, pages * size, dim)
     scores = jnp.einsum("nqd,nds->nqs", query, keys, preferred_element_type=jnp.float32)
-    scores = scores.reshape(rows, kv_heads, columns, groups, pages * size) * dim**-0.5
-    visible = jnp.arange(pages * size)[None, None, :] <= plan.query_position[:, :, None]
+    scores = scoring.scores(scores, dim).reshape(rows, kv_heads, columns, groups, pages * size)
+    age = plan.query_position[:, :, None] - jnp.arange(pages * size)[None, None, :]
+    visible = scoring.is_visible(age)
     scores = jnp.where(visible[:, None, :, None, :], scores, MASKED)
     weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
     weights = weights.reshape(rows * kv_heads, columns * groups, pages * size)
@@ -126,6 +129,7 @@ def attend_tokens(
     query: Float[Array, "B H D"],
     key: Float[Array, "B K D"],
     value: Float[Array, "B K D"],
+    scoring: Scoring = PLAIN,
 ) -> tuple[KVCache, Float[Array, "B H D"]]:
     """Paged attention with the pages as the batch axis: the cache is read once, where it lies.
 
@@ -142,12 +146,12 @@ def attend_tokens(
     num_pages = plan.owner.shape[0]
 
     page_query = query[jnp.minimum(plan.owner, rows - 1)].reshape(num_pages, 1, heads, dim)
-    partials = _attend_pages(page_query, plan.is_valid[:, None, :], segments)
+    partials = _attend_pages(page_query, plan.age[:, None, :], segments, scoring)
     if plan.shared is not None:
-        assert plan.is_shared_valid is not None
+        assert plan.shared_age is not None
         lane_query = query[jnp.minimum(plan.shared.owner, rows - 1)]
         copied = kv_cache.gather_pages(cache, layer, plan.shared.page, query.dtype)
-        lanes = _attend_pages(lane_query, plan.is_shared_valid, [copied])
+        lanes = _attend_pages(lane_query, plan.shared_age, [copied], scoring)
         partials = _Partials(*map(jnp.concatenate, zip(partials, lanes, strict=True)))
 
     # [B, N] pages a row. Gathers: sums by scatter would be atomic on a GPU, in any order and slow.
@@ -170,8 +174,9 @@ class _Partials(NamedTuple):
 
 def _attend_pages(
     query: Float[Array, "P Q H D"],
-    is_valid: Bool[Array, "P Q S"],
+    age: Int[Array, "P Q S"],
     arrays: list[tuple[Float[Array, "_ K D S"], Float[Array, "_ K S D"]]],
+    scoring: Scoring,
 ) -> _Partials:
     """Softmax parts of Q queries of every page over the tokens of that page."""
     pages, owners, heads, dim = query.shape
@@ -180,8 +185,8 @@ def _attend_pages(
     flat = query.reshape(pages, owners, kv_heads, groups, dim).transpose(0, 2, 1, 3, 4)
     flat = flat.reshape(pages * kv_heads, owners * groups, dim)
     score = _paged_product("ngd,nds->ngs", flat, [keys for keys, _ in arrays])
-    score = score.reshape(pages, kv_heads, owners, groups, size) * dim**-0.5
-    is_valid = is_valid[:, None, :, None, :]
+    score = scoring.scores(score, dim).reshape(pages, kv_heads, owners, groups, size)
+    is_valid = scoring.is_visible(age)[:, None, :, None, :]
     score = jnp.where(is_valid, score, MASKED)
     maximum = score.max(axis=-1)
     # Of a page without any valid token all weights are 1; its maximum makes it nothing to the row.

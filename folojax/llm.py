@@ -15,6 +15,7 @@ from folojax.compilation_cache import enable_compilation_cache
 from folojax.compile_plan import CompilePlan
 from folojax.config import EngineConfig, EngineOptions
 from folojax.engine_metrics import EngineMetrics
+from folojax.models.save import save_pretrained
 from folojax.outputs import RequestOutput, ScoreOutput
 from folojax.prompts import (
     Prompt,
@@ -89,6 +90,7 @@ class LLM(RequestLoop):
         _LOG.info("%s", self.memory_plan)
         engine = make_engine(loaded, find_tokenizer(tokenizer, loaded.checkpoint))
         super().__init__(engine, default_params(loaded.checkpoint))
+        self._generation_config = loaded.checkpoint.generation_config if loaded.checkpoint else {}
         self._numbers = itertools.count()
 
     def generate(
@@ -282,6 +284,29 @@ class LLM(RequestLoop):
             ValueError: it differs from them; every difference is named, nothing has changed.
         """
         self.engine.update_params(params)
+
+    def save_pretrained(
+        self, path: str | os.PathLike[str], hf_config: Mapping[str, Any] | None = None
+    ) -> None:
+        """Writes the parameters now in use and the tokenizer as transformers' own method does.
+
+        Args:
+            path: A directory, which transformers and `LLM` load afterwards.
+            hf_config: The dict of config.json; needed if the model came as a pair whose config
+                was made by hand.
+
+        Raises:
+            ValueError: the model's config is not that of a config.json.
+        """
+        runner = self.engine.runner
+        save_pretrained(
+            runner.params,
+            path,
+            runner.model.config,
+            hf_config=hf_config,
+            generation_config=self._generation_config,
+            tokenizer=self.get_tokenizer(),
+        )
 
     def get_tokenizer(self) -> Any:
         """The transformers tokenizer; None if there is none."""

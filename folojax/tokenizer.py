@@ -1,9 +1,11 @@
 """Text to token ids and back, through transformers."""
 
 import functools
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from folojax.time_limit import call_within
@@ -114,15 +116,34 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     """
     # Else transformers advises to install PyTorch, which nothing here needs.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    from transformers import AutoTokenizer  # slow to import, and not needed with token ids
+    # Slow to import, and not needed with token ids.
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    # AutoTokenizer imports PyTorch where it is installed, to find a class: seconds that a
+    # tokenizer which names the plain one can do without.
+    loader: Any = PreTrainedTokenizerFast if _is_plain(path) else AutoTokenizer
     try:
-        return Tokenizer(AutoTokenizer.from_pretrained(os.fspath(path), trust_remote_code=False))
-    except (OSError, ValueError, KeyError) as error:
+        return Tokenizer(loader.from_pretrained(os.fspath(path), trust_remote_code=False))
+    # The tokenizers library raises bare exceptions on files it cannot read.
+    except Exception as error:
         raise ValueError(
             f"no tokenizer could be loaded from {os.fspath(path)}: {error}; "
             "pass tokenizer= a directory or a transformers tokenizer"
         ) from error
+
+
+def _is_plain(path: str | os.PathLike[str]) -> bool:
+    """Whether a directory's tokenizer is all in its tokenizer.json, by its own account."""
+    try:
+        config = json.loads((Path(path) / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return (
+        isinstance(config, dict)
+        and config.get("tokenizer_class") in ("PreTrainedTokenizerFast", "TokenizersBackend")
+        and "auto_map" not in config
+        and (Path(path) / "tokenizer.json").is_file()
+    )
 
 
 def _state(part: Any) -> bytes:

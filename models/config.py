@@ -1,45 +1,31 @@
-"""What a decoder looks like: the numbers of a `config.json`, checked and hashable."""
+"""What a decoder looks like: checked and hashable, whatever family it comes from."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+import math
+from typing import Literal
 
-from folojax.models.registry import FAMILIES, Family, family_of
+from folojax.models.interface import Scoring
+from folojax.models.registry import FAMILIES
+from folojax.models.rope import LongRope, RopeScaling
 
+# No model comes near these; a config beyond them is a mistake or malice, and its shapes alone
+# would fill the memory.
+_MOST_WIDTH, _MOST_LAYERS = 2**26, 2**10
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LinearRope:
-    """Rotary frequencies divided by one factor (position interpolation)."""
+Activation = Literal["silu", "gelu", "gelu_tanh"]
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 
-    factor: float
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Llama3Rope:
-    """Rotary frequencies as Llama 3.1 scales them: low ones divided, high ones kept.
-
-    Source: `_compute_llama3_parameters` in transformers' modeling_rope_utils.py.
-    """
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
-
-
-RopeScaling = LinearRope | Llama3Rope
-
-_ROPE_SCALINGS: dict[str, type[LinearRope] | type[Llama3Rope]] = {
-    "linear": LinearRope,
-    "llama3": Llama3Rope,
-}
+Norm = Literal["rms", "rms_wide", "rms_offset", "layer"]
+NORMS = ("rms", "rms_wide", "rms_offset", "layer")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The architecture of one model; hashable, so it is static under `jax.jit`.
+
+    The defaults are Llama's; a family states where it differs.
 
     Raises:
         ValueError: a number is out of range, or two of them cannot go together; all are listed.
@@ -59,156 +45,155 @@ class ModelConfig:
     rope_theta: float
     rope_scaling: RopeScaling | None
     rms_norm_eps: float
+    """Of every norm, LayerNorm included."""
     tie_embeddings: bool
     """The output projection is the embedding; no `lm_head` exists."""
     qkv_bias: bool
     qk_norm: bool
-    """Queries and keys pass an RMS norm over head_dim before the rotary embedding."""
+    """Queries and keys pass an RMS norm before the rotary embedding, over head_dim by default."""
+
+    is_qk_norm_joint: bool = False
+    """That norm is over all heads at once."""
+    o_bias: bool = False
+    mlp_bias: bool = False
+
+    norm: Norm = "rms"
+    """"rms": rounded, then times the weight; "rms_wide": times the weight, then rounded;
+    "rms_offset": the same with 1 + weight; "layer": LayerNorm with a bias."""
+    has_pre_norm: bool = True
+    """Attention and MLP read a normed residual stream."""
+    has_post_norm: bool = False
+    """What they return is normed before it is added."""
+    activation: Activation = "silu"
+    is_gated: bool = True
+    """The MLP is act(gate) * up; else act(up)."""
+
+    has_learned_positions: bool = False
+    """A table of positions is added to the embedding; there is no rotary embedding."""
+    rotary_dim: int | None = None
+    """Leading dimensions of a head that rotate; None: all."""
+    ropeless_layers: tuple[int, ...] = ()
+    """Layers without rotary embedding."""
+    windows: tuple[int | None, ...] = ()
+    """By layer: how many tokens it sees, its own included; None: all. () is all, everywhere."""
+    local_rope_theta: float | None = None
+    """Of layers with a window, which have no rotary scaling then; None: as the others."""
+
+    attention_scale: float | None = None
+    """Multiplies scores; None: 1 / sqrt(head_dim)."""
+    attention_softcap: float | None = None
+    """Scores become cap * tanh(scores / cap)."""
+    logits_softcap: float | None = None
+    embed_scale: float = 1.0
+    residual_scale: float = 1.0
+    """Multiplies what attention and MLP add to the residual stream."""
+    logits_divisor: float = 1.0
+
+    num_experts: int = 0
+    """0: every MLP is dense."""
+    num_experts_per_token: int = 0
+    expert_size: int = 0
+    """Inner width of an expert, as `intermediate_size` is of a dense MLP."""
+    is_expert_weight_normed: bool = True
+    """The weights of a token's experts sum to 1."""
+    dense_layers: tuple[int, ...] = ()
+    """Layers with a dense MLP in a model of experts."""
+
+    hf_config: str = dataclasses.field(default="", compare=False, repr=False)
+    """The config.json that all this was read from, for `save_pretrained`."""
+
+    def scoring(self, layer: int) -> Scoring:
+        """What a layer's attention does with its scores."""
+        return Scoring(
+            scale=self.attention_scale,
+            softcap=self.attention_softcap,
+            window=self.windows[layer] if self.windows else None,
+        )
+
+    def is_sparse(self, layer: int) -> bool:
+        """Whether the layer's MLP is a mixture of experts."""
+        return self.num_experts > 0 and layer not in self.dense_layers
 
     def __post_init__(self) -> None:
-        positive = (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_layers",
-            "num_heads",
-            "num_kv_heads",
-            "head_dim",
-            "max_position",
+        problems = (
+            []
+            if self.architecture in FAMILIES
+            else [f"architecture is {self.architecture!r}, not one of {list(FAMILIES)}"]
         )
-        problems = []
-        if self.architecture not in FAMILIES:
-            problems.append(f"architecture is {self.architecture!r}, not one of {list(FAMILIES)}")
-        for name in positive:
-            value = getattr(self, name)
-            # bool is an int to Python, but `num_layers: true` in a config is a mistake.
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                problems.append(f"{name} is {value!r}; it must be an integer of at least 1")
-        for name in ("rope_theta", "rms_norm_eps"):
-            value = getattr(self, name)
-            if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
-                problems.append(f"{name} is {value!r}; it must be a number above 0")
-        if not problems and self.num_heads % self.num_kv_heads:
-            problems.append(
-                f"num_heads is {self.num_heads}, not a multiple of num_kv_heads {self.num_kv_heads}"
-            )
-        if not problems and self.head_dim % 2:
-            problems.append(f"head_dim is {self.head_dim}; rotary embeddings need it even")
+        problems += self._bad_counts() or self._misfits()
+        problems += self._bad_numbers()
         if problems:
             raise ValueError("model config: " + "; ".join(problems))
 
-
-_REQUIRED = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "max_position_embeddings",
-    "rms_norm_eps",
-)
-
-
-def config_from_hf(mapping: Mapping[str, Any]) -> ModelConfig:
-    """Reads the dict of a Hugging Face `config.json`.
-
-    Both spellings of the rotary settings are read: `rope_parameters` (transformers 5) and
-    `rope_theta` with `rope_scaling` (older files).
-
-    Raises:
-        ValueError: the architecture is not in the registry, a key is missing, or the model uses a
-            feature that is not implemented; every such feature is named.
-    """
-    architecture, family = family_of(mapping.get("architectures"))
-    missing = [key for key in _REQUIRED if mapping.get(key) is None]
-    if missing:
-        raise ValueError(f"config.json of {architecture} lacks {', '.join(missing)}")
-    unsupported = _unsupported_features(mapping)
-    if unsupported:
-        raise ValueError(f"{architecture} with {'; '.join(unsupported)}")
-    rope_theta, rope_scaling = _rope_from_hf(mapping)
-    num_heads = mapping["num_attention_heads"]
-    num_kv_heads = mapping.get("num_key_value_heads")
-    return ModelConfig(
-        architecture=architecture,
-        vocab_size=mapping["vocab_size"],
-        hidden_size=mapping["hidden_size"],
-        intermediate_size=mapping["intermediate_size"],
-        num_layers=mapping["num_hidden_layers"],
-        num_heads=num_heads,
-        num_kv_heads=num_heads if num_kv_heads is None else num_kv_heads,
-        head_dim=_head_dim(mapping, family),
-        max_position=mapping["max_position_embeddings"],
-        rope_theta=rope_theta,
-        rope_scaling=rope_scaling,
-        rms_norm_eps=mapping["rms_norm_eps"],
-        # transformers writes the key unless it is False.
-        tie_embeddings=bool(mapping.get("tie_word_embeddings", False)),
-        qkv_bias=family.qkv_bias,
-        qk_norm=family.qk_norm,
-    )
-
-
-def _head_dim(mapping: Mapping[str, Any], family: Family) -> int:
-    """The stated head_dim, else the family's own default, else hidden size over heads."""
-    stated = mapping.get("head_dim") or family.default_head_dim
-    if stated is not None:
-        return stated
-    hidden_size, num_heads = mapping["hidden_size"], mapping["num_attention_heads"]
-    if hidden_size % num_heads:
-        raise ValueError(
-            f"hidden_size {hidden_size} is not a multiple of num_attention_heads {num_heads}, "
-            "and config.json states no head_dim"
+    def _bad_counts(self) -> list[str]:
+        """Sizes that are no sizes."""
+        most = dict.fromkeys(
+            (
+                "vocab_size",
+                "hidden_size",
+                "intermediate_size",
+                "num_heads",
+                "num_kv_heads",
+                "head_dim",
+                "max_position",
+            ),
+            _MOST_WIDTH,
         )
-    return hidden_size // num_heads
+        most["num_layers"] = _MOST_LAYERS
+        if self.num_experts:
+            most |= {"num_experts": _MOST_LAYERS, "num_experts_per_token": _MOST_LAYERS}
+            most["expert_size"] = _MOST_WIDTH
+        found = []
+        for name, limit in most.items():
+            value = getattr(self, name)
+            # bool is an int to Python, but `num_layers: true` in a config is a mistake.
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= limit:
+                found.append(f"{name} is {value!r}; it must be an integer from 1 to {limit:,}")
+        return found
 
+    def _bad_numbers(self) -> list[str]:
+        """Factors that are not above zero, or NaN."""
+        names = ["rope_theta", "rms_norm_eps", "embed_scale", "residual_scale", "logits_divisor"]
+        optional = ("local_rope_theta", "attention_scale", "attention_softcap", "logits_softcap")
+        names += [name for name in optional if getattr(self, name) is not None]
+        found = []
+        for name in names:
+            value = getattr(self, name)
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not is_number or not 0 < value < math.inf:
+                found.append(f"{name} is {value!r}; it must be a finite number above 0")
+        return found
 
-def _unsupported_features(mapping: Mapping[str, Any]) -> list[str]:
-    """What the config switches on that the decoder does not have, in words."""
-    found = []
-    activation = mapping.get("hidden_act", "silu")
-    if activation != "silu":
-        found.append(f"hidden_act {activation!r}: only 'silu' is supported")
-    if mapping.get("mlp_bias"):
-        found.append("mlp_bias true: only MLPs without bias are supported")
-    if mapping.get("attention_bias"):
-        # In Llama and Qwen3 the flag also puts a bias on the output projection.
-        found.append("attention_bias true: an output projection with bias is not supported")
-    if mapping.get("rope_interleaved"):
-        found.append("rope_interleaved true: only the half-rotation layout is supported")
-    layer_types = set(mapping.get("layer_types") or ()) - {"full_attention"}
-    if layer_types:
-        found.append(f"layer_types {sorted(layer_types)}: only 'full_attention' is supported")
-    elif mapping.get("use_sliding_window") and mapping.get("sliding_window") is not None:
-        found.append(
-            f"sliding_window {mapping['sliding_window']}: only full attention is supported"
-        )
-    quantization = mapping.get("quantization_config")
-    if quantization:
-        method = quantization.get("quant_method", quantization)
-        found.append(
-            f"quantization_config ({method}): only unquantised safetensors and GGUF are supported"
-        )
-    return found
-
-
-def _rope_from_hf(mapping: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
-    """Returns (theta, scaling) from either generation of config."""
-    rope = dict(mapping.get("rope_scaling") or {}) | dict(mapping.get("rope_parameters") or {})
-    theta = rope.get("rope_theta") or mapping.get("rope_theta") or 10_000.0
-    partial = rope.get("partial_rotary_factor") or mapping.get("partial_rotary_factor") or 1.0
-    if partial != 1.0:
-        raise ValueError(f"partial_rotary_factor {partial}: only 1.0 is supported")
-    # Files of 2023 spell the key "type".
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind == "default":
-        return float(theta), None
-    if kind not in _ROPE_SCALINGS:
-        supported = ", ".join(["default", *_ROPE_SCALINGS])
-        raise ValueError(f"rope type {kind!r} is not supported; supported: {supported}")
-    scaling = _ROPE_SCALINGS[kind]
-    names = [field.name for field in dataclasses.fields(scaling)]
-    missing = [name for name in names if rope.get(name) is None]
-    if missing:
-        raise ValueError(f"rope type {kind!r} needs {', '.join(missing)} beside it")
-    return float(theta), scaling(**{name: rope[name] for name in names})
+    def _misfits(self) -> list[str]:
+        """Sizes that cannot go together."""
+        found = []
+        if self.num_heads % self.num_kv_heads:
+            found.append(
+                f"num_heads is {self.num_heads}, not a multiple of num_kv_heads {self.num_kv_heads}"
+            )
+        if self.head_dim % 2:
+            found.append(f"head_dim is {self.head_dim}; rotary embeddings need it even")
+        turning = self.head_dim if self.rotary_dim is None else self.rotary_dim
+        if turning % 2 or not 2 <= turning <= self.head_dim:
+            found.append(f"rotary_dim is {turning}; it must be even, and at most {self.head_dim}")
+        if isinstance(self.rope_scaling, LongRope) and (
+            len(self.rope_scaling.short_factor) != turning // 2
+        ):
+            found.append(
+                f"short_factor has {len(self.rope_scaling.short_factor)} entries; "
+                f"{turning // 2} pairs of dimensions turn"
+            )
+        if self.windows and len(self.windows) < self.num_layers:
+            found.append(f"windows are given for {len(self.windows)} of {self.num_layers} layers")
+        for window in self.windows:
+            if window is not None and (not isinstance(window, int) or window < 1):
+                found.append(f"a layer's window is {window!r}; it must be an integer of at least 1")
+                break
+        if self.num_experts_per_token > self.num_experts:
+            found.append(
+                f"num_experts_per_token is {self.num_experts_per_token}, of {self.num_experts}"
+            )
+        for name, options in (("norm", NORMS), ("activation", ACTIVATIONS)):
+            if getattr(self, name) not in options:
+                found.append(f"{name} is {getattr(self, name)!r}, not one of {', '.join(options)}")
+        return found

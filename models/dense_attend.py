@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+from folojax.models.interface import PLAIN, Scoring
 
 
 def dense_attend(
@@ -16,6 +17,7 @@ def dense_attend(
     query: Float[Array, "N H D"],
     key: Float[Array, "N K D"],
     value: Float[Array, "N K D"],
+    scoring: Scoring = PLAIN,
 ) -> tuple[Any, Float[Array, "N H D"]]:
     """Causal attention among N tokens of ONE sequence, in order; an `Attend` (see interface.py).
 
@@ -24,10 +26,11 @@ def dense_attend(
 
     Args:
         cache: Passed through; None by custom.
-        layer: Unused, every layer attends alike.
+        layer: Unused, `scoring` says how it differs from others.
         query: Rotated queries; H is a multiple of K, and head h reads kv head h // (H / K).
         key: Rotated keys.
         value: Values.
+        scoring: Scale, cap and window.
 
     Returns:
         `cache` and the attention output in the query's dtype.
@@ -43,9 +46,11 @@ def dense_attend(
     scores = jnp.einsum(
         "kmd,ksd->kms", rows, key.transpose(1, 0, 2), preferred_element_type=jnp.float32
     )
-    scores = scores.reshape(num_kv_heads, group, num_tokens, num_tokens) / math.sqrt(head_dim)
-    is_visible = jnp.tril(jnp.ones((1, 1, num_tokens, num_tokens), bool))
-    weights = jax.nn.softmax(jnp.where(is_visible, scores, -jnp.inf), axis=-1)
+    scores = scores.reshape(num_kv_heads, group, num_tokens, num_tokens)
+    scores = scoring.scores(scores, head_dim)
+    place = jnp.arange(num_tokens)
+    is_visible = scoring.is_visible(place[:, None] - place[None, :])
+    weights = jax.nn.softmax(jnp.where(is_visible[None, None], scores, -jnp.inf), axis=-1)
     out = jnp.einsum(
         "kms,ksd->kmd",
         weights.reshape(num_kv_heads, group * num_tokens, num_tokens).astype(value.dtype),

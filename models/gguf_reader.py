@@ -1,4 +1,4 @@
-"""GGUF files of the Llama family, converted to the Hugging Face layout and kept in the cache."""
+"""GGUF files, converted to the Hugging Face layout and kept in the cache."""
 
 from __future__ import annotations
 
@@ -7,37 +7,30 @@ import re
 from pathlib import Path
 from typing import Any
 
+import jax
+import ml_dtypes
 import numpy as np
 
 from folojax.models.artefacts import build_once, cache_root, file_digest
+from folojax.models.config import ModelConfig
+from folojax.models.gguf_config import GgufFamily, gguf_family, hf_config
 from folojax.models.gguf_tokenizer import save_tokenizer
+from folojax.models.hf_config import config_from_hf
+from folojax.models.hf_names import parameter_sources
+from folojax.models.safetensors_writer import ShardWriter
 
 # Part of the artefact's name: raise it when what the conversion writes changes.
-_CONVERTER_VERSION = 1
+_CONVERTER_VERSION = 3
 
-_TENSOR_NAMES = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
-_BLOCK_TENSOR_NAMES = {
-    "attn_norm.weight": "input_layernorm.weight",
-    "attn_q.weight": "self_attn.q_proj.weight",
-    "attn_k.weight": "self_attn.k_proj.weight",
-    "attn_v.weight": "self_attn.v_proj.weight",
-    "attn_output.weight": "self_attn.o_proj.weight",
-    "ffn_norm.weight": "post_attention_layernorm.weight",
-    "ffn_gate.weight": "mlp.gate_proj.weight",
-    "ffn_up.weight": "mlp.up_proj.weight",
-    "ffn_down.weight": "mlp.down_proj.weight",
-}
+_TABLES = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+"""Tensors that say how frequencies are scaled."""
 
 
 def convert_gguf(path: Path) -> Path:
     """Converts a GGUF file once, and finds the conversion again by the file's content.
 
-    The result holds config.json, generation_config.json, model.safetensors in float32 and the
-    tokenizer's files.
+    The result holds config.json, generation_config.json, safetensors (quantised tensors in
+    float32) and the tokenizer's files.
 
     Returns:
         A directory under `cache_root()`.
@@ -61,9 +54,12 @@ def _convert(path: Path, directory: Path) -> None:
     except (ValueError, IndexError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is truncated or no GGUF file: {error}") from error
     try:
-        config = _hf_config(metadata, {tensor.name for tensor in reader.tensors})
+        family = gguf_family(metadata)
+        tensors = {tensor.name: tensor for tensor in reader.tensors}
+        tables = {name: _dequantised(tensors.pop(name)) for name in _TABLES if name in tensors}
+        config = hf_config(metadata, family, tables, is_tied="output.weight" not in tensors)
         save_tokenizer(metadata, directory)
-        _save_tensors(reader.tensors, config, directory)
+        _save_tensors(tensors, metadata["general.architecture"], family, config, directory)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     generation_config = {
@@ -73,112 +69,76 @@ def _convert(path: Path, directory: Path) -> None:
     _write_json(directory / "generation_config.json", generation_config)
 
 
-def _hf_config(metadata: dict[str, Any], tensor_names: set[str]) -> dict[str, Any]:
-    """The config.json that says what the metadata of a GGUF file says."""
-    architecture = metadata.get("general.architecture")
-    if architecture != "llama":
-        raise ValueError(f"GGUF architecture {architecture!r} is not supported; supported: 'llama'")
-    if metadata.get("split.count", 1) > 1:
-        raise ValueError("split GGUF files are not supported: join them with llama-gguf-split")
-    if metadata.get("llama.expert_count", 0):
-        raise ValueError("mixtures of experts are not supported")
-    if metadata.get("llama.attention.sliding_window", 0):
-        raise ValueError("sliding-window attention is not supported")
-    required = {
-        "hidden_size": "llama.embedding_length",
-        "intermediate_size": "llama.feed_forward_length",
-        "num_hidden_layers": "llama.block_count",
-        "num_attention_heads": "llama.attention.head_count",
-        "max_position_embeddings": "llama.context_length",
-        "rms_norm_eps": "llama.attention.layer_norm_rms_epsilon",
-    }
-    missing = [key for key in (*required.values(), "tokenizer.ggml.tokens") if key not in metadata]
-    if missing:
-        raise ValueError(f"the metadata lacks {', '.join(missing)}")
-    config = {name: metadata[key] for name, key in required.items()}
-    config["rms_norm_eps"] = _shortest(config["rms_norm_eps"])
-    num_heads = config["num_attention_heads"]
-    head_dim = metadata.get("llama.attention.key_length", config["hidden_size"] // num_heads)
-    if metadata.get("llama.rope.dimension_count", head_dim) != head_dim:
-        raise ValueError("rotary embeddings over part of the head are not supported")
-    eos = [
-        metadata[f"tokenizer.ggml.{name}_token_id"]
-        for name in ("eos", "eot")
-        if f"tokenizer.ggml.{name}_token_id" in metadata
-    ]
-    return config | {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": len(metadata["tokenizer.ggml.tokens"]),
-        "num_key_value_heads": metadata.get("llama.attention.head_count_kv", num_heads),
-        "head_dim": head_dim,
-        "hidden_act": "silu",
-        "rope_parameters": _rope_parameters(metadata, tensor_names),
-        "tie_word_embeddings": "output.weight" not in tensor_names,
-        "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
-        "pad_token_id": metadata.get("tokenizer.ggml.padding_token_id"),
-        "dtype": "float32",
-    }
+def _save_tensors(
+    tensors: dict[str, Any],
+    architecture: str,
+    family: GgufFamily,
+    hf_mapping: dict[str, Any],
+    directory: Path,
+) -> None:
+    """Writes every tensor, dequantised and in transformers' layout, under its Hugging Face name."""
+    config = config_from_hf(hf_mapping)
+    uses = _uses(architecture, config)
+    problems = [f"missing: {name}" for name in uses if name not in tensors]
+    problems += [f"of no known use: {name}" for name in sorted(tensors) if name not in uses]
+    if problems:
+        raise ValueError("the tensors do not fit the metadata: " + ", ".join(problems))
+    writer = ShardWriter(directory)
+    for name, tensor in tensors.items():
+        array = _in_hf_layout(name, tensor, family, config)
+        parts = array if len(uses[name]) > 1 else [array]
+        for (hf_name, shape), part in zip(uses[name], parts, strict=True):
+            if part.shape != shape:
+                raise ValueError(f"{name} has {part.shape}, the metadata asks for {shape}")
+            writer.add(hf_name, part)
+    writer.close()
 
 
-def _rope_parameters(metadata: dict[str, Any], tensor_names: set[str]) -> dict[str, Any]:
-    """Rotary settings in the words of transformers 5."""
-    theta = _shortest(metadata.get("llama.rope.freq_base", 10_000.0))
-    kind = metadata.get("llama.rope.scaling.type", "none")
-    if "rope_freqs.weight" in tensor_names:
-        raise ValueError(
-            "rotary scaling by a table of factors (rope_freqs.weight, Llama 3.1 and later) is not "
-            "supported in GGUF files: use the model's safetensors version"
-        )
-    if kind == "none":
-        return {"rope_type": "default", "rope_theta": theta}
-    if kind == "linear":
-        factor = _shortest(metadata.get("llama.rope.scaling.factor", 1.0))
-        return {"rope_type": "linear", "rope_theta": theta, "factor": factor}
-    raise ValueError(f"rope scaling {kind!r} is not supported; supported: 'none', 'linear'")
+def _uses(architecture: str, config: ModelConfig) -> dict[str, list[tuple[str, tuple[int, ...]]]]:
+    """Names and shapes of the Hugging Face tensors that each GGUF tensor holds.
+
+    One, or those of all experts. The names in GGUF are the gguf library's to know.
+    """
+    import gguf
+
+    kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+    names = gguf.get_tensor_name_map(kinds[architecture], config.num_layers)
+    uses: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
+    for source in jax.tree.leaves(parameter_sources(config)):
+        for hf_name, shape in source.tensors:
+            joint = re.sub(r"\.experts\.\d+\.", ".experts.", hf_name)
+            name = names.get_name(joint, try_suffixes=(".weight", ".bias"))
+            if name is None:
+                raise ValueError(f"{hf_name} has no place in GGUF files of {architecture!r}")
+            uses.setdefault(name, []).append((hf_name, shape))
+    return uses
 
 
-def _shortest(value: float) -> float:
-    """The shortest decimal that is the same float32: 1e-05 for the 9.999999747e-06 of the file."""
-    return float(str(np.float32(value)))
+def _in_hf_layout(name: str, tensor: Any, family: GgufFamily, config: ModelConfig) -> np.ndarray:
+    """One tensor with what llama.cpp's converter did to it undone."""
+    array = _dequantised(tensor)
+    role = re.sub(r"^blk\.\d+\.", "", name)
+    if family.norm_offset and role.endswith("norm.weight"):
+        return array - np.float32(family.norm_offset)
+    if family.is_permuted and role in ("attn_q.weight", "attn_k.weight"):
+        heads = config.num_heads if role == "attn_q.weight" else config.num_kv_heads
+        array = _half_rotation_rows(array, heads)
+    if family.is_conv1d and name.startswith("blk.") and array.ndim == 2:
+        array = array.T
+    # Exact where they were so in the file, and half the size.
+    stored = {"F16": np.float16, "BF16": ml_dtypes.bfloat16}.get(tensor.tensor_type.name)
+    return array if stored is None else array.astype(stored)
 
 
-def _save_tensors(tensors: list[Any], config: dict[str, Any], directory: Path) -> None:
-    """Writes model.safetensors: every tensor dequantised to float32 under its Hugging Face name."""
+def _dequantised(tensor: Any) -> np.ndarray:
+    """A tensor in float32."""
     from gguf.quants import dequantize
-    from safetensors.numpy import save_file
 
-    names = {tensor.name: _hf_name(tensor.name) for tensor in tensors}
-    unknown = sorted(name for name, hf_name in names.items() if hf_name is None)
-    if unknown:
-        raise ValueError(f"tensors of no known use: {', '.join(unknown)}")
-    heads = {
-        "attn_q.weight": config["num_attention_heads"],
-        "attn_k.weight": config["num_key_value_heads"],
-    }
-    arrays: dict[str, np.ndarray] = {}
-    for tensor in tensors:
-        try:
-            array = dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
-        except NotImplementedError as error:
-            kind = tensor.tensor_type.name
-            raise ValueError(f"{tensor.name} is quantised as {kind}: not supported") from error
-        role = re.sub(r"^blk\.\d+\.", "", tensor.name)
-        if role in heads:
-            array = _half_rotation_rows(array, heads[role])
-        arrays[str(names[tensor.name])] = np.ascontiguousarray(array)
-    save_file(arrays, directory / "model.safetensors", metadata={"format": "np"})
-
-
-def _hf_name(name: str) -> str | None:
-    """The Hugging Face name of a GGUF tensor, None if it has none."""
-    if name in _TENSOR_NAMES:
-        return _TENSOR_NAMES[name]
-    match = re.fullmatch(r"blk\.(\d+)\.(.+)", name)
-    if match is None or match[2] not in _BLOCK_TENSOR_NAMES:
-        return None
-    return f"model.layers.{match[1]}.{_BLOCK_TENSOR_NAMES[match[2]]}"
+    try:
+        return dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
+    except NotImplementedError as error:
+        kind = tensor.tensor_type.name
+        raise ValueError(f"{tensor.name} is quantised as {kind}: not supported") from error
 
 
 def _half_rotation_rows(array: np.ndarray, num_heads: int) -> np.ndarray:

@@ -15,11 +15,20 @@ if TYPE_CHECKING:
 # Values of tokenizer.ggml.token_type, as llama.cpp numbers them.
 _CONTROL, _USER_DEFINED = 3, 4
 
-# Source: tokenizer.json of meta-llama/Meta-Llama-3-8B.
-_LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+# Source: tokenizer.json of meta-llama/Meta-Llama-3-8B and Qwen/Qwen2-7B, which differ in how many
+# digits stay together.
+_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|DIGITS"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_LLAMA3_SPLIT = _SPLIT.replace("DIGITS", r"\p{N}{1,3}")
+_QWEN2_SPLIT = _SPLIT.replace("DIGITS", r"\p{N}")
+
+_LLAMA3 = ("llama-bpe", "llama3", "llama-v3")
+"""Names of Llama 3's way to cut text."""
+
+_SPACE = "\u2581"
+"""How SentencePiece spells a space."""
 
 
 def save_tokenizer(metadata: dict[str, Any], directory: Path) -> None:
@@ -49,52 +58,45 @@ def save_tokenizer(metadata: dict[str, Any], directory: Path) -> None:
     PreTrainedTokenizerFast(
         tokenizer_object=build_tokenizer(metadata),
         chat_template=metadata.get("tokenizer.chat_template"),
-        model_max_length=metadata["llama.context_length"],
+        model_max_length=metadata[f"{metadata['general.architecture']}.context_length"],
         clean_up_tokenization_spaces=False,
         **special,
     ).save_pretrained(directory)
 
 
 def build_tokenizer(metadata: dict[str, Any]) -> tokenizers.Tokenizer:
-    """Builds the byte-level BPE that the metadata of a GGUF file describes.
+    """Builds the tokenizer that the metadata of a GGUF file describes.
 
     Raises:
         ValueError: another kind of vocabulary, an unknown pre-tokenizer, or lists that are missing
             or do not fit each other.
     """
-    from tokenizers import AddedToken, Tokenizer, decoders, models, processors
+    from tokenizers import AddedToken, processors
 
-    kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
-    if kind != "gpt2":
-        raise ValueError(
-            f"GGUF tokenizer model {kind!r} is not supported; supported: 'gpt2' (byte-level BPE). "
-            "Use the model's safetensors version"
-        )
+    kind = metadata.get("tokenizer.ggml.model")
     tokens, types = metadata["tokenizer.ggml.tokens"], metadata.get("tokenizer.ggml.token_type", [])
-    merges = [tuple(merge.split(" ", 1)) for merge in metadata.get("tokenizer.ggml.merges", [])]
-    if len(types) != len(tokens) or not merges:
+    if len(types) != len(tokens):
         raise ValueError(
-            f"the metadata has {len(tokens)} tokens, {len(types)} token types and {len(merges)} "
-            "merges; it needs as many types as tokens, and merges"
+            f"the metadata has {len(tokens)} tokens and {len(types)} token types: it needs as many"
         )
-    tokenizer = Tokenizer(
-        models.BPE(
-            vocab={token: index for index, token in enumerate(tokens)},
-            merges=merges,
-            fuse_unk=False,
-            byte_fallback=False,
-            # Llama 3 takes a word that is a token whole, whatever the merges say.
-            ignore_merges=pre == "llama-bpe",
-        )
-    )
-    tokenizer.pre_tokenizer = _pre_tokenizer(pre)
-    tokenizer.decoder = decoders.ByteLevel()
+    match kind:
+        case "gpt2":
+            tokenizer = _byte_level(metadata, tokens)
+        case "llama":
+            tokenizer = _sentencepiece(metadata, tokens)
+        case _:
+            raise ValueError(
+                f"GGUF tokenizer model {kind!r} is not supported; supported: 'gpt2' (byte-level "
+                "BPE) and 'llama' (SentencePiece). Use the model's safetensors version"
+            )
     for index, (token, token_type) in enumerate(zip(tokens, types, strict=True)):
         if token_type in (_CONTROL, _USER_DEFINED) and tokenizer.token_to_id(token) == index:
             is_special = token_type == _CONTROL
             tokenizer.add_tokens([AddedToken(token, normalized=False, special=is_special)])
-    if metadata.get("tokenizer.ggml.add_bos_token"):
-        bos = metadata["tokenizer.ggml.bos_token_id"]
+    if metadata.get("tokenizer.ggml.add_bos_token", kind == "llama"):
+        bos = metadata.get("tokenizer.ggml.bos_token_id")
+        if not isinstance(bos, int) or not 0 <= bos < len(tokens):
+            raise ValueError(f"texts are to begin with token {bos!r}, of {len(tokens)}")
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{tokens[bos]} $A",
             pair=f"{tokens[bos]} $A {tokens[bos]}:1 $B:1",
@@ -103,21 +105,78 @@ def build_tokenizer(metadata: dict[str, Any]) -> tokenizers.Tokenizer:
     return tokenizer
 
 
+def _byte_level(metadata: dict[str, Any], tokens: list[str]) -> tokenizers.Tokenizer:
+    """BPE over bytes, as GPT-2 has it."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    pre = metadata.get("tokenizer.ggml.pre")
+    merges = [tuple(merge.split(" ", 1)) for merge in metadata.get("tokenizer.ggml.merges", [])]
+    if not merges:
+        raise ValueError(f"the metadata has {len(tokens)} tokens and 0 merges")
+    model = models.BPE(
+        vocab={token: index for index, token in enumerate(tokens)},
+        merges=merges,
+        fuse_unk=False,
+        byte_fallback=False,
+        # Llama 3 takes a word that is a token whole, whatever the merges say.
+        ignore_merges=pre in _LLAMA3,
+    )
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = _pre_tokenizer(pre)
+    if pre == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _sentencepiece(metadata: dict[str, Any], tokens: list[str]) -> tokenizers.Tokenizer:
+    """SentencePiece's BPE, as Llama 2, Mistral, Phi-3 and Gemma have it.
+
+    Pieces have scores, the best pair is merged first, and bytes are the last resort.
+    """
+    from tokenizers import Tokenizer, decoders, models, normalizers
+    from transformers.convert_slow_tokenizer import generate_merges
+
+    scores = metadata.get("tokenizer.ggml.scores", [])
+    if len(scores) != len(tokens):
+        raise ValueError(f"the metadata has {len(tokens)} tokens and {len(scores)} scores")
+    vocab = {token: index for index, token in enumerate(tokens)}
+    unknown = metadata.get("tokenizer.ggml.unknown_token_id")
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab=vocab,
+            merges=generate_merges(vocab, dict(zip(tokens, scores, strict=True))),
+            unk_token=None if unknown is None else tokens[unknown],
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    has_prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
+    spaces = normalizers.Replace(" ", _SPACE)
+    decoded = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    if has_prefix:
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), spaces])
+        decoded.append(decoders.Strip(" ", 1, 0))
+    else:
+        tokenizer.normalizer = spaces
+    tokenizer.decoder = decoders.Sequence(decoded)
+    return tokenizer
+
+
 def _pre_tokenizer(pre: str | None) -> tokenizers.pre_tokenizers.PreTokenizer:
     """How text is cut before merging, by llama.cpp's name for it."""
     from tokenizers import Regex
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, Split
 
-    match pre:
-        case "smollm":
-            return Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
-        case "gpt-2":
-            return ByteLevel(add_prefix_space=False)
-        case "llama-bpe":
-            split = Split(Regex(_LLAMA3_SPLIT), behavior="isolated")
-            return Sequence([split, ByteLevel(add_prefix_space=False, use_regex=False)])
-        case _:
-            raise ValueError(
-                f"GGUF pre-tokenizer {pre!r} is not supported; supported: 'smollm', 'gpt-2', "
-                "'llama-bpe'. Use the model's safetensors version"
-            )
+    if pre == "smollm":
+        return Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
+    if pre == "gpt-2":
+        return ByteLevel(add_prefix_space=False)
+    if pre in _LLAMA3 or pre == "qwen2":
+        pattern = Regex(_QWEN2_SPLIT if pre == "qwen2" else _LLAMA3_SPLIT)
+        split = Split(pattern, behavior="isolated")
+        return Sequence([split, ByteLevel(add_prefix_space=False, use_regex=False)])
+    raise ValueError(
+        f"GGUF pre-tokenizer {pre!r} is not supported; supported: 'smollm', 'gpt-2', 'qwen2', "
+        f"{', '.join(map(repr, _LLAMA3))}. Use the model's safetensors version"
+    )

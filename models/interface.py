@@ -2,9 +2,35 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, Protocol, runtime_checkable
 
-from jaxtyping import Array, Float, Int
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scoring:
+    """What attention makes of the products of queries and keys; hashable, static under jit."""
+
+    scale: float | None = None
+    """Multiplies them; None: 1 / sqrt(D)."""
+    softcap: float | None = None
+    """Scores become cap * tanh(scores / cap)."""
+    window: int | None = None
+    """A token sees so many tokens, itself included; None: all before it."""
+
+    def scores(self, products: Float[Array, "*shape"], head_dim: int) -> Float[Array, "*shape"]:
+        """Scaled and capped, not masked yet."""
+        scores = products * (head_dim**-0.5 if self.scale is None else self.scale)
+        return scores if self.softcap is None else self.softcap * jnp.tanh(scores / self.softcap)
+
+    def is_visible(self, age: Int[Array, "*shape"]) -> Bool[Array, "*shape"]:
+        """Whether a key is seen, by how many positions it lies before the query."""
+        return age >= 0 if self.window is None else (age >= 0) & (age < self.window)
+
+
+PLAIN = Scoring()
 
 
 # Checkable at run time, so annotations can be checked under pytest.
@@ -14,7 +40,7 @@ class Attend(Protocol):
 
     The model knows nothing of sequences, pages or masks: it hands over one layer's query, key and
     value for a flat axis of tokens, already normed and rotated, and threads `cache` through.
-    Scaling by 1/sqrt(D) and masking are the callable's own.
+    What is to be done with the scores comes along, as it may differ from layer to layer.
     """
 
     def __call__(
@@ -24,6 +50,7 @@ class Attend(Protocol):
         query: Float[Array, "N H D"],
         key: Float[Array, "N K D"],
         value: Float[Array, "N K D"],
+        scoring: Scoring = PLAIN,
     ) -> tuple[Any, Float[Array, "N H D"]]:
         """Returns the new cache and each token's attention output, in the query's dtype."""
         ...

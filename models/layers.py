@@ -1,18 +1,18 @@
 """Pure functions that decoder families share; every one works on a flat token axis.
 
-Axes: N tokens, D head dimension, R = D/2 rotated pairs, F mlp width, I and O a product's sides.
+Axes: N tokens, D head dimension, R rotated pairs (D/2 mostly), F mlp width, I and O a product's
+sides.
 """
 
 from __future__ import annotations
-
-import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from folojax.models.config import LinearRope, Llama3Rope, ModelConfig
+from folojax.models.config import Activation, ModelConfig
+from folojax.models.rope import attention_factor, frequencies
 
 
 def rms_norm(
@@ -23,9 +23,54 @@ def rms_norm(
     The normed value is rounded to the dtype before the weight multiplies it, as in transformers'
     LlamaRMSNorm: the other order gives other bits in bfloat16.
     """
+    return _normed(x, eps).astype(x.dtype) * _last_axis(weight, x.ndim)
+
+
+def rms_norm_wide(
+    x: Float[Array, "*batch W"], weight: Float[Array, " W"], eps: float, offset: float = 0.0
+) -> Float[Array, "*batch W"]:
+    """The same, times `offset + weight` in float32 and rounded once (OLMo 2; Gemma adds 1)."""
+    factor = offset + _last_axis(weight.astype(jnp.float32), x.ndim)
+    return (_normed(x, eps) * factor).astype(x.dtype)
+
+
+def layer_norm(
+    x: Float[Array, "*batch W"], weight: Float[Array, " W"], bias: Float[Array, " W"], eps: float
+) -> Float[Array, "*batch W"]:
+    """Norm by mean and variance over the last axis, in float32, rounded once."""
     wide = x.astype(jnp.float32)
-    scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    return (wide * scale).astype(x.dtype) * weight.reshape((1,) * (x.ndim - 1) + weight.shape)
+    centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+    factor, shift = (_last_axis(one.astype(jnp.float32), x.ndim) for one in (weight, bias))
+    return (_normed(centred, eps) * factor + shift).astype(x.dtype)
+
+
+def norm(
+    x: Float[Array, "*batch W"],
+    weight: Float[Array, " W"],
+    bias: Float[Array, " W"] | None,
+    config: ModelConfig,
+) -> Float[Array, "*batch W"]:
+    """The norm of a model's kind; only LayerNorm has a bias."""
+    match config.norm:
+        case "rms":
+            return rms_norm(x, weight, config.rms_norm_eps)
+        case "rms_wide":
+            return rms_norm_wide(x, weight, config.rms_norm_eps)
+        case "rms_offset":
+            return rms_norm_wide(x, weight, config.rms_norm_eps, offset=1.0)
+        case "layer":
+            assert bias is not None
+            return layer_norm(x, weight, bias, config.rms_norm_eps)
+
+
+def _normed(x: Float[Array, "*batch W"], eps: float) -> Float[Array, "*batch W"]:
+    """Divided by the root mean square, in float32."""
+    wide = x.astype(jnp.float32)
+    return wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+
+
+def _last_axis(vector: Float[Array, " W"], ndim: int) -> Float[Array, "*ones W"]:
+    return vector.reshape((1,) * (ndim - 1) + vector.shape)
 
 
 def project(x: Float[Array, "N I"], kernel: Float[Array, "I O"]) -> Float[Array, "N O"]:
@@ -48,48 +93,45 @@ def project_transposed(x: Float[Array, "N I"], rows: Float[Array, "O I"]) -> Flo
     )
 
 
-def swiglu(gate_up: Float[Array, "N FF"]) -> Float[Array, "N F"]:
-    """silu(gate) * up, for gate and up side by side in the last axis: FF is 2F."""
+def activate(x: Float[Array, "*batch F"], kind: Activation) -> Float[Array, "*batch F"]:
+    """The nonlinearity of an MLP."""
+    match kind:
+        case "silu":
+            return jax.nn.silu(x)
+        case "gelu":
+            return jax.nn.gelu(x, approximate=False)
+        case "gelu_tanh":
+            return jax.nn.gelu(x, approximate=True)
+
+
+def gated(gate_up: Float[Array, "N FF"], kind: Activation = "silu") -> Float[Array, "N F"]:
+    """act(gate) * up, for gate and up side by side in the last axis: FF is 2F."""
     gate, up = jnp.split(gate_up, 2, axis=-1)
-    return jax.nn.silu(gate) * up
+    return activate(gate, kind) * up
 
 
-def rotary_frequencies(config: ModelConfig) -> Float[np.ndarray, " R"]:
-    """Radians per position of each pair of head dimensions, float32.
-
-    Source: ROPE_INIT_FUNCTIONS in transformers' modeling_rope_utils.py, same order of operations.
-    """
-    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
-    frequencies = np.float32(1.0) / np.power(np.float32(config.rope_theta), exponents)
-    match config.rope_scaling:
-        case None:
-            return frequencies
-        case LinearRope(factor=factor):
-            return frequencies / np.float32(factor)
-        case Llama3Rope() as scaling:
-            return _llama3_frequencies(frequencies, scaling)
-
-
-def _llama3_frequencies(
-    frequencies: Float[np.ndarray, " R"], scaling: Llama3Rope
-) -> Float[np.ndarray, " R"]:
-    """Divides the frequencies that turn less than `low_freq_factor` times in the old context.
-
-    Those that turn more than `high_freq_factor` times stay; between the two a ramp mixes both.
-    """
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    turns = scaling.original_max_position_embeddings * frequencies / np.float32(2 * math.pi)
-    keep = np.clip((turns - low) / (high - low), 0.0, 1.0).astype(np.float32)
-    return (1 - keep) * frequencies / np.float32(scaling.factor) + keep * frequencies
+def softcap(x: Float[Array, "*shape"], cap: float | None) -> Float[Array, "*shape"]:
+    """Squeezes values smoothly into (-cap, cap)."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 def rotary_tables(
-    positions: Int[Array, " N"], config: ModelConfig
+    positions: Int[Array, " N"], config: ModelConfig, is_local: bool = False
 ) -> tuple[Float[Array, "N 1 R"], Float[Array, "N 1 R"]]:
-    """Cosine and sine of every token's rotation, float32; made once a call, not once a layer."""
-    frequencies = jnp.asarray(rotary_frequencies(config))
-    angles = positions.astype(jnp.float32)[:, None, None] * frequencies[None, None, :]
-    tables = jnp.concatenate((jnp.cos(angles), jnp.sin(angles)), axis=-1)
+    """Cosine and sine of every token's rotation, float32; made once a call, not once a layer.
+
+    Args:
+        positions: Of the tokens.
+        config: Of the model.
+        is_local: For the layers with a window, where these turn at a rate of their own.
+    """
+    theta, scaling = config.rope_theta, config.rope_scaling
+    if is_local and config.local_rope_theta is not None:
+        theta, scaling = config.local_rope_theta, None
+    rates = jnp.asarray(frequencies(config.rotary_dim or config.head_dim, theta, scaling))
+    angles = positions.astype(jnp.float32)[:, None, None] * rates[None, None, :]
+    factor = attention_factor(scaling)
+    tables = jnp.concatenate((jnp.cos(angles), jnp.sin(angles)), axis=-1) * factor
     # XLA on CPU would compute them again in every layer, for every head and page that reads them,
     # and drops barriers. It does not fuse through a product; that with the identity is exact.
     identity = np.eye(tables.shape[-1], dtype=np.float32)
@@ -101,7 +143,12 @@ def rotary_tables(
 def rotate(
     x: Float[Array, "N heads D"], cos: Float[Array, "N 1 R"], sin: Float[Array, "N 1 R"]
 ) -> Float[Array, "N heads D"]:
-    """Applies the rotary embedding in float32; dimension d turns with d + D/2 (`rotate_half`)."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    """Applies the rotary embedding in float32; dimension r turns with r + R (`rotate_half`).
+
+    Dimensions from 2R on stay as they are.
+    """
+    pairs = cos.shape[-1]
+    turning, still = x[..., : 2 * pairs], x[..., 2 * pairs :]
+    first, second = jnp.split(turning.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1)
-    return turned.astype(x.dtype)
+    return jnp.concatenate((turned.astype(x.dtype), still), axis=-1)

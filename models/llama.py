@@ -1,8 +1,8 @@
-"""The Llama decoder, and with its config's flags Qwen2 and Qwen3, as a Flax module."""
+"""The Llama decoder as a Flax module, and every family that differs from it by a config's flags."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -13,95 +13,149 @@ from folojax.models.config import ModelConfig
 from folojax.models.dense_attend import dense_attend
 from folojax.models.interface import Attend
 from folojax.models.layers import (
+    activate,
+    gated,
+    norm,
     project,
     project_transposed,
-    rms_norm,
     rotary_tables,
     rotate,
-    swiglu,
+    softcap,
 )
+from folojax.models.moe import mix_experts
 
 # As transformers initialises: a fresh model is only ever a stand-in of the right shapes.
 _KERNEL_INIT = nn.initializers.normal(0.02)
 _ONES, _ZEROS = nn.initializers.ones, nn.initializers.zeros
 
+Rotary: TypeAlias = tuple[Float[Array, "N 1 R"], Float[Array, "N 1 R"]]
+
+
+def _norm_init(config: ModelConfig) -> Any:
+    """Fresh norms change nothing."""
+    return _ZEROS if config.norm == "rms_offset" else _ONES
+
 
 class Block(nn.Module):
-    """One layer: attention, then a gated MLP, each added to the residual stream.
+    """One layer: attention, then an MLP, each added to the residual stream.
 
     Kernels that read the same input are one array, so a step has few leaves and fewer, larger
     products:
         qkv      [E, (H + 2K) * D]   queries | keys | values, head-major
         gate_up  [E, 2F]             gate | up
+    A layer of X experts has router [E, X], experts_gate_up [X, E, 2F] and experts_down [X, F, E].
+
+    `layer` says what the config asks of it; `cache_layer`, if given, its place in the cache.
     """
 
     config: ModelConfig
     dtype: Any
     layer: int
+    cache_layer: int | None = None
 
     @nn.compact
     def __call__(
         self,
         hidden: Float[Array, "N E"],
-        rotary: tuple[Float[Array, "N 1 R"], Float[Array, "N 1 R"]],
+        rotary: Rotary | None,
         cache: Any,
         attend: Attend,
     ) -> tuple[Float[Array, "N E"], Any]:
         """Returns the residual stream after this layer and the cache `attend` gave back."""
         with jax.named_scope("attention"):
-            update, cache = self._attention(hidden, rotary, cache, attend)
-            hidden = hidden + update
+            update, cache = self._attention(self._before("attn", hidden), rotary, cache, attend)
+            hidden = self._add(hidden, update, "attn")
         with jax.named_scope("mlp"):
-            return hidden + self._mlp(hidden), cache
+            return self._add(hidden, self._mlp(self._before("mlp", hidden)), "mlp"), cache
+
+    def _before(self, part: str, hidden: Float[Array, "N E"]) -> Float[Array, "N E"]:
+        return self._norm(f"{part}_norm", hidden) if self.config.has_pre_norm else hidden
+
+    def _add(
+        self, hidden: Float[Array, "N E"], update: Float[Array, "N E"], part: str
+    ) -> Float[Array, "N E"]:
+        """The residual stream with what a part has made of it."""
+        if self.config.has_post_norm:
+            update = self._norm(f"{part}_post_norm", update)
+        if self.config.residual_scale != 1.0:
+            scaled = update.astype(jnp.float32) * self.config.residual_scale
+            update = scaled.astype(self.dtype)
+        return hidden + update
 
     def _attention(
         self,
-        hidden: Float[Array, "N E"],
-        rotary: tuple[Float[Array, "N 1 R"], Float[Array, "N 1 R"]],
+        normed: Float[Array, "N E"],
+        rotary: Rotary | None,
         cache: Any,
         attend: Attend,
     ) -> tuple[Float[Array, "N E"], Any]:
         config = self.config
         heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
-        normed = self._norm("attn_norm", hidden)
-        qkv = project(
-            normed, self._kernel("qkv", config.hidden_size, (heads + 2 * kv_heads) * head_dim)
-        )
-        if config.qkv_bias:
-            # Added before the cast, as a fused linear layer does: one rounding instead of two.
-            bias = self.param("qkv_bias", _ZEROS, (qkv.shape[-1],), self.dtype)
-            qkv = qkv + bias.astype(jnp.float32)[None, :]
+        qkv = self._linear("qkv", normed, (heads + 2 * kv_heads) * head_dim, config.qkv_bias)
         qkv = qkv.astype(self.dtype).reshape(-1, heads + 2 * kv_heads, head_dim)
         query, key, value = jnp.split(qkv, (heads, heads + kv_heads), axis=1)
         if config.qk_norm:
-            query = self._norm("q_norm", query)
-            key = self._norm("k_norm", key)
-        cache, out = attend(cache, self.layer, rotate(query, *rotary), rotate(key, *rotary), value)
-        kernel = self._kernel("o", heads * head_dim, config.hidden_size)
-        return project(out.reshape(-1, heads * head_dim), kernel).astype(self.dtype), cache
+            query, key = self._head_norm("q_norm", query), self._head_norm("k_norm", key)
+        if rotary is not None:
+            query, key = rotate(query, *rotary), rotate(key, *rotary)
+        place = self.layer if self.cache_layer is None else self.cache_layer
+        cache, out = attend(cache, place, query, key, value, scoring=config.scoring(self.layer))
+        flat = out.reshape(-1, heads * head_dim)
+        update = self._linear("o", flat, config.hidden_size, config.o_bias)
+        return update.astype(self.dtype), cache
 
-    def _mlp(self, hidden: Float[Array, "N E"]) -> Float[Array, "N E"]:
-        config = self.config
-        normed = self._norm("mlp_norm", hidden)
-        gate_up = self._kernel("gate_up", config.hidden_size, 2 * config.intermediate_size)
-        down = self._kernel("down", config.intermediate_size, config.hidden_size)
-        inner = swiglu(project(normed, gate_up)).astype(self.dtype)
-        return project(inner, down).astype(self.dtype)
+    def _head_norm(self, name: str, x: Float[Array, "N heads D"]) -> Float[Array, "N heads D"]:
+        if not self.config.is_qk_norm_joint:
+            return self._norm(name, x)
+        return self._norm(name, x.reshape(x.shape[0], -1)).reshape(x.shape)
 
-    def _kernel(self, name: str, width_in: int, width_out: int) -> Float[Array, "I O"]:
-        return self.param(name, _KERNEL_INIT, (width_in, width_out), self.dtype)
+    def _mlp(self, normed: Float[Array, "N E"]) -> Float[Array, "N E"]:
+        config, width = self.config, self.config.hidden_size
+        if config.is_sparse(self.layer):
+            count, inner_size = config.num_experts, config.expert_size
+            router = self._kernel("router", width, count)
+            gate_up = self._kernel("experts_gate_up", count, width, 2 * inner_size)
+            down = self._kernel("experts_down", count, inner_size, width)
+            return mix_experts(normed, router, gate_up, down, config)
+        if config.is_gated:
+            both = self._linear("gate_up", normed, 2 * config.intermediate_size, config.mlp_bias)
+            inner = gated(both, config.activation)
+        else:
+            up = self._linear("up", normed, config.intermediate_size, config.mlp_bias)
+            inner = activate(up, config.activation)
+        update = self._linear("down", inner.astype(self.dtype), width, config.mlp_bias)
+        return update.astype(self.dtype)
+
+    def _kernel(self, name: str, *shape: int) -> Float[Array, "*experts I O"]:
+        return self.param(name, _KERNEL_INIT, shape, self.dtype)
+
+    def _linear(
+        self, name: str, x: Float[Array, "N I"], width_out: int, has_bias: bool
+    ) -> Float[Array, "N O"]:
+        """A product with the kernel of that name in float32, its bias added.
+
+        Before the cast, as a fused linear layer does: one rounding instead of two.
+        """
+        out = project(x, self._kernel(name, x.shape[-1], width_out))
+        if has_bias:
+            bias = self.param(f"{name}_bias", _ZEROS, (width_out,), self.dtype)
+            out = out + bias.astype(jnp.float32)[None, :]
+        return out
 
     def _norm(self, name: str, x: Float[Array, "*batch W"]) -> Float[Array, "*batch W"]:
-        weight = self.param(name, _ONES, (x.shape[-1],), self.dtype)
-        return rms_norm(x, weight, self.config.rms_norm_eps)
+        weight = self.param(name, _norm_init(self.config), (x.shape[-1],), self.dtype)
+        bias = None
+        if self.config.norm == "layer":
+            bias = self.param(f"{name}_bias", _ZEROS, (x.shape[-1],), self.dtype)
+        return norm(x, weight, bias, self.config)
 
 
 class Llama(nn.Module):
     """A decoder from token ids to the hidden states that `logits` turns into scores.
 
     Parameters, all in `dtype`: `embed` [V, E], `layers_<i>` (see Block), `final_norm` [E], and
-    `lm_head` [E, V] unless the embedding is tied. Layers are a Python loop: under `lax.scan` XLA
-    copies each layer's weights every step.
+    `lm_head` [E, V] unless the embedding is tied; `position_embed` where positions are learned.
+    Layers are a Python loop: under `lax.scan` XLA copies each layer's weights every step.
     """
 
     config: ModelConfig
@@ -116,7 +170,13 @@ class Llama(nn.Module):
             Block(config, self.dtype, layer, name=f"layers_{layer}")
             for layer in range(config.num_layers)
         ]
-        self.final_norm = self.param("final_norm", _ONES, (width,), self.dtype)
+        self.final_norm = self.param("final_norm", _norm_init(config), (width,), self.dtype)
+        self.final_norm_bias = None
+        if config.norm == "layer":
+            self.final_norm_bias = self.param("final_norm_bias", _ZEROS, (width,), self.dtype)
+        if config.has_learned_positions:
+            shape = (config.max_position, width)
+            self.position_embed = self.param("position_embed", _KERNEL_INIT, shape, self.dtype)
         if not config.tie_embeddings:
             self.lm_head = self.param("lm_head", _KERNEL_INIT, (width, vocab), self.dtype)
 
@@ -139,37 +199,63 @@ class Llama(nn.Module):
         Returns:
             The hidden states after the final norm, in `dtype`, and the cache of the last call.
         """
-        hidden, rotary = self.begin(tokens, positions)
+        hidden, shared = self.begin(tokens, positions)
         for layer, block in enumerate(self.layers):
-            hidden, cache = block(hidden, self.layer_rotary(rotary, layer), cache, attend)
+            hidden, cache = block(hidden, self.layer_rotary(shared, layer), cache, attend)
         return self.end(hidden), cache
 
-    def begin(self, tokens: Int[Array, " N"], positions: Int[Array, " N"]) -> tuple[Any, Any]:
-        """What comes before the layers: the residual stream, and what all layers share."""
-        rotary = rotary_tables(positions, self.config)
+    def begin(
+        self, tokens: Int[Array, " N"], positions: Int[Array, " N"]
+    ) -> tuple[Float[Array, "N E"], tuple[Rotary | None, Rotary | None]]:
+        """What comes before the layers: the residual stream, and rotations of either kind."""
+        config = self.config
         with jax.named_scope("embed"):
-            return jnp.take(self.embed, tokens, axis=0, mode="clip"), rotary
+            hidden = jnp.take(self.embed, tokens, axis=0, mode="clip")
+            if config.embed_scale != 1.0:
+                # Rounded first, as transformers keeps it.
+                hidden = hidden * jnp.asarray(config.embed_scale, self.dtype)
+            if config.has_learned_positions:
+                return hidden + jnp.take(self.position_embed, positions, axis=0, mode="clip"), (
+                    None,
+                    None,
+                )
+        everywhere, local = rotary_tables(positions, config), None
+        if config.local_rope_theta is not None:
+            local = rotary_tables(positions, config, is_local=True)
+        return hidden, (everywhere, local)
 
     def end(self, hidden: Float[Array, "N E"]) -> Float[Array, "N E"]:
         """What comes after the layers."""
-        return rms_norm(hidden, self.final_norm, self.config.rms_norm_eps)
+        return norm(hidden, self.final_norm, self.final_norm_bias, self.config)
 
     @nn.nowrap
     def layer_rotary(self, shared: Any, layer: int) -> Any:
-        """A layer's part of what all layers share."""
-        return shared
+        """Of what `begin` gave, or of its shapes: the rotation of a layer, None for one without."""
+        everywhere, local = shared
+        if layer in self.config.ropeless_layers:
+            return None
+        is_local = local is not None and self.config.scoring(layer).window is not None
+        return local if is_local else everywhere
 
     @nn.nowrap
     def alone(self, layer: int) -> Block:
         """A layer as a module of its own; layers that compute the same are equal modules."""
-        return Block(self.config, self.dtype, layer=0, parent=None)
+        config = self.config
+        kinds = [(config.scoring(i), config.is_sparse(i)) for i in range(layer + 1)]
+        first = kinds.index(kinds[layer])
+        return Block(config, self.dtype, first, cache_layer=0, parent=None)
 
     def logits(self, hidden: Float[Array, "M E"]) -> Float[Array, "M V"]:
         """Scores of the next token in float32, for hidden states that `__call__` returned."""
+        config = self.config
         with jax.named_scope("logits"):
-            if self.config.tie_embeddings:
-                return project_transposed(hidden, self.embed)
-            return project(hidden, self.lm_head)
+            if config.tie_embeddings:
+                scores = project_transposed(hidden, self.embed)
+            else:
+                scores = project(hidden, self.lm_head)
+            if config.logits_divisor != 1.0:
+                scores = scores / config.logits_divisor
+            return softcap(scores, config.logits_softcap)
 
 
 def init_params(module: nn.Module, rng: Key[Array, ""] | UInt32[Array, " 2"]) -> dict[str, Any]:

@@ -8,6 +8,9 @@ from typing import Any
 
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl"})
 
+# The index of the largest models has a few megabytes.
+_MOST_JSON_BYTES = 2**26
+
 REFUSED_PICKLE = (
     "pickled weights can run code when they are opened and are never read: "
     "get the safetensors version of the model, or convert it with "
@@ -50,15 +53,17 @@ def read_json(directory: Path, name: str) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it isn't UTF-8, isn't JSON, or isn't an object.
+        ValueError: it isn't UTF-8, isn't JSON, isn't an object, or is far too large.
     """
     path = resolve_inside(directory, name)
     if not path.is_file():
         raise FileNotFoundError(f"{directory} has no {name}")
+    if path.stat().st_size > _MOST_JSON_BYTES:
+        raise ValueError(f"{directory / name} is larger than {_MOST_JSON_BYTES:,} bytes")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     # RecursionError: thousands of nested brackets.
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{directory / name} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{directory / name} holds a {type(content).__name__}, not an object")

@@ -7,20 +7,23 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from tqdm import tqdm
 
 from folojax.models.config import ModelConfig
 from folojax.models.hf_names import Source, is_ignorable, parameter_sources
-from folojax.models.safetensors_files import TensorFiles, open_tensors
+from folojax.models.safetensors_files import DTYPES, TensorFiles, open_tensors
 
-_READABLE_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
+_SILENT_SECONDS = 2.0
+_MOST_PROBLEMS = 50
 
 
 def read_params(directory: Path, config: ModelConfig, dtype: Any) -> dict[str, Any]:
     """Reads a directory's weights into the parameter tree of the config's module.
 
-    Tensors are read one at a time, so beside the parameters only one of them is in memory.
+    Parameters are read one after the other, each in the layout that it keeps: beside those that
+    are done, only one is in memory. A bar shows how far it is if that takes seconds and somebody
+    sits at a terminal.
 
     Args:
         directory: In the Hugging Face layout.
@@ -35,53 +38,85 @@ def read_params(directory: Path, config: ModelConfig, dtype: Any) -> dict[str, A
         ValueError: a file is malformed, or the tensors are not those the config asks for; every
             missing, unexpected and misshapen tensor is listed.
     """
+    tensors = open_tensors(directory)
     sources = parameter_sources(config)
-    with open_tensors(directory) as tensors:
-        _check(tensors, config, sources, directory)
-        return jax.tree.map(lambda source: _read(tensors, source, np.dtype(dtype)), sources)
+    names = _find(tensors, config, sources, directory)
+    with tqdm(
+        total=params_bytes(config, dtype),
+        desc="Loading weights",
+        unit="B",
+        unit_scale=True,
+        delay=_SILENT_SECONDS,
+        disable=None,  # where there is no terminal
+        leave=False,
+    ) as bar:
+
+        def read(source: Source) -> jax.Array:
+            array = _empty(source, np.dtype(dtype))
+            for name, view in source.views(array):
+                tensors.read_into(names[name], view)
+            bar.update(array.nbytes)
+            # Not `jnp.asarray`, which has NumPy transpose first, ten times slower. Waited for, or
+            # several would be in memory twice.
+            return jax.device_put(array).block_until_ready()
+
+        return jax.tree.map(read, sources)
+
+
+def _empty(source: Source, dtype: np.dtype) -> np.ndarray:
+    """Room for a parameter, in which the tensors that it is the transpose of lie side by side."""
+    if not source.is_transposed:
+        return np.empty(source.shape, dtype)
+    *stacked, width_in, width_out = source.shape
+    return np.empty((*stacked, width_out, width_in), dtype).swapaxes(-1, -2)
 
 
 def params_bytes(config: ModelConfig, dtype: Any) -> int:
     """Bytes of the tree that `read_params` gives for this config, known before it is read."""
     sources = jax.tree.leaves(parameter_sources(config))
-    num_values = sum(math.prod(shape) for source in sources for _, shape in source.tensors)
-    return num_values * np.dtype(dtype).itemsize
+    return sum(math.prod(source.shape) for source in sources) * np.dtype(dtype).itemsize
 
 
-def _check(
+def _find(
     tensors: TensorFiles, config: ModelConfig, sources: dict[str, Any], directory: Path
-) -> None:
-    """Raises one ValueError that lists all there is to say against the tensors."""
+) -> dict[str, str]:
+    """What the files call each wanted tensor.
+
+    Mostly by its name; without the first part of it where the model was saved without its head,
+    as the first GPT-2 was.
+
+    Raises:
+        ValueError: says at once all there is to say against the tensors.
+    """
     wanted = dict(pair for source in jax.tree.leaves(sources) for pair in source.tensors)
-    names = tensors.names()
-    problems = [f"missing: {name} {shape}" for name, shape in wanted.items() if name not in names]
+    there = tensors.names()
+    names = {}
+    for name in wanted:
+        short = name.partition(".")[2]
+        names[name] = short if name not in there and short in there else name
+    problems = [
+        f"missing: {name} {shape}" for name, shape in wanted.items() if names[name] not in there
+    ]
     problems += [
         f"unexpected: {name} {tensors.shape(name)}"
-        for name in sorted(names - wanted.keys())
+        for name in sorted(there - set(names.values()))
         if not is_ignorable(name, config)
     ]
-    for name in sorted(names & wanted.keys()):
-        if tensors.shape(name) != wanted[name]:
+    found = {names[name]: shape for name, shape in wanted.items() if names[name] in there}
+    for name, shape in sorted(found.items()):
+        if tensors.shape(name) != shape:
             problems.append(
-                f"wrong shape: {name} is {tensors.shape(name)}, config.json asks for {wanted[name]}"
+                f"wrong shape: {name} is {tensors.shape(name)}, config.json asks for {shape}"
             )
-        if tensors.dtype(name) not in _READABLE_DTYPES:
+        if tensors.dtype(name) not in DTYPES:
             problems.append(
                 f"wrong dtype: {name} is {tensors.dtype(name)}, not one of "
-                + ", ".join(sorted(_READABLE_DTYPES))
+                + ", ".join(sorted(DTYPES))
             )
     if problems:
+        rest = len(problems) - _MOST_PROBLEMS
+        shown = problems[:_MOST_PROBLEMS] + ([f"and {rest} more"] if rest > 0 else [])
         raise ValueError(
-            f"the weights in {directory} do not fit its config.json:\n  " + "\n  ".join(problems)
+            f"the weights in {directory} do not fit its config.json:\n  " + "\n  ".join(shown)
         )
-
-
-def _read(tensors: TensorFiles, source: Source, dtype: np.dtype) -> jax.Array:
-    """Joins, transposes and converts one parameter."""
-    rows = sum(shape[0] for _, shape in source.tensors)
-    joined = np.empty((rows, *source.tensors[0][1][1:]), dtype)
-    start = 0
-    for name, shape in source.tensors:
-        joined[start : start + shape[0]] = tensors.read(name)
-        start += shape[0]
-    return jnp.asarray(joined.T if source.is_transposed else joined)
+    return names

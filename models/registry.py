@@ -1,34 +1,29 @@
-"""Which architectures exist: one row a family.
-
-To add a family whose layers differ from Llama's by these flags alone, add a row; for others, write
-a module with the interface of `folojax.models.llama.Llama` and name it in the row.
-"""
+"""Which architectures exist: one row a family (docs/new_model.md says how to add one)."""
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any
+import importlib
+from typing import TYPE_CHECKING, Any
 
+if TYPE_CHECKING:
+    from folojax.models.family import Family
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Family:
-    """What an architecture's name implies beyond the numbers in its config.json."""
-
-    module: str
-    """`package.module:Class` of the Flax module. A name, so reading a config imports no Flax."""
-    qkv_bias: bool = False
-    qk_norm: bool = False
-    default_head_dim: int | None = None
-    """Used when config.json states none; None means hidden_size / num_attention_heads."""
-
-
-_LLAMA = "folojax.models.llama:Llama"
-
+# By name, so that one family is not imported for another, and configs may ask what exists.
 FAMILIES = {
     # SmolLM, SmolLM2 and TinyLlama call themselves Llama too.
-    "LlamaForCausalLM": Family(module=_LLAMA),
-    "Qwen2ForCausalLM": Family(module=_LLAMA, qkv_bias=True),
-    "Qwen3ForCausalLM": Family(module=_LLAMA, qk_norm=True, default_head_dim=128),
+    "LlamaForCausalLM": "folojax.models.family:LLAMA",
+    "MistralForCausalLM": "folojax.models.mistral:MISTRAL",
+    "MixtralForCausalLM": "folojax.models.mistral:MIXTRAL",
+    "Qwen2ForCausalLM": "folojax.models.qwen:QWEN2",
+    "Qwen3ForCausalLM": "folojax.models.qwen:QWEN3",
+    "Qwen3MoeForCausalLM": "folojax.models.qwen:QWEN3_MOE",
+    "Gemma2ForCausalLM": "folojax.models.gemma:GEMMA2",
+    "Gemma3ForCausalLM": "folojax.models.gemma:GEMMA3",
+    "Phi3ForCausalLM": "folojax.models.phi3:PHI3",
+    "Olmo2ForCausalLM": "folojax.models.olmo2:OLMO2",
+    "SmolLM3ForCausalLM": "folojax.models.smollm3:SMOLLM3",
+    "GPT2LMHeadModel": "folojax.models.gpt2:GPT2",
+    "GraniteForCausalLM": "folojax.models.granite:GRANITE",
 }
 
 
@@ -36,7 +31,7 @@ def family_of(architectures: Any) -> tuple[str, Family]:
     """Finds the row for the `architectures` entry of a config.json.
 
     Returns:
-        The architecture's name and its row.
+        The architecture's name and its family.
 
     Raises:
         ValueError: the entry is no list of names, or none of them is in the registry.
@@ -44,7 +39,8 @@ def family_of(architectures: Any) -> tuple[str, Family]:
     names = architectures if isinstance(architectures, list | tuple) else [architectures]
     for name in names:
         if isinstance(name, str) and name in FAMILIES:
-            return name, FAMILIES[name]
+            module, attribute = FAMILIES[name].split(":")
+            return name, getattr(importlib.import_module(module), attribute)
     raise ValueError(
         f"architectures {architectures!r} is not supported; supported: {', '.join(FAMILIES)}"
     )

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+import io
+import json
+import math
+import struct
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
+import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
@@ -16,41 +20,82 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
 
-class TensorFiles:
-    """Open safetensors files as one mapping from tensor name to array."""
+# float8 and packed types exist too, but then scales lie beside them that nobody would apply.
+DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+"""What can be read, by safetensors' name."""
 
-    def __init__(self, handles: Mapping[str, tuple[Path, Any]]):
-        """`handles` gives each tensor's name the path and the open file it lies in."""
-        self._handles = handles
+_BLOCK_BYTES = 2**24
+
+
+class _Place(NamedTuple):
+    """Where a tensor's bytes are."""
+
+    path: Path
+    start: int
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class TensorFiles:
+    """Checked safetensors files as one mapping from tensor name to array."""
+
+    def __init__(self, places: Mapping[str, _Place]):
+        """`places` has every tensor."""
+        self._places = places
 
     def names(self) -> set[str]:
         """Every tensor's name."""
-        return set(self._handles)
+        return set(self._places)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """A tensor's shape, from the file's header."""
-        return tuple(self._handles[name][1].get_slice(name).get_shape())
+        return self._places[name].shape
 
     def dtype(self, name: str) -> str:
         """A tensor's dtype as safetensors spells it ("F32", "BF16"), from the file's header."""
-        return self._handles[name][1].get_slice(name).get_dtype()
+        return self._places[name].dtype
 
-    def read(self, name: str) -> np.ndarray:
-        """One tensor as a NumPy array; bfloat16 comes as ml_dtypes' type.
+    def read_into(self, name: str, target: np.ndarray) -> None:
+        """Copies one tensor, of a dtype in `DTYPES`, to where it is wanted.
+
+        Block by block, converted on the way, so little more than `target` is in memory. Not from
+        a memory map, whose pages would count as this process's own.
+
+        Args:
+            name: The tensor.
+            target: Of its shape and any float dtype; may be a view, such as a transposed one.
 
         Raises:
             ValueError: the file cannot be read; it is named.
         """
-        path, handle = self._handles[name]
+        place = self._places[name]
+        dtype = DTYPES[place.dtype]
+        row_bytes = dtype.itemsize * math.prod(place.shape[1:])
+        num_rows = max(1, _BLOCK_BYTES // max(1, row_bytes))
         try:
-            return handle.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path}: tensor {name!r} cannot be read: {error}") from error
+            with place.path.open("rb", buffering=0) as file:
+                file.seek(place.start)
+                for first in range(0, place.shape[0], num_rows):
+                    rows = target[first : first + num_rows]
+                    if rows.dtype == dtype and rows.flags.c_contiguous:
+                        _fill(file, rows)
+                        continue
+                    block = np.empty(rows.shape, dtype)
+                    _fill(file, block)
+                    # float16 of what is too large is infinite, as everywhere.
+                    with np.errstate(over="ignore"):
+                        rows[...] = block
+        except OSError as error:
+            raise ValueError(f"{place.path}: tensor {name!r} cannot be read: {error}") from error
 
 
-@contextlib.contextmanager
-def open_tensors(directory: Path) -> Iterator[TensorFiles]:
-    """Opens model.safetensors, or else every shard of model.safetensors.index.json.
+def open_tensors(directory: Path) -> TensorFiles:
+    """Checks model.safetensors, or else every shard of model.safetensors.index.json.
 
     Raises:
         FileNotFoundError: there are no weights, or the index names files that are absent (all are
@@ -58,20 +103,48 @@ def open_tensors(directory: Path) -> Iterator[TensorFiles]:
         ValueError: a file is truncated or malformed, the index is malformed or leaves the
             directory, a tensor is in two shards, or the only weights are pickles.
     """
-    with contextlib.ExitStack() as stack:
-        handles: dict[str, tuple[Path, Any]] = {}
-        for path in _weight_files(directory):
-            try:
-                # NumPy and not Flax: joining and transposing happen before anything reaches a
-                # device.
-                handle = stack.enter_context(safe_open(path, framework="numpy"))
-            except (SafetensorError, OSError) as error:
-                raise ValueError(f"{path} is truncated or no safetensors file: {error}") from error
-            for name in handle.keys():  # noqa: SIM118 - not a mapping, keys() is all it has
-                if name in handles:
-                    raise ValueError(f"tensor {name!r} is in {handles[name][0]} and in {path}")
-                handles[name] = (path, handle)
-        yield TensorFiles(handles)
+    places: dict[str, _Place] = {}
+    for path in _weight_files(directory):
+        for name, place in _read_header(path).items():
+            if name in places:
+                raise ValueError(f"tensor {name!r} is in {places[name].path} and in {path}")
+            places[name] = place
+    return TensorFiles(places)
+
+
+def _read_header(path: Path) -> dict[str, _Place]:
+    """Where the tensors of one file are.
+
+    The library has checked by then that all lie inside the file, side by side and without gaps.
+    """
+    try:
+        with safe_open(path, framework="numpy"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is truncated or no safetensors file: {error}") from error
+    with path.open("rb") as file:
+        (header_size,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(header_size))
+    header.pop("__metadata__", None)
+    return {
+        name: _Place(
+            path=path,
+            start=8 + header_size + entry["data_offsets"][0],
+            shape=tuple(entry["shape"]),
+            dtype=entry["dtype"],
+        )
+        for name, entry in header.items()
+    }
+
+
+def _fill(file: io.FileIO, block: np.ndarray) -> None:
+    """Reads as many bytes as the array has."""
+    rest = block.view(np.uint8).reshape(-1).data
+    while rest:
+        count = file.readinto(rest)
+        if not count:
+            raise OSError("the file has become shorter")
+        rest = rest[count:]
 
 
 def _weight_files(directory: Path) -> list[Path]:

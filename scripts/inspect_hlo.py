@@ -86,7 +86,8 @@ def inspect(args: argparse.Namespace, page_size: int, unit: int, device: Any) ->
     module = Llama(ModelConfig(**shape), jnp.bfloat16)
     pages = Pages(args.rows, args.longest, page_size)
     # The pool is larger than what is in use; a step is handed its first segments.
-    segments = split_segments(4 * pages.num_pages, first=min(128, unit), unit=unit)
+    head = (128, unit - 128) if unit > 128 else (unit,)
+    segments = split_segments(4 * pages.num_pages, head=head)
     sums = list(itertools.accumulate(segments))
     count = next(i for i, extent in enumerate(sums, start=1) if extent >= pages.num_pages)
     steps = Steps(module, segments[:count], page_size, device)

@@ -104,6 +104,16 @@ def greedy(
     return tokens, logprobs.numpy(), (top_two[:, 0] - top_two[:, 1]).numpy()
 
 
+def randomise(model: Any) -> None:
+    """Moves biases and norm weights off 0 and 1, so that none can be dropped or exchanged."""
+    import torch
+
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+
+
 def save_tiny(
     kind: str,
     directory: Path,
@@ -134,9 +144,6 @@ def save_tiny(
     config = getattr(transformers, f"{names[kind]}Config")(**fields)
     torch.manual_seed(seed)
     model = getattr(transformers, f"{names[kind]}ForCausalLM")(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter.add_(0.3 * torch.randn_like(parameter))
+    randomise(model)
     model.save_pretrained(directory, max_shard_size=max_shard_size)
     return model

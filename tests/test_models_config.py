@@ -1,12 +1,15 @@
 """What is read from a config.json, and what is refused."""
 
 import dataclasses
+import math
 from typing import Any
 
 import pytest
 
-from folojax.models.config import LinearRope, Llama3Rope, ModelConfig, config_from_hf
+from folojax.models.config import ModelConfig
+from folojax.models.hf_config import config_from_hf
 from folojax.models.registry import FAMILIES, family_of
+from folojax.models.rope import LinearRope, Llama3Rope, LongRope, YarnRope
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -15,6 +18,7 @@ LLAMA = {
     "intermediate_size": 96,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
+    "num_key_value_heads": 4,
     "max_position_embeddings": 512,
     "rms_norm_eps": 1e-5,
 }
@@ -76,23 +80,29 @@ def test_rotary_settings_are_read_in_both_spellings(keys, scaling):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"architectures": ["GemmaForCausalLM"]}, r"GemmaForCausalLM.*LlamaForCausalLM, Qwen2"),
+        ({"architectures": ["GemmaForCausalLM"]}, r"GemmaForCausalLM.*LlamaForCausalLM, Mis"),
         ({"architectures": None}, "architectures None"),
         ({"vocab_size": None}, "lacks vocab_size"),
-        ({"hidden_act": "gelu"}, "hidden_act 'gelu'.*'silu'"),
-        ({"mlp_bias": True}, "mlp_bias"),
-        ({"attention_bias": True}, "attention_bias"),
-        ({"use_sliding_window": True, "sliding_window": 4096}, "sliding_window 4096"),
+        ({"hidden_act": "relu"}, "hidden_act 'relu'.*silu"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
         ({"quantization_config": {"quant_method": "awq"}}, "awq"),
         ({"rope_interleaved": True}, "rope_interleaved"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "'yarn'.*llama3"),
+        ({"rope_scaling": {"rope_type": "ntk", "factor": 4.0}}, "'ntk'.*llama3"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": -4.0}}, "factor is -4"),
+        ({"rope_scaling": {"rope_type": "longrope"}}, "short_factor"),
+        ({"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0]}}, "1 entries; 8 pairs"),
+        ({"rope_scaling": 5}, "malformed"),
+        ({"hidden_size": "64"}, "hidden_size is '64'"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0"),
+        ({"num_hidden_layers": 10**9}, "num_layers is 1000000000.*to 1,024"),
+        ({"vocab_size": 10**12}, "vocab_size is"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
         ({"rope_scaling": {"rope_type": "linear"}}, "needs factor"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"hidden_size": 66}, "no head_dim"),
         ({"head_dim": 15}, "head_dim is 15"),
         ({"num_key_value_heads": 3}, "num_kv_heads 3"),
-        ({"num_hidden_layers": 0, "rms_norm_eps": -1.0}, "num_layers is 0.*rms_norm_eps is -1"),
+        ({"num_hidden_layers": 2000, "rms_norm_eps": -1.0}, "num_layers is 2000.*eps is -1"),
     ],
 )
 def test_what_is_not_supported_is_named(keys, message):
@@ -111,3 +121,44 @@ def test_every_family_can_be_a_config():
         assert config.architecture == family_of([name])[0] == name
         with pytest.raises(ValueError, match="architecture is 'Other'"):
             dataclasses.replace(config, architecture="Other")
+
+
+def test_rotary_scalings_are_read_with_their_defaults():
+    yarn = {"rope_type": "yarn", "factor": 4, "original_max_position_embeddings": 128}
+    config = config_from_hf(LLAMA | {"rope_scaling": yarn})
+    assert config.rope_scaling == YarnRope(
+        factor=4.0,
+        beta_fast=32.0,
+        beta_slow=1.0,
+        original_max_position_embeddings=128,
+        attention_factor=0.1 * math.log(4) + 1,
+        is_truncated=True,
+    )
+
+
+def test_a_longrope_model_ends_where_its_long_factors_begin():
+    rope = {"type": "su", "short_factor": [1] * 8, "long_factor": [2] * 8}
+    keys = {"rope_scaling": rope, "original_max_position_embeddings": 128}
+    config = config_from_hf(LLAMA | keys)
+    assert isinstance(config.rope_scaling, LongRope)
+    assert config.max_position == 128
+
+
+def test_the_file_itself_stays_with_the_config_but_does_not_count():
+    config = config_from_hf(LLAMA)
+    other = config_from_hf(LLAMA | {"comment": "the same model"})
+    assert config.hf_config != other.hf_config
+    assert config == other
+    assert hash(config) == hash(other)
+
+
+def test_windows_are_those_of_the_family():
+    def windows(architecture, **keys):
+        return config_from_hf(LLAMA | {"architectures": [architecture]} | keys).windows
+
+    assert windows("MistralForCausalLM") == (4096, 4096)
+    assert windows("MistralForCausalLM", sliding_window=None) == ()
+    assert windows("Gemma2ForCausalLM", sliding_window=7) == (7, None)
+    assert windows("Gemma3ForCausalLM", sliding_window_pattern=2, sliding_window=7) == (7, None)
+    assert windows("Qwen2ForCausalLM") == ()
+    assert windows("Phi3ForCausalLM", sliding_window=2047) == (2047, 2047)

@@ -19,6 +19,7 @@ from folojax.models.artefacts import build_once, cache_root
 from folojax.models.checkpoint import build_module, load_params, open_checkpoint
 from folojax.models.dense_attend import dense_attend
 from folojax.models.gguf_tokenizer import build_tokenizer
+from folojax.models.rope import LinearRope
 from tests import reference
 
 TEXT = (
@@ -251,15 +252,19 @@ def test_an_untied_file_with_grouped_heads_converts(tmp_path, cache):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architecture": "mamba"}, "'mamba' is not supported; supported: 'llama'"),
+        ({"architecture": "mamba"}, "'mamba' is not supported; supported: 'llama', 'qwen2'"),
         ({"llama__context_length": None}, "lacks llama.context_length"),
-        ({"llama__expert_count": 8}, "mixtures of experts"),
-        ({"llama__rope__dimension_count": 4}, "part of the head"),
-        ({"llama__rope__scaling__type": "yarn"}, "'yarn' is not supported"),
-        ({"tokenizer__ggml__model": "llama"}, "tokenizer model 'llama' is not supported"),
+        ({"llama__expert_count": 8}, "lacks llama.expert_used_count"),
+        ({"llama__rope__dimension_count": 4}, "partial_rotary_factor 0.5"),
+        ({"llama__rope__scaling__type": "ntk"}, "'ntk' is not supported"),
+        ({"tokenizer__ggml__model": "t5"}, "tokenizer model 't5' is not supported"),
+        ({"tokenizer__ggml__model": "llama"}, "7 tokens and 0 scores"),
         ({"tokenizer__ggml__pre": "other"}, "pre-tokenizer 'other' is not supported"),
         ({"tokenizer__ggml__merges": None}, "and 0 merges"),
-        ({"tensors": {"rope_freqs.weight": np.ones(4, "float32")}}, "rope_freqs.weight"),
+        ({"tensors": {"rope_freqs.weight": np.arange(4, dtype="float32")}}, "rope_freqs.weight"),
+        ({"tensors": {}}, "missing: token_embd.weight"),
+        ({"llama__embedding_length": 64}, r"token_embd.weight has \(7, 32\)"),
+        ({"llama__embedding_length": 0}, "hidden_size is 0"),
         ({"tensors": {"blk.0.attn_q.bias": np.ones(4, "float32")}}, "blk.0.attn_q.bias"),
     ],
 )
@@ -289,7 +294,7 @@ def test_linear_rope_and_turn_ends_are_read(tmp_path, cache):
             tokenizer__ggml__eot_token_id=2,
         )
     )
-    assert checkpoint.config.rope_scaling is not None
+    assert isinstance(checkpoint.config.rope_scaling, LinearRope)
     assert checkpoint.config.rope_scaling.factor == 4.0
     assert checkpoint.eos_token_ids == (1, 2)
 

@@ -144,8 +144,8 @@ def test_attend_is_called_once_a_layer_and_threads_the_cache():
     module, params = tiny()
     tokens = jnp.arange(5, dtype=jnp.int32)
 
-    def counting(cache, layer, query, key, value):
-        _, out = dense_attend(None, layer, query, key, value)
+    def counting(cache, layer, query, key, value, scoring):
+        _, out = dense_attend(None, layer, query, key, value, scoring)
         return (*cache, (layer, query.shape, key.shape, value.shape)), out
 
     assert isinstance(counting, Attend)

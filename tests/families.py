@@ -1,0 +1,159 @@
+"""A tiny random model of every family, made by transformers: two layers, windows that matter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tests.reference import TINY, randomise
+
+PROMPT_LEN = 64
+
+_TINY = TINY | {"num_hidden_layers": 2}
+
+# Frequencies of which some are scaled, some kept and some on the ramp, at this tiny length.
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10_000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 128,
+}
+_LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10_000.0,
+    "short_factor": [1.0, 1.1, 1.5, 2.0, 3.0, 4.5],
+    "long_factor": [1.0, 1.3, 2.0, 4.0, 8.0, 16.0],
+}
+_EXPERTS = {"num_experts_per_tok": 2, "num_key_value_heads": 4}
+
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {}),
+    "llama-biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama-rope-llama3": ("Llama", {"rope_parameters": _LLAMA3}),
+    "llama-rope-linear": (
+        "Llama",
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0}},
+    ),
+    "llama-rope-dynamic": (
+        "Llama",
+        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 500.0, "factor": 2.0}},
+    ),
+    "qwen2-rope-yarn": ("Qwen2", {"rope_parameters": _YARN, "tie_word_embeddings": True}),
+    "mistral": ("Mistral", {"sliding_window": 12}),
+    "mistral-full": ("Mistral", {"sliding_window": None, "head_dim": 24}),
+    "mixtral": ("Mixtral", {"num_local_experts": 4, "sliding_window": 12, **_EXPERTS}),
+    "qwen2": ("Qwen2", {}),
+    "qwen2-window": (
+        "Qwen2",
+        {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 1},
+    ),
+    "qwen3": ("Qwen3", {"head_dim": 32}),
+    "qwen3-moe": (
+        "Qwen3Moe",
+        {
+            "num_experts": 8,
+            "moe_intermediate_size": 24,
+            "head_dim": 32,
+            "norm_topk_prob": True,
+            **_EXPERTS,
+        },
+    ),
+    "qwen3-moe-mixed": (
+        "Qwen3Moe",
+        {"num_experts": 8, "moe_intermediate_size": 24, "mlp_only_layers": [0], **_EXPERTS},
+    ),
+    "gemma2": (
+        "Gemma2",
+        {
+            "head_dim": 24,
+            "sliding_window": 12,
+            "query_pre_attn_scalar": 20,
+            "attn_logit_softcapping": 5.0,
+            "final_logit_softcapping": 8.0,
+        },
+    ),
+    "gemma3": (
+        "Gemma3",
+        {
+            "head_dim": 24,
+            "sliding_window": 12,
+            "query_pre_attn_scalar": 20,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        },
+    ),
+    "phi3": ("Phi3", {"sliding_window": 20}),
+    "phi3-longrope": (
+        "Phi3",
+        {
+            "rope_parameters": {**_LONGROPE, "partial_rotary_factor": 0.75},
+            "original_max_position_embeddings": 128,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "olmo2": ("Olmo2", {}),
+    "smollm3": ("SmolLM3", {"no_rope_layers": [1, 0]}),
+    "gpt2": ("GPT2", {}),
+    "granite": (
+        "Granite",
+        {
+            "embedding_multiplier": 6.0,
+            "attention_multiplier": 0.2,
+            "residual_multiplier": 0.4,
+            "logits_scaling": 2.0,
+        },
+    ),
+}
+"""Transformers' name of the family, and fields of its config."""
+
+_CLASSES = {
+    "GPT2": ("GPT2Config", "GPT2LMHeadModel"),
+    "Gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM"),
+}
+_GPT2 = {
+    "vocab_size": 128,
+    "n_embd": 64,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 512,
+    "initializer_range": 0.2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def save_family(
+    case: str, directory: Path, changes: Mapping[str, Any] | None = None, **options: Any
+) -> Any:
+    """Makes the model of a case, saves it as safetensors, and returns it in float32.
+
+    Args:
+        case: A key of `FAMILIES`.
+        directory: Where it goes.
+        changes: Of the config.
+        options: Of save_pretrained.
+    """
+    import torch
+    import transformers
+
+    name, overrides = FAMILIES[case]
+    config_name, model_name = _CLASSES.get(name, (f"{name}Config", f"{name}ForCausalLM"))
+    fields = (_GPT2 if name == "GPT2" else _TINY) | overrides | dict(changes or {})
+    config = getattr(transformers, config_name)(**fields)
+    torch.manual_seed(0)
+    model = getattr(transformers, model_name)(config).eval()
+    randomise(model)
+    model.save_pretrained(directory, **options)
+    return model

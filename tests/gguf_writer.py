@@ -1,0 +1,124 @@
+"""Writes GGUF files of tiny models, as llama.cpp's converter would."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+
+# The metadata of each architecture, by what config.json calls it.
+_KEYS = {
+    "hidden_size": "embedding_length",
+    "n_embd": "embedding_length",
+    "intermediate_size": "feed_forward_length",
+    "num_hidden_layers": "block_count",
+    "n_layer": "block_count",
+    "num_attention_heads": "attention.head_count",
+    "n_head": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
+    "head_dim": "attention.key_length",
+    "max_position_embeddings": "context_length",
+    "n_positions": "context_length",
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+    "layer_norm_epsilon": "attention.layer_norm_epsilon",
+    "sliding_window": "attention.sliding_window",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+    "num_experts_per_tok": "expert_used_count",
+    "num_local_experts": "expert_count",
+    "moe_intermediate_size": "expert_feed_forward_length",
+}
+
+
+def letters_metadata(vocab_size: int) -> dict[str, Any]:
+    """A byte-level tokenizer of which only the size matters."""
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.tokens": [chr(0x100 + i) for i in range(vocab_size - 1)] + ["ĀĄ"],
+        "tokenizer.ggml.token_type": [1] * vocab_size,
+        "tokenizer.ggml.merges": ["Ā Ą"],
+        "tokenizer.ggml.eos_token_id": 2,
+    }
+
+
+def convert(model: Any, directory: Path, architecture: str, path: Path) -> None:
+    """Writes a model of transformers, saved in `directory`, as a GGUF file."""
+    config = json.loads((directory / "config.json").read_text())
+    metadata = {
+        f"{architecture}.{ours}": config[theirs]
+        for theirs, ours in _KEYS.items()
+        if config.get(theirs) is not None
+    }
+    if config.get("n_embd"):
+        metadata["gpt2.feed_forward_length"] = 4 * config["n_embd"]
+    rope = config.get("rope_parameters") or {}
+    rope = rope.get("full_attention", rope)
+    if rope:
+        metadata[f"{architecture}.rope.freq_base"] = float(rope["rope_theta"])
+    if rope.get("rope_type") == "linear":
+        metadata[f"{architecture}.rope.scaling.type"] = "linear"
+        metadata[f"{architecture}.rope.scaling.factor"] = float(rope["factor"])
+    kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+    layers = config.get("num_hidden_layers") or config["n_layer"]
+    names = gguf.get_tensor_name_map(kinds[architecture], layers)
+    tensors: dict[str, np.ndarray] = {}
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight" and config.get("tie_word_embeddings", True):
+            continue
+        array = tensor.float().numpy()
+        if name.endswith("experts.gate_up_proj"):
+            prefix, half = name.removesuffix("gate_up_proj"), array.shape[1] // 2
+            tensors[f"{names.get_name(prefix + 'gate_proj')}.weight"] = array[:, :half]
+            tensors[f"{names.get_name(prefix + 'up_proj')}.weight"] = array[:, half:]
+            continue
+        if name.endswith("experts.down_proj"):
+            tensors[f"{names.get_name(name)}.weight"] = array
+            continue
+        gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert gguf_name, name
+        tensors[gguf_name] = _llama_cpp_layout(gguf_name, array, architecture, config)
+    write(path, architecture, metadata | letters_metadata(config["vocab_size"]), tensors)
+
+
+def _llama_cpp_layout(name: str, array: np.ndarray, architecture: str, config: Any) -> np.ndarray:
+    role = re.sub(r"^blk\.\d+\.", "", name)
+    if architecture == "llama" and role in ("attn_q.weight", "attn_k.weight"):
+        heads = config["num_attention_heads" if "_q" in role else "num_key_value_heads"]
+        halves = array.reshape(heads, 2, array.shape[0] // heads // 2, array.shape[1])
+        return halves.swapaxes(1, 2).reshape(array.shape)
+    if architecture.startswith("gemma") and role.endswith("norm.weight"):
+        return array + 1
+    if architecture == "gpt2" and name.startswith("blk.") and array.ndim == 2:
+        return array.T
+    return array
+
+
+def write(path: Path, architecture: str, metadata: dict[str, Any], tensors: dict[str, Any]) -> None:
+    """Writes key-value pairs and tensors; a tensor may be a pair (bytes, quantisation type)."""
+    writer = gguf.GGUFWriter(path, architecture)
+    for name, value in metadata.items():
+        match value:
+            case bool():
+                writer.add_bool(name, value)
+            case str():
+                writer.add_string(name, value)
+            case int():
+                writer.add_uint32(name, value)
+            case float():
+                writer.add_float32(name, value)
+            case _:
+                writer.add_array(name, value)
+    for name, tensor in tensors.items():
+        if isinstance(tensor, tuple):
+            writer.add_tensor(name, tensor[0], raw_dtype=tensor[1])
+        else:
+            writer.add_tensor(name, np.ascontiguousarray(tensor))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

@@ -1,0 +1,216 @@
+"""GGUF files of every supported architecture, quantisation and kind of tokenizer."""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import gguf
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from folojax.models.checkpoint import build_module, load_params, open_checkpoint
+from folojax.models.dense_attend import dense_attend
+from folojax.models.gguf_config import GGUF_FAMILIES
+from folojax.models.gguf_tokenizer import build_tokenizer
+from folojax.models.rope import Llama3Rope, LongRope, frequencies
+from tests import gguf_writer, reference
+from tests.families import save_family
+
+# By architecture: a case of `tests.families`, and what differs from it where GGUF cannot say it.
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama-mistral": ("mistral", {}),
+    "llama-linear": ("llama-rope-linear", {}),
+    "llama-mixtral": ("mixtral", {}),
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", {}),
+    "qwen3moe": ("qwen3-moe", {}),
+    "gemma2": ("gemma2", {"query_pre_attn_scalar": 24}),
+    # Six layers: the last one is global.
+    "gemma3": (
+        "gemma3",
+        {"query_pre_attn_scalar": 24, "num_hidden_layers": 6, "layer_types": None},
+    ),
+    "phi3": ("phi3", {}),
+    "gpt2": ("gpt2", {}),
+}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache directory of every test's own."""
+    monkeypatch.setenv("FOLOJAX_CACHE_DIR", str(tmp_path / "cache"))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def dense_logits(module: Any, params: Any, tokens: Any) -> Any:
+    positions = jnp.arange(len(tokens), dtype=jnp.int32)
+    hidden, _ = module.apply({"params": params}, tokens, positions, None, dense_attend)
+    return module.apply({"params": params}, hidden, method="logits")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_are_those_of_the_model_it_was_made_from(case: str, tmp_path: Path) -> None:
+    family, changes = CASES[case]
+    model = save_family(family, tmp_path / "hf", changes)
+    gguf_writer.convert(model, tmp_path / "hf", case.partition("-")[0], tmp_path / "tiny.gguf")
+    checkpoint = open_checkpoint(tmp_path / "tiny.gguf")
+    module = build_module(checkpoint.config, jnp.float32)
+    tokens = np.random.default_rng(0).integers(3, 128, 64).tolist()
+    ours = dense_logits(module, load_params(checkpoint, jnp.float32), jnp.asarray(tokens))
+    # Norms lose a bit to the 1 that is added in the file.
+    np.testing.assert_allclose(ours, reference.logits(model, tokens), rtol=0, atol=2e-4)
+    converted = reference.load_model(checkpoint.directory)
+    np.testing.assert_allclose(ours, reference.logits(converted, tokens), rtol=0, atol=2e-4)
+
+
+def test_every_architecture_is_tried() -> None:
+    assert {case.partition("-")[0] for case in CASES} == set(GGUF_FAMILIES)
+
+
+def llama_file(path: Path, tensors: dict[str, Any], **changes: Any) -> Path:
+    """A one-layer Llama whose `down` is 256 wide, so that every kind of block fits."""
+    shapes = {
+        "token_embd.weight": (8, 32),
+        "output_norm.weight": (32,),
+        "blk.0.attn_norm.weight": (32,),
+        "blk.0.attn_q.weight": (32, 32),
+        "blk.0.attn_k.weight": (32, 32),
+        "blk.0.attn_v.weight": (32, 32),
+        "blk.0.attn_output.weight": (32, 32),
+        "blk.0.ffn_norm.weight": (32,),
+        "blk.0.ffn_gate.weight": (256, 32),
+        "blk.0.ffn_up.weight": (256, 32),
+        "blk.0.ffn_down.weight": (32, 256),
+    }
+    metadata = {
+        "llama.context_length": 64,
+        "llama.embedding_length": 32,
+        "llama.feed_forward_length": 256,
+        "llama.block_count": 1,
+        "llama.attention.head_count": 4,
+        "llama.attention.layer_norm_rms_epsilon": 1e-5,
+        **gguf_writer.letters_metadata(8),
+    }
+    metadata |= {name.replace("__", "."): value for name, value in changes.items()}
+    plain = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+    gguf_writer.write(path, "llama", metadata, plain | tensors)
+    return path
+
+
+# Whole numbers and doubles are no quantisation, and no model has them.
+QUANTISATIONS = [
+    kind
+    for kind in gguf.GGMLQuantizationType
+    if kind.name not in ("I8", "I16", "I32", "I64", "F64")
+]
+
+
+@pytest.mark.parametrize("kind", QUANTISATIONS, ids=lambda kind: kind.name)
+def test_every_quantisation_of_the_library_is_read(kind: Any, tmp_path: Path) -> None:
+    """Blocks of random bytes, against the library's own reading of them."""
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    plain = {
+        gguf.GGMLQuantizationType.F32: np.float32,
+        gguf.GGMLQuantizationType.F16: np.float16,
+    }
+    rng = np.random.default_rng(0)
+    if kind in plain:
+        data = rng.standard_normal((32, 256)).astype(plain[kind])
+        tensor: Any = data
+    else:
+        data = rng.integers(0, 256, (32, 256 // block * size), dtype=np.uint8)
+        tensor = (data, kind)
+    if (kind.name.startswith("I") and kind.name[1:].isdigit()) or kind.name == "F64":
+        return  # whole numbers and doubles are no quantisation, and no model has them
+    path = llama_file(tmp_path / "tiny.gguf", {"blk.0.ffn_down.weight": tensor})
+    try:
+        with np.errstate(all="ignore"):
+            expected = gguf.quants.dequantize(data, kind)
+    except NotImplementedError:
+        with pytest.raises(ValueError, match=f"ffn_down.weight is quantised as {kind.name}"):
+            open_checkpoint(path)
+        return
+    with np.errstate(all="ignore"):
+        params = load_params(open_checkpoint(path), jnp.float32)
+    np.testing.assert_array_equal(params["layers_0"]["down"], expected.T)
+
+
+def test_the_scaling_of_llama_3_is_found_in_its_table(tmp_path: Path) -> None:
+    scaling = Llama3Rope(
+        factor=8.0,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+        original_max_position_embeddings=8192,
+    )
+    table = frequencies(8, 500_000.0, None) / frequencies(8, 500_000.0, scaling)
+    path = llama_file(
+        tmp_path / "tiny.gguf",
+        {"rope_freqs.weight": table.astype(np.float32)},
+        llama__rope__freq_base=500_000.0,
+    )
+    assert open_checkpoint(path).config.rope_scaling == scaling
+
+
+def test_longrope_factors_are_read_from_their_tables(tmp_path: Path) -> None:
+    model = save_family("phi3", tmp_path / "hf")
+    gguf_writer.convert(model, tmp_path / "hf", "phi3", tmp_path / "plain.gguf")
+    reader = gguf.GGUFReader(tmp_path / "plain.gguf")
+    tensors: dict[str, Any] = {tensor.name: np.array(tensor.data) for tensor in reader.tensors}
+    tensors["rope_factors_short.weight"] = np.linspace(1, 3, 8, dtype=np.float32)
+    tensors["rope_factors_long.weight"] = np.linspace(1, 9, 8, dtype=np.float32)
+    metadata = {
+        name: field.contents()
+        for name, field in reader.fields.items()
+        if not name.startswith(("GGUF.", "general."))
+    }
+    metadata["phi3.rope.scaling.original_context_length"] = 128
+    gguf_writer.write(tmp_path / "long.gguf", "phi3", metadata, tensors)
+    config = open_checkpoint(tmp_path / "long.gguf").config
+    assert isinstance(config.rope_scaling, LongRope)
+    assert config.max_position == 128
+    np.testing.assert_allclose(config.rope_scaling.short_factor, np.linspace(1, 3, 8), rtol=1e-6)
+
+
+TEXTS = ["the cat sat", " a  b", "naïve 日本 🙂", "", "cat\n\tcat", "<s> the"]
+
+
+@pytest.mark.parametrize("has_prefix", [True, False])
+def test_a_sentencepiece_vocabulary_encodes_as_the_one_it_was_made_from(has_prefix: bool) -> None:
+    """The original: trained by the tokenizers library; its file: pieces and scores."""
+    import tokenizers
+    from tokenizers import decoders, normalizers
+
+    original = tokenizers.Tokenizer(tokenizers.models.BPE(byte_fallback=True, unk_token="<unk>"))
+    spaces = normalizers.Replace(" ", "\u2581")
+    prefix = [normalizers.Prepend("\u2581")] if has_prefix else []
+    original.normalizer = normalizers.Sequence([*prefix, spaces])
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=320, special_tokens=special)
+    original.train_from_iterator(["the cat sat on the mat", "a cat that sat there"] * 20, trainer)
+    strip = [decoders.Strip(" ", 1, 0)] if has_prefix else []
+    original.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
+    vocab = original.get_vocab()
+    tokens = sorted(vocab, key=vocab.__getitem__)
+    ours = build_tokenizer(
+        {
+            "tokenizer.ggml.model": "llama",
+            "tokenizer.ggml.tokens": tokens,
+            "tokenizer.ggml.scores": [-float(index) for index in range(len(tokens))],
+            "tokenizer.ggml.token_type": [2, 3, 3] + [6] * 256 + [1] * (len(tokens) - 259),
+            "tokenizer.ggml.add_space_prefix": has_prefix,
+            "tokenizer.ggml.add_bos_token": False,
+            "tokenizer.ggml.unknown_token_id": 0,
+        }
+    )
+    for text in TEXTS:
+        encoded = ours.encode(text, add_special_tokens=False).ids
+        if "<s>" not in text:
+            assert encoded == original.encode(text, add_special_tokens=False).ids
+            assert ours.decode(encoded) == text
+        else:
+            assert encoded[0] == 1, "a control token in a text is that token"
