@@ -115,7 +115,7 @@ def test_the_plan_of_a_small_engine() -> None:
         decode_rows=(1, 2, 4, 5),
         prefill_rows=(1, 2, 3),
         prefill_columns=16,
-        prefill_pages=(2, 8, 10),
+        prefill_pages=(2, 10),
         prefill_segments=(2, 3),
         decode_pages=(10,),
         segments=(8, 8, 4),
@@ -124,8 +124,8 @@ def test_the_plan_of_a_small_engine() -> None:
     )
     assert buckets.decode_shape(3, 8, 2) == DecodeShape(rows=4, segments=1, table_pages=10)
     assert buckets.decode_shape(5, 9, 9) == DecodeShape(rows=5, segments=2, table_pages=10)
-    assert buckets.prefill_shape(2, 7, 3) == PrefillShape(2, 16, table_pages=8, segments=2)
-    assert buckets.prefill_shape(3, 17, 5) == PrefillShape(3, 16, table_pages=8, segments=3)
+    assert buckets.prefill_shape(2, 7, 3) == PrefillShape(2, 16, table_pages=10, segments=2)
+    assert buckets.prefill_shape(3, 17, 5) == PrefillShape(3, 16, table_pages=10, segments=3)
 
 
 def test_more_rows_than_pages_of_a_segment_need_more_segments() -> None:
