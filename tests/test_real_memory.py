@@ -19,7 +19,7 @@ AMPLE = {
     "page_size": 16,
     "num_pages": 640,
 }
-TIGHT = {"num_pages": 64}
+TIGHT = {"num_pages": 44}
 
 
 def run(**changes: Any) -> tuple[list[list[int]], EngineMetrics]:
