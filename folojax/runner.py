@@ -24,9 +24,10 @@ from folojax import kv_cache, step
 from folojax.batch import Batch, Chunk, Row, ints
 from folojax.buckets import Buckets, DecodeShape, PrefillShape, num_alternatives, slots_for
 from folojax.host_store import HostStore, TokenKV, read_tokens
-from folojax.logit_edits import EditState, init_edits, write_slot
+from folojax.processor_states import ProcessorStates
 from folojax.results import Pending, StepResult, is_scored, read, tokens_after
 from folojax.row_params import RowParams
+from folojax.sampler_calls import SamplerCalls, place
 from folojax.sampling import SamplingClass, SamplingSpec
 from folojax.sampling_params import SamplingParams
 from folojax.sched.plan import PageMoves, SchedulerOutput
@@ -34,13 +35,12 @@ from folojax.state import (
     DecodeInputs,
     EngineState,
     PrefillInputs,
-    SampleInputs,
-    SlotState,
     StepOutput,
     TokenScores,
     init_state,
     is_alive,
 )
+from folojax.user_functions import NO_FUNCTIONS, UserFunctions
 
 
 @dataclasses.dataclass
@@ -54,7 +54,7 @@ class RunnerStats:
     num_computed_tokens: int = 0
 
 
-class Runner:
+class Runner(SamplerCalls):
     """Runs plans on the device; owns the state and the parameters."""
 
     def __init__(
@@ -69,6 +69,7 @@ class Runner:
         num_tokens: int | None = None,
         is_processed: bool = False,
         max_decode_steps: int = 1,
+        functions: UserFunctions = NO_FUNCTIONS,
     ) -> None:
         """Allocates the state.
 
@@ -82,6 +83,7 @@ class Runner:
             num_tokens: Ids from here on are padding of the vocabulary; None: there are none.
             is_processed: Sampled tokens are reported as in `SamplingSpec`; prompts always raw.
             max_decode_steps: Most decode steps of a plan, and their number wherever it is not 1.
+            functions: The user's.
         """
         self.model = model
         self.buckets = buckets
@@ -94,10 +96,15 @@ class Runner:
         self.host = HostStore(layout)
         num_slots = slots_for(max_num_seqs)
         self.batch = Batch(
-            num_slots, buckets.decode_pages[-1], layout.num_pages, model.config.vocab_size
+            num_slots,
+            buckets.decode_pages[-1],
+            layout.num_pages,
+            model.config.vocab_size,
+            functions,
         )
+        self._processors = ProcessorStates(functions.processors, num_slots)
         self.params = params
-        self.state: EngineState = _place(init_state(layout, num_slots))
+        self.state: EngineState = place(init_state(layout, num_slots))
 
     @property
     def params(self) -> Any:
@@ -106,15 +113,12 @@ class Runner:
 
     @params.setter
     def params(self, params: Any) -> None:
-        self._params = _place(params)
+        self._params = place(params)
         self._head_params = step.head_params(self._params)
 
     def dispatch(self, plan: SchedulerOutput) -> list[Pending]:
         """Has the device compute a plan, after those before; returns what `collect` takes."""
-        for row in self.batch.update(plan):
-            if row.params.has_slot_edits:
-                self._write_edits(row.slot, row.params, row.token_ids, row.num_prompt_tokens)
-        self._move_pages(plan.page_moves)
+        self._update(plan)
         self.stats.num_scheduled_tokens += plan.total_num_scheduled_tokens
         rows = [self.batch.rows[request_id] for request_id in plan.num_scheduled_tokens]
         num_tokens = list(plan.num_scheduled_tokens.values())
@@ -145,9 +149,10 @@ class Runner:
     def reset(self) -> None:
         """Forgets every row; replaces the state if an interrupted step has consumed it."""
         self.batch.clear()
+        self._processors.clear()
         self.host.clear()
         if not is_alive(self.state):
-            self.state = _place(init_state(self._layout, self.batch.num_slots))
+            self.state = place(init_state(self._layout, self.batch.num_slots))
 
     def release(self) -> None:
         """Gives the state's memory back; `reset` allocates it again. Nothing may be running."""
@@ -189,6 +194,15 @@ class Runner:
         cache, num_copies = kv_cache.compile_copies(self.state.cache)
         self.state = self.state._replace(cache=cache)
         return len(shapes) + len(hidden) * len(sampling) + num_multiple + num_copies
+
+    def _update(self, plan: SchedulerOutput) -> None:
+        """Takes in who comes and goes, and moves pages."""
+        self._processors.before(plan, self.batch)
+        for row in self.batch.update(plan):
+            if row.params.has_slot_edits:
+                self._write_edits(row.slot, row.params, row.token_ids, row.num_prompt_tokens)
+            self._processors.join(row)
+        self._move_pages(plan.page_moves)
 
     def _move_pages(self, moves: PageMoves) -> None:
         """In the order that the scheduler counts on."""
@@ -232,7 +246,8 @@ class Runner:
         extent = int(self.batch.extent[[chunk.row.slot for chunk in chunks]].max())
         shape = self.buckets.prefill_shape(len(chunks), extent, most_pages)
         inputs = self.batch.prefill_inputs(shape, chunks)
-        last, hidden = self._call_prefill(inputs, shape.segments)
+        every = self.batch.pad([chunk.row.slot for chunk in chunks], shape.rows)
+        last, hidden = self._call_prefill(inputs, shape.segments, every)
         self.stats.num_prefill_calls += 1
         self.stats.num_computed_tokens += inputs.tokens.size
         rows = [chunk.row if chunk.has_sample else None for chunk in chunks]
@@ -284,12 +299,6 @@ class Runner:
     def _sample(self, hidden: Any, slot: Any, position: Any) -> StepOutput:
         return self._call_sample(hidden, slot, position, self._spec(slot, position[None]))
 
-    def _spec(self, slot: Any, positions: Any) -> SamplingSpec:
-        """What slots need that draw tokens at some positions, [K, B]."""
-        params = self.batch.params
-        needed = max(params.sampling_class(slot, position) for position in positions)
-        return SamplingSpec(needed, num_alternatives(params.most_logprobs(slot), self.max_logprobs))
-
     def _score(self, hidden: Any, chunks: list[Chunk]) -> TokenScores | None:
         scored = [chunk for chunk in chunks if is_scored(chunk.row, chunk.start)]
         if not scored:
@@ -307,16 +316,23 @@ class Runner:
             num_logprobs=num_alternatives(max(wanted), self.max_logprobs) or 0,
         )
 
-    def _call_prefill(self, inputs: PrefillInputs, num_segments: int) -> tuple[Any, Any]:
+    def _call_prefill(
+        self, inputs: PrefillInputs, num_segments: int, slot: Any | None = None
+    ) -> tuple[Any, Any]:
         head, tail = kv_cache.take_segments(self.state.cache, num_segments)
-        head, last, hidden = step.prefill(self.params, head, inputs, model=self.model)
+        edits, is_on = ((), None) if slot is None else self.batch.params.activation_edits(slot)
+        head, last, hidden = step.prefill(
+            self.params, head, inputs, is_on, model=self.model, edits=edits
+        )
         self.state = self.state._replace(cache=kv_cache.join_segments(head, tail))
         return last, hidden
 
     def _call_decode(self, inputs: DecodeInputs, num_segments: int) -> Any:
         head, tail = kv_cache.take_segments(self.state.cache, num_segments)
+        tokens = self.state.slots.tokens
+        edits, is_on = self.batch.params.activation_edits(inputs.slot)
         head, hidden = step.decode(
-            self.params, head, self.state.slots.tokens, inputs, model=self.model
+            self.params, head, tokens, inputs, is_on, model=self.model, edits=edits
         )
         self.state = self.state._replace(cache=kv_cache.join_segments(head, tail))
         return hidden
@@ -333,6 +349,7 @@ class Runner:
             )
             bans = self.batch.params.bans(inputs.slot, positions)
         head, tail = kv_cache.take_segments(self.state.cache, num_segments)
+        activation_edits, is_on = self.batch.params.activation_edits(inputs.slot)
         head, slots, out = step.decode_steps(
             self.params,
             head,
@@ -341,56 +358,12 @@ class Runner:
             num_steps,
             sampling,
             bans,
+            is_on,
             model=self.model,
             spec=spec,
             most_steps=count,
+            activation_edits=activation_edits,
         )
-        slots = slots._replace(edits=slots.edits or kept)
-        self.state = EngineState(kv_cache.join_segments(head, tail), slots)
+        self.state = self.state._replace(cache=kv_cache.join_segments(head, tail))
+        self._keep(slots, kept)
         return out
-
-    def _call_sample(self, hidden: Any, slot: Any, position: Any, spec: SamplingSpec) -> StepOutput:
-        slots, kept, inputs, spec = self._sampling(slot, position, spec)
-        slots, out = step.sample_tokens(
-            self._head_params, slots, hidden, inputs, model=self.model, spec=spec
-        )
-        self.state = self.state._replace(slots=slots._replace(edits=slots.edits or kept))
-        return out
-
-    def _sampling(
-        self, slot: Any, position: Any, spec: SamplingSpec
-    ) -> tuple[SlotState, EditState | None, SampleInputs, SamplingSpec]:
-        """The arguments of a call that samples, and the edits that it is not to touch."""
-        spec = dataclasses.replace(
-            spec, num_tokens=self._num_tokens, is_processed=self._is_processed
-        )
-        inputs = SampleInputs(slot, position, self.batch.params.rows(slot))
-        slots = self.state.slots
-        if spec.needed >= SamplingClass.EDITED:
-            edits = self.batch.params.edit_rows(slot, position)
-            return slots._replace(edits=self._edits()), None, inputs._replace(edits=edits), spec
-        # Not an argument of the others, which would be compiled once with and once without it.
-        return slots._replace(edits=None), slots.edits, inputs, spec
-
-    def _edits(self) -> EditState:
-        """What is kept for edits of logits; allocated when a request first needs it."""
-        edits = self.state.slots.edits
-        if edits is None:
-            edits = _place(init_edits(self.batch.num_slots, self.model.config.vocab_size))
-        return edits
-
-    def _write_edits(
-        self, slot: int, params: RowParams, token_ids: Any, num_prompt_tokens: int
-    ) -> None:
-        new = params.slot_edits(token_ids, num_prompt_tokens, self.model.config.vocab_size)
-        edits = write_slot(self._edits(), ints((), slot), new)
-        self.state = self.state._replace(slots=self.state.slots._replace(edits=edits))
-
-
-def _place(arrays: Any) -> Any:
-    """Commits arrays to the device; one that is there already is shared, not copied.
-
-    To jit, committed arrays and others are different inputs: were some of either kind, parameters
-    that come from elsewhere would need executables of their own.
-    """
-    return jax.device_put(arrays, jax.devices()[0])
