@@ -64,7 +64,8 @@ class DeterministicRunner(Runner):
         pending: list[Pending] = []
         for first in range(0, len(tokens), size):
             pending += self._run(tokens[first : first + size])
-        self.batch.advance(slots, list(plan.num_scheduled_tokens.values()))
+        if slots:
+            self.batch.advance(slots, list(plan.num_scheduled_tokens.values()))
         self.stats.num_scheduled_tokens += plan.total_num_scheduled_tokens
         return pending
 
