@@ -193,8 +193,7 @@ def _shapes(module: nn.Module, config: ResolvedConfig) -> tuple[Buckets, KVLayou
     buckets = make_buckets(config, backend, 2 if is_half_on_cpu else 1)
     if config.deterministic:
         # Pages are picked by table there, never read where they lie: cuts would only cost.
-        whole = {"segments": (config.num_pages,), "prefill_segments": (1,)}
-        buckets = dataclasses.replace(buckets, **whole)
+        buckets = dataclasses.replace(buckets, segments=(config.num_pages,), prefill_segments=(1,))
     return buckets, KVLayout.of(module.config, module.dtype, buckets.segments, config.page_size)
 
 

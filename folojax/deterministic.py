@@ -14,6 +14,7 @@ import jax
 
 from folojax import kv_cache, rowwise
 from folojax.batch import Chunk, Row, ints
+from folojax.buckets import num_alternatives
 from folojax.results import Pending, is_scored, tokens_after
 from folojax.row_params import RowParams
 from folojax.runner import Runner

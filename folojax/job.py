@@ -21,7 +21,7 @@ NOTHING_YET = Progress()
 UNKNOWN_VERSION = -1
 """Of the weights, for tokens that a fork or a snapshot began with."""
 
-UNKNOWN_RECORD = LogprobRecord(*[math.nan] * 5, rank=0)
+UNKNOWN_RECORD = LogprobRecord(math.nan, math.nan, math.nan, math.nan, math.nan, rank=0)
 """Of such tokens."""
 
 
@@ -114,8 +114,10 @@ class Job:
             sample.token_logprobs.append(entry.logprob)
             sample.weights_versions.append(weights_version)
             if entry.record is not None:
-                *logprobs, rank = entry.record
-                sample.record.append(LogprobRecord(*logprobs, rank=int(rank)))
+                raw, tempered, processed, log_kept, entropy, rank = entry.record
+                sample.record.append(
+                    LogprobRecord(raw, tempered, processed, log_kept, entropy, int(rank))
+                )
             if params.logprobs is not None:
                 sample.logprobs.append(as_logprobs(entry, self._token_texts()))
             if has_stops:
@@ -156,7 +158,7 @@ class Job:
         for sample in self.samples:
             if not sample.request.is_finished:
                 sample.request.restart()
-                sample.detokenizer = _make_detokenizer(self.request, self.tokenizer)
+                sample.detokenizer = _make_detokenizer(self.request, self.tokenizer, 0)
                 sample.cumulative_logprob = 0.0
                 sample.token_logprobs, sample.logprobs = [], []
                 sample.record, sample.weights_versions = [], []

@@ -55,7 +55,8 @@ def run_for(
     ]
     if problems:
         raise ValueError("; ".join(problems))
-    start, first_length = time.perf_counter(), {}
+    start = time.perf_counter()
+    first_length: dict[str, int] = {}
     finished: list[RequestOutput] = []
     latest: dict[str, RequestOutput] = {}
     lengths: dict[str, int] = {}

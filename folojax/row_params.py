@@ -260,7 +260,7 @@ def _some(functions: tuple[Any, ...], is_on: np.ndarray) -> tuple[Any, ...]:
     """Those of the functions that are on in some row."""
     if not functions:
         return ()
-    return tuple(itertools.compress(functions, is_on.any(axis=0)))
+    return tuple(itertools.compress(functions, is_on.any(axis=0).tolist()))
 
 
 def _padded(values: Mapping[int, Any], size: int, vocab_size: int, dtype: Any) -> tuple[Any, Any]:
