@@ -232,13 +232,6 @@ class EngineOptions(TypedDict, total=False):
     tensor_parallel_size: int  # of other engines; only 1
 
 
-_SWITCHES: tuple[str, ...] = (
-    "enable_chunked_prefill",
-    "enable_prefix_caching",
-    "async_scheduling",
-    "deterministic",
-)
-
 _OPTIONAL = (
     "max_model_len",
     "num_pages",
@@ -248,10 +241,11 @@ _OPTIONAL = (
     "min_swap_tokens",
 )
 
-_SWITCHES: tuple[str, ...] = (
+_SWITCHES = (
     "enable_chunked_prefill",
     "enable_prefix_caching",
     "async_scheduling",
+    "deterministic",
     "check_integrity",
     "strict",
 )

@@ -97,7 +97,7 @@ class Validator:
         problems += self._function_problems(params)
         if self.is_strict and params.record:
             problems.append(
-                "record is True, which no compile plan lists: set it or EngineConfig.strict to False"
+                "record is True, which no compile plan lists: set it, or strict, to False"
             )
         if not problems:
             problems += self._nothing_left(params, bad_word_ids)

@@ -4,13 +4,13 @@ A small version on a tiny model, and the proof on the embedded one.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from folojax import LLM, SamplingParams
+from folojax import LLM, SamplingParams, rowwise
 from folojax.models.checkpoint import build_module, load_params, open_checkpoint
 
 
@@ -71,7 +71,7 @@ def run(llm: LLM, work: Workload, order: Sequence[int], arrivals: int) -> dict[i
                 found[int(output.request_id)] = (one.token_ids, logprobs)
                 preemptions += output.metrics.num_preemptions
     assert sorted(found) == sorted(order)
-    found[-1] = (preemptions,)
+    found[-1] = (preemptions,)  # type: ignore[assignment]
     return found
 
 
@@ -173,13 +173,12 @@ def test_in_bfloat16(tiny_directory: Any, tiny_work: Workload) -> None:
 
 def test_no_compilation_after_warm_up(tiny_model: tuple, tiny_work: Workload) -> None:
     """One program a kind, however the batch changes."""
-    from folojax import rowwise
-
+    forward, row_logits = cast(Any, rowwise.forward), cast(Any, rowwise.row_logits)
     llm = LLM(tiny_model, **TINY_LIMITS, deterministic=True)
     llm.warm_up()
-    before = rowwise.forward._cache_size(), rowwise.row_logits._cache_size()
+    before = forward._cache_size(), row_logits._cache_size()
     run(llm, tiny_work, range(12), 3)
-    assert (rowwise.forward._cache_size(), rowwise.row_logits._cache_size()) == before
+    assert (forward._cache_size(), row_logits._cache_size()) == before
 
 
 def test_default_mode_differs_somewhere(tiny_model: tuple, tiny_work: Workload) -> None:
