@@ -5,19 +5,26 @@ it, for programs that thread the state themselves: `prefill`, `decode`, `sample_
 `score_tokens`, `init_state` and the types in `folojax.state`.
 """
 
+from folojax.arrays import OutputArrays, RecordArrays, outputs_to_arrays
 from folojax.config import EngineConfig
 from folojax.kv_cache import KVLayout
+from folojax.likelihood import log_likelihood
 from folojax.llm import LLM
+from folojax.lora import init_lora, merge_lora
 from folojax.outputs import (
     BatchMetrics,
     CompletionOutput,
     Logprob,
+    LogprobRecord,
     RequestMetrics,
     RequestOutput,
     ScoreOutput,
     batch_metrics,
 )
+from folojax.processors import LogitsProcessor, RequestState
 from folojax.prompts import Prompt
+from folojax.residual import ActivationEdit, read_residuals
+from folojax.rollout import Rollouts, run_for
 from folojax.sampling import SamplingClass, SamplingSpec
 from folojax.sampling_params import SamplingParams
 from folojax.snapshot import Snapshot, load_snapshot
@@ -39,17 +46,24 @@ __version__ = "0.1.0"
 
 __all__ = [
     "LLM",
+    "ActivationEdit",
     "BatchMetrics",
     "CompletionOutput",
     "DecodeInputs",
     "EngineConfig",
     "EngineState",
     "KVLayout",
+    "LogitsProcessor",
     "Logprob",
+    "LogprobRecord",
+    "OutputArrays",
     "PrefillInputs",
     "Prompt",
+    "RecordArrays",
     "RequestMetrics",
     "RequestOutput",
+    "RequestState",
+    "Rollouts",
     "SampleInputs",
     "SamplingClass",
     "SamplingParams",
@@ -64,9 +78,15 @@ __all__ = [
     "decode",
     "greedy_rows",
     "head_params",
+    "init_lora",
     "init_state",
     "load_snapshot",
+    "log_likelihood",
+    "merge_lora",
+    "outputs_to_arrays",
     "prefill",
+    "read_residuals",
+    "run_for",
     "sample_tokens",
     "score_tokens",
 ]

@@ -14,6 +14,7 @@ from folojax import kv_cache, step
 from folojax.batch import ints
 from folojax.buckets import DecodeShape, PrefillShape
 from folojax.compile_plan import COPIES, EDITS, CompilePlan, Executable, Planned, model_executable
+from folojax.deterministic import DeterministicRunner
 from folojax.row_params import RowParams
 from folojax.runner import Runner
 from folojax.sampling import SamplingClass, SamplingSpec
@@ -76,6 +77,11 @@ def _jobs(
     runner: Runner, sampling: Collection[SamplingClass], has_logprobs: bool
 ) -> Iterator[tuple[Executable, Callable[[], list[Any]]]]:
     """Executables, and what traces the programs of each."""
+    if isinstance(runner, DeterministicRunner):
+        for one in runner.list_executables(sampling, has_logprobs):
+            if one not in (COPIES, EDITS):
+                yield one, functools.partial(runner.lower, one)
+        return
     shapes = {model_executable(shape): shape for shape in runner.buckets.shapes()}
     for one in runner.list_executables(sampling, has_logprobs):
         if one.kind in ("prefill", "decode"):

@@ -16,6 +16,7 @@ from folojax.row_params import RowParams, RowTable
 from folojax.sched.pages import pages_for
 from folojax.sched.plan import NewRequest, SchedulerOutput
 from folojax.state import DecodeInputs, PrefillInputs, SharedPages
+from folojax.user_functions import NO_FUNCTIONS, UserFunctions
 
 
 @dataclasses.dataclass(eq=False)
@@ -60,7 +61,14 @@ class Batch:
         num_scored_rows: Rows that report log-probabilities of their prompts.
     """
 
-    def __init__(self, num_slots: int, max_pages: int, num_pages: int, vocab_size: int) -> None:
+    def __init__(
+        self,
+        num_slots: int,
+        max_pages: int,
+        num_pages: int,
+        vocab_size: int,
+        functions: UserFunctions = NO_FUNCTIONS,
+    ) -> None:
         """Makes an empty batch.
 
         Args:
@@ -68,10 +76,11 @@ class Batch:
             max_pages: Most pages of one request.
             num_pages: P, of the pool.
             vocab_size: V.
+            functions: The user's.
         """
         self.num_slots = num_slots
         self.num_pages = num_pages
-        self.params = RowTable(num_slots, vocab_size)
+        self.params = RowTable(num_slots, vocab_size, functions)
         self.rows: dict[str, Row] = {}
         self._free_slots = list(range(num_slots))
         # One entry more than slots: what padding rows read.
@@ -152,6 +161,10 @@ class Batch:
         slot = ints(count, self.num_slots)
         slot[: len(slots)] = slots
         return slot
+
+    def page_tables(self, slot: np.ndarray) -> Any:
+        """Whole tables of slots; that of slot M is padding."""
+        return self._page_table[slot]
 
     def num_shared_items(self, slots: Sequence[int], lanes: int) -> int:
         """How many work items of `lanes` owners the pages with several owners need."""

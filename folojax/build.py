@@ -11,6 +11,7 @@ from flax import linen as nn
 from folojax import step_memory
 from folojax.buckets import Buckets, make_buckets, slots_for
 from folojax.config import EngineConfig, ResolvedConfig
+from folojax.deterministic import DeterministicRunner
 from folojax.engine import Engine
 from folojax.kv_cache import KVLayout
 from folojax.memory_plan import MemoryPlan, plan_fraction, plan_pages
@@ -21,6 +22,7 @@ from folojax.sampling_params import SamplingParams
 from folojax.sched.scheduler import Scheduler
 from folojax.swap_cost import CPU_RATES, GPU_RATES, min_swap_tokens
 from folojax.tokenizer import Tokenizer, load_tokenizer
+from folojax.user_functions import NO_FUNCTIONS, UserFunctions
 
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
@@ -149,14 +151,17 @@ def default_params(checkpoint: Checkpoint | None) -> SamplingParams:
     return SamplingParams(**fields)
 
 
-def make_engine(model: LoadedModel, tokenizer: Tokenizer | None) -> Engine:
+def make_engine(
+    model: LoadedModel, tokenizer: Tokenizer | None, functions: UserFunctions = NO_FUNCTIONS
+) -> Engine:
     """Allocates an engine."""
+    functions.check_layers(model.module.config.num_layers)
     module, config = model.module, model.config
     buckets, layout = _shapes(module, config)
     vocab_size = module.config.vocab_size
     # Rows of the vocabulary beyond the tokenizer's are padding, and no token.
     num_tokens = min(vocab_size, tokenizer.num_tokens) if tokenizer else vocab_size
-    runner = Runner(
+    runner = (DeterministicRunner if config.deterministic else Runner)(
         module,
         model.params,
         layout,
@@ -167,6 +172,7 @@ def make_engine(model: LoadedModel, tokenizer: Tokenizer | None) -> Engine:
         is_processed=config.logprobs_mode == "processed",
         max_decode_steps=config.max_decode_steps,
         is_strict=config.strict,
+        functions=functions,
     )
     return Engine(
         Scheduler(config.scheduler()),
@@ -177,6 +183,7 @@ def make_engine(model: LoadedModel, tokenizer: Tokenizer | None) -> Engine:
         max_logprobs=config.max_logprobs,
         seed=config.seed,
         is_checked=config.check_integrity,
+        functions=functions,
     )
 
 
@@ -185,6 +192,9 @@ def _shapes(module: nn.Module, config: ResolvedConfig) -> tuple[Buckets, KVLayou
     is_half_on_cpu = module.dtype != jnp.float32 and backend == "cpu"
     # A product with a single row converts all weights to float32 there, in every call.
     buckets = make_buckets(config, backend, 2 if is_half_on_cpu else 1)
+    if config.deterministic:
+        # Pages are picked by table there, never read where they lie: cuts would only cost.
+        buckets = dataclasses.replace(buckets, segments=(config.num_pages,), prefill_segments=(1,))
     return buckets, KVLayout.of(module.config, module.dtype, buckets.segments, config.page_size)
 
 

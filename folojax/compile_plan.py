@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 
 from folojax.buckets import Buckets, DecodeShape, PrefillShape
+from folojax.residual import ActivationEdit
 from folojax.sampling import SamplingClass, SamplingSpec
 
 _LOG = logging.getLogger("folojax")
@@ -17,7 +18,8 @@ class Executable(NamedTuple):
     """What chooses an executable; fields that a kind has no use for keep their default.
 
     Attributes:
-        kind: "prefill", "decode", "decode_steps", "sample", "score", "copy" or "edit".
+        kind: "prefill", "decode", "decode_steps", "sample", "score", "copy" or "edit"; "rows" is
+            the model's step in deterministic mode.
         rows: Of the batch.
         tokens: Of a row.
         table_pages: Of a row's page table.
@@ -25,6 +27,8 @@ class Executable(NamedTuple):
         shared_items: Work items of pages with several owners.
         sampling: The most demanding row's needs.
         num_logprobs: Alternatives reported with a token; None reports no ranks either.
+        functions: Names of the user's functions that some row asks for, and "record" where one
+            asks for that; plans list none with any.
     """
 
     kind: str
@@ -35,12 +39,14 @@ class Executable(NamedTuple):
     shared_items: int = 0
     sampling: SamplingClass | None = None
     num_logprobs: int | None = None
+    functions: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         parts = [self.kind]
         for name, value in zip(self._fields[1:], self[1:], strict=True):
             if value != self._field_defaults[name]:
                 text = value.name.lower() if isinstance(value, SamplingClass) else value
+                text = ",".join(value) if isinstance(value, tuple) else text
                 parts.append(f"{name}={text}")
         return " ".join(parts)
 
@@ -51,28 +57,49 @@ EDITS = Executable("edit")
 """Those that keep what a request's edits of logits need."""
 
 
-def model_executable(shape: PrefillShape | DecodeShape) -> Executable:
-    """That of a model's step."""
+def model_executable(
+    shape: PrefillShape | DecodeShape, edits: tuple[ActivationEdit, ...] = ()
+) -> Executable:
+    """That of a model's step, with the edits of activations that some row asks for."""
+    sizes = shape.table_pages, shape.segments
     if isinstance(shape, PrefillShape):
-        return Executable("prefill", shape.rows, shape.columns, shape.table_pages, shape.segments)
-    return Executable(
-        "decode", shape.rows, 1, shape.table_pages, shape.segments, shape.shared_items
-    )
+        found = Executable("prefill", shape.rows, shape.columns, *sizes)
+    else:
+        found = Executable("decode", shape.rows, 1, *sizes, shape.shared_items)
+    return found._replace(functions=tuple(edit.name for edit in edits))
 
 
 def sample_executable(rows: int, spec: SamplingSpec) -> Executable:
     """That of a sampler."""
-    return Executable("sample", rows, sampling=spec.needed, num_logprobs=spec.num_logprobs)
+    return Executable(
+        "sample",
+        rows,
+        sampling=spec.needed,
+        num_logprobs=spec.num_logprobs,
+        functions=_names(spec),
+    )
 
 
-def steps_executable(shape: DecodeShape, most_steps: int, spec: SamplingSpec) -> Executable:
+def steps_executable(
+    shape: DecodeShape,
+    most_steps: int,
+    spec: SamplingSpec,
+    edits: tuple[ActivationEdit, ...] = (),
+) -> Executable:
     """That of several decode steps in one call."""
-    return model_executable(shape)._replace(
+    found = model_executable(shape, edits)
+    return found._replace(
         kind="decode_steps",
         tokens=most_steps,
         sampling=spec.needed,
         num_logprobs=spec.num_logprobs,
+        functions=found.functions + _names(spec),
     )
+
+
+def _names(spec: SamplingSpec) -> tuple[str, ...]:
+    names = tuple(one.name for one in spec.processors)
+    return (*names, "record") if spec.has_record else names
 
 
 def list_executables(
@@ -156,7 +183,7 @@ class Gate:
 
     def __init__(self, planned: Collection[Executable], is_strict: bool) -> None:
         """`is_strict` makes an executable outside the plan an error."""
-        self._is_strict = is_strict
+        self.is_strict = is_strict
         self._is_warm = False
         self._has_warned = False
         self._compiled: dict[Executable, Planned] = {}
@@ -181,7 +208,7 @@ class Gate:
         if executable in self._known:
             return
         text = f"{executable} is not in the compile plan"
-        if self._is_strict:
+        if self.is_strict:
             raise RuntimeError(
                 f"{text}, and EngineConfig.strict forbids to compile it: warm up for what is used "
                 "(LLM.warm_up has the classes of sampling and log-probabilities as arguments), or "

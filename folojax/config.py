@@ -52,6 +52,9 @@ class EngineConfig:
         max_logprobs: Most alternatives that a request may have reported with a token; -1 is no cap.
         logprobs_mode: "raw" reports the model's own distribution, "processed" the one that was
             sampled from: after penalties, masks, temperature and truncation.
+        deterministic: A request's tokens and log-probabilities are the same bits whatever its
+            neighbours, the limits above, preemptions and cached prefixes; and `LLM.score` gives
+            the bits that sampling gave. Every call then has one fixed shape, which costs time.
         seed: Of the seeds that requests without one are given.
         strict: A step that needs an executable outside the compile plan raises a RuntimeError, and
             its requests are aborted. Otherwise it waits for the compiler; after a warm-up the
@@ -77,6 +80,7 @@ class EngineConfig:
     check_integrity: bool = False
     max_logprobs: int = 20
     logprobs_mode: str = "raw"
+    deterministic: bool = False
     seed: int = 0
     strict: bool = False
 
@@ -191,7 +195,8 @@ class ResolvedConfig(EngineConfig):
             long_prefill_token_threshold=self.long_prefill_token_threshold,
             enable_prefix_caching=self.enable_prefix_caching,
             max_plans_in_flight=2 if self.async_scheduling else 1,
-            max_decode_steps=self.max_decode_steps,
+            # Deterministic mode has one shape of calls.
+            max_decode_steps=1 if self.deterministic else self.max_decode_steps,
             num_host_pages=self.num_host_pages,
             min_swap_tokens=self.min_swap_tokens,
             watermark=self.watermark,
@@ -220,6 +225,7 @@ class EngineOptions(TypedDict, total=False):
     check_integrity: bool
     max_logprobs: int
     logprobs_mode: str
+    deterministic: bool
     seed: int
     strict: bool
     gpu_memory_utilization: float  # vLLM's name of memory_fraction
@@ -239,6 +245,7 @@ _SWITCHES = (
     "enable_chunked_prefill",
     "enable_prefix_caching",
     "async_scheduling",
+    "deterministic",
     "check_integrity",
     "strict",
 )

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from folojax.engine_metrics import EngineMetrics
+from folojax.engine_metrics import EngineMetrics, read_metrics
 from folojax.job import NOTHING_YET, Job, Sample, make_job
 from folojax.outputs import RequestOutput, ScoreOutput
 from folojax.prompts import ParsedPrompt
@@ -27,8 +27,11 @@ from folojax.sched.scheduler import Scheduler
 from folojax.score_job import ScoreJob, has_nan, make_score_job
 from folojax.snapshot import Progress
 from folojax.tokenizer import Tokenizer
+from folojax.user_functions import NO_FUNCTIONS, UserFunctions
 from folojax.validation import CheckedRequest, Validator
 from folojax.weights import check_same_shapes, fingerprint
+
+UPDATE_POLICIES = ("recompute", "keep", "restart")
 
 NO_DISTRIBUTION = "the model's logits hold a NaN, or no finite value"
 
@@ -49,6 +52,7 @@ class Engine:
         max_logprobs: int = 20,
         seed: int = 0,
         is_checked: bool = False,
+        functions: UserFunctions = NO_FUNCTIONS,
     ) -> None:
         """Makes an engine without requests.
 
@@ -61,12 +65,14 @@ class Engine:
             max_logprobs: Most alternatives that are reported with a token; -1 is no cap.
             seed: Of the seeds that requests without one are given.
             is_checked: Whether every step ends with `check_integrity`.
+            functions: The user's, as the runner knows them.
         """
         self.scheduler = scheduler
         self.runner = runner
         self.tokenizer = tokenizer
         self.num_steps = 0
         self.is_asleep = False
+        self.weights_version = 0
         self._num_preemptions = 0
         self._is_checked = is_checked
         self._fingerprint: str | None = None
@@ -86,6 +92,8 @@ class Engine:
             max_logprobs=max_logprobs,
             tokenizer=tokenizer,
             eos_token_ids=self._eos_token_ids,
+            functions=functions,
+            is_strict=runner.gate.is_strict,
         )
 
     def check(
@@ -256,16 +264,31 @@ class Engine:
         if self.is_asleep:
             raise RuntimeError("the engine sleeps, and has no KV cache: call wake_up() first")
 
-    def update_params(self, params: Any) -> None:
-        """Replaces the model's parameters; what was computed with the old ones is dropped.
+    def update_params(self, params: Any, running: str = "recompute") -> None:
+        """Replaces the model's parameters; the prefix cache is dropped.
+
+        Args:
+            params: The new ones.
+            running: What becomes of unfinished requests; see `LLM.update_params`.
 
         Raises:
-            ValueError: other names, shapes or dtypes; all of them are named, nothing has changed.
+            ValueError: other names, shapes or dtypes, all of them named, or an unknown policy;
+                nothing has changed.
         """
+        if running not in UPDATE_POLICIES:
+            raise ValueError(f"running is {running!r}; it must be one of {list(UPDATE_POLICIES)}")
         params = check_same_shapes(self.runner.params, params)
-        self.reset_prefix_cache(preempt_running=True)
+        self.drain()
+        if running == "keep":
+            self.scheduler.isolate_running()
+        else:
+            self.scheduler.reset_prefix_cache(preempt_running=True)
+            if running == "restart":
+                for job in self._jobs.values():
+                    job.restart()
         self.runner.params = params
         self._fingerprint = None
+        self.weights_version += 1
 
     def reset_prefix_cache(self, *, preempt_running: bool = False) -> bool:
         """Drops all cached K/V; False, and nothing has changed, while requests run.
@@ -288,24 +311,7 @@ class Engine:
 
     def metrics(self) -> EngineMetrics:
         """Counts as they stand now."""
-        stats, memory = self.runner.stats, self.scheduler.memory
-        return EngineMetrics(
-            num_running=self.scheduler.num_running,
-            num_waiting=self.scheduler.num_waiting,
-            num_used_pages=memory.allocator.num_used,
-            num_cached_pages=memory.allocator.num_idle,
-            num_pages=self.scheduler.config.num_pages,
-            num_steps=self.num_steps,
-            num_prefill_calls=stats.num_prefill_calls,
-            num_decode_calls=stats.num_decode_calls,
-            num_scheduled_tokens=stats.num_scheduled_tokens,
-            num_padding_tokens=stats.num_computed_tokens - stats.num_scheduled_tokens,
-            num_discarded_tokens=self.scheduler.flights.num_discarded_tokens,
-            num_preemptions=self._num_preemptions,
-            num_swapped_pages=self.runner.stats.num_loaded_pages,
-            num_prefix_query_tokens=memory.num_query_tokens,
-            num_prefix_hit_tokens=memory.num_hit_tokens,
-        )
+        return read_metrics(self.scheduler, self.runner, self.num_steps, self._num_preemptions)
 
     def drain(self) -> None:
         """Takes in all that is under way; its outputs come with the next step."""
@@ -375,7 +381,7 @@ class Engine:
     ) -> None:
         if job.first_token_time_s is None:
             job.first_token_time_s = now
-        stop = job.add_tokens(sample, entries)
+        stop = job.add_tokens(sample, entries, self.weights_version)
         if stop is not None:
             # It ends a sample also where the newest token has just ended it for another reason.
             self._finish([sample.request], RequestStatus.FINISHED_STOPPED)

@@ -2,6 +2,9 @@
 
 import dataclasses
 
+from folojax.runner import Runner
+from folojax.sched.scheduler import Scheduler
+
 
 @dataclasses.dataclass(frozen=True)
 class EngineMetrics:
@@ -40,3 +43,27 @@ class EngineMetrics:
     num_swapped_pages: int
     num_prefix_query_tokens: int
     num_prefix_hit_tokens: int
+
+
+def read_metrics(
+    scheduler: Scheduler, runner: Runner, num_steps: int, num_preemptions: int
+) -> EngineMetrics:
+    """The counts of an engine's parts as they stand now."""
+    stats, memory = runner.stats, scheduler.memory
+    return EngineMetrics(
+        num_running=scheduler.num_running,
+        num_waiting=scheduler.num_waiting,
+        num_used_pages=memory.allocator.num_used,
+        num_cached_pages=memory.allocator.num_idle,
+        num_pages=scheduler.config.num_pages,
+        num_steps=num_steps,
+        num_prefill_calls=stats.num_prefill_calls,
+        num_decode_calls=stats.num_decode_calls,
+        num_scheduled_tokens=stats.num_scheduled_tokens,
+        num_padding_tokens=stats.num_computed_tokens - stats.num_scheduled_tokens,
+        num_discarded_tokens=scheduler.flights.num_discarded_tokens,
+        num_preemptions=num_preemptions,
+        num_swapped_pages=runner.stats.num_loaded_pages,
+        num_prefix_query_tokens=memory.num_query_tokens,
+        num_prefix_hit_tokens=memory.num_hit_tokens,
+    )

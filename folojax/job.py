@@ -2,11 +2,12 @@
 
 import dataclasses
 import itertools
+import math
 import time
 from collections.abc import Sequence
 
 from folojax.detokenizer import Detokenizer
-from folojax.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+from folojax.outputs import CompletionOutput, Logprob, LogprobRecord, RequestMetrics, RequestOutput
 from folojax.results import PromptLogprobs, TokenLogprob
 from folojax.row_params import RowParams
 from folojax.sched.request import Request, StopRule
@@ -15,6 +16,13 @@ from folojax.tokenizer import Tokenizer
 from folojax.validation import CheckedRequest
 
 NOTHING_YET = Progress()
+
+
+UNKNOWN_VERSION = -1
+"""Of the weights, for tokens that a fork or a snapshot began with."""
+
+UNKNOWN_RECORD = LogprobRecord(math.nan, math.nan, math.nan, math.nan, math.nan, rank=0)
+"""Of such tokens."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -29,6 +37,8 @@ class Sample:
         cumulative_logprob: Of its tokens so far.
         token_logprobs: Of each of them.
         logprobs: One entry a token; empty if not asked for.
+        record: The same.
+        weights_versions: One entry a token.
     """
 
     index: int
@@ -38,6 +48,8 @@ class Sample:
     cumulative_logprob: float = 0.0
     token_logprobs: list[float] = dataclasses.field(default_factory=list)
     logprobs: list[dict[int, Logprob]] = dataclasses.field(default_factory=list)
+    record: list[LogprobRecord] = dataclasses.field(default_factory=list)
+    weights_versions: list[int] = dataclasses.field(default_factory=list)
 
     def text_tokens(self, is_stop_included: bool) -> list[int]:
         """The tokens that have text: a token that ended the sample has none, unless asked for."""
@@ -87,7 +99,9 @@ class Job:
         """Whether every sample has ended."""
         return all(sample.request.is_finished for sample in self.samples)
 
-    def add_tokens(self, sample: Sample, entries: Sequence[TokenLogprob]) -> str | None:
+    def add_tokens(
+        self, sample: Sample, entries: Sequence[TokenLogprob], weights_version: int
+    ) -> str | None:
         """Takes in tokens that the scheduler has; returns the stop string that one completes.
 
         Tokens behind that one are taken away from the sample again.
@@ -96,6 +110,12 @@ class Job:
         for entry in entries:
             sample.cumulative_logprob += entry.logprob
             sample.token_logprobs.append(entry.logprob)
+            sample.weights_versions.append(weights_version)
+            if entry.record is not None:
+                raw, tempered, processed, log_kept, entropy, rank = entry.record
+                sample.record.append(
+                    LogprobRecord(raw, tempered, processed, log_kept, entropy, int(rank))
+                )
             if params.logprobs is not None:
                 sample.logprobs.append(as_logprobs(entry, self._token_texts()))
         if not params.stop or sample.detokenizer is None:
@@ -140,6 +160,17 @@ class Job:
             entries = (as_logprobs(entry, texts) for entry in self.prompt_logprobs)
             self.told_prompt_logprobs = [None, *entries]
 
+    def restart(self) -> None:
+        """Forgets what unfinished samples have, and the log-probabilities of the prompt."""
+        for sample in self.samples:
+            if not sample.request.is_finished:
+                sample.request.restart()
+                sample.detokenizer = _make_detokenizer(self.request, self.tokenizer, 0)
+                sample.cumulative_logprob = 0.0
+                sample.token_logprobs, sample.logprobs = [], []
+                sample.record, sample.weights_versions = [], []
+        self.prompt_logprobs, self.told_prompt_logprobs = [], None
+
     def output(self) -> RequestOutput:
         """What the user gets: all that there is so far; a finished job ends now."""
         return RequestOutput(
@@ -174,6 +205,8 @@ class Job:
             finish_reason=sample.request.status.finish_reason,
             stop_reason=sample.request.stop_reason,
             seed=sample.seed,
+            record=list(sample.record) if self.request.params.record else None,
+            weights_versions=list(sample.weights_versions),
         )
 
     def _text(self, sample: Sample) -> str:
@@ -258,15 +291,19 @@ def make_job(
             row,
             checked.priority,
             group=None if is_one else checked.request_id,
-            skip_prefix_cache=num_prompt_logprobs is not None,
+            skip_prefix_cache=num_prompt_logprobs is not None or bool(params.activation_edits),
             forked_from=forked_from,
             output_token_ids=list(progress.token_ids),
+            is_private=bool(params.activation_edits),
         )
         num_given = len(progress.token_ids)
         sample = Sample(
             index, request, sample_seed, _make_detokenizer(checked, tokenizer, num_given)
         )
         sample.token_logprobs = list(progress.token_logprobs)
+        sample.weights_versions = [UNKNOWN_VERSION] * num_given
+        if params.record:
+            sample.record = [UNKNOWN_RECORD] * num_given
         sample.cumulative_logprob = sum(progress.token_logprobs)
         if params.logprobs is not None:
             sample.logprobs = list(progress.logprobs or ())

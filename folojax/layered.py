@@ -21,6 +21,7 @@ from folojax import step
 from folojax.attention import attend_chunks, attend_tokens
 from folojax.kv_cache import KVCache, layer_of, with_layers
 from folojax.models.interface import Layered
+from folojax.residual import ActivationEdit
 from folojax.state import DecodeInputs, PrefillInputs
 
 _LAYER = "layers_"
@@ -29,12 +30,25 @@ _LAYER = "layers_"
 class Steps(Protocol):
     """`step.prefill` and `step.decode` for one model, both DONATING the cache."""
 
-    def prefill(self, params: Any, cache: KVCache, inputs: PrefillInputs) -> tuple[Any, Any, Any]:
+    def prefill(
+        self,
+        params: Any,
+        cache: KVCache,
+        inputs: PrefillInputs,
+        edits: tuple[ActivationEdit, ...] = (),
+        is_edited: Any = None,
+    ) -> tuple[Any, Any, Any]:
         """As `step.prefill`."""
         ...
 
     def decode(
-        self, params: Any, cache: KVCache, tokens: Any, inputs: DecodeInputs
+        self,
+        params: Any,
+        cache: KVCache,
+        tokens: Any,
+        inputs: DecodeInputs,
+        edits: tuple[ActivationEdit, ...] = (),
+        is_edited: Any = None,
     ) -> tuple[Any, Any]:
         """As `step.decode`."""
         ...
@@ -50,9 +64,9 @@ class Steps(Protocol):
         ...
 
 
-def make_steps(model: nn.Module, backend: str) -> Steps:
-    """The way that suits a platform, by JAX's name of it."""
-    if backend == "cpu" and isinstance(model, Layered):
+def make_steps(model: nn.Module, backend: str, *, has_edits: bool = False) -> Steps:
+    """The way that suits a platform, by JAX's name of it; edits of activations need the whole."""
+    if backend == "cpu" and isinstance(model, Layered) and not has_edits:
         return LayeredSteps(model)
     return WholeSteps(model)
 
@@ -63,15 +77,28 @@ class WholeSteps:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
 
-    def prefill(self, params: Any, cache: KVCache, inputs: PrefillInputs) -> tuple[Any, Any, Any]:
+    def prefill(
+        self,
+        params: Any,
+        cache: KVCache,
+        inputs: PrefillInputs,
+        edits: tuple[ActivationEdit, ...] = (),
+        is_edited: Any = None,
+    ) -> tuple[Any, Any, Any]:
         """As `step.prefill`."""
-        return step.prefill(params, cache, inputs, model=self._model)
+        return step.prefill(params, cache, inputs, is_edited, model=self._model, edits=edits)
 
     def decode(
-        self, params: Any, cache: KVCache, tokens: Any, inputs: DecodeInputs
+        self,
+        params: Any,
+        cache: KVCache,
+        tokens: Any,
+        inputs: DecodeInputs,
+        edits: tuple[ActivationEdit, ...] = (),
+        is_edited: Any = None,
     ) -> tuple[Any, Any]:
         """As `step.decode`."""
-        return step.decode(params, cache, tokens, inputs, model=self._model)
+        return step.decode(params, cache, tokens, inputs, is_edited, model=self._model, edits=edits)
 
     def lower_prefill(self, params: Any, cache: KVCache, inputs: PrefillInputs) -> list[Any]:
         """One program."""
@@ -92,17 +119,32 @@ class LayeredSteps:
         self._model = model
         self._layers = range(model.config.num_layers)
 
-    def prefill(self, params: Any, cache: KVCache, inputs: PrefillInputs) -> tuple[Any, Any, Any]:
+    def prefill(
+        self,
+        params: Any,
+        cache: KVCache,
+        inputs: PrefillInputs,
+        edits: tuple[ActivationEdit, ...] = (),
+        is_edited: Any = None,
+    ) -> tuple[Any, Any, Any]:
         """As `step.prefill`."""
+        assert not edits, "layers that are run alone are not edited"
         outer = _outer(params)
         begun = _begin_prefill(outer, layer_of(cache, 0), inputs, model=self._model)
         cache, hidden = self._run_layers(params, cache, begun, attend_chunks)
         return cache, *_end_prefill(outer, hidden, inputs, model=self._model)
 
     def decode(
-        self, params: Any, cache: KVCache, tokens: Any, inputs: DecodeInputs
+        self,
+        params: Any,
+        cache: KVCache,
+        tokens: Any,
+        inputs: DecodeInputs,
+        edits: tuple[ActivationEdit, ...] = (),
+        is_edited: Any = None,
     ) -> tuple[Any, Any]:
         """As `step.decode`."""
+        assert not edits, "layers that are run alone are not edited"
         outer = _outer(params)
         begun = _begin_decode(outer, layer_of(cache, 0), tokens, inputs, model=self._model)
         cache, hidden = self._run_layers(params, cache, begun, attend_tokens)
@@ -113,7 +155,7 @@ class LayeredSteps:
         outer, model = _outer(params), self._model
         bound = functools.partial(_begin_prefill, model=model)
         begin = _begin_prefill.lower(outer, layer_of(cache, 0), inputs, model=model)
-        _, hidden, _ = begun = _results(bound, outer, layer_of(cache, 0), inputs)
+        _, hidden, _ = begun = result_shapes(bound, outer, layer_of(cache, 0), inputs)
         layers = list(self._lower_layers(params, cache, begun, attend_chunks))
         return [begin, *layers, _end_prefill.lower(outer, hidden, inputs, model=model)]
 
@@ -124,7 +166,7 @@ class LayeredSteps:
         outer, model = _outer(params), self._model
         bound = functools.partial(_begin_decode, model=model)
         begin = _begin_decode.lower(outer, layer_of(cache, 0), tokens, inputs, model=model)
-        _, hidden, _ = begun = _results(bound, outer, layer_of(cache, 0), tokens, inputs)
+        _, hidden, _ = begun = result_shapes(bound, outer, layer_of(cache, 0), tokens, inputs)
         layers = list(self._lower_layers(params, cache, begun, attend_tokens))
         return [begin, *layers, _end_decode.lower(outer, hidden, model=model)]
 
@@ -209,7 +251,7 @@ def _outer(params: Any) -> Any:
     return {name: leaf for name, leaf in params.items() if not name.startswith(_LAYER)}
 
 
-def _results(function: Callable[..., Any], *args: Any) -> Any:
+def result_shapes(function: Callable[..., Any], *args: Any) -> Any:
     """What a jitted function gives, as shapes of arrays that are committed to the device."""
     sharding = SingleDeviceSharding(jax.devices()[0])
 

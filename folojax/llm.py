@@ -17,6 +17,7 @@ from folojax.config import EngineConfig, EngineOptions
 from folojax.engine_metrics import EngineMetrics
 from folojax.models.save import save_pretrained
 from folojax.outputs import RequestOutput, ScoreOutput
+from folojax.processors import LogitsProcessor
 from folojax.prompts import (
     Prompt,
     conversations,
@@ -25,8 +26,10 @@ from folojax.prompts import (
     parse_prompts,
 )
 from folojax.request_loop import RequestLoop
+from folojax.residual import ActivationEdit
 from folojax.sampling import SamplingClass
 from folojax.sampling_params import SamplingParams
+from folojax.user_functions import UserFunctions
 from folojax.validation import CheckedRequest
 
 _LOG = logging.getLogger("folojax")
@@ -49,7 +52,9 @@ class LLM(RequestLoop):
         config: Limits and sizes; or give its fields as keywords.
         revision: Branch, tag or commit of a Hub model.
         trust_remote_code: Only False: code that ships with a model is never run.
-        deterministic: Only False: the same bits whatever the batch is not built yet.
+        logits_processors: Functions that requests may name, compiled into the sampler.
+        activation_edits: Functions of the residual stream that requests may name, compiled into
+            the model's step.
         **fields: Fields of EngineConfig.
 
     Attributes:
@@ -73,22 +78,20 @@ class LLM(RequestLoop):
         config: EngineConfig | None = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
-        deterministic: bool = False,
+        logits_processors: Sequence[LogitsProcessor] = (),
+        activation_edits: Sequence[ActivationEdit] = (),
         **fields: Unpack[EngineOptions],
     ) -> None:
         if trust_remote_code is not False:
             raise ValueError("trust_remote_code: code that ships with a model is never run here")
-        if deterministic is not False:
-            raise ValueError(
-                f"deterministic is {deterministic!r}; only False is built: tokens do not depend on "
-                "the batch here, but log-probabilities may differ in their last digits"
-            )
         config = make_config(config, dict(fields))
+        functions = UserFunctions(tuple(logits_processors), tuple(activation_edits))
+        functions.check_strict(config.strict)
         enable_compilation_cache()
         loaded = load_model(model, dtype, revision, config)
         self.config, self.memory_plan = loaded.config, loaded.memory_plan
         _LOG.info("%s", self.memory_plan)
-        engine = make_engine(loaded, find_tokenizer(tokenizer, loaded.checkpoint))
+        engine = make_engine(loaded, find_tokenizer(tokenizer, loaded.checkpoint), functions)
         super().__init__(engine, default_params(loaded.checkpoint))
         self._generation_config = loaded.checkpoint.generation_config if loaded.checkpoint else {}
         self._numbers = itertools.count()
@@ -270,20 +273,37 @@ class LLM(RequestLoop):
         """
         return self.engine.reset_prefix_cache(preempt_running=reset_running_requests)
 
-    def update_params(self, params: Any) -> None:
+    def update_params(self, params: Any, running: str = "recompute") -> None:
         """Goes on with other parameters of the same model, such as after a step of training.
 
-        Nothing is compiled anew and nothing is copied: the caller's arrays are used as they are,
-        and must stay alive (a training step may not be given them as a donated argument). The
-        prefix cache is dropped, and unfinished requests are computed again, their output kept.
+        Nothing is compiled anew and nothing is copied: the caller's arrays are used as they are.
+        They must be alive whenever the engine steps; so a training step may take them as a donated
+        argument, if its result is handed over before the next step of the engine. The prefix cache
+        is dropped. `CompletionOutput.weights_versions` tells which tokens came before and after.
 
         Args:
             params: A pytree with the names, shapes and dtypes of the parameters now in use.
+            running: What becomes of unfinished requests. "recompute": their output is kept, and
+                keys and values are computed again with the new parameters. "keep": they go on with
+                the keys and values that they have, which nobody else will share. A score under
+                way goes on too, so it mixes both. "restart": they begin again from the prompt,
+                with the same seed; a stream takes its text back.
 
         Raises:
-            ValueError: it differs from them; every difference is named, nothing has changed.
+            ValueError: it differs from them; every difference is named, nothing has changed. Or
+                `running` is none of these.
         """
-        self.engine.update_params(params)
+        self.engine.update_params(params, running)
+
+    @property
+    def weights_version(self) -> int:
+        """How often the parameters have been updated."""
+        return self.engine.weights_version
+
+    @property
+    def params(self) -> Any:
+        """The parameters in use: the arrays themselves, not copies."""
+        return self.engine.runner.params
 
     def save_pretrained(
         self, path: str | os.PathLike[str], hf_config: Mapping[str, Any] | None = None

@@ -18,6 +18,27 @@ class Logprob:
     decoded_token: str | None = None
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class LogprobRecord:
+    """How a token was drawn: see `folojax.record` for the three distributions.
+
+    Attributes:
+        raw: Log-probability in the model's own distribution.
+        tempered: After penalties, biases, bans and temperature.
+        processed: In what was drawn from: `tempered` - `log_kept`.
+        log_kept: Logarithm of the mass that min-p, top-k and top-p have kept; at most 0.
+        entropy: Of the model's own distribution, in nats.
+        rank: In the model's own distribution; 1 is the likeliest.
+    """
+
+    raw: float
+    tempered: float
+    processed: float
+    log_kept: float
+    entropy: float
+    rank: int
+
+
 @dataclasses.dataclass(frozen=True)
 class RequestMetrics:
     """Times of one request; seconds on `time.perf_counter`'s clock.
@@ -83,6 +104,9 @@ class CompletionOutput:
         finish_reason: "stop", "length", "abort" or "error"; None while it goes on.
         stop_reason: The stop id or stop string; None for EOS; the reason after an error.
         seed: Gives the same tokens again in any batch; None for greedy.
+        record: How each token was drawn; None if not asked for.
+        weights_versions: For each token, how often the parameters had been updated when it was
+            sampled; -1 for tokens that a fork or a snapshot began with, whose record is NaN.
     """
 
     index: int
@@ -93,6 +117,8 @@ class CompletionOutput:
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     seed: int | None = None
+    record: list[LogprobRecord] | None = None
+    weights_versions: list[int] = dataclasses.field(default_factory=list)
 
     @property
     def finished(self) -> bool:

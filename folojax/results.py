@@ -14,7 +14,8 @@ class TokenLogprob(NamedTuple):
     """A token, sampled or given, and how likely it was.
 
     `top_tokens` and `top_logprobs` are the likeliest alternatives, descending: as many as the
-    request asked for. `rank` is 0 where it asked for no log-probabilities.
+    request asked for. `rank` is 0 where it asked for no log-probabilities. `record` holds the
+    fields of `folojax.record.TokenRecord`, where it asked for one.
     """
 
     token: int
@@ -22,6 +23,7 @@ class TokenLogprob(NamedTuple):
     rank: int
     top_tokens: tuple[int, ...] = ()
     top_logprobs: tuple[float, ...] = ()
+    record: tuple[float, ...] | None = None
 
 
 class PromptLogprobs(NamedTuple):
@@ -73,7 +75,8 @@ def is_scored(row: Row, position: int) -> bool:
 def tokens_after(chunk: Chunk) -> list[int]:
     """The scored tokens that follow the positions of a chunk."""
     row = chunk.row
-    tokens = row.token_ids[: row.num_prompt_tokens].tolist()[chunk.start + 1 : chunk.end + 1]
+    last = min(chunk.end + 1, row.num_prompt_tokens)
+    tokens = row.token_ids[chunk.start + 1 : last].tolist()
     if chunk.end == row.num_prompt_tokens and row.params.next_token is not None:
         tokens.append(row.params.next_token)
     return tokens
@@ -101,7 +104,8 @@ def _read_samples(item: Pending, out: StepOutput, result: StepResult) -> None:
             for row, count in zip(item.rows, item.num_steps, strict=True)
         ]
         now = StepResult()
-        _read_step(rows, StepOutput(*(array[number] for array in out)), now)
+        at_step = jax.tree.map(lambda array, number=number: array[number], out)
+        _read_step(rows, at_step, now)
         for request_id, entries in now.sampled.items():
             if request_id not in result.failed:
                 before = result.sampled.get(request_id, ())
@@ -126,6 +130,8 @@ def _read_step(rows: list[Row | None], out: StepOutput, result: StepResult) -> N
             entry = make(token, logprobs[i], ranks[i], tuple(top[0]), tuple(top[1]))
         else:
             entry = make(token, logprobs[i], ranks[i])
+        if out.record is not None and row.params.params.record:
+            entry = entry._replace(record=tuple(field[i].item() for field in out.record))
         sampled[row.request_id] = (entry,)
 
 

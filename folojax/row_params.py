@@ -2,15 +2,19 @@
 
 import collections
 import dataclasses
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from folojax.logit_edits import ANY_TOKEN, NUM_RECENT, PROMPT_BIT, EditRows, SlotEdits
+from folojax.processors import LogitsProcessor, ProcessorRows
+from folojax.residual import ActivationEdit
 from folojax.sampling import SamplingClass
 from folojax.sampling_params import SamplingParams
 from folojax.state import SamplingRows
+from folojax.user_functions import NO_FUNCTIONS, UserFunctions
 
 MAX_BAD_WORD_TOKENS = NUM_RECENT + 1
 """Most tokens of a bad word."""
@@ -65,6 +69,11 @@ class RowParams:
         )
 
     @property
+    def has_processors(self) -> bool:
+        """Whether the request has a state of logits processors."""
+        return bool(self.params.logits_processors)
+
+    @property
     def has_slot_edits(self) -> bool:
         """Whether the request needs its own row of `EditState`, written when it joins."""
         has_bias = self.params.logit_bias or self.params.allowed_token_ids is not None
@@ -116,7 +125,10 @@ class RowParams:
 class RowTable:
     """One entry a slot, and a neutral one at index M for padding rows."""
 
-    def __init__(self, num_slots: int, vocab_size: int) -> None:
+    def __init__(
+        self, num_slots: int, vocab_size: int, functions: UserFunctions = NO_FUNCTIONS
+    ) -> None:
+        self.functions = functions
         self.num_slots = num_slots
         self._vocab_size = vocab_size
         size = num_slots + 1
@@ -131,6 +143,9 @@ class RowTable:
         self._frequency = np.zeros(size, np.float32)
         self._class = np.zeros(size, np.int32)
         self._num_logprobs = np.full(size, NO_LOGPROBS, np.int32)
+        self._has_record = np.zeros(size, bool)
+        self._processors = np.zeros((size, len(functions.processors)), bool)
+        self._edits = np.zeros((size, len(functions.edits)), bool)
         # Below this position a row has bans of a step: 0 for most, never ending for bad words.
         self._banned_until = np.zeros(size, np.int32)
         self._row: list[RowParams | None] = [None] * size
@@ -150,6 +165,10 @@ class RowTable:
         self._frequency[slot] = params.frequency_penalty
         self._class[slot] = SamplingClass.EDITED if row.has_slot_edits else params.sampling_class
         self._num_logprobs[slot] = NO_LOGPROBS if row.num_logprobs is None else row.num_logprobs
+        self._has_record[slot] = params.record
+        asked, edited = params.logits_processors or (), params.activation_edits or ()
+        self._processors[slot] = [one.name in asked for one in self.functions.processors]
+        self._edits[slot] = [one.name in edited for one in self.functions.edits]
         self._banned_until[slot] = row.banned_until if row.banned_ids else 0
         if any(len(word) > 1 for word in row.bad_word_ids):
             self._banned_until[slot] = np.iinfo(np.int32).max
@@ -208,10 +227,41 @@ class RowTable:
         most = int(self._num_logprobs[slot].max())
         return None if most == NO_LOGPROBS else most
 
+    def has_record(self, slot: Any) -> bool:
+        """Whether one of the slots asks for log-probability records."""
+        return bool(self._has_record[slot].any())
+
+    def processors(self, slot: Any) -> tuple[LogitsProcessor, ...]:
+        """The logits processors that some of the slots ask for."""
+        return _some(self.functions.processors, self._processors[slot])
+
+    def processor_rows(self, slot: Any, processors: tuple[LogitsProcessor, ...]) -> ProcessorRows:
+        """Which of these processors are on for the slots."""
+        columns = [self.functions.processors.index(one) for one in processors]
+        is_on: Any = self._processors[slot][:, columns]
+        where: Any = np.where(is_on.any(axis=1), slot, self.num_slots).astype(np.int32)
+        return ProcessorRows(where, is_on)
+
+    def activation_edits(self, slot: Any) -> tuple[tuple[ActivationEdit, ...], Any]:
+        """The edits that some of the slots ask for, and for which they are on; None without."""
+        edits = _some(self.functions.edits, self._edits[slot])
+        if not edits:
+            return (), None
+        columns = [self.functions.edits.index(one) for one in edits]
+        return edits, self._edits[slot][:, columns]
+
     def _row_of(self, slot: int) -> RowParams:
         row = self._row[slot]
         assert row is not None, f"slot {slot} was never filled"
         return row
+
+
+def _some(functions: tuple[Any, ...], is_on: np.ndarray) -> tuple[Any, ...]:
+    """Those of the functions that are on in some row."""
+    if not functions:
+        return ()
+    is_asked: list[bool] = np.any(is_on, axis=0).tolist()
+    return tuple(itertools.compress(functions, is_asked))
 
 
 def _padded(values: Mapping[int, Any], size: int, vocab_size: int, dtype: Any) -> tuple[Any, Any]:

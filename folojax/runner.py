@@ -29,28 +29,26 @@ from folojax.compile_plan import (
     Gate,
     list_executables,
     model_executable,
-    sample_executable,
     steps_executable,
 )
 from folojax.host_store import HostStore, TokenKV, read_tokens
 from folojax.layered import make_steps
-from folojax.logit_edits import EditState, init_edits, write_slot
+from folojax.logit_edits import EditState
+from folojax.processor_states import ProcessorStates
 from folojax.results import Pending, StepResult, is_scored, read, tokens_after
-from folojax.row_params import RowParams
+from folojax.sampler_calls import SamplerCalls, place
 from folojax.sampling import SamplingClass, SamplingSpec
 from folojax.sched.pages import pages_for
 from folojax.sched.plan import PageMoves, SchedulerOutput
 from folojax.state import (
     DecodeInputs,
     EngineState,
-    PrefillInputs,
-    SampleInputs,
-    SlotState,
     StepOutput,
     TokenScores,
     init_state,
     is_alive,
 )
+from folojax.user_functions import NO_FUNCTIONS, UserFunctions
 
 
 @dataclasses.dataclass
@@ -64,7 +62,7 @@ class RunnerStats:
     num_computed_tokens: int = 0
 
 
-class Runner:
+class Runner(SamplerCalls):
     """Runs plans on the device; owns the state and the parameters."""
 
     def __init__(
@@ -80,6 +78,7 @@ class Runner:
         is_processed: bool = False,
         max_decode_steps: int = 1,
         is_strict: bool = False,
+        functions: UserFunctions = NO_FUNCTIONS,
     ) -> None:
         """Allocates the state.
 
@@ -94,6 +93,7 @@ class Runner:
             is_processed: Sampled tokens are reported as in `SamplingSpec`; prompts always raw.
             max_decode_steps: Most decode steps of a plan, and their number wherever it is not 1.
             is_strict: Whether an executable outside the compile plan is an error.
+            functions: The user's.
         """
         self.model = model
         self.buckets = buckets
@@ -104,14 +104,19 @@ class Runner:
         self._layout = layout
         self._max_decode_steps = max_decode_steps
         self.host = HostStore(layout)
-        self.steps = make_steps(model, jax.default_backend())
+        self.steps = make_steps(model, jax.default_backend(), has_edits=bool(functions.edits))
         self.gate = Gate(list(self.list_executables(tuple(SamplingClass), True)), is_strict)
         num_slots = slots_for(max_num_seqs)
         self.batch = Batch(
-            num_slots, buckets.decode_pages[-1], layout.num_pages, model.config.vocab_size
+            num_slots,
+            buckets.decode_pages[-1],
+            layout.num_pages,
+            model.config.vocab_size,
+            functions,
         )
+        self._processors = ProcessorStates(functions.processors, num_slots)
         self.params = params
-        self.state: EngineState = _place(init_state(layout, num_slots))
+        self.state: EngineState = place(init_state(layout, num_slots))
 
     @property
     def params(self) -> Any:
@@ -120,16 +125,12 @@ class Runner:
 
     @params.setter
     def params(self, params: Any) -> None:
-        self._params = _place(params)
+        self._params = place(params)
         self._head_params = step.head_params(self._params)
 
     def dispatch(self, plan: SchedulerOutput) -> list[Pending]:
         """Has the device compute a plan, after those before; returns what `collect` takes."""
-        for row in self.batch.update(plan):
-            if row.params.has_slot_edits:
-                self.gate.check(EDITS)
-                self.write_edits(row.slot, row.params, row.token_ids, row.num_prompt_tokens)
-        self._move_pages(plan.page_moves)
+        self._update(plan)
         self.stats.num_scheduled_tokens += plan.total_num_scheduled_tokens
         rows = [self.batch.rows[request_id] for request_id in plan.num_scheduled_tokens]
         num_tokens = list(plan.num_scheduled_tokens.values())
@@ -160,9 +161,10 @@ class Runner:
     def reset(self) -> None:
         """Forgets every row; replaces the state if an interrupted step has consumed it."""
         self.batch.clear()
+        self._processors.clear()
         self.host.clear()
         if not is_alive(self.state):
-            self.state = _place(init_state(self._layout, self.batch.num_slots))
+            self.state = place(init_state(self._layout, self.batch.num_slots))
 
     def release(self) -> None:
         """Gives the state's memory back; `reset` allocates it again. Nothing may be running."""
@@ -174,6 +176,16 @@ class Runner:
         """Asserts that no request is remembered and every slot is free."""
         self.batch.check_is_empty()
         assert not len(self.host), "host memory holds pages"
+
+    def _update(self, plan: SchedulerOutput) -> None:
+        """Takes in who comes and goes, and moves pages."""
+        self._processors.before(plan, self.batch)
+        for row in self.batch.update(plan):
+            if row.params.has_slot_edits:
+                self.gate.check(EDITS)
+                self.write_edits(row.slot, row.params, row.token_ids, row.num_prompt_tokens)
+            self._processors.join(row)
+        self._move_pages(plan.page_moves)
 
     def _move_pages(self, moves: PageMoves) -> None:
         """In the order that the scheduler counts on."""
@@ -218,8 +230,12 @@ class Runner:
         extent = int(self.batch.extent[[chunk.row.slot for chunk in chunks]].max())
         shape = self.buckets.prefill_shape(len(chunks), extent, most_pages)
         inputs = self.batch.prefill_inputs(shape, chunks)
-        self.gate.check(model_executable(shape))
-        last, hidden = self._call_prefill(inputs, shape.segments)
+        every = self.batch.pad([chunk.row.slot for chunk in chunks], shape.rows)
+        edits, is_on = self.batch.params.activation_edits(every)
+        self.gate.check(model_executable(shape, edits))
+        head, tail = kv_cache.take_segments(self.state.cache, shape.segments)
+        head, last, hidden = self.steps.prefill(self.params, head, inputs, edits, is_on)
+        self.state = self.state._replace(cache=kv_cache.join_segments(head, tail))
         self.stats.num_prefill_calls += 1
         self.stats.num_computed_tokens += inputs.tokens.size
         rows = [chunk.row if chunk.has_sample else None for chunk in chunks]
@@ -234,8 +250,7 @@ class Runner:
     def _decode(self, rows: list[Row], slots: list[int], sampled: set[str] | None) -> Pending:
         """One token of each row; `sampled` are the ids of those that sample, None is all."""
         inputs, shape = self._decode_inputs(slots)
-        self.gate.check(model_executable(shape))
-        hidden = self._call_decode(inputs, shape.segments)
+        hidden = self._call_decode(inputs, shape)
         sampling: list[Row | None] = list(rows)
         slot = inputs.slot
         if sampled is not None:
@@ -254,8 +269,7 @@ class Runner:
         last = inputs.position + num_steps  # of the tokens to be drawn
         spec = self._spec(inputs.slot, np.stack([inputs.position + 1, last]))
         self.stats.num_computed_tokens += len(inputs.slot) * self._max_decode_steps
-        self.gate.check(steps_executable(shape, self._max_decode_steps, spec))
-        out = self._call_decode_steps(inputs, shape.segments, num_steps, spec)
+        out = self._call_decode_steps(inputs, shape, num_steps, spec)
         return Pending(list(rows), out, [], None, num_tokens)
 
     def _decode_inputs(self, slots: list[int]) -> tuple[DecodeInputs, DecodeShape]:
@@ -272,12 +286,6 @@ class Runner:
 
     def _sample(self, hidden: Any, slot: Any, position: Any) -> StepOutput:
         return self._call_sample(hidden, slot, position, self._spec(slot, position[None]))
-
-    def _spec(self, slot: Any, positions: Any) -> SamplingSpec:
-        """What slots need that draw tokens at some positions, [K, B]."""
-        params = self.batch.params
-        needed = max(params.sampling_class(slot, position) for position in positions)
-        return SamplingSpec(needed, num_alternatives(params.most_logprobs(slot), self.max_logprobs))
 
     def _score(self, hidden: Any, chunks: list[Chunk]) -> TokenScores | None:
         scored = [chunk for chunk in chunks if is_scored(chunk.row, chunk.start)]
@@ -296,26 +304,25 @@ class Runner:
             self._head_params, hidden, targets, model=self.model, num_logprobs=num_logprobs
         )
 
-    def _call_prefill(self, inputs: PrefillInputs, num_segments: int) -> tuple[Any, Any]:
-        head, tail = kv_cache.take_segments(self.state.cache, num_segments)
-        head, last, hidden = self.steps.prefill(self.params, head, inputs)
-        self.state = self.state._replace(cache=kv_cache.join_segments(head, tail))
-        return last, hidden
-
-    def _call_decode(self, inputs: DecodeInputs, num_segments: int) -> Any:
-        head, tail = kv_cache.take_segments(self.state.cache, num_segments)
-        head, hidden = self.steps.decode(self.params, head, self.state.slots.tokens, inputs)
+    def _call_decode(self, inputs: DecodeInputs, shape: DecodeShape) -> Any:
+        edits, is_on = self.batch.params.activation_edits(inputs.slot)
+        self.gate.check(model_executable(shape, edits))
+        head, tail = kv_cache.take_segments(self.state.cache, shape.segments)
+        tokens = self.state.slots.tokens
+        head, hidden = self.steps.decode(self.params, head, tokens, inputs, edits, is_on)
         self.state = self.state._replace(cache=kv_cache.join_segments(head, tail))
         return hidden
 
     def _call_decode_steps(
-        self, inputs: DecodeInputs, num_segments: int, num_steps: Any, spec: SamplingSpec
+        self, inputs: DecodeInputs, shape: DecodeShape, num_steps: Any, spec: SamplingSpec
     ) -> StepOutput:
-        head, tail = kv_cache.take_segments(self.state.cache, num_segments)
         arguments, options, kept = self.decode_steps_arguments(inputs, num_steps, spec)
+        edits = options["activation_edits"]
+        self.gate.check(steps_executable(shape, self._max_decode_steps, spec, edits))
+        head, tail = kv_cache.take_segments(self.state.cache, shape.segments)
         head, slots, out = step.decode_steps(self.params, head, *arguments, **options)
-        slots = slots._replace(edits=slots.edits or kept)
-        self.state = EngineState(kv_cache.join_segments(head, tail), slots)
+        self.state = self.state._replace(cache=kv_cache.join_segments(head, tail))
+        self._keep(slots, kept)
         return out
 
     def decode_steps_arguments(
@@ -330,64 +337,21 @@ class Runner:
                 np.arange(count)[:, None], np.maximum(num_steps - 1, 0)
             )
             bans = self.batch.params.bans(inputs.slot, positions)
-        options = {"model": self.model, "spec": spec, "most_steps": count}
-        return (slots, inputs, num_steps, sampling, bans), options, kept
-
-    def _call_sample(self, hidden: Any, slot: Any, position: Any, spec: SamplingSpec) -> StepOutput:
-        self.gate.check(sample_executable(len(slot), spec))
-        slots, kept, inputs, spec = self.sampling(slot, position, spec)
-        slots, out = step.sample_tokens(
-            self._head_params, slots, hidden, inputs, model=self.model, spec=spec
-        )
-        self.state = self.state._replace(slots=slots._replace(edits=slots.edits or kept))
-        return out
-
-    def sampling(
-        self, slot: Any, position: Any, spec: SamplingSpec
-    ) -> tuple[SlotState, EditState | None, SampleInputs, SamplingSpec]:
-        """The arguments of a call that samples, and the edits that it is not to touch."""
-        spec = dataclasses.replace(
-            spec, num_tokens=self._num_tokens, is_processed=self._is_processed
-        )
-        inputs = SampleInputs(slot, position, self.batch.params.rows(slot))
-        slots = self.state.slots
-        if spec.needed >= SamplingClass.EDITED:
-            edits = self.batch.params.edit_rows(slot, position)
-            return slots._replace(edits=self._edits()), None, inputs._replace(edits=edits), spec
-        # Not an argument of the others, which would be compiled once with and once without it.
-        return slots._replace(edits=None), slots.edits, inputs, spec
+        edits, is_on = self.batch.params.activation_edits(inputs.slot)
+        options = {
+            "model": self.model,
+            "spec": spec,
+            "most_steps": count,
+            "activation_edits": edits,
+        }
+        return (slots, inputs, num_steps, sampling, bans, is_on), options, kept
 
     def list_executables(
         self, sampling: Collection[SamplingClass], has_logprobs: bool
     ) -> Iterator[Executable]:
-        """Every executable that plans may need, for these classes of sampling."""
-        sizes: list[int] = []
-        if has_logprobs:
-            most = self.max_logprobs
-            found = (num_alternatives(wanted, most) for wanted in (0, min(1, most), most))
-            sizes = sorted({size for size in found if size is not None})
+        """Every executable that plans may need, for these classes of sampling.
+
+        Those of records and of the user's functions are not among them.
+        """
+        sizes = self._list_logprobs(has_logprobs)
         return list_executables(self.buckets, sampling, sizes, self._max_decode_steps)
-
-    def _edits(self) -> EditState:
-        """What is kept for edits of logits; allocated when a request first needs it."""
-        edits = self.state.slots.edits
-        if edits is None:
-            edits = _place(init_edits(self.batch.num_slots, self.model.config.vocab_size))
-        return edits
-
-    def write_edits(
-        self, slot: int, params: RowParams, token_ids: Any, num_prompt_tokens: int
-    ) -> None:
-        """Keeps what edits of logits need of a request that joins, in its slot."""
-        new = params.slot_edits(token_ids, num_prompt_tokens, self.model.config.vocab_size)
-        edits = write_slot(self._edits(), ints((), slot), new)
-        self.state = self.state._replace(slots=self.state.slots._replace(edits=edits))
-
-
-def _place(arrays: Any) -> Any:
-    """Commits arrays to the device; one that is there already is shared, not copied.
-
-    To jit, committed arrays and others are different inputs: were some of either kind, parameters
-    that come from elsewhere would need executables of their own.
-    """
-    return jax.device_put(arrays, jax.devices()[0])

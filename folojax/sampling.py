@@ -18,6 +18,8 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt
 
 from folojax import draws
 from folojax.logit_edits import EditRows, EditState, apply_edits
+from folojax.processors import LogitsProcessor
+from folojax.record import make_record
 from folojax.state import SamplingRows, StepOutput
 
 
@@ -40,12 +42,16 @@ class SamplingSpec:
         is_processed: Log-probabilities are of the distribution that is drawn from, after all edits
             and truncation; else of the model's own.
         num_tokens: Ids from here on are padding of the vocabulary and never sampled; None: none.
+        has_record: Whether a row asks for the log-probability record of its token.
+        processors: The user's, that some row asks for; applied before the other edits.
     """
 
     needed: SamplingClass
     num_logprobs: int | None = None
     is_processed: bool = False
     num_tokens: int | None = None
+    has_record: bool = False
+    processors: tuple[LogitsProcessor, ...] = ()
 
 
 def sample(
@@ -54,6 +60,8 @@ def sample(
     position: Int[Array, " B"],
     spec: SamplingSpec,
     edits: tuple[EditState, EditRows] | None = None,
+    log_mass: Float[Array, " B"] | None = None,
+    edited: Float[Array, "B V"] | None = None,
 ) -> StepOutput:
     """Draws one token a row.
 
@@ -63,53 +71,73 @@ def sample(
         position: Of the token to be drawn in its sequence: its randomness.
         spec: At least as demanding as every row.
         edits: For class EDITED, what is known of the slots, and the edits of the rows.
+        log_mass: `log_sum_exp(logits)`, where it is known already.
+        edited: What the user's processors have made of the logits; None: there are none.
     """
-    is_valid = jnp.isfinite(_log_mass(logits))
-    edited = logits
+    if log_mass is None:
+        log_mass = log_sum_exp(logits)
+    is_valid = jnp.isfinite(log_mass)
+    edited = logits if edited is None else edited
     if spec.needed >= SamplingClass.EDITED:
         assert edits is not None, "a step of class EDITED has edits"
-        edited = apply_edits(logits, *edits)
+        edited = apply_edits(edited, *edits)
     blocks = draws.to_blocks(edited, spec.num_tokens)
     top = blocks.max(axis=(1, 2))
     is_valid &= jnp.isfinite(top)  # the edits have left something
     tokens = draws.argmax(blocks)
-    processed = blocks
+    processed, kept = blocks, None
+    support = _support(blocks, top, rows, logits.shape[1], spec)
+    is_greedy = rows.temperature == 0
     if spec.needed > SamplingClass.GREEDY:
-        support = _support(blocks, top, rows, logits.shape[1], spec)
-        is_greedy = rows.temperature == 0
         drawn = _draw(support, rows, position, spec, is_skipped=is_greedy | ~is_valid)
         tokens = jnp.where(is_greedy, tokens, drawn)
-        if spec.is_processed:
-            processed = jnp.where(
-                is_greedy[:, None, None], blocks, _kept(support, rows, tokens, spec)
-            )
-    reported = logits
+        if spec.is_processed or spec.has_record:
+            kept = _kept(support, rows, tokens, spec)
+            processed = jnp.where(is_greedy[:, None, None], blocks, kept)
+    reported, reported_mass = logits, log_mass
     if spec.is_processed:
         reported = processed.reshape(logits.shape[0], -1)[:, : logits.shape[1]]
+        reported_mass = log_sum_exp(reported)
     num_logprobs = spec.num_logprobs
-    logprobs, ranks, top_tokens, top_logprobs = token_logprobs(reported, tokens, num_logprobs or 0)
+    logprobs, ranks, top_tokens, top_logprobs = token_logprobs(
+        reported, tokens, num_logprobs or 0, reported_mass
+    )
+    record = None
+    if spec.has_record:
+        raw_rank = token_ranks(logits, tokens)
+        record = make_record(logits, log_mass, support, kept, tokens, is_greedy, raw_rank)
     if num_logprobs is None:
         ranks = jnp.zeros_like(ranks)
-    return StepOutput(tokens, logprobs, ranks, is_valid, top_tokens, top_logprobs)
+    return StepOutput(tokens, logprobs, ranks, is_valid, top_tokens, top_logprobs, record)
 
 
 def token_logprobs(
-    logits: Float[Array, "B V"], tokens: Int[Array, " B"], num_logprobs: int
+    logits: Float[Array, "B V"],
+    tokens: Int[Array, " B"],
+    num_logprobs: int,
+    log_mass: Float[Array, " B"] | None = None,
 ) -> tuple[Float[Array, " B"], Int[Array, " B"], Int[Array, "B J"], Float[Array, "B J"]]:
     """Log-probability and rank of given tokens, and the J likeliest with theirs.
 
-    A rank counts the tokens that are likelier, and of equals those with a lower id, from 1.
+    `log_mass` is that of the logits, where it is known already.
     """
-    index = jnp.arange(logits.shape[1])[None, :]
     chosen = jnp.take_along_axis(logits, tokens[:, None], axis=1, mode="clip")
-    is_before = (logits > chosen) | ((logits == chosen) & (index < tokens[:, None]))
-    log_mass = _log_mass(logits)
+    if log_mass is None:
+        log_mass = log_sum_exp(logits)
     top, top_tokens = draws.top_k(draws.to_blocks(logits), num_logprobs)
-    ranks = 1 + is_before.sum(axis=1, dtype=jnp.int32)
+    ranks = token_ranks(logits, tokens)
     return chosen[:, 0] - log_mass, ranks, top_tokens, top - log_mass[:, None]
 
 
-def _log_mass(logits: Float[Array, "B V"]) -> Float[Array, " B"]:
+def token_ranks(logits: Float[Array, "B V"], tokens: Int[Array, " B"]) -> Int[Array, " B"]:
+    """Counts the tokens that are likelier, and of equals those with a lower id, from 1."""
+    index = jnp.arange(logits.shape[1])[None, :]
+    chosen = jnp.take_along_axis(logits, tokens[:, None], axis=1, mode="clip")
+    is_before = (logits > chosen) | ((logits == chosen) & (index < tokens[:, None]))
+    return 1 + is_before.sum(axis=1, dtype=jnp.int32)
+
+
+def log_sum_exp(logits: Float[Array, "B V"]) -> Float[Array, " B"]:
     """The logarithm of the sum of exponentials; not finite where a logit is NaN or none finite."""
     top = logits.max(axis=1, keepdims=True)
     return (top + jnp.log(jnp.exp(logits - top).sum(axis=1, keepdims=True)))[:, 0]

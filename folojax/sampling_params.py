@@ -76,6 +76,12 @@ class SamplingParams:
         logprobs: How many of the likeliest tokens are reported for each output token, besides
             the sampled one; 0 is the sampled one only, -1 the whole vocabulary, None nothing.
         prompt_logprobs: The same for the tokens of the prompt.
+        record: Whether every output token comes with its log-probability record
+            (`CompletionOutput.record`). With top-p it costs some passes over the vocabulary.
+        logits_processors: Names of the engine's logits processors that are on, applied to the
+            model's logits in the engine's order.
+        activation_edits: Names of the engine's activation edits that are on, for prompt and
+            output. Such a request shares no pages with others.
         seed: 0 to 2**64 - 1; None draws one from the engine's seed. Recorded in the output.
         skip_special_tokens: Special tokens leave no text.
         spaces_between_special_tokens: Handed to the tokenizer's `decode`. Byte-level and
@@ -105,6 +111,9 @@ class SamplingParams:
     bad_words: Iterable[str] | None = ()
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    record: bool = False
+    logits_processors: Iterable[str] | None = ()
+    activation_edits: Iterable[str] | None = ()
     seed: int | None = None
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
@@ -178,7 +187,7 @@ class SamplingParams:
             yield self._int("logprobs", -1)
         if self.prompt_logprobs is not None:
             yield self._int("prompt_logprobs", -1)
-        for name in ("include_stop_str_in_output", "ignore_eos", "detokenize"):
+        for name in ("include_stop_str_in_output", "ignore_eos", "detokenize", "record"):
             yield self._bool(name)
         for name in ("skip_special_tokens", "spaces_between_special_tokens"):
             yield self._bool(name)
@@ -274,5 +283,7 @@ _LISTS: tuple[tuple[str, Any, str], ...] = (
     ("stop_token_ids", _is_token_id, _IDS),
     ("allowed_token_ids", _is_token_id, _IDS),
     ("bad_words", _is_text, _TEXTS),
+    ("logits_processors", _is_text, _TEXTS),
+    ("activation_edits", _is_text, _TEXTS),
 )
 _STRUCTURED = (*(name for name, _, _ in _LISTS), "logit_bias")

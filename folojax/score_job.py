@@ -55,6 +55,11 @@ class ScoreJob:
         del self.scores[chunk.first - 1 :]
         self.scores += chunk.entries
 
+    def restart(self) -> None:
+        """Forgets the scores so far."""
+        self.request.restart()
+        self.scores = []
+
     def output(self) -> ScoreOutput:
         """What the user gets; the job ends now."""
         reason = self.request.status.finish_reason

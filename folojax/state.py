@@ -25,6 +25,8 @@ from jaxtyping import Array, Bool, Float, Int, UInt
 
 from folojax.kv_cache import KVCache, KVLayout, init_cache
 from folojax.logit_edits import EditRows, EditState
+from folojax.processors import ProcessorRows, ProcessorSlots
+from folojax.record import TokenRecord
 
 
 class SlotState(NamedTuple):
@@ -32,6 +34,7 @@ class SlotState(NamedTuple):
 
     tokens: Int[Array, " M"]  # last sampled token of each slot: the next decode step's input
     edits: EditState | None = None  # None: for sampling classes that edit nothing
+    processors: ProcessorSlots | None = None  # None: for steps without any
 
 
 class EngineState(NamedTuple):
@@ -89,6 +92,7 @@ class SampleInputs(NamedTuple):
     position: Int[Array, " B"]  # of the token to be drawn in its sequence: its randomness
     rows: SamplingRows
     edits: EditRows | None = None  # for class EDITED, with `SlotState.edits`
+    processors: ProcessorRows | None = None  # with `SlotState.processors`
 
 
 class StepOutput(NamedTuple):
@@ -100,6 +104,7 @@ class StepOutput(NamedTuple):
     is_valid: Bool[Array, " B"]  # False: the row's logits hold a NaN or no finite value at all
     top_tokens: Int[Array, "B J"]  # the likeliest tokens, descending
     top_logprobs: Float[Array, "B J"]
+    record: TokenRecord | None = None  # where the spec asks for it
 
 
 class TokenScores(NamedTuple):

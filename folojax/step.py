@@ -38,6 +38,8 @@ from folojax.attention import (
 )
 from folojax.kv_cache import KVCache
 from folojax.logit_edits import note_tokens
+from folojax.processors import apply_processors, note_outputs
+from folojax.residual import ActivationEdit, intercept
 from folojax.sampling import SamplingSpec, sample, token_logprobs
 from folojax.state import (
     DecodeInputs,
@@ -49,9 +51,15 @@ from folojax.state import (
 )
 
 
-@functools.partial(jax.jit, static_argnames=("model",), donate_argnames="cache")
+@functools.partial(jax.jit, static_argnames=("model", "edits"), donate_argnames="cache")
 def prefill(
-    params: Any, cache: KVCache, inputs: PrefillInputs, *, model: nn.Module
+    params: Any,
+    cache: KVCache,
+    inputs: PrefillInputs,
+    is_edited: Bool[Array, "R Z"] | None = None,
+    *,
+    model: nn.Module,
+    edits: tuple[ActivationEdit, ...] = (),
 ) -> tuple[KVCache, Float[Array, "R E"], Float[Array, "R C E"]]:
     """Caches chunks of prompts.
 
@@ -62,27 +70,34 @@ def prefill(
         cache: Earlier tokens of a row must be cached already, or stand in an earlier row of the
             same call.
         inputs: R rows of C tokens.
+        is_edited: Which rows the edits are on for; None without edits.
         model: A module of `folojax.models`.
+        edits: Z edits of the residual stream.
 
     Returns:
         The new cache, the hidden state of each row's last valid token, and those of all tokens.
     """
     plan, tokens, positions = plan_prefill(cache, inputs)
-    result: Any = model.apply(
-        {"params": params}, tokens, positions, cache, functools.partial(attend_chunks, plan)
-    )
+    columns = inputs.tokens.shape[1]
+    is_on = None if is_edited is None else jnp.repeat(is_edited, columns, axis=0)
+    with intercept(edits, is_on):
+        result: Any = model.apply(
+            {"params": params}, tokens, positions, cache, functools.partial(attend_chunks, plan)
+        )
     hidden, cache = result
     return cache, *last_and_all(hidden, inputs)
 
 
-@functools.partial(jax.jit, static_argnames=("model",), donate_argnames="cache")
+@functools.partial(jax.jit, static_argnames=("model", "edits"), donate_argnames="cache")
 def decode(
     params: Any,
     cache: KVCache,
     tokens: Int[Array, " M"],
     inputs: DecodeInputs,
+    is_edited: Bool[Array, "B Z"] | None = None,
     *,
     model: nn.Module,
+    edits: tuple[ActivationEdit, ...] = (),
 ) -> tuple[KVCache, Float[Array, "B E"]]:
     """Caches one token of every row.
 
@@ -94,16 +109,21 @@ def decode(
         tokens: The last token of every slot (`SlotState.tokens`); row i continues slot
             `inputs.slot[i]`, unless the inputs give its token.
         inputs: B rows.
+        is_edited: Which rows the edits are on for; None without edits.
         model: A module of `folojax.models`.
+        edits: Z edits of the residual stream.
 
     Returns:
         The new cache and the hidden state of each row's token.
     """
-    return _decode(params, cache, tokens, inputs, model, None)
+    with intercept(edits, is_edited):
+        return _decode(params, cache, tokens, inputs, model, None)
 
 
 @functools.partial(
-    jax.jit, static_argnames=("model", "spec", "most_steps"), donate_argnames=("cache", "slots")
+    jax.jit,
+    static_argnames=("model", "spec", "most_steps", "activation_edits"),
+    donate_argnames=("cache", "slots"),
 )
 def decode_steps(
     params: Any,
@@ -113,10 +133,12 @@ def decode_steps(
     num_steps: Int[Array, " B"],
     sampling: SampleInputs,
     bans: Int[Array, "K Z _"] | None,
+    is_edited: Bool[Array, "B Z"] | None = None,
     *,
     model: nn.Module,
     spec: SamplingSpec,
     most_steps: int,
+    activation_edits: tuple[ActivationEdit, ...] = (),
 ) -> tuple[KVCache, SlotState, StepOutput]:
     """`decode` and `sample_tokens`, K times over: each step computes what the one before sampled.
 
@@ -130,9 +152,11 @@ def decode_steps(
         num_steps: How many steps each row takes; in the others it is padding.
         sampling: As for the first step.
         bans: In place of those in `sampling.edits`, of each step; None for specs without edits.
+        is_edited: Which rows the activation edits are on for; None without them.
         model: A module of `folojax.models`.
         spec: At least as demanding as every row.
         most_steps: K.
+        activation_edits: Of the residual stream.
 
     Returns:
         The new cache and slots, and the report of each step: [K, B] where one step has [B].
@@ -151,11 +175,17 @@ def decode_steps(
             token=jnp.where(number == 0, inputs.token, -1),
             position=inputs.position + behind,
         )
-        cache, hidden = _decode(params, cache, slots.tokens, now, model, is_active)
+        with intercept(activation_edits, is_edited):
+            cache, hidden = _decode(params, cache, slots.tokens, now, model, is_active)
         edits = sampling.edits
         if edits is not None and banned is not None:
             edits = edits._replace(slot=jnp.where(is_active, edits.slot, num_slots), bans=banned)
+        processors = sampling.processors
+        if processors is not None:
+            mine = jnp.where(is_active, processors.slot, num_slots)
+            processors = processors._replace(slot=mine)
         drawn = sampling._replace(
+            processors=processors,
             slot=jnp.where(is_active, sampling.slot, num_slots),
             position=sampling.position + behind,
             edits=edits,
@@ -291,11 +321,28 @@ def _sample(
     """See `sample_tokens`."""
     chex.assert_shape([inputs.slot, inputs.position], (hidden.shape[0],))
     logits: Any = model.apply({"params": params}, hidden, method="logits")
-    edits = slots.edits
-    if edits is None or inputs.edits is None:
-        out = sample(logits, inputs.rows, inputs.position, spec)
-    else:
-        out = sample(logits, inputs.rows, inputs.position, spec, (edits, inputs.edits))
-        edits = note_tokens(edits, inputs.edits.slot, out.tokens)
+    return draw_and_note(slots, logits, inputs, spec)
+
+
+def draw_and_note(
+    slots: SlotState,
+    logits: Float[Array, "B V"],
+    inputs: SampleInputs,
+    spec: SamplingSpec,
+    log_mass: Float[Array, " B"] | None = None,
+) -> tuple[SlotState, StepOutput]:
+    """Draws a token a row and takes it into the state of its slot; inside of a jitted function."""
+    edits, processors, edited, pair = slots.edits, slots.processors, None, None
+    if processors is not None and inputs.processors is not None:
+        edited, processors = apply_processors(
+            logits, processors, inputs.processors, spec.processors
+        )
+    if edits is not None and inputs.edits is not None:
+        pair = edits, inputs.edits
+    out = sample(logits, inputs.rows, inputs.position, spec, pair, log_mass, edited)
+    if pair is not None:
+        edits = note_tokens(pair[0], pair[1].slot, out.tokens)
+    if processors is not None and inputs.processors is not None:
+        processors = note_outputs(processors, inputs.processors, out.tokens)
     tokens = slots.tokens.at[inputs.slot].set(out.tokens, mode="drop")
-    return SlotState(tokens, edits), out
+    return SlotState(tokens, edits, processors), out

@@ -15,6 +15,7 @@ from folojax.row_params import MAX_BAD_WORD_TOKENS
 from folojax.sampling_params import SamplingParams
 from folojax.sched.config import SchedulerConfig
 from folojax.tokenizer import Tokenizer
+from folojax.user_functions import NO_FUNCTIONS, UserFunctions
 
 MAX_REPORTED = 4_000_000
 """Most log-probabilities that a request may ask for, of its prompt or of its outputs: 1 GB."""
@@ -63,6 +64,8 @@ class Validator:
         max_logprobs: Most alternatives that are reported with a token; -1 is no cap.
         tokenizer: None: there is no text.
         eos_token_ids: The model's end tokens.
+        functions: The user's.
+        is_strict: Whether steps that no compile plan lists are refused.
     """
 
     limits: SchedulerConfig
@@ -71,6 +74,8 @@ class Validator:
     max_logprobs: int
     tokenizer: Tokenizer | None
     eos_token_ids: tuple[int, ...] = ()
+    functions: UserFunctions = NO_FUNCTIONS
+    is_strict: bool = False
 
     def check(
         self, request_id: str, prompt: ParsedPrompt, params: SamplingParams, priority: int = 0
@@ -89,6 +94,11 @@ class Validator:
         bad_word_ids, bad_word_problems = self._encode_bad_words(params)
         problems += bad_word_problems
         problems += self._id_list_problems(params)
+        problems += self._function_problems(params)
+        if self.is_strict and params.record:
+            problems.append(
+                "record is True, which no compile plan lists: set it, or strict, to False"
+            )
         if not problems:
             problems += self._nothing_left(params, bad_word_ids)
         reported = self._num_reported("logprobs", params.logprobs, problems)
@@ -156,6 +166,19 @@ class Validator:
                 f"stop is {list(params.stop)!r}, but the engine has no tokenizer: pass tokenizer=, "
                 "or use stop_token_ids"
             )
+
+    def _function_problems(self, params: SamplingParams) -> Iterator[str]:
+        known = {
+            "logits_processors": [one.name for one in self.functions.processors],
+            "activation_edits": [one.name for one in self.functions.edits],
+        }
+        for field, names in known.items():
+            unknown = sorted(set(getattr(params, field)) - set(names))
+            if unknown:
+                yield (
+                    f"{field} holds {unknown}; the engine was built with {sorted(names)}: pass "
+                    f"{field}= to LLM"
+                )
 
     def _nothing_left(
         self, params: SamplingParams, bad_word_ids: Iterable[tuple[int, ...]]

@@ -37,12 +37,12 @@ class Groups:
         _remove(self._members, request)
 
     def set_running(self, request: Request) -> None:
-        """Notes that a request has pages."""
-        if request.group is not None:
+        """Notes that a request has pages; private ones are for no sibling."""
+        if request.group is not None and not request.is_private:
             self._running.setdefault(request.group, {})[request] = None
 
     def set_waiting(self, request: Request) -> None:
-        """Notes that a request has lost its pages."""
+        """Notes that a request has lost its pages, or keeps them to itself."""
         _remove(self._running, request)
 
     def find_sibling(self, request: Request) -> Request | None:

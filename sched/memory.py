@@ -10,7 +10,7 @@ and computes the rest into pages of its own: a page with several owners is never
 finds with another request is the prompt of its group, or what it was forked from.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from folojax.sched.config import SchedulerConfig
@@ -195,6 +195,8 @@ class KVMemory:
         request.num_computed_tokens += num_tokens
         if request.num_computed_tokens % self.page_size >= num_tokens or not self._is_caching:
             return  # no page was filled
+        if request.is_private:
+            return
         old_tail = tail = self._tails[request]
         for index in range(tail.depth, request.num_computed_tokens // self.page_size):
             tail = self.cache.insert(tail, self._piece(request, index), request.page_ids[index])
@@ -209,6 +211,15 @@ class KVMemory:
         """
         for page in request.page_ids:
             self.cache.discard(page)
+
+    def drop_all(self, kept: Iterable[Request], requests: Iterable[Request]) -> None:
+        """Drops what can be hit or loaded; the pages of running, kept requests are theirs alone."""
+        for request in kept:
+            self.discard(request)
+            request.is_private = request.skip_prefix_cache = True
+        self.allocator.drop_idle()
+        for request in requests:
+            self.drop_saved(request)
 
     def release(self, request: Request) -> None:
         """Frees the pages of a request; cached ones stay as long as there is room."""

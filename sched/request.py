@@ -135,6 +135,8 @@ class Request:
         forked_from: a request with the same prompt that gave it its first outputs: if that runs
             when this one is admitted, they share pages.
         saved: what host memory holds of its K/V.
+        is_private: its K/V are not what its tokens alone would give, so nobody else is to have its
+            pages; they never enter the prefix cache. Goes with `skip_prefix_cache`.
         arrival_index: order of `add_request` calls, NOT_ARRIVED before.
         status: where the request is in its life.
         output_token_ids: sampled so far; kept over a preemption. Those that it had when it was
@@ -158,6 +160,7 @@ class Request:
     skip_prefix_cache: bool = False
     forked_from: "Request | None" = None
     saved: SavedPages | None = None
+    is_private: bool = False
 
     arrival_index: int = field(default=NOT_ARRIVED, kw_only=True)
     status: RequestStatus = field(default=RequestStatus.WAITING, kw_only=True)
@@ -207,6 +210,11 @@ class Request:
             return self.prompt_token_ids[start:end]
         outputs = self.output_token_ids[max(start - num_prompt_tokens, 0) : end - num_prompt_tokens]
         return (*self.prompt_token_ids[start:], *outputs)
+
+    def restart(self) -> None:
+        """Forgets the output of a request that waits, as if it had just arrived."""
+        assert not self.page_ids, f"{self.request_id} runs: preempt it first"
+        self.output_token_ids.clear()
 
     @property
     def is_prompt_only(self) -> bool:

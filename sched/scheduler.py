@@ -253,10 +253,9 @@ class Scheduler:
         return requests
 
     def preempt_all(self) -> None:
-        """Sends all running requests back to the front of the queue, in order.
+        """Sends all running requests back to the front of the queue, their output kept, no K/V.
 
-        Their output is kept, and no K/V are: the memory is given up, or the weights change. What
-        plans under way sample is not taken in; it is sampled again.
+        What plans under way sample is not taken in; it is sampled again.
         """
         self.flights.forget_all()
         for request in reversed(self._running):
@@ -266,25 +265,26 @@ class Scheduler:
     def reset_prefix_cache(self, *, preempt_running: bool = False) -> bool:
         """Drops all cached K/V, so that later requests hit nothing that was computed before.
 
-        Args:
-            preempt_running: whether to send running requests back to the queue for it.
-
         Returns:
-            Whether it was done; False, and nothing has changed, while requests run.
+            Whether it was done; False, and nothing has changed, while requests run, unless
+            `preempt_running` sends them back to the queue for it.
         """
         if self._running and not preempt_running:
             return False
         self.preempt_all()
-        self.memory.allocator.drop_idle()
-        for request in self._requests.values():
-            self.memory.drop_saved(request)
+        self.memory.drop_all((), self._requests.values())
         return True
+
+    def isolate_running(self) -> None:
+        """Drops cached K/V; running requests go on with theirs. No plan may be under way."""
+        for request in self._running:
+            self._groups.set_waiting(request)
+        self.memory.drop_all(self._running, self._requests.values())
 
     def shutdown(self) -> list[Request]:
         """Aborts all requests, drops all cached K/V, and returns the requests.
 
-        The scheduler is empty then and can be used on, also after a step that was interrupted.
-        Plans under way are not to be taken in.
+        The scheduler can be used on, also after an interrupted step. Plans under way are void.
         """
         requests = self.finish_requests(tuple(self._requests), RequestStatus.FINISHED_ABORTED)
         self.flights.clear()

@@ -37,6 +37,7 @@ BAD: list[tuple[str, Any]] = [
     *[("enable_chunked_prefill", bad) for bad in (1, 0, None, "yes")],
     *[("enable_prefix_caching", bad) for bad in (1, 0, None, "yes")],
     *[("memory_fraction", bad) for bad in (0, -0.5, 1.01, True, "0.9", math.nan, [0.5])],
+    *[("deterministic", bad) for bad in (1, 0, None, "yes")],
     *[("strict", bad) for bad in (1, 0, None, "yes")],
     *[("async_scheduling", bad) for bad in (1, 0, None, "yes")],
     *[("check_integrity", bad) for bad in (1, 0, None, "yes")],

@@ -245,7 +245,7 @@ def test_the_default_config_works_on_the_default_model(real_llm: LLM) -> None:
         ({"dtype": "int8"}, "int8"),
         ({"trust_remote_code": True}, "trust_remote_code"),
         ({"tensor_parallel_size": 2}, "tensor_parallel_size"),
-        ({"deterministic": True}, "deterministic is True"),
+        ({"deterministic": 1}, "deterministic is 1; it must be True or False"),
         ({"max_logprobs": -2}, "max_logprobs is -2"),
         ({"logprobs_mode": "raw_logits"}, "logprobs_mode is 'raw_logits'"),
         ({"enable_prefix_caching": 1}, "enable_prefix_caching is 1"),

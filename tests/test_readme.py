@@ -1,17 +1,21 @@
-"""The examples of the README run as they stand."""
+"""The examples of the README and of docs/research.md run as they stand."""
 
 import re
 from pathlib import Path
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
-EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
 
 
-def test_the_examples_run_one_after_the_other() -> None:
-    assert len(EXAMPLES) == 3
+@pytest.mark.parametrize(("name", "count"), [("README.md", 4), ("docs/research.md", 5)])
+def test_the_examples_run_one_after_the_other(name: str, count: int) -> None:
+    examples = re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), flags=re.DOTALL)
+    assert len(examples) == count
     names: dict[str, object] = {}
-    for code in EXAMPLES:
-        exec(compile(code, "README.md", "exec"), names)
+    for code in examples:
+        exec(compile(code, name, "exec"), names)
 
 
 def test_the_two_commands_are_there() -> None:

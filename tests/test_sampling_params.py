@@ -33,6 +33,8 @@ BAD: list[tuple[str, Any]] = [
     *[("stop_token_ids", bad) for bad in (5, True, [-1], [1.0], [True], ["1"], [None], "12")],
     *[("allowed_token_ids", bad) for bad in (5, True, [], [-1], [1.0], [True], ["1"], "12")],
     *[("bad_words", bad) for bad in (5, True, "ab", [""], ["a", ""], [1], [None], b"a")],
+    *[("logits_processors", bad) for bad in (5, True, "ab", [""], [1], [None], [print])],
+    *[("activation_edits", bad) for bad in (5, True, "ab", [""], [1], [None], [print])],
     *[
         ("logit_bias", bad)
         for bad in (
@@ -55,6 +57,7 @@ BAD: list[tuple[str, Any]] = [
         (name, bad)
         for name in (
             "ignore_eos",
+            "record",
             "include_stop_str_in_output",
             "detokenize",
             "skip_special_tokens",
@@ -195,7 +198,7 @@ def test_numpy_numbers_are_numbers() -> None:
 
 
 def test_what_vllm_takes_and_this_engine_does_not_is_refused_by_name() -> None:
-    for name in ("best_of", "use_beam_search", "guided_decoding", "logits_processors"):
+    for name in ("best_of", "use_beam_search", "guided_decoding"):
         with pytest.raises(TypeError, match=name):
             SamplingParams(**{name: None})  # type: ignore[arg-type]
 

@@ -1,0 +1,114 @@
+"""The runner's calls that sample: what they are given of each slot, and what they leave there."""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from folojax import step
+from folojax.batch import Batch, ints
+from folojax.buckets import num_alternatives
+from folojax.compile_plan import Gate, sample_executable
+from folojax.logit_edits import EditState, init_edits, write_slot
+from folojax.processor_states import ProcessorStates
+from folojax.row_params import RowParams
+from folojax.sampling import SamplingClass, SamplingSpec
+from folojax.state import EngineState, SampleInputs, SlotState, StepOutput
+
+
+class SamplerCalls:
+    """The part of a runner that samples; `Runner` makes its attributes."""
+
+    model: nn.Module
+    batch: Batch
+    state: EngineState
+    gate: Gate
+    max_logprobs: int
+    _head_params: Any
+    _num_tokens: int | None
+    _is_processed: bool
+    _processors: ProcessorStates
+
+    def _spec(self, slot: Any, positions: Any) -> SamplingSpec:
+        """What slots need that draw tokens at some positions, [K, B]."""
+        params = self.batch.params
+        needed = max(params.sampling_class(slot, position) for position in positions)
+        return SamplingSpec(
+            needed,
+            num_alternatives(params.most_logprobs(slot), self.max_logprobs),
+            has_record=params.has_record(slot),
+            processors=params.processors(slot),
+        )
+
+    def _list_logprobs(self, has_logprobs: bool) -> list[int]:
+        """The numbers of alternatives that steps report, where log-probabilities are wanted."""
+        if not has_logprobs:
+            return []
+        most = self.max_logprobs
+        found = (num_alternatives(wanted, most) for wanted in (0, min(1, most), most))
+        return sorted({size for size in found if size is not None})
+
+    def _call_sample(self, hidden: Any, slot: Any, position: Any, spec: SamplingSpec) -> StepOutput:
+        self.gate.check(sample_executable(len(slot), spec))
+        slots, kept, inputs, spec = self.sampling(slot, position, spec)
+        slots, out = self._sample_hidden(hidden, slots, inputs, spec)
+        self._keep(slots, kept)
+        return out
+
+    def _sample_hidden(
+        self, hidden: Any, slots: SlotState, inputs: SampleInputs, spec: SamplingSpec
+    ) -> tuple[SlotState, StepOutput]:
+        return step.sample_tokens(
+            self._head_params, slots, hidden, inputs, model=self.model, spec=spec
+        )
+
+    def _keep(self, slots: SlotState, edits: EditState | None) -> None:
+        """Takes back what a call that samples returned, and the edits that it did not touch."""
+        if slots.processors is not None:
+            self._processors.slots = slots.processors
+        slots = slots._replace(edits=slots.edits or edits, processors=None)
+        self.state = self.state._replace(slots=slots)
+
+    def sampling(
+        self, slot: Any, position: Any, spec: SamplingSpec
+    ) -> tuple[SlotState, EditState | None, SampleInputs, SamplingSpec]:
+        """The arguments of a call that samples, and the edits that it is not to touch."""
+        spec = dataclasses.replace(
+            spec, num_tokens=self._num_tokens, is_processed=self._is_processed
+        )
+        inputs = SampleInputs(slot, position, self.batch.params.rows(slot))
+        slots = self.state.slots
+        if spec.processors:
+            rows = self.batch.params.processor_rows(slot, spec.processors)
+            slots = slots._replace(processors=self._processors.slots)
+            inputs = inputs._replace(processors=rows)
+        if spec.needed >= SamplingClass.EDITED:
+            edits = self.batch.params.edit_rows(slot, position)
+            return slots._replace(edits=self._edits()), None, inputs._replace(edits=edits), spec
+        # Not an argument of the others, which would be compiled once with and once without it.
+        return slots._replace(edits=None), slots.edits, inputs, spec
+
+    def _edits(self) -> EditState:
+        """What is kept for edits of logits; allocated when a request first needs it."""
+        edits = self.state.slots.edits
+        if edits is None:
+            edits = place(init_edits(self.batch.num_slots, self.model.config.vocab_size))
+        return edits
+
+    def write_edits(
+        self, slot: int, params: RowParams, token_ids: Any, num_prompt_tokens: int
+    ) -> None:
+        """Keeps what edits of logits need of a request that joins, in its slot."""
+        new = params.slot_edits(token_ids, num_prompt_tokens, self.model.config.vocab_size)
+        edits = write_slot(self._edits(), ints((), slot), new)
+        self.state = self.state._replace(slots=self.state.slots._replace(edits=edits))
+
+
+def place(arrays: Any) -> Any:
+    """Commits arrays to the device; one that is there already is shared, not copied.
+
+    To jit, committed arrays and others are different inputs: were some of either kind, parameters
+    that come from elsewhere would need executables of their own.
+    """
+    return jax.device_put(arrays, jax.devices()[0])

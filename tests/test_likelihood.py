@@ -1,0 +1,149 @@
+"""Log-likelihood and its gradients, against PyTorch's on the same weights."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from folojax import LLM, log_likelihood
+from folojax.models.checkpoint import build_module, load_params, open_checkpoint
+from tests.reference import load_model, save_tiny
+
+LENGTHS = (9, 5, 12)
+SHAPE = (len(LENGTHS), 12)
+
+
+def make_batch() -> tuple[np.ndarray, np.ndarray]:
+    """Right-padded sequences, and a mask of their last tokens: the prompts have three."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 128, SHAPE)
+    column, length = np.arange(SHAPE[1])[None, :], np.array(LENGTHS)[:, None]
+    return tokens, (column >= 3) & (column < length)
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen3"])
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple:
+    """One of our modules, its parameters, and the same model of transformers."""
+    directory: Path = tmp_path_factory.mktemp(request.param)
+    save_tiny(request.param, directory, tie_word_embeddings=request.param == "llama")
+    checkpoint = open_checkpoint(directory)
+    module = build_module(checkpoint.config, jnp.float32)
+    return module, load_params(checkpoint, jnp.float32), load_model(directory)
+
+
+def reference_logprobs(torch_model: Any, temperature: float = 1.0) -> Any:
+    import torch
+
+    tokens, mask = make_batch()
+    ids = torch.tensor(tokens)
+    logprobs = torch.log_softmax(torch_model(ids).logits / temperature, -1)
+    picked = logprobs[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
+    return picked * torch.tensor(mask[:, 1:])
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_values_are_those_of_transformers(pair: tuple, temperature: float) -> None:
+    module, params, torch_model = pair
+    tokens, mask = make_batch()
+    found = log_likelihood(
+        params, jnp.array(tokens), jnp.array(mask), model=module, temperature=temperature
+    )
+    expected = reference_logprobs(torch_model, temperature).detach().numpy()
+    np.testing.assert_allclose(found[:, 1:], expected, atol=2e-5)
+    assert not found[:, 0].any()
+
+
+def test_gradients_are_those_of_torch(pair: tuple) -> None:
+    """Of a loss with another weight on every token, by the arrays that both sides have alike."""
+    import torch
+
+    module, params, torch_model = pair
+    tokens, mask = make_batch()
+    weight = np.random.default_rng(1).normal(size=SHAPE).astype(np.float32)
+
+    @jax.jit
+    def loss(params: Any) -> jax.Array:
+        found = log_likelihood(params, jnp.array(tokens), jnp.array(mask), model=module)
+        return (found * weight).sum()
+
+    grads = jax.grad(loss)(params)
+    torch_model.zero_grad()
+    (reference_logprobs(torch_model) * torch.tensor(weight[:, 1:])).sum().backward()
+    layer, ours = torch_model.model.layers[1], grads["layers_1"]
+    names = [layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj]
+    expected = {
+        "embed": torch_model.model.embed_tokens.weight.grad,
+        "final_norm": torch_model.model.norm.weight.grad,
+        "qkv": torch.cat([name.weight.grad for name in names]).T,
+        "down": layer.mlp.down_proj.weight.grad.T,
+        "attn_norm": layer.input_layernorm.weight.grad,
+    }
+    for name, grad in expected.items():
+        found = grads[name] if name in grads else ours[name]
+        scale = float(grad.abs().max())
+        assert scale > 1e-3, f"{name} has no gradient to compare"
+        np.testing.assert_allclose(found, grad.numpy(), atol=2e-5 * max(scale, 1), err_msg=name)
+
+
+def test_padding_and_what_is_not_masked_change_nothing(tiny_model: tuple) -> None:
+    module, params = tiny_model
+    tokens, mask = make_batch()
+    behind = np.arange(SHAPE[1])[None, :] >= np.array(LENGTHS)[:, None]
+    other = np.where(behind, 7, tokens)
+    assert (other != tokens).any()
+
+    def scores(tokens: np.ndarray) -> jax.Array:
+        return log_likelihood(params, jnp.array(tokens), jnp.array(mask), model=module)
+
+    np.testing.assert_array_equal(scores(tokens), scores(other))
+    assert (np.asarray(scores(tokens)) != 0).sum() == mask.sum()
+
+
+def test_vmap_and_leading_axes_are_the_same(tiny_model: tuple) -> None:
+    module, params = tiny_model
+    tokens, mask = map(jnp.array, make_batch())
+
+    def score(tokens: jax.Array, mask: jax.Array) -> jax.Array:
+        return log_likelihood(params, tokens, mask, model=module)
+
+    whole = score(tokens, mask)
+    np.testing.assert_allclose(jax.vmap(score)(tokens, mask), whole, atol=1e-5)
+    np.testing.assert_allclose(score(tokens[0], mask[0]), whole[0], atol=1e-5)
+    grouped = score(tokens[:, None], mask[:, None])
+    np.testing.assert_allclose(grouped[:, 0], whole, atol=1e-5)
+
+
+def test_the_engine_scores_alike(tiny_model: tuple) -> None:
+    """What a trainer computes is what `LLM.score` reports, to rounding."""
+    module, params = tiny_model
+    llm = LLM(tiny_model, page_size=16, num_pages=16, max_model_len=64, max_num_seqs=2)
+    tokens, mask = make_batch()
+    (output,) = llm.score([tokens[2, :3].tolist()], [tokens[2, 3:].tolist()], use_tqdm=False)
+    found = log_likelihood(params, jnp.array(tokens), jnp.array(mask), model=module)[2, 3:]
+    np.testing.assert_allclose(found, output.logprobs, atol=2e-5)
+
+
+def test_a_step_of_training_lowers_the_loss(tiny_model: tuple) -> None:
+    module, params = tiny_model
+    tokens, mask = map(jnp.array, make_batch())
+    optimizer = optax.adam(1e-3)
+
+    @jax.jit
+    def train(params: Any, state: Any) -> tuple[Any, Any, jax.Array]:
+        def loss(params: Any) -> jax.Array:
+            return -log_likelihood(params, tokens, mask, model=module).sum() / mask.sum()
+
+        value, grads = jax.value_and_grad(loss)(params)
+        updates, state = optimizer.update(grads, state)
+        return optax.apply_updates(params, updates), state, value
+
+    state, losses = optimizer.init(params), []
+    for _ in range(5):
+        params, state, value = train(params, state)
+        losses.append(float(value))
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < losses[0] - 0.5
