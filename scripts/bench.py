@@ -120,6 +120,9 @@ def make_contenders(
 ) -> dict[str, Callable[[], Contender]]:
     """What is compared, the one that is judged first."""
     options = {"max_num_seqs": args.num_running, "max_model_len": _round_limit(args, workload)}
+    if workload.name == "long":
+        # What a step computes of prompts is what running requests wait for.
+        options["max_num_batched_tokens"] = 256
     options |= dict(args.option)
 
     def ours(name: str, dtype: str, has_separate_samples: bool = False, **fields: Any) -> Any:
@@ -138,7 +141,7 @@ def make_contenders(
     if workload.name == "group":
         contenders.append(ours("separate", first, True, enable_prefix_caching=False))
     if workload.name == "long":
-        budget = max(options["max_model_len"], options.get("max_num_batched_tokens") or 0)
+        budget = max(options["max_model_len"], options["max_num_batched_tokens"])
         whole = ours(
             "whole prompts",
             first,
