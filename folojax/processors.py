@@ -61,7 +61,7 @@ class ProcessorRows(NamedTuple):
     """The processors of a step's rows."""
 
     slot: Int[Array, " B"]  # M for a row without any
-    is_on: Bool[Array, "B Z"]  # by the processors of the step's spec
+    is_on: Bool[Array, "B _"]  # by the processors of the step's spec
 
 
 def init_processors(processors: tuple[LogitsProcessor, ...], num_slots: int) -> ProcessorSlots:

@@ -49,7 +49,7 @@ def forward(
     cache: KVCache,
     tokens: Int[Array, " M"],
     inputs: DecodeInputs,
-    is_edited: Bool[Array, "B Z"] | None = None,
+    is_edited: Bool[Array, "B _"] | None = None,
     *,
     model: nn.Module,
     edits: tuple[ActivationEdit, ...] = (),

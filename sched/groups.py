@@ -58,7 +58,8 @@ class Groups:
     def find_source(self, request: Request) -> Source | None:
         """A running request that has the K/V of the same first tokens: its parent or a sibling."""
         parent = request.forked_from
-        if parent is not None and parent.status is RequestStatus.RUNNING:
+        is_running = parent is not None and parent.status is RequestStatus.RUNNING
+        if parent is not None and is_running and not parent.is_private:
             return Source(parent, request.num_tokens)
         sibling = self.find_sibling(request)
         # Of the prompt's last token the K/V may be missing.

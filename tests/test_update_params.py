@@ -143,6 +143,22 @@ def test_groups_survive_every_policy(llm: LLM, new_params: Any) -> None:
         llm.update_params(new_params)
 
 
+def test_forks_do_not_share_what_old_weights_computed(llm: LLM, new_params: Any) -> None:
+    """A fork of a kept request computes its own keys and values, with the new weights."""
+    llm.add_request("a", PROMPT, PARAMS)
+    while not any(len(output.outputs[0].token_ids) >= 6 for output in llm.step()):
+        pass
+    llm.update_params(new_params, running="keep")
+    llm.fork("a", "b", num_output_tokens=4)
+    done = finish(llm)
+    forked = done["b"].outputs[0].token_ids
+    clean = LLM((llm.engine.runner.model, new_params), **LIMITS)
+    asked = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+    (expected,) = clean.generate([PROMPT + forked[:4]], asked, use_tqdm=False)
+    assert forked[4:] == expected.outputs[0].token_ids
+    assert done["a"].outputs[0].token_ids != forked
+
+
 def test_unknown_policies_are_refused(llm: LLM) -> None:
     version = llm.weights_version
     with pytest.raises(ValueError, match="running is 'forget'; it must be one of"):

@@ -286,6 +286,26 @@ def test_residuals_are_those_of_transformers(tmp_path: Path) -> None:
         np.testing.assert_allclose(found[index], expected, atol=2e-4)
 
 
+def test_several_decode_steps_in_one_call(tiny_model: tuple, llm: LLM) -> None:
+    """Processors, edits and records are those of one step after the other."""
+    multiple = make_llm(tiny_model, max_decode_steps=4)
+    names: list[dict[str, Any]] = [
+        {"logits_processors": ["count"]},
+        {"activation_edits": ["steer"]},
+        {"logits_processors": ["odd"], "activation_edits": ["twice"]},
+        {},
+    ]
+    asked = [params(**f, **n, record=True) for f, n in zip(KINDS, names, strict=True)]
+    for found, expected in zip(generate(multiple, asked), generate(llm, asked), strict=True):
+        ours, theirs = found.outputs[0], expected.outputs[0]
+        assert ours.token_ids == theirs.token_ids
+        assert ours.record is not None
+        assert theirs.record is not None
+        assert len(ours.record) == len(ours.token_ids) == len(ours.weights_versions)
+        pairs = zip(ours.record, theirs.record, strict=True)
+        assert all(a.raw == pytest.approx(b.raw, abs=1e-4) for a, b in pairs)
+
+
 # --- refusals -----------------------------------------------------------------------------------
 
 
