@@ -68,7 +68,6 @@ def host_ms(rows: int, num_steps: int = 40) -> list[float]:
         return StepOutput(*fields)
 
     nothing: dict[str, Any] = {
-        "_call_prefill": lambda inputs, *_: (None, np.zeros((*inputs.tokens.shape, 1))),
         "_call_decode": lambda *_: None,
         "_call_sample": sample,
     }

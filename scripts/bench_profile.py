@@ -24,7 +24,7 @@ from folojax.sched.scheduler import Scheduler
 PHASES: dict[str, list[tuple[Any, str]]] = {
     "schedule": [(Scheduler, "schedule")],
     "pack": [(Runner, "dispatch")],
-    "dispatch": [(Runner, name) for name in ("_move_pages", "_call_prefill", "_call_decode")]
+    "dispatch": [(Runner, name) for name in ("_move_pages", "_prefill", "_call_decode")]
     + [(Runner, name) for name in ("_call_decode_steps", "_call_sample")]
     + [(Runner, name) for name in ("_score", "write_edits")],
     "device wait": [(jax, "device_get")],
