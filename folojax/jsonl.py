@@ -194,6 +194,11 @@ def completion_entry(completion: CompletionOutput) -> Entry:
     if completion.logprobs is not None:
         entry["cumulative_logprob"] = _finite(completion.cumulative_logprob)
         entry["logprobs"] = [logprobs_entry(token) for token in completion.logprobs]
+    if completion.record is not None:
+        entry["record"] = [
+            {name: _finite(value) for name, value in dataclasses.asdict(one).items()}
+            for one in completion.record
+        ]
     return entry
 
 

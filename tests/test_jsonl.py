@@ -406,6 +406,9 @@ SAMPLING: dict[str, Any] = {
     "skip_special_tokens": False,
     "spaces_between_special_tokens": False,
     "detokenize": False,
+    "record": True,
+    "logits_processors": ["ban"],
+    "activation_edits": ["steer"],
 }
 
 
