@@ -10,7 +10,7 @@ from folojax.engine_metrics import EngineMetrics
 from tests.conftest import check_is_empty
 
 NUM_PROMPTS = 64
-PARAMS = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True)
+PARAMS = SamplingParams(temperature=0, max_tokens=56, ignore_eos=True)
 AMPLE = {
     "dtype": "float32",
     "max_num_seqs": 16,
