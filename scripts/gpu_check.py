@@ -230,6 +230,16 @@ def main() -> None:
         metavar=("FIELD", "VALUE"),
         help="for nano, an integer field of EngineConfig",
     )
+    parser.add_argument(
+        "--decode-steps", type=int, nargs="+", default=[1], help="for nano, max_decode_steps"
+    )
+    parser.add_argument(
+        "--overlap",
+        choices=["on", "off"],
+        nargs="+",
+        default=["on"],
+        help="for nano, async_scheduling",
+    )
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the figures to this file")
     args = parser.parse_args()
     report = Report(part=args.part, flags=os.environ.get("XLA_FLAGS", ""))
@@ -257,7 +267,9 @@ def _run_part(args: Any, report: Report) -> None:
         check_decode(args.small, args.model, args.rows, args.page_size, bandwidth, report)
     elif args.part == "nano":
         options = {field: int(value) for field, value in args.set}
-        check_nano(args.small, args.model, bandwidth, options, report)
+        overlaps = [overlap == "on" for overlap in args.overlap]
+        steps = args.decode_steps
+        check_nano(args.small, args.model, bandwidth, options, steps, overlaps, report)
     elif args.part == "right":
         check_right(args.small, report)
     else:
