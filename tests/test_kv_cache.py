@@ -234,8 +234,16 @@ def test_a_larger_pool_begins_with_the_same_segments(
     assert split_segments(num_pages + more, head)[: max(len(sizes) - 1, 0)] == sizes[:-1]
 
 
-def test_pages_are_copied_all_at_once() -> None:
-    """Over segment borders; a swap, and a source that is also a target, read the old content."""
+@pytest.mark.parametrize("is_by_segment", [False, True])
+def test_pages_are_copied_all_at_once(
+    is_by_segment: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over segment borders; a swap, and a source that is also a target, read the old content.
+
+    Array by array as on CPU, and a segment a call as on a GPU.
+    """
+    if is_by_segment:
+        monkeypatch.setattr(kv_cache, "_calls", lambda arrays: [arrays])
     cache, key, value = full_cache()
     copies = [(0, 10), (10, 0), (4, 2), (4, 7), (2, 4)]
     source, target = np.array(copies).T
