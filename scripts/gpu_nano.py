@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from gpu_common import Report, make_model, nano_requests
 
-from folojax import LLM, SamplingClass, SamplingParams, batch_metrics, step
+from folojax import LLM, SamplingClass, SamplingParams, batch_metrics, kv_cache, step
 
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 _CACHE_HIT = "/jax/compilation_cache/cache_hits"
@@ -167,6 +167,7 @@ def _clocks(llm: LLM) -> Iterator[dict[str, float]]:
         ("decode dispatch", step, "decode"),
         ("decode steps dispatch", step, "decode_steps"),
         ("sample dispatch", step, "sample_tokens"),
+        ("page copies", kv_cache, "copy_pages"),
         ("wait", jax, "device_get"),
     ]
     patches = [
