@@ -73,3 +73,15 @@ def windows(mapping: Mapping[str, Any], is_local: Callable[[int], bool]) -> tupl
     return tuple(
         window if is_local(layer) else None for layer in range(mapping["num_hidden_layers"])
     )
+
+
+def local_rope_theta(mapping: Mapping[str, Any], default: float) -> float:
+    """The base of the rotary rates of layers with a window; `default` where none is stated.
+
+    Raises:
+        ValueError: those layers scale their rates.
+    """
+    local = (mapping.get("rope_parameters") or {}).get("sliding_attention") or {}
+    if (local.get("rope_type") or "default") != "default":
+        raise ValueError(f"rope type {local['rope_type']!r} of local layers: only 'default' is")
+    return local.get("rope_theta") or default

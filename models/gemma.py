@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from folojax.models.family import BLOCK_NAMES, POST_NORM_NAMES, Family, windows
+from folojax.models.family import BLOCK_NAMES, POST_NORM_NAMES, Family, local_rope_theta, windows
 
 # hidden_act was always overruled: the first files stated it wrongly.
 _DEFAULTS = {
@@ -47,11 +47,7 @@ def _gemma2(mapping: Mapping[str, Any]) -> dict[str, Any]:
 
 def _gemma3(mapping: Mapping[str, Any]) -> dict[str, Any]:
     """Local layers turn at a rate of their own, unscaled."""
-    # Never stated differently in a published file, but transformers reads it so.
-    local = (mapping.get("rope_parameters") or {}).get("sliding_attention") or {}
-    if (local.get("rope_type") or "default") != "default":
-        raise ValueError(f"rope type {local['rope_type']!r} of local layers: only 'default' is")
-    theta = local.get("rope_theta") or mapping["rope_local_base_freq"]
+    theta = local_rope_theta(mapping, mapping["rope_local_base_freq"])
     fields = _fields(mapping, mapping["sliding_window_pattern"])
     # transformers has the field but no code for it.
     return fields | {"qk_norm": True, "local_rope_theta": theta, "attention_softcap": None}

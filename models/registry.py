@@ -21,6 +21,7 @@ FAMILIES = {
     "Gemma3ForCausalLM": "folojax.models.gemma:GEMMA3",
     "Phi3ForCausalLM": "folojax.models.phi3:PHI3",
     "Olmo2ForCausalLM": "folojax.models.olmo2:OLMO2",
+    "Olmo3ForCausalLM": "folojax.models.olmo3:OLMO3",
     "SmolLM3ForCausalLM": "folojax.models.smollm3:SMOLLM3",
     "GPT2LMHeadModel": "folojax.models.gpt2:GPT2",
     "GraniteForCausalLM": "folojax.models.granite:GRANITE",

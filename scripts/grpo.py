@@ -4,6 +4,7 @@ The task is verifiable: after an example, "13 + 24 =" earns half a point for the
 half for nothing else on the line. Each step draws groups of completions, takes each group's rewards
 as its own baseline, and moves the parameters once; the engine goes on with the new arrays.
 
+    pip install matplotlib
     python scripts/grpo.py --steps 40 --seed 0 --plot grpo.png
 """
 
@@ -17,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from matplotlib import pyplot
 from tqdm import tqdm
 
 from folojax import (
@@ -137,11 +139,6 @@ def train(args: argparse.Namespace) -> list[dict[str, float]]:
 
 def plot(history: list[dict[str, float]], path: Path) -> None:
     """Saves the curve of the reward, step by step and smoothed."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     rewards = [entry["reward"] for entry in history]
     smooth = [float(np.mean(rewards[max(0, i - 4) : i + 1])) for i in range(len(rewards))]
     pyplot.plot(rewards, alpha=0.4, label="step")
@@ -167,13 +164,13 @@ def main() -> None:
     history = train(args)
     if args.log is not None:
         args.log.write_text("".join(json.dumps(entry) + "\n" for entry in history))
-    plot(history, args.plot)
     ends = max(1, min(5, len(history) // 2))
     first, last = (np.mean([e["reward"] for e in h]) for h in (history[:ends], history[-ends:]))
     print(f"reward {first:.3f} -> {last:.3f} (means of {ends} steps)")
     print(
         f"mean |log ratio| of rollout and score before the first update: {history[0]['rescored']}"
     )
+    plot(history, args.plot)
 
 
 if __name__ == "__main__":

@@ -235,9 +235,7 @@ def test_a_larger_pool_begins_with_the_same_segments(
 
 
 @pytest.mark.parametrize("is_by_segment", [False, True])
-def test_pages_are_copied_all_at_once(
-    is_by_segment: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pages_are_copied_all_at_once(is_by_segment: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Over segment borders; a swap, and a source that is also a target, read the old content.
 
     Array by array as on CPU, and a segment a call as on a GPU.

@@ -144,6 +144,14 @@ def test_a_longrope_model_ends_where_its_long_factors_begin():
     assert config.max_position == 128
 
 
+def test_local_layers_of_olmo_3_are_not_scaled_by_older_files():
+    yarn = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64}
+    keys = {"architectures": ["Olmo3ForCausalLM"], "rope_theta": 1e6, "rope_scaling": yarn}
+    config = config_from_hf(LLAMA | keys)
+    assert isinstance(config.rope_scaling, YarnRope)
+    assert (config.rope_theta, config.local_rope_theta) == (1e6, 5e5)
+
+
 def test_the_file_itself_stays_with_the_config_but_does_not_count():
     config = config_from_hf(LLAMA)
     other = config_from_hf(LLAMA | {"comment": "the same model"})
@@ -160,5 +168,6 @@ def test_windows_are_those_of_the_family():
     assert windows("MistralForCausalLM", sliding_window=None) == ()
     assert windows("Gemma2ForCausalLM", sliding_window=7) == (7, None)
     assert windows("Gemma3ForCausalLM", sliding_window_pattern=2, sliding_window=7) == (7, None)
+    assert windows("Olmo3ForCausalLM", num_hidden_layers=4) == (4096, 4096, 4096, None)
     assert windows("Qwen2ForCausalLM") == ()
     assert windows("Phi3ForCausalLM", sliding_window=2047) == (2047, 2047)
