@@ -1,16 +1,15 @@
-"""Ways to run `prefill` and `decode`: as one program, or layer by layer.
+"""Ways to run `prefill` and `decode`: as one program, or a few layers at a time.
 
 On a GPU a step is one program: one CUDA graph, and one call of the host. On CPU the layers of a
-model are equal, so one layer is compiled and called for each: compiling takes a tenth of the time,
-and running no longer, for a call costs 10-20 us where a layer takes 500. Temporaries are those of
-a layer either way.
+model are equal, so a group of some six is compiled once and called for each: compiling takes a
+fraction of the time. A call costs 0.2 ms on CPU, which is too much for a layer of 0.5 to 1.3.
 
     whole      prefill | decode
-    layered    begin ──> layer ──> layer ──> ... ──> end      each with its own part of the cache
+    layered    begin ──> group ──> group ──> ... ──> end      each with its own part of the cache
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -111,13 +110,37 @@ class WholeSteps:
         return [step.decode.lower(params, cache, tokens, inputs, model=self._model)]
 
 
+def split_layers(kinds: Sequence[Hashable]) -> list[range]:
+    """Cuts a stack of layers into groups of some six, of which as few as possible differ.
+
+    Args:
+        kinds: What each layer is; layers of a kind share a program.
+
+    >>> split_layers(["a"] * 30)
+    [range(0, 6), range(6, 12), range(12, 18), range(18, 24), range(24, 30)]
+    >>> split_layers(["a", "b"] * 4)
+    [range(0, 8)]
+    """
+
+    def split(size: int) -> list[range]:
+        firsts = range(0, len(kinds), size)
+        return [range(first, min(first + size, len(kinds))) for first in firsts]
+
+    def cost(size: int) -> tuple[int, int]:
+        programs = {tuple(kinds[layer] for layer in group) for group in split(size)}
+        return len(programs), abs(size - 6)
+
+    return split(min(range(4, 9), key=cost))
+
+
 class LayeredSteps:
-    """A step is a program for each kind of layer, and one before and one after them."""
+    """A step is a program for each kind of group of layers, and one before and one after them."""
 
     def __init__(self, model: Any) -> None:
         """`model` is a `Layered` Flax module."""
         self._model = model
-        self._layers = range(model.config.num_layers)
+        self._blocks = [model.alone(layer) for layer in range(model.config.num_layers)]
+        self._groups = split_layers(self._blocks)
 
     def prefill(
         self,
@@ -151,7 +174,7 @@ class LayeredSteps:
         return cache, _end_decode(outer, hidden, model=self._model)
 
     def lower_prefill(self, params: Any, cache: KVCache, inputs: PrefillInputs) -> list[Any]:
-        """One program before the layers, one of each kind of layer, one after them."""
+        """One program before the layers, one of each kind of group, one after them."""
         outer, model = _outer(params), self._model
         bound = functools.partial(_begin_prefill, model=model)
         begin = _begin_prefill.lower(outer, layer_of(cache, 0), inputs, model=model)
@@ -162,7 +185,7 @@ class LayeredSteps:
     def lower_decode(
         self, params: Any, cache: KVCache, tokens: Any, inputs: DecodeInputs
     ) -> list[Any]:
-        """One program before the layers, one of each kind of layer, one after them."""
+        """One program before the layers, one of each kind of group, one after them."""
         outer, model = _outer(params), self._model
         bound = functools.partial(_begin_decode, model=model)
         begin = _begin_decode.lower(outer, layer_of(cache, 0), tokens, inputs, model=model)
@@ -174,18 +197,13 @@ class LayeredSteps:
         self, params: Any, cache: KVCache, begun: tuple[Any, Any, Any], attend: Callable[..., Any]
     ) -> tuple[KVCache, Any]:
         plan, hidden, shared = begun
-        layers = []
-        for layer in self._layers:
-            hidden, part = _layer(
-                params[f"{_LAYER}{layer}"],
-                layer_of(cache, layer),
-                hidden,
-                self._model.layer_rotary(shared, layer),
-                plan,
-                block=self._model.alone(layer),
-                attend=attend,
+        layers: list[KVCache] = []
+        for group in self._groups:
+            own, rotaries, parts, blocks = self._of_group(params, cache, shared, group)
+            hidden, parts = _run_group(
+                own, parts, hidden, rotaries, plan, blocks=blocks, attend=attend
             )
-            layers.append(part)
+            layers += parts
         return with_layers(layers), hidden
 
     def _lower_layers(
@@ -193,14 +211,22 @@ class LayeredSteps:
     ) -> Iterator[Any]:
         plan, hidden, shared = begun
         seen = set()
-        for layer in self._layers:
-            block = self._model.alone(layer)
-            if block in seen:
-                continue
-            seen.add(block)
-            rotary = self._model.layer_rotary(shared, layer)
-            part, own = layer_of(cache, layer), params[f"{_LAYER}{layer}"]
-            yield _layer.lower(own, part, hidden, rotary, plan, block=block, attend=attend)
+        for group in self._groups:
+            own, rotaries, parts, blocks = self._of_group(params, cache, shared, group)
+            if blocks not in seen:
+                seen.add(blocks)
+                yield _run_group.lower(
+                    own, parts, hidden, rotaries, plan, blocks=blocks, attend=attend
+                )
+
+    def _of_group(self, params: Any, cache: KVCache, shared: Any, group: range) -> Any:
+        """Parameters, rotations, caches and modules of some layers."""
+        return (
+            [params[f"{_LAYER}{layer}"] for layer in group],
+            [self._model.layer_rotary(shared, layer) for layer in group],
+            [layer_of(cache, layer) for layer in group],
+            tuple(self._blocks[layer] for layer in group),
+        )
 
 
 @functools.partial(jax.jit, static_argnames=("model",))
@@ -218,21 +244,24 @@ def _begin_decode(
 
 
 @functools.partial(
-    jax.jit, static_argnames=("block", "attend"), donate_argnames=("cache", "hidden")
+    jax.jit, static_argnames=("blocks", "attend"), donate_argnames=("caches", "hidden")
 )
-def _layer(
-    params: Any,
-    cache: KVCache,
+def _run_group(
+    params: list[Any],
+    caches: list[KVCache],
     hidden: Any,
-    rotary: Any,
+    rotaries: list[Any],
     plan: Any,
     *,
-    block: nn.Module,
+    blocks: tuple[nn.Module, ...],
     attend: Callable[..., Any],
-) -> Any:
-    """DONATES `cache`, which is this layer's, and `hidden`."""
-    bound = functools.partial(attend, plan)
-    return block.apply({"params": params}, hidden, rotary, cache, bound)
+) -> tuple[Any, list[KVCache]]:
+    """DONATES `caches`, one of each layer, and `hidden`."""
+    bound, after = functools.partial(attend, plan), []
+    for own, cache, rotary, block in zip(params, caches, rotaries, blocks, strict=True):
+        hidden, cache = block.apply({"params": own}, hidden, rotary, cache, bound)
+        after.append(cache)
+    return hidden, after
 
 
 @functools.partial(jax.jit, static_argnames=("model",))

@@ -7,11 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from folojax import kv_cache
 from folojax.batch import ints
 from folojax.kv_cache import KVCache, KVLayout
-from folojax.layered import LayeredSteps, WholeSteps, make_steps
+from folojax.layered import LayeredSteps, WholeSteps, make_steps, split_layers
+from folojax.models.llama import Llama, init_params
 from folojax.state import DecodeInputs, PrefillInputs
 
 SEGMENTS, PAGE_SIZE = (4, 4), 8
@@ -75,11 +78,36 @@ def test_the_cache_is_donated(tiny_model: tuple) -> None:
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(cache))
 
 
-def test_a_layer_is_compiled_once_whatever_the_depth(tiny_model: tuple) -> None:
-    module, params = tiny_model
-    lowered = LayeredSteps(module).lower_prefill(params, random_cache(module), prefill_inputs())
-    assert len(lowered) == 3  # before the layers, a layer, after them
-    assert module.alone(0) == module.alone(1)
+@pytest.mark.parametrize(("num_layers", "num_groups"), [(12, 1), (13, 2)])
+def test_a_group_is_compiled_once_whatever_the_depth(
+    tiny_model: tuple, num_layers: int, num_groups: int
+) -> None:
+    """And a deep model, of several groups, is the same model."""
+    config = dataclasses.replace(tiny_model[0].config, num_layers=num_layers)
+    module = Llama(config, jnp.float32)
+    params = init_params(module, jax.random.key(0))
+    layered = LayeredSteps(module)
+    lowered = layered.lower_prefill(params, random_cache(module), prefill_inputs())
+    assert len(lowered) == 2 + num_groups  # before the layers, groups that differ, after them
+    results = [
+        steps.prefill(params, random_cache(module), prefill_inputs())
+        for steps in (WholeSteps(module), layered)
+    ]
+    close(*results)
+
+
+@given(kinds=st.lists(st.sampled_from("ab"), min_size=1, max_size=70))
+def test_groups_are_all_layers_in_order(kinds: list[str]) -> None:
+    groups = split_layers(kinds)
+    assert [layer for group in groups for layer in group] == list(range(len(kinds)))
+    assert all(1 <= len(group) <= 8 for group in groups)
+
+
+@given(pattern=st.text("ab", min_size=4, max_size=8), times=st.integers(1, 12))
+def test_layers_that_repeat_are_few_programs(pattern: str, times: int) -> None:
+    kinds = pattern * times
+    programs = {kinds[group.start : group.stop] for group in split_layers(kinds)}
+    assert len(programs) == 1, "the pattern itself would do"
 
 
 def test_a_cache_in_layers(tiny_model: tuple) -> None:
