@@ -1,9 +1,9 @@
 """Low-rank updates of kernels: pure functions over parameter trees.
 
 A LoRA tree has the nesting of the parameter tree, as far as it has anything to say; where that has
-a kernel [I, O], it has a pair::
+a kernel [O, I], it has a pair, oriented as in peft::
 
-    {"layers_0": {"qkv": {"a": [I, r], "b": [r, O]}}}        kernel + scale * a @ b
+    {"layers_0": {"qkv": {"a": [r, I], "b": [O, r]}}}        kernel + scale * b @ a
 """
 
 from collections.abc import Mapping, Sequence
@@ -40,9 +40,9 @@ def init_lora(
         for name in names:
             if name in block:
                 rng, key = jax.random.split(rng)
-                rows, columns = block[name].shape
-                a = jax.random.normal(key, (rows, rank)) * rows**-0.5
-                pair = {"a": a, "b": jnp.zeros((rank, columns))}
+                width_out, width_in = block[name].shape
+                a = jax.random.normal(key, (rank, width_in)) * width_in**-0.5
+                pair = {"a": a, "b": jnp.zeros((width_out, rank))}
                 lora.setdefault(layer, {})[name] = pair
     if not lora:
         raise ValueError(f"no layer has a kernel named {' or '.join(names)}")
@@ -88,13 +88,13 @@ def _merge(
             problems.append(f'{where} is no pair {{"a": ..., "b": ...}}')
         else:
             kernel, a, b = params[name], update["a"], update["b"]
-            if (*a.shape[:-1], *b.shape[1:]) != kernel.shape or a.shape[-1] != b.shape[0]:
+            if (*b.shape[:-1], *a.shape[1:]) != kernel.shape or b.shape[-1] != a.shape[0]:
                 problems.append(
                     f"{where} has a {list(a.shape)} and b {list(b.shape)}, the kernel is "
                     f"{list(kernel.shape)}"
                 )
             else:
                 # Added in float32 and rounded once.
-                wide = kernel.astype(jnp.float32) + scale * (a @ b)
+                wide = kernel.astype(jnp.float32) + scale * (b @ a)
                 merged[name] = wide.astype(kernel.dtype)
     return merged

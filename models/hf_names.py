@@ -18,8 +18,8 @@ from folojax.models.registry import family_of
 class Source:
     """The tensors that make up one parameter.
 
-    A checkpoint keeps linear layers apart and as [out, in]; a parameter joins those that read the
-    same input, and lies as [in, out].
+    A parameter joins the linear layers that read the same input, which a checkpoint keeps apart,
+    and lies as [out, in] like them; GPT-2's Conv1D lies as [in, out] there.
     """
 
     tensors: tuple[tuple[str, tuple[int, ...]], ...]
@@ -66,7 +66,7 @@ def parameter_sources(config: ModelConfig) -> dict[str, Any]:
     if not config.tie_embeddings:
         # A Linear also where the layers have Conv1D.
         lm_head = ((names["lm_head"][0], (config.vocab_size, width)),)
-        sources["lm_head"] = Source(lm_head, is_transposed=True)
+        sources["lm_head"] = Source(lm_head)
     for layer in range(config.num_layers):
         sources[f"layers_{layer}"] = _block_sources(config, family, layer)
     return sources
@@ -100,10 +100,10 @@ def _block_sources(config: ModelConfig, family: Family, layer: int) -> dict[str,
         if len(tensors) == 1:
             rows = (sum(rows),)
         if family.is_kernel_in_out:
-            sources[parameter] = Source(((tensors[0], (width_in, *rows)),))
+            sources[parameter] = Source(((tensors[0], (width_in, *rows)),), is_transposed=True)
         else:
             shapes = tuple((name, (r, width_in)) for name, r in zip(tensors, rows, strict=True))
-            sources[parameter] = Source(shapes, is_transposed=True)
+            sources[parameter] = Source(shapes)
         if has_bias:
             biases = (name.removesuffix("weight") + "bias" for name in tensors)
             sources[f"{parameter}_bias"] = Source(
@@ -143,7 +143,7 @@ def _expert_sources(config: ModelConfig, names: dict[str, tuple[str, ...]]) -> d
         return Source(tensors, is_transposed=True, num_stacked=count)
 
     return {
-        "router": Source(((names["router"][0], (count, width)),), is_transposed=True),
+        "router": Source(((names["router"][0], (count, width)),)),
         "experts_gate_up": stack("experts_gate_up", (inner, width)),
         "experts_down": stack("experts_down", (width, inner)),
     }

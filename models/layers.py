@@ -73,24 +73,28 @@ def _last_axis(vector: Float[Array, " W"], ndim: int) -> Float[Array, "*ones W"]
     return vector.reshape((1,) * (ndim - 1) + vector.shape)
 
 
-def project(x: Float[Array, "N I"], kernel: Float[Array, "I O"]) -> Float[Array, "N O"]:
-    """Matrix product with a float32 result, whatever the operands' dtype.
+def project(x: Float[Array, "N I"], kernel: Float[Array, "O I"]) -> Float[Array, "N O"]:
+    """A linear layer: `x` times the transposed kernel, in float32 whatever the operands' dtype.
 
-    Callers cast: on CPU a product asked for in bfloat16 is several times slower than a float32
-    one that is cast afterwards.
+    Contracts the kernel's last axis where it lies: for `kernel.T`, XLA on CPU copies a bfloat16
+    kernel in full every call. Callers cast: a product asked for in bfloat16 is several times slower
+    there than a float32 one that is cast afterwards.
     """
-    return jnp.dot(x, kernel, preferred_element_type=jnp.float32)
+    if _is_kernel_first(x):
+        # The barrier, or XLA makes of it the other order again.
+        return jax.lax.optimization_barrier(_contract_last(kernel, x)).T
+    return _contract_last(x, kernel)
 
 
-def project_transposed(x: Float[Array, "N I"], rows: Float[Array, "O I"]) -> Float[Array, "N O"]:
-    """`project` with a kernel that lies as [out, in], such as a tied embedding.
+def _is_kernel_first(x: Float[Array, "N I"]) -> bool:
+    """Whether XLA on CPU is faster with the kernel as the left operand, transposition included."""
+    least = 2 if x.dtype == jnp.float32 else 9
+    return jax.default_backend() == "cpu" and least <= x.shape[0] <= 64
 
-    Contracts the kernel's last axis where it lies: for `rows.T`, XLA on CPU copies a bfloat16
-    kernel in full every call, which makes the product six times slower.
-    """
-    return jax.lax.dot_general(
-        x, rows, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
-    )
+
+def _contract_last(left: Float[Array, "A I"], right: Float[Array, "B I"]) -> Float[Array, "A B"]:
+    dims = (((1,), (1,)), ((), ()))
+    return jax.lax.dot_general(left, right, dims, preferred_element_type=jnp.float32)
 
 
 def activate(x: Float[Array, "*batch F"], kind: Activation) -> Float[Array, "*batch F"]:

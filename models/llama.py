@@ -17,7 +17,6 @@ from folojax.models.layers import (
     gated,
     norm,
     project,
-    project_transposed,
     rotary_tables,
     rotate,
     softcap,
@@ -39,11 +38,11 @@ def _norm_init(config: ModelConfig) -> Any:
 class Block(nn.Module):
     """One layer: attention, then an MLP, each added to the residual stream.
 
-    Kernels that read the same input are one array, so a step has few leaves and fewer, larger
-    products:
-        qkv      [E, (H + 2K) * D]   queries | keys | values, head-major
-        gate_up  [E, 2F]             gate | up
-    A layer of X experts has router [E, X], experts_gate_up [X, E, 2F] and experts_down [X, F, E].
+    Kernels lie as [out, in], as in checkpoints. Those that read the same input are one array, so a
+    step has few leaves and fewer, larger products:
+        qkv      [(H + 2K) * D, E]   queries | keys | values, head-major
+        gate_up  [2F, E]             gate | up
+    A layer of X experts has router [X, E], experts_gate_up [X, E, 2F] and experts_down [X, F, E].
 
     `layer` says what the config asks of it; `cache_layer`, if given, its place in the cache.
     """
@@ -113,7 +112,7 @@ class Block(nn.Module):
         config, width = self.config, self.config.hidden_size
         if config.is_sparse(self.layer):
             count, inner_size = config.num_experts, config.expert_size
-            router = self._kernel("router", width, count)
+            router = self._kernel("router", count, width)
             gate_up = self._kernel("experts_gate_up", count, width, 2 * inner_size)
             down = self._kernel("experts_down", count, inner_size, width)
             return mix_experts(normed, router, gate_up, down, config)
@@ -126,7 +125,7 @@ class Block(nn.Module):
         update = self._linear("down", inner.astype(self.dtype), width, config.mlp_bias)
         return update.astype(self.dtype)
 
-    def _kernel(self, name: str, *shape: int) -> Float[Array, "*experts I O"]:
+    def _kernel(self, name: str, *shape: int) -> Float[Array, "*shape"]:
         return self.param(name, _KERNEL_INIT, shape, self.dtype)
 
     def _linear(
@@ -136,7 +135,7 @@ class Block(nn.Module):
 
         Before the cast, as a fused linear layer does: one rounding instead of two.
         """
-        out = project(x, self._kernel(name, x.shape[-1], width_out))
+        out = project(x, self._kernel(name, width_out, x.shape[-1]))
         if has_bias:
             bias = self.param(f"{name}_bias", _ZEROS, (width_out,), self.dtype)
             out = out + bias.astype(jnp.float32)[None, :]
@@ -154,7 +153,7 @@ class Llama(nn.Module):
     """A decoder from token ids to the hidden states that `logits` turns into scores.
 
     Parameters, all in `dtype`: `embed` [V, E], `layers_<i>` (see Block), `final_norm` [E], and
-    `lm_head` [E, V] unless the embedding is tied; `position_embed` where positions are learned.
+    `lm_head` [V, E] unless the embedding is tied; `position_embed` where positions are learned.
     Layers are a Python loop: under `lax.scan` XLA copies each layer's weights every step.
     """
 
@@ -178,7 +177,7 @@ class Llama(nn.Module):
             shape = (config.max_position, width)
             self.position_embed = self.param("position_embed", _KERNEL_INIT, shape, self.dtype)
         if not config.tie_embeddings:
-            self.lm_head = self.param("lm_head", _KERNEL_INIT, (width, vocab), self.dtype)
+            self.lm_head = self.param("lm_head", _KERNEL_INIT, (vocab, width), self.dtype)
 
     def __call__(
         self,
@@ -250,7 +249,7 @@ class Llama(nn.Module):
         config = self.config
         with jax.named_scope("logits"):
             if config.tie_embeddings:
-                scores = project_transposed(hidden, self.embed)
+                scores = project(hidden, self.embed)
             else:
                 scores = project(hidden, self.lm_head)
             if config.logits_divisor != 1.0:

@@ -12,7 +12,7 @@ from folojax.models.layers import gated, project
 
 def mix_experts(
     x: Float[Array, "N E"],
-    router: Float[Array, "E X"],
+    router: Float[Array, "X E"],
     gate_up: Float[Array, "X E FF"],
     down: Float[Array, "X F E"],
     config: ModelConfig,

@@ -78,8 +78,8 @@ def test_gradients_are_those_of_torch(pair: tuple) -> None:
     expected = {
         "embed": torch_model.model.embed_tokens.weight.grad,
         "final_norm": torch_model.model.norm.weight.grad,
-        "qkv": torch.cat([name.weight.grad for name in names]).T,
-        "down": layer.mlp.down_proj.weight.grad.T,
+        "qkv": torch.cat([name.weight.grad for name in names]),
+        "down": layer.mlp.down_proj.weight.grad,
         "attn_norm": layer.input_layernorm.weight.grad,
     }
     for name, grad in expected.items():

@@ -77,8 +77,8 @@ def test_parameters_are_the_tensors_joined_and_transposed(directory):
     tensors = load_file(directory / "model.safetensors")
     params = load(directory)
     layer = "model.layers.1."
-    qkv = np.concatenate([tensors[f"{layer}self_attn.{n}_proj.weight"] for n in "qkv"]).T
-    gate_up = np.concatenate([tensors[f"{layer}mlp.{n}_proj.weight"] for n in ("gate", "up")]).T
+    qkv = np.concatenate([tensors[f"{layer}self_attn.{n}_proj.weight"] for n in "qkv"])
+    gate_up = np.concatenate([tensors[f"{layer}mlp.{n}_proj.weight"] for n in ("gate", "up")])
     chex.assert_trees_all_equal(params["layers_1"]["qkv"], qkv)
     chex.assert_trees_all_equal(params["layers_1"]["gate_up"], gate_up)
     chex.assert_trees_all_equal(params["embed"], tensors["model.embed_tokens.weight"])

@@ -13,6 +13,7 @@ from folojax.models.checkpoint import build_module, load_params, open_checkpoint
 from folojax.models.config import ModelConfig
 from folojax.models.dense_attend import dense_attend
 from folojax.models.interface import Attend
+from folojax.models.layers import project
 from folojax.models.llama import init_params
 from tests import reference
 
@@ -124,20 +125,32 @@ def test_fused_parameters_are_few():
     assert {name: leaf.shape for name, leaf in shapes.items()} == {
         "embed": (64, 32),
         "final_norm": (32,),
-        "lm_head": (32, 64),
+        "lm_head": (64, 32),
     }
     for layer in layers:
         assert {name: leaf.shape for name, leaf in layer.items()} == {
             "attn_norm": (32,),
-            "qkv": (32, (4 + 2 * 2) * 8),
+            "qkv": ((4 + 2 * 2) * 8, 32),
             "qkv_bias": ((4 + 2 * 2) * 8,),
             "q_norm": (8,),
             "k_norm": (8,),
-            "o": (4 * 8, 32),
+            "o": (32, 4 * 8),
             "mlp_norm": (32,),
-            "gate_up": (32, 2 * 48),
-            "down": (48, 32),
+            "gate_up": (2 * 48, 32),
+            "down": (32, 48),
         }
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("num_tokens", [1, 2, 9, 64, 65])
+def test_a_linear_layer_is_the_same_in_either_order_of_its_product(num_tokens, dtype):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(num_tokens, 48)), dtype)
+    kernel = jnp.asarray(rng.normal(size=(80, 48)), dtype)
+    expected = np.asarray(x, np.float64) @ np.asarray(kernel, np.float64).T
+    got = jax.jit(project)(x, kernel)
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, expected, atol=2e-5)
 
 
 def test_attend_is_called_once_a_layer_and_threads_the_cache():

@@ -243,7 +243,7 @@ def test_merging_adds_the_product(tiny_model: tuple) -> None:
     lora = random_lora(params)
     merged = merge_lora(params, lora, scale=0.5)
     a, b = lora["layers_1"]["o"]["a"], lora["layers_1"]["o"]["b"]
-    expected = np.asarray(params["layers_1"]["o"]) + 0.5 * np.asarray(a) @ np.asarray(b)
+    expected = np.asarray(params["layers_1"]["o"]) + 0.5 * np.asarray(b) @ np.asarray(a)
     np.testing.assert_allclose(merged["layers_1"]["o"], expected, atol=1e-6)
     assert merged["embed"] is params["embed"]
     llm = LLM(tiny_model, **LIMITS)
@@ -275,12 +275,12 @@ def test_gradients_reach_the_low_rank_tree_alone(tiny_model: tuple) -> None:
 def test_a_lora_that_does_not_fit_is_refused(tiny_model: tuple) -> None:
     _, params = tiny_model
     lora = random_lora(params)
-    lora["layers_0"]["o"]["a"] = jnp.zeros((3, 2))
+    lora["layers_0"]["o"]["a"] = jnp.zeros((2, 3))
     lora["layers_9"] = {}
     lora["embed"] = jnp.zeros(3)
     with pytest.raises(ValueError, match="lora does not fit") as info:
         merge_lora(params, lora)
-    for part in ("layers_0/o has a [3, 2]", "layers_9 is unknown", "embed is no pair"):
+    for part in ("layers_0/o has a [2, 3]", "layers_9 is unknown", "embed is no pair"):
         assert part in str(info.value)
     with pytest.raises(ValueError, match="no layer has a kernel named nothing"):
         init_lora(jax.random.key(0), params, 2, names=("nothing",))
