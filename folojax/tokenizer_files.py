@@ -1,12 +1,14 @@
-"""From a directory to a tokenizer: through transformers once, and without it ever after.
+"""From a directory to a tokenizer: without transformers, where it would add nothing.
 
 transformers reads several files, by rules of each model's own class, and imports PyTorch where it
 is installed: seconds. What comes of it is nearly always one object of the tokenizers library, which
-that library writes as a single file and reads in a tenth of a second. So the object is kept in the
-cache, and transformers is loaded only when something needs it: chat templates, or the user.
+that library reads from a single file in a tenth of a second. If tokenizer.json is all that there
+is, it is read as it is. Else the object that transformers makes of the directory is kept in the
+cache, for the next start. Transformers itself is loaded when somebody asks for its tokenizer, as
+chat templates do.
 
-    directory ──(first start)──> transformers ──> tokenizers.Tokenizer ──> cache
-                (later)          <──(templates)── tokenizers.Tokenizer <── cache
+    tokenizer.json ─────────────────────────────────────────────> tokenizers.Tokenizer
+    directory ──> transformers ──> tokenizers.Tokenizer ──> cache ──────^
 """
 
 import contextlib
@@ -22,12 +24,32 @@ from typing import Any
 import tokenizers
 
 from folojax.models.artefacts import build_once, cache_root, file_digest
+from folojax.models.gguf_tokenizer import special_token
 from folojax.models.local_files import PICKLE_SUFFIXES
 from folojax.tokenizer import Tokenizer
 
 _FILE = "tokenizer.json"
 _NO_TOKENIZER = PICKLE_SUFFIXES | {".safetensors", ".gguf"}
 """Suffixes of files that are no part of a tokenizer."""
+
+_PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
+"""Two names of the class that does nothing of its own."""
+
+_PLAIN_KEYS = {
+    "backend",
+    "bos_token",
+    "chat_template",
+    "clean_up_tokenization_spaces",
+    "eos_token",
+    "model_max_length",
+    "pad_token",
+    "tokenizer_class",
+    "unk_token",
+}
+"""Of tokenizer_config.json: what has no effect on a tokenizer that knows its special tokens."""
+
+_OLDER_FILES = ("added_tokens.json", "special_tokens_map.json")
+"""What transformers reads beside the tokenizer's file and config."""
 
 _DONE_BY_BACKEND = (
     "added_tokens_decoder",
@@ -72,11 +94,11 @@ class Backend:
         return self.backend_tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
 
-class KeptTokenizer(Tokenizer):
+class LazyTokenizer(Tokenizer):
     """A tokenizer that needs transformers only when somebody asks for `hf`."""
 
     def __init__(self, backend: tokenizers.Tokenizer, load: Callable[[], Any]) -> None:
-        """`load` gives the transformers tokenizer that the backend was once part of."""
+        """`load` gives the transformers tokenizer whose backend this is."""
         super().__init__(Backend(backend))
         self._load: Callable[[], Any] | None = load
 
@@ -101,17 +123,42 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     load = functools.partial(_load_hf, path)
     if not directory.is_dir():
         return Tokenizer(load())
-    place = cache_root() / "tokenizers" / _digest(directory)
-    if place.is_dir():
-        return KeptTokenizer(tokenizers.Tokenizer.from_file(str(place / _FILE)), load)
+    backend = _read_plain(directory)
+    if backend is not None:
+        return LazyTokenizer(backend, load)
+    kept = cache_root() / "tokenizers" / _digest(directory)
+    if kept.is_dir():
+        return LazyTokenizer(tokenizers.Tokenizer.from_file(str(kept / _FILE)), load)
     hf_tokenizer = load()
     if _is_all_in_backend(hf_tokenizer):
+        save = hf_tokenizer.backend_tokenizer.save
         # Where nothing can be written, the next start is slow again.
         with contextlib.suppress(OSError):
-            build_once(
-                place, lambda part: hf_tokenizer.backend_tokenizer.save(str(part / _FILE), False)
-            )
+            build_once(kept, lambda part: save(str(part / _FILE), pretty=False))
     return Tokenizer(hf_tokenizer)
+
+
+def _read_plain(directory: Path) -> tokenizers.Tokenizer | None:
+    """The tokenizer of tokenizer.json, if transformers would add nothing to it; else None."""
+    config = _config(directory)
+    is_plain = (
+        config.get("tokenizer_class") in _PLAIN_CLASSES
+        and config.keys() <= _PLAIN_KEYS
+        and not config.get("clean_up_tokenization_spaces")
+        and not any((directory / name).exists() for name in _OLDER_FILES)
+    )
+    if not is_plain:
+        return None
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(directory / _FILE))
+    # The library raises bare exceptions on files it cannot read; transformers shall name the error.
+    except Exception:
+        return None
+    added = set(map(repr, backend.get_added_tokens_decoder().values()))
+    roles = [value for key, value in config.items() if key.endswith("_token")]
+    if all(isinstance(text, str) and repr(special_token(text)) in added for text in roles):
+        return backend
+    return None
 
 
 def _load_hf(path: str | os.PathLike[str]) -> Any:
@@ -122,7 +169,10 @@ def _load_hf(path: str | os.PathLike[str]) -> Any:
 
     # AutoTokenizer imports more of PyTorch, to find a class: seconds that a tokenizer which names
     # the plain one can do without.
-    loader: Any = PreTrainedTokenizerFast if _is_plain(path) else AutoTokenizer
+    config = _config(Path(path))
+    is_plain = config.get("tokenizer_class") in _PLAIN_CLASSES and "auto_map" not in config
+    has_file = (Path(path) / _FILE).is_file()
+    loader: Any = PreTrainedTokenizerFast if is_plain and has_file else AutoTokenizer
     try:
         return loader.from_pretrained(os.fspath(path), trust_remote_code=False)
     # The tokenizers library raises bare exceptions on files it cannot read.
@@ -133,18 +183,13 @@ def _load_hf(path: str | os.PathLike[str]) -> Any:
         ) from error
 
 
-def _is_plain(path: str | os.PathLike[str]) -> bool:
-    """Whether a directory's tokenizer is all in its tokenizer.json, by its own account."""
+def _config(directory: Path) -> dict[str, Any]:
+    """A directory's tokenizer_config.json; {} where there is none that can be read."""
     try:
-        config = json.loads((Path(path) / "tokenizer_config.json").read_text(encoding="utf-8"))
+        config = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return False
-    return (
-        isinstance(config, dict)
-        and config.get("tokenizer_class") in ("PreTrainedTokenizerFast", "TokenizersBackend")
-        and "auto_map" not in config
-        and (Path(path) / _FILE).is_file()
-    )
+        return {}
+    return config if isinstance(config, dict) else {}
 
 
 def _is_all_in_backend(hf_tokenizer: Any) -> bool:

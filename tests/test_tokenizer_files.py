@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from folojax.models.checkpoint import open_checkpoint
 from folojax.tokenizer import Tokenizer
-from folojax.tokenizer_files import KeptTokenizer, load_tokenizer
+from folojax.tokenizer_files import LazyTokenizer, load_tokenizer
 from tests.text import make_letters_tokenizer, make_metaspace_tokenizer
 
 TEXTS = [
@@ -92,6 +92,10 @@ KINDS: dict[str, Callable[[], Any]] = {
 }
 
 
+PLAIN = ("embedded", "letters", "metaspace", "padded")
+"""Of those: what is all in tokenizer.json."""
+
+
 @pytest.fixture(scope="module", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A cache of this file's own, where nothing is kept at first; converted models are shared."""
@@ -114,8 +118,8 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         directory = tmp_path_factory.mktemp("tokenizer")
         KINDS[request.param]().save_pretrained(directory)
     first, second = load_tokenizer(directory), load_tokenizer(directory)
-    assert type(first) is Tokenizer
-    assert type(second) is KeptTokenizer
+    assert type(first) is (LazyTokenizer if request.param in PLAIN else Tokenizer)
+    assert type(second) is LazyTokenizer
     return second, AutoTokenizer.from_pretrained(directory)
 
 
@@ -167,15 +171,41 @@ def test_a_class_that_does_more_than_its_backend_stays_with_transformers(
 
 
 def test_what_is_kept_is_of_the_files_as_they_are(tmp_path: Path) -> None:
-    make_letters_tokenizer().save_pretrained(tmp_path)
+    llama(add_bos_token=False).save_pretrained(tmp_path)
     load_tokenizer(tmp_path)
-    assert type(load_tokenizer(tmp_path)) is KeptTokenizer
+    before = load_tokenizer(tmp_path).encode("the")
     path = tmp_path / "tokenizer_config.json"
-    config = json.loads(path.read_text())
-    path.write_text(json.dumps(config | {"add_bos_token": True}))
-    changed = load_tokenizer(tmp_path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"add_bos_token": True}))
+    changed, again = load_tokenizer(tmp_path), load_tokenizer(tmp_path)
     assert type(changed) is Tokenizer
-    assert changed.encode("a") == load_tokenizer(tmp_path).encode("a") == [1, 68]
+    assert type(again) is LazyTokenizer
+    assert changed.encode("the") == again.encode("the") == [1, *before]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"bos_token": "a"},
+        {"eos_token": "<new>"},
+        {"extra_special_tokens": ["b"]},
+        {"add_eos_token": True},
+        {"split_special_tokens": True},
+        {"tokenizer_class": "GPT2Tokenizer"},
+    ],
+)
+def test_a_config_that_changes_a_plain_tokenizer_is_obeyed(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    from transformers import AutoTokenizer
+
+    make_letters_tokenizer().save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    for _ in range(2):
+        ours = load_tokenizer(tmp_path)
+        assert ours.special_ids == Tokenizer(theirs).special_ids
+        check_text(ours, theirs, "<s>ab <new> c</s>")
 
 
 def test_transformers_tokenizer_counts_once_somebody_has_it(tmp_path: Path) -> None:
@@ -191,12 +221,14 @@ def test_transformers_tokenizer_counts_once_somebody_has_it(tmp_path: Path) -> N
 def test_a_cache_that_cannot_be_written_is_done_without(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make_letters_tokenizer().save_pretrained(tmp_path)
+    llama().save_pretrained(tmp_path)
     file = tmp_path / "file"
     file.touch()
     monkeypatch.setenv("FOLOJAX_CACHE_DIR", str(file / "below"))
     for _ in range(2):
-        assert load_tokenizer(tmp_path).encode("ab") == [68, 69]
+        tokenizer = load_tokenizer(tmp_path)
+        assert type(tokenizer) is Tokenizer
+        assert tokenizer.decode(tokenizer.encode("the", add_special_tokens=False)) == "the"
 
 
 _FIRST_TOKEN = """
@@ -211,10 +243,7 @@ assert "transformers" in sys.modules
 """
 
 
-def test_a_second_start_needs_no_transformers_until_a_template_does(
-    text_directory: Path,
-) -> None:
-    load_tokenizer(text_directory)
+def test_a_start_needs_no_transformers_until_a_template_does(text_directory: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", _FIRST_TOKEN, str(text_directory)],
         check=True,
