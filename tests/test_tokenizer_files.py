@@ -171,15 +171,19 @@ def test_a_class_that_does_more_than_its_backend_stays_with_transformers(
 
 
 def test_what_is_kept_is_of_the_files_as_they_are(tmp_path: Path) -> None:
-    llama(add_bos_token=False).save_pretrained(tmp_path)
+    from transformers import AutoTokenizer
+
+    llama().save_pretrained(tmp_path)
     load_tokenizer(tmp_path)
-    before = load_tokenizer(tmp_path).encode("the")
+    before = load_tokenizer(tmp_path).encode("the<new>")
     path = tmp_path / "tokenizer_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"add_bos_token": True}))
+    changes = {"extra_special_tokens": ["<new>"]}
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     changed, again = load_tokenizer(tmp_path), load_tokenizer(tmp_path)
     assert type(changed) is Tokenizer
     assert type(again) is LazyTokenizer
-    assert changed.encode("the") == again.encode("the") == [1, *before]
+    theirs = AutoTokenizer.from_pretrained(tmp_path).encode("the<new>")
+    assert before != theirs == changed.encode("the<new>") == again.encode("the<new>")
 
 
 @pytest.mark.parametrize(
