@@ -28,8 +28,8 @@ TEXTS = [
 ]
 
 
-def byte_vocabulary(*special: str) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Special tokens, then GPT-2's 256 letters, then two words."""
+def byte_vocabulary(*special: str) -> Any:
+    """Ids of special tokens, of GPT-2's 256 letters and of two words, and merges."""
     from tokenizers.pre_tokenizers import ByteLevel
 
     tokens = [*special, *sorted(ByteLevel.alphabet()), "th", "the"]
@@ -139,7 +139,8 @@ def check_ids(ours: Tokenizer, theirs: Any, ids: list[int]) -> None:
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_texts(pair: Any, text: str) -> None:
-    check_text(*pair, text)
+    ours, theirs = pair
+    check_text(ours, theirs, text)
 
 
 @settings(max_examples=60, deadline=None)
