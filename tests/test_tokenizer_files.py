@@ -39,7 +39,8 @@ def byte_vocabulary(*special: str) -> Any:
 def gpt2() -> Any:
     from transformers import GPT2Tokenizer
 
-    return GPT2Tokenizer(*byte_vocabulary("<|endoftext|>"), add_prefix_space=True)
+    vocabulary, merges = byte_vocabulary("<|endoftext|>")
+    return GPT2Tokenizer(vocabulary, merges, add_prefix_space=True)
 
 
 def qwen2() -> Any:
