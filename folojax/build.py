@@ -21,7 +21,8 @@ from folojax.runner import Runner
 from folojax.sampling_params import SamplingParams
 from folojax.sched.scheduler import Scheduler
 from folojax.swap_cost import CPU_RATES, GPU_RATES, min_swap_tokens
-from folojax.tokenizer import Tokenizer, load_tokenizer
+from folojax.tokenizer import Tokenizer
+from folojax.tokenizer_files import load_tokenizer
 from folojax.user_functions import NO_FUNCTIONS, UserFunctions
 
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}

@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
@@ -44,6 +43,9 @@ def log_likelihood(
     Returns:
         float32; 0 where `mask` is False, and for the first token.
     """
+    # Here, because it takes a while to import, and an engine has no use for it.
+    import optax
+
     *batch, length = tokens.shape
     flat = tokens.reshape(-1, length)
     hidden = jax.vmap(lambda one: _hidden_states(params, one, model))(flat)

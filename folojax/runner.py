@@ -47,6 +47,7 @@ from folojax.state import (
     TokenScores,
     init_state,
     is_alive,
+    reserve_state,
 )
 from folojax.user_functions import NO_FUNCTIONS, UserFunctions
 
@@ -116,7 +117,7 @@ class Runner(SamplerCalls):
         )
         self._processors = ProcessorStates(functions.processors, num_slots)
         self.params = params
-        self.state: EngineState = place(init_state(layout, num_slots))
+        self.state: EngineState = self._allocate()
 
     @property
     def params(self) -> Any:
@@ -164,7 +165,11 @@ class Runner(SamplerCalls):
         self._processors.clear()
         self.host.clear()
         if not is_alive(self.state):
-            self.state = place(init_state(self._layout, self.batch.num_slots))
+            self.state = self._allocate()
+
+    def _allocate(self) -> EngineState:
+        make = reserve_state if jax.default_backend() == "cpu" else init_state
+        return place(make(self._layout, self.batch.num_slots))
 
     def release(self) -> None:
         """Gives the state's memory back; `reset` allocates it again. Nothing may be running."""

@@ -1,11 +1,8 @@
 """Text to token ids and back, through transformers."""
 
 import functools
-import json
-import os
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from folojax.time_limit import call_within
@@ -20,42 +17,52 @@ _BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
 
 
 class Tokenizer:
-    """A tokenizer of transformers, narrowed to what the engine uses."""
+    """A tokenizer of transformers, narrowed to what the engine uses.
 
-    def __init__(self, hf_tokenizer: Any) -> None:
-        self.hf = hf_tokenizer
+    Args:
+        source: That tokenizer, or what does the same under the same names.
+    """
+
+    def __init__(self, source: Any) -> None:
+        self._source = source
         self._texts: dict[int, str] = {}
+
+    @property
+    def hf(self) -> Any:
+        """The tokenizer of transformers."""
+        return self._source
 
     @functools.cached_property
     def num_tokens(self) -> int:
         """One more than the highest id that it knows."""
-        return 1 + max(self.hf.get_vocab().values())
+        return 1 + max(self._source.get_vocab().values())
 
     @functools.cached_property
     def special_ids(self) -> frozenset[int]:
         """Ids that `decode` leaves out where it is to skip special tokens."""
-        added = getattr(self.hf, "added_tokens_decoder", {})
+        added = getattr(self._source, "added_tokens_decoder", {})
         return frozenset(id_ for id_, token in added.items() if token.special)
 
     @functools.cached_property
     def byte_values(self) -> dict[int, int]:
         """Byte by id, of the tokens <0x00> ... of a vocabulary that falls back to bytes."""
-        backend = getattr(self.hf, "backend_tokenizer", None)
+        backend = getattr(self._source, "backend_tokenizer", None)
         # The decoder is known by its serialised form only.
         if backend is None or b'"ByteFallback"' not in _state(backend.decoder):
             return {}
-        matches = ((_BYTE_TOKEN.fullmatch(text), id_) for text, id_ in self.hf.get_vocab().items())
+        vocabulary = self._source.get_vocab()
+        matches = ((_BYTE_TOKEN.fullmatch(text), id_) for text, id_ in vocabulary.items())
         return {id_: int(match[1], 16) for match, id_ in matches if match}
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text, by default with the special tokens that a prompt has around it."""
-        return self.hf.encode(text, add_special_tokens=add_special_tokens)
+        return self._source.encode(text, add_special_tokens=add_special_tokens)
 
     def token_text(self, token_id: int) -> str:
         """The text of one token on its own, special ones included."""
         text = self._texts.get(token_id)
         if text is None:
-            text = self._texts[token_id] = self.hf.decode([token_id])
+            text = self._texts[token_id] = self._source.decode([token_id])
         return text
 
     def decode(
@@ -65,7 +72,7 @@ class Tokenizer:
         spaces_between_special_tokens: bool = True,
     ) -> str:
         """The text of tokens."""
-        return self.hf.decode(
+        return self._source.decode(
             token_ids,
             skip_special_tokens=skip_special_tokens,
             spaces_between_special_tokens=spaces_between_special_tokens,
@@ -106,44 +113,6 @@ class Tokenizer:
             return call_within(_TEMPLATE_SECONDS, render)
         except Exception as error:
             raise ValueError(f"the chat template failed: {error}") from error
-
-
-def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
-    """Loads the tokenizer of a directory in the Hugging Face layout; its code is never run.
-
-    Raises:
-        ValueError: the directory has no tokenizer that transformers can read.
-    """
-    # Else transformers advises to install PyTorch, which nothing here needs.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    # Slow to import, and not needed with token ids.
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-    # AutoTokenizer imports PyTorch where it is installed, to find a class: seconds that a
-    # tokenizer which names the plain one can do without.
-    loader: Any = PreTrainedTokenizerFast if _is_plain(path) else AutoTokenizer
-    try:
-        return Tokenizer(loader.from_pretrained(os.fspath(path), trust_remote_code=False))
-    # The tokenizers library raises bare exceptions on files it cannot read.
-    except Exception as error:
-        raise ValueError(
-            f"no tokenizer could be loaded from {os.fspath(path)}: {error}; "
-            "pass tokenizer= a directory or a transformers tokenizer"
-        ) from error
-
-
-def _is_plain(path: str | os.PathLike[str]) -> bool:
-    """Whether a directory's tokenizer is all in its tokenizer.json, by its own account."""
-    try:
-        config = json.loads((Path(path) / "tokenizer_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return (
-        isinstance(config, dict)
-        and config.get("tokenizer_class") in ("PreTrainedTokenizerFast", "TokenizersBackend")
-        and "auto_map" not in config
-        and (Path(path) / "tokenizer.json").is_file()
-    )
 
 
 def _state(part: Any) -> bytes:

@@ -6,6 +6,7 @@ family's `smollm` vocabularies without the rule that keeps every digit apart.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,9 +42,6 @@ def save_tokenizer(metadata: dict[str, Any], directory: Path) -> None:
     Raises:
         ValueError: the vocabulary is not byte-level BPE, or its way to split text is unknown.
     """
-    # Here, because a conversion that is in the cache already has no use for it.
-    from transformers import PreTrainedTokenizerFast
-
     tokens = metadata["tokenizer.ggml.tokens"]
     special = {
         name: tokens[metadata[f"tokenizer.ggml.{key}_token_id"]]
@@ -55,13 +53,28 @@ def save_tokenizer(metadata: dict[str, Any], directory: Path) -> None:
         )
         if f"tokenizer.ggml.{key}_token_id" in metadata
     }
-    PreTrainedTokenizerFast(
-        tokenizer_object=build_tokenizer(metadata),
-        chat_template=metadata.get("tokenizer.chat_template"),
-        model_max_length=metadata[f"{metadata['general.architecture']}.context_length"],
-        clean_up_tokenization_spaces=False,
+    tokenizer = build_tokenizer(metadata)
+    # As transformers does when it loads them, so that the file alone is the whole tokenizer.
+    tokenizer.add_special_tokens([special_token(text) for text in special.values()])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": metadata[f"{metadata['general.architecture']}.context_length"],
+        "clean_up_tokenization_spaces": False,
         **special,
-    ).save_pretrained(directory)
+    }
+    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    (directory / "tokenizer_config.json").write_text(text, encoding="utf-8")
+    template = metadata.get("tokenizer.chat_template")
+    if template is not None:
+        (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
+
+
+def special_token(text: str) -> tokenizers.AddedToken:
+    """What transformers adds for a token that a config gives a role."""
+    from tokenizers import AddedToken
+
+    return AddedToken(text, normalized=False, special=True)
 
 
 def build_tokenizer(metadata: dict[str, Any]) -> tokenizers.Tokenizer:

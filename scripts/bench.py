@@ -38,7 +38,7 @@ from rich.console import Console
 
 from folojax import LLM
 from folojax.models.checkpoint import open_checkpoint
-from folojax.tokenizer import load_tokenizer
+from folojax.tokenizer_files import load_tokenizer
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -94,8 +94,10 @@ def main() -> None:
     for name, values in times.items():
         spread = f"{min(values):.1f} to {max(values):.1f}"
         print(f"{name:28s} {statistics.median(values):6.1f} s ({len(values)} runs, {spread})")
-    theirs = statistics.median(times["transformers, safetensors"])
-    print(f"warm, transformers / folojax {theirs / statistics.median(times['folojax, warm']):6.2f}")
+    ours = statistics.median(times["folojax, warm"])
+    for kind in ("safetensors", "GGUF"):
+        ratio = statistics.median(times[f"transformers, {kind}"]) / ours
+        print(f"{f'transformers, {kind} / folojax, warm':40s} {ratio:6.2f}")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from folojax.detokenizer import Detokenizer
 from folojax.models.checkpoint import open_checkpoint
-from folojax.tokenizer import INCOMPLETE, Tokenizer, load_tokenizer
+from folojax.tokenizer import INCOMPLETE, Tokenizer
+from folojax.tokenizer_files import load_tokenizer
 from tests.text import ByteTokens, WordTokens, make_metaspace_tokenizer
 
 LETTERS = "abé中😀"

@@ -30,7 +30,7 @@ PATH = (
     ("batch", "results", "host_store", "processor_states", "sampler_calls", "runner"),
     ("deterministic", "ahead"),
     ("memory_plan", "step_memory", "swap_cost"),
-    ("time_limit", "tokenizer", "detokenizer", "outputs", "prompts", "snapshot"),
+    ("time_limit", "tokenizer", "tokenizer_files", "detokenizer", "outputs", "prompts", "snapshot"),
     ("arrays",),
     ("validation", "job", "score_job", "weights", "engine_metrics"),
     ("engine",),

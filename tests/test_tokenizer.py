@@ -8,7 +8,8 @@ import pytest
 
 from folojax import tokenizer
 from folojax.models.checkpoint import open_checkpoint
-from folojax.tokenizer import Tokenizer, load_tokenizer
+from folojax.tokenizer import Tokenizer
+from folojax.tokenizer_files import load_tokenizer
 from tests.text import make_metaspace_tokenizer
 
 
