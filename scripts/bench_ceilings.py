@@ -94,15 +94,15 @@ class Ceilings:
 
     def _decode_gflops(self, dtype: str) -> float:
         """Of all layers and the head, each in its better layout."""
-        layers = token_flops(self._config)
-        head = 2 * num_weights([head_product(self._config)])
-        rates = (
-            max(products.gflops(DECODE_ROWS) for products in self._of(kind, dtype))
-            for kind in (self._chains, self._head)
-        )
-        return (layers + head) / sum(
-            f / rate for f, rate in zip((layers, head), rates, strict=True)
-        )
+        parts = [
+            (token_flops(self._config), self._chains),
+            (2 * num_weights([head_product(self._config)]), self._head),
+        ]
+        duration = 0.0
+        for flops, kind in parts:
+            rates = [products.gflops(DECODE_ROWS) for products in self._of(kind, dtype)]
+            duration += flops / max(rates)
+        return sum(flops for flops, _ in parts) / duration
 
     @staticmethod
     def _of(kind: Sequence["_Products"], dtype: str) -> list["_Products"]:
