@@ -66,6 +66,11 @@ def write_variant(source: Path, kind: str, path: Path) -> None:
     for tensor in reader.tensors:
         if len(tensor.shape) > 1:
             wanted = gguf.GGMLQuantizationType[kind]
+            width, block = int(tensor.shape[0]), gguf.GGML_QUANT_SIZES[wanted][0]
+            if width % block:
+                raise ValueError(
+                    f"{source}: {tensor.name} has rows of {width}; {kind} has blocks of {block}"
+                )
             data = quantize(dequantize(tensor.data, tensor.tensor_type), wanted)
             writer.add_tensor(tensor.name, data, raw_dtype=wanted)
         else:

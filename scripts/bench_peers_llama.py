@@ -61,7 +61,7 @@ class Settings:
 _ATTENTION = [
     Settings(has_flash, is_unified) for has_flash in (True, False) for is_unified in (False, True)
 ]
-_SIZES = [(512, 512), (128, 128), (2048, 512)]
+_SIZES = [(512, 512), (128, 128), (2048, 2048)]
 
 
 class LlamaCpp:
