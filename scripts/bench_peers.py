@@ -57,10 +57,10 @@ def find_peers(
     if "auto" in wanted:
         wanted = set(_found(workload, has_gguf=source is not None))
     directory = open_checkpoint(model).directory
-    for name, kind in (("transformers", Transformers), ("generate_batch", GenerateBatch)):
+    for name, engine in (("transformers", Transformers), ("generate_batch", GenerateBatch)):
         if name in wanted:
             for dtype in dtypes:
-                make = functools.partial(kind, directory, dtype, most_rows)
+                make = functools.partial(engine, directory, dtype, most_rows)
                 yield f"{name} {dtype}", make
     if "llama.cpp" in wanted:
         if source is None:

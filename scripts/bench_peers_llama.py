@@ -32,6 +32,12 @@ def is_llama_cpp_there() -> bool:
     return importlib.util.find_spec("llama_cpp") is not None
 
 
+def _num_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """How llama.cpp is told to run.
@@ -78,7 +84,7 @@ class LlamaCpp:
             name: In the table.
             path: A GGUF file.
             most_rows: Sequences at once.
-            num_threads: 0: as many as there are cores.
+            num_threads: 0: as many as there are cores for this process.
 
         Raises:
             RuntimeError: llama.cpp cannot load it.
@@ -91,7 +97,7 @@ class LlamaCpp:
         self.name = name
         self._library = llama_cpp
         self._rows = most_rows
-        self._num_threads = num_threads or os.cpu_count() or 1
+        self._num_threads = num_threads or _num_cores()
         llama_cpp.llama_backend_init()
         params = llama_cpp.llama_model_default_params()
         self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)

@@ -285,7 +285,7 @@ def test_peers_are_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_llama_cpp_needs_a_gguf_file(text_directory: Path) -> None:
-    arguments = (str(text_directory), [], ["packaged"], 4, workload(request(4, 4)))
+    arguments: Any = (str(text_directory), [], ["packaged"], 4, workload(request(4, 4)))
     peers = script("bench_peers")
     with pytest.raises(ValueError, match=r"llama\.cpp reads GGUF files"):
         list(peers.find_peers(["llama.cpp"], *arguments))
