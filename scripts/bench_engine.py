@@ -7,6 +7,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
+from bench_ceilings import time_decode_steps
 from bench_counters import EngineCounts, count_compilations, peak_memory_gib
 from bench_metrics import Trace, serving_metrics
 from bench_profile import profile_steps
@@ -33,6 +35,7 @@ class Folojax:
         warm_up: str = "plan",
         has_separate_samples: bool = False,
         is_profiled: bool = False,
+        decode_rows: int = 0,
     ) -> None:
         """Makes the engine.
 
@@ -43,11 +46,13 @@ class Folojax:
                 workload does need, by running it once.
             has_separate_samples: Whether samples of one prompt are requests of their own.
             is_profiled: Whether rounds also tell the "step_shares" of phases.
+            decode_rows: So many rows' decode steps are timed after each round; 0: none.
         """
         self.name = name
         self._warm_up = warm_up
         self._has_separate_samples = has_separate_samples
         self._is_profiled = is_profiled
+        self._decode_rows = decode_rows
         start = time.perf_counter()
         with count_compilations() as self._compilations:
             self.llm = make_llm()
@@ -69,6 +74,7 @@ class Folojax:
             "num_executables_from_disk": total.num_cached,
             "compile_s": total.compile_s,
             "cold_compile_s": total.cold_compile_s,
+            **self._sizes(),
         }
 
     def run(self, workload: Workload) -> dict[str, Any]:
@@ -95,10 +101,35 @@ class Folojax:
             "compilations_timed": compilations.num_executables,
             "peak_memory_gib": peak_memory_gib(),
             **({"step_shares": stopwatch.shares()} if stopwatch else {}),
+            **self._decode_steps(workload),
         }
+
+    def greedy(self, prompts: Sequence[Sequence[int]], num_tokens: int) -> list[list[int]]:
+        """The likeliest tokens after each prompt."""
+        params = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
+        outputs = self.llm.generate(
+            [{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False
+        )
+        return [list(output.outputs[0].token_ids) for output in outputs]
 
     def close(self) -> None:
         """Nothing is left to be given back."""
+
+    def _sizes(self) -> dict[str, Any]:
+        plan = self.llm.memory_plan
+        return {
+            "dtype": str(jax.tree.leaves(self.llm.params)[0].dtype),
+            "weights_gib": plan.weights_bytes / 2**30,
+            "pool_gib": plan.pages_bytes / 2**30,
+            "kv_bytes_per_token": plan.bytes_per_page / plan.page_size,
+        }
+
+    def _decode_steps(self, workload: Workload) -> dict[str, Any]:
+        if not self._decode_rows:
+            return {}
+        num_tokens = 1 + max(max(request.prompt) for request in workload.requests)
+        steps = time_decode_steps(self.llm, self._decode_rows, workload.longest, num_tokens)
+        return {"decode_rows": self._decode_rows, **steps}
 
     def _drive(self, workload: Workload) -> tuple[list[Trace], float]:
         # What an earlier round has left would be a gift to this one.
