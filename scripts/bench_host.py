@@ -33,7 +33,7 @@ def host_ms(rows: int, num_steps: int = 40) -> list[float]:
     times = []
     with without_device(llm):
         prompts = [[3 + number % 100] * (1 + number % 30) for number in range(rows)]
-        start_rows(llm, prompts, num_tokens=2 * num_steps)
+        start_rows(llm, prompts, num_tokens=2 * num_steps + 16)
         for _ in range(num_steps):
             before = time.thread_time()
             llm.engine.step()
@@ -47,7 +47,7 @@ def idle_share(rows: int, is_async: bool, num_steps: int = 40) -> float:
     """Time from a step's last result to the next dispatch, over all of the time."""
     llm = LLM(max_num_seqs=rows, max_model_len=256, async_scheduling=is_async)
     runner = llm.engine.runner
-    start_rows(llm, [[100 + number] * 16 for number in range(rows)], num_tokens=2 * num_steps)
+    start_rows(llm, [[100 + number] * 16 for number in range(rows)], num_tokens=2 * num_steps + 16)
     ready: dict[int, float] = {}
     dispatched: list[tuple[float, float]] = []
     watchers = []
