@@ -66,10 +66,11 @@ def print_results(console: Console, title: str, results: Figures, ratios: Sequen
 
 def print_sweep(console: Console, sweep: Mapping[int, Figures]) -> None:
     """Prints the throughput by requests at once: a row for each number, a column a contender."""
-    table = _table("output tokens/s by requests at once", ["", *next(iter(sweep.values()))])
+    names = list(dict.fromkeys(name for results in sweep.values() for name in results))
+    table = _table("output tokens/s by requests at once", ["", *names])
     for count, results in sorted(sweep.items()):
-        cells = (f"{one['output_throughput']:,.1f}" for one in results.values())
-        table.add_row(f"{count:,}", *cells)
+        figures = {name: f"{one['output_throughput']:,.1f}" for name, one in results.items()}
+        table.add_row(f"{count:,}", *(figures.get(name, "") for name in names))
     console.print(table)
 
 
