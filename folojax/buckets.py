@@ -23,7 +23,7 @@ _USUAL_LOGPROBS = 20
 _MOST_COPIED_TOKENS_ON_CPU = 10_240
 
 
-_FIRST_HALVED_ROWS = 8
+_FIRST_HALVED_ROWS = 16
 """B from which a CPU's sizes are less than a power of two apart: below it few rows are wasted."""
 
 
@@ -244,8 +244,8 @@ def _table_sizes(last: int, first: int) -> tuple[int, ...]:
 def _with_halves(sizes: tuple[int, ...], least: int) -> tuple[int, ...]:
     """Ascending sizes, and from `least` on those half-way between two.
 
-    >>> _with_halves((1, 2, 4, 8, 16, 32), least=8)
-    (1, 2, 4, 8, 12, 16, 24, 32)
+    >>> _with_halves((4, 8, 16, 32), least=8)
+    (4, 8, 12, 16, 24, 32)
     """
     halves = {(low + high) // 2 for low, high in itertools.pairwise(sizes) if low >= least}
     return tuple(sorted({*sizes, *halves}))
