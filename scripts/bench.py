@@ -67,7 +67,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--rounds is {args.rounds}; at least one is needed")
     if args.workload == "sampling":
         return args
-    if min(args.num_running, *args.sweep) < 1:
+    if min([args.num_running, *args.sweep]) < 1:
         parser.error(f"--num-running and --sweep are {args.num_running} and {args.sweep}; each 1+")
     if args.request_rate <= 0:
         parser.error(f"--request-rate is {args.request_rate}; it must be above 0, or inf")
