@@ -5,13 +5,14 @@
 
 "step": the real model, 1 to 64 rows; the whole step, the thread's time in calls to the device, and
 the host's own time. "host": the same host work without a device, 1 to 1,024 rows. Host times are
-those of the thread: other load hardly disturbs them. Figures are medians.
+those of the thread, which other load disturbs through the caches alone. Figures are medians, but
+for the least of the host's, which shows the work itself on a machine that is not quiet.
 
 An exponent is the slope of a line through the logarithms of time and rows: 1 is linear, 0 costs the
 same for any number of rows. It is given of all rows, and of the last three doublings alone, where
 what a step costs anyway counts for little.
 
-Exit code: 0; 1 with --check if one of the host's exponents is above 1.1.
+Exit code: 0; 1 with --check if an exponent of the least times is above 1.1.
 """
 
 import argparse
@@ -37,7 +38,8 @@ from folojax import LLM
 STEP_ROWS = (1, 2, 4, 8, 16, 32, 64)
 HOST_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 MOST_EXPONENT = 1.1
-"""Of the host's time: linear, and what medians of a noisy machine may add."""
+"""Of the host's least time: linear, and what a noisy machine may add."""
+CHECKED = "the least"
 
 _PROMPT_LEN = 16
 _LAST = 4
@@ -85,12 +87,13 @@ def fit_exponent(ms: Mapping[int, float]) -> float:
 
 
 def measure_host(rows: Sequence[int], rounds: int, num_steps: int) -> list[Growth]:
-    """Decode steps without a device."""
+    """Decode steps without a device: medians, and the least of all."""
     times: dict[int, list[float]] = {count: [] for count in rows}
     for _ in range(rounds):
         for count in rows:
             times[count] += host_ms(count, num_steps)
-    return [Growth("host, no device", _medians(times))]
+    least = {count: min(each) for count, each in times.items()}
+    return [Growth("host, no device", _medians(times)), Growth(CHECKED, least)]
 
 
 def measure_steps(model: str | None, rows: Sequence[int], rounds: int, steps: int) -> list[Growth]:
@@ -181,9 +184,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.plot.mkdir(parents=True, exist_ok=True)
         ms = {curve.name: curve.ms for curve in curves}
         plot_growth(args.plot / "growth.png", "Decode steps", ms)
-    hosts = [curve for curve in curves if curve.name.startswith("host")]
-    worst = max(max(curve.exponent, curve.last_exponent) for curve in hosts)
-    return 1 if args.check and worst > MOST_EXPONENT else 0
+    judged = [curve for curve in curves if curve.name == CHECKED]
+    is_missed = any(max(one.exponent, one.last_exponent) > MOST_EXPONENT for one in judged)
+    return 1 if args.check and is_missed else 0
 
 
 def _up_to(rows: Sequence[int], most: int | None) -> list[int]:
