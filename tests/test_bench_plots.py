@@ -18,7 +18,7 @@ from folojax.sched.scheduler import Scheduler
 from tests.reference import TINY
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
-LIMITS = {"max_num_seqs": 4, "max_model_len": 64, "page_size": 16}
+LIMITS: dict[str, Any] = {"max_num_seqs": 4, "max_model_len": 64, "page_size": 16}
 
 
 @pytest.fixture(scope="module")
