@@ -22,7 +22,7 @@ from bench_workloads import NAMES, Workload, make_workload
 from rich.console import Console
 
 from folojax.models.checkpoint import open_checkpoint
-from folojax.tokenizer import load_tokenizer
+from folojax.tokenizer_files import load_tokenizer
 
 DEFAULT = ("uniform", "humaneval", "sharegpt", "group")
 
