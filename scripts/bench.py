@@ -28,19 +28,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from bench_agreement import find_agreements
+from bench_ceilings import CEILINGS, DECODE_ROWS, Ceilings, compare
 from bench_engine import WARM_UPS, Folojax
 from bench_isolation import Contender, Isolated
 from bench_metrics import medians
-from bench_peers import Transformers, is_transformers_there
+from bench_peers import FILES, PEERS, find_peers
 from bench_plots import add_plot_option, file_name, plot_report
 from bench_ratios import ONE_AT_A_TIME, find_ratios
 from bench_sampling import measure_sampling, print_sampling
-from bench_table import print_results, print_sweep
+from bench_table import print_ceilings, print_results, print_sweep
 from bench_workloads import NAMES, Workload, make_workload
 from rich.console import Console
 
 from folojax import LLM
 from folojax.models.checkpoint import open_checkpoint
+from folojax.tokenizer import Tokenizer
 from folojax.tokenizer_files import load_tokenizer
 
 
@@ -97,8 +100,28 @@ def _add_workload_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=JSON",
         help="a field of EngineConfig",
     )
-    parser.add_argument("--peers", choices=["auto", "none", "transformers"], default="none")
-    parser.add_argument("--peer-dtype", nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument(
+        "--peers",
+        nargs="+",
+        choices=["auto", "none", *PEERS],
+        default=["none"],
+        help="other engines; auto: all that are installed",
+    )
+    parser.add_argument(
+        "--peer-dtype", nargs="+", default=["bfloat16", "float32"], help="of transformers"
+    )
+    parser.add_argument(
+        "--peer-file",
+        nargs="+",
+        choices=FILES,
+        default=list(FILES),
+        help="of llama.cpp: the model's own file, or its weights in another type",
+    )
+    parser.add_argument(
+        "--ceilings",
+        action="store_true",
+        help="measure this machine's bandwidth and products, and how near folojax comes",
+    )
     parser.add_argument(
         "--one-at-a-time", action="store_true", help="also the same engine with a single slot"
     )
@@ -145,6 +168,8 @@ def make_contenders(
         options["max_num_batched_tokens"] = 256
     options |= dict(args.option)
 
+    decode_rows = DECODE_ROWS if args.ceilings and args.num_running >= DECODE_ROWS else 0
+
     def ours(name: str, dtype: str, has_separate_samples: bool = False, **fields: Any) -> Any:
         make_llm = functools.partial(LLM, args.model, dtype=dtype, **options | fields)
         return name, functools.partial(
@@ -156,6 +181,7 @@ def make_contenders(
             is_profiled=args.profile,
             is_watched=args.plot is not None,
             trace_path=args.trace and args.trace / f"{file_name(name)}.perfetto.json.gz",
+            decode_rows=decode_rows if name.startswith("folojax") else 0,
         )
 
     first, *_ = args.dtype
@@ -174,11 +200,11 @@ def make_contenders(
         contenders.append(whole)
     if args.one_at_a_time:
         contenders.append(ours(ONE_AT_A_TIME, first, max_num_seqs=1))
-    if args.peers == "transformers" or (args.peers == "auto" and is_transformers_there()):
-        directory = open_checkpoint(args.model).directory
-        for dtype in args.peer_dtype:
-            peer = functools.partial(Transformers, directory, dtype, args.num_running)
-            contenders.append((f"transformers {dtype}", peer))
+    peers = (args.peers, args.model, args.peer_dtype, args.peer_file, args.num_running)
+    contenders += find_peers(*peers, workload)
+    if args.ceilings:
+        config = open_checkpoint(args.model).config
+        contenders.append((CEILINGS, functools.partial(Ceilings, config)))
     return dict(contenders)
 
 
@@ -193,8 +219,17 @@ def measure(
     workload: Workload,
     rounds: int,
     is_isolated: bool,
+    encode: Callable[[str], list[int]],
 ) -> dict[str, dict[str, Any]]:
-    """Figures by contender: medians over rounds that are run by turns, and the rounds."""
+    """Figures by contender: medians over rounds that are run by turns, and the rounds.
+
+    Args:
+        contenders: By name; the first one is judged.
+        workload: What they run.
+        rounds: How often.
+        is_isolated: Whether each is a process of its own.
+        encode: From text to token ids, to see that peers run the same model.
+    """
     running: dict[str, Contender] = {}
     figures: dict[str, list[dict[str, Any]]] = {name: [] for name in contenders}
     try:
@@ -202,6 +237,8 @@ def measure(
         for name, make in contenders.items():
             running[name] = Isolated(make) if is_isolated else make()
             preparations[name] = running[name].prepare(workload)
+        for name, share in find_agreements(_with_peers(running), encode).items():
+            preparations[name]["agreement"] = share
         for _ in range(rounds):
             for name, contender in running.items():
                 figures[name].append(contender.run(workload))
@@ -214,14 +251,17 @@ def measure(
     }
 
 
-def measure_sweep(args: argparse.Namespace, workload: Workload) -> dict[int, Any]:
-    """Figures by requests at once, of those beside --num-running."""
+def measure_sweep(
+    args: argparse.Namespace, workload: Workload, encode: Callable[[str], list[int]]
+) -> dict[int, Any]:
+    """Figures by requests at once, of those beside --num-running; `encode` as for `measure`."""
     sweep = {}
+    left_out = {"one_at_a_time": False, "ceilings": False, "trace": None}
     for count in sorted({*args.sweep} - {args.num_running}):
-        fields = vars(args) | {"num_running": count, "one_at_a_time": False, "trace": None}
+        fields = vars(args) | left_out | {"num_running": count}
         contenders = make_contenders(argparse.Namespace(**fields), workload)
         is_isolated = len(contenders) > 1 and not args.in_process
-        sweep[count] = measure(contenders, workload, args.rounds, is_isolated)
+        sweep[count] = measure(contenders, workload, args.rounds, is_isolated, encode)
     return sweep
 
 
@@ -231,6 +271,13 @@ def _without_rounds(results: dict[str, dict[str, Any]]) -> dict[str, dict[str, A
         name: {key: value for key, value in one.items() if key not in left_out}
         for name, one in results.items()
     }
+
+
+def _with_peers(running: dict[str, Contender]) -> dict[str, Contender]:
+    """The first contender and every other engine; without other engines, nothing."""
+    first, *others = running
+    peers = [name for name in others if name.startswith(PEERS)]
+    return {name: running[name] for name in [first, *peers]} if peers else {}
 
 
 def describe_machine() -> dict[str, Any]:
@@ -259,14 +306,26 @@ def main(argv: list[str] | None = None) -> int:
         title = f"{args.num_requests} requests, {args.input_len} in, {args.output_len} out"
         print_sampling(console, title, results)
     else:
-        workload = find_workload(args)
+        checkpoint = open_checkpoint(args.model)
+        tokenizer = load_tokenizer(checkpoint.directory)
+        workload = find_workload(args, checkpoint.config.vocab_size, tokenizer)
         contenders = make_contenders(args, workload)
         is_isolated = len(contenders) > 1 and not args.in_process
-        results = measure(contenders, workload, args.rounds, is_isolated)
-        ratios = find_ratios(workload.name, args.num_running, results)
+        results = measure(contenders, workload, args.rounds, is_isolated, tokenizer.encode)
+        ceilings = results.pop(CEILINGS, None)
+        if ceilings is not None:
+            for figures in results.values():
+                if "dtype" in figures:
+                    figures |= compare(figures, ceilings, checkpoint.config, workload)
+            print_ceilings(console, ceilings)
+            report["ceilings"] = ceilings
+        ratios = find_ratios(
+            workload.name, args.num_running, results, is_memory_own=not args.in_process
+        )
         print_results(console, _title(args, workload, machine), results, ratios)
         if args.sweep:
-            sweep = measure_sweep(args, workload) | {args.num_running: results}
+            sweep = measure_sweep(args, workload, tokenizer.encode)
+            sweep[args.num_running] = results
             print_sweep(console, sweep)
             report["sweep"] = {count: _without_rounds(each) for count, each in sweep.items()}
         report["ratios"] = [vars(ratio) | {"is_met": ratio.is_met} for ratio in ratios]
@@ -286,11 +345,9 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if is_missed and args.check else 0
 
 
-def find_workload(args: argparse.Namespace) -> Workload:
+def find_workload(args: argparse.Namespace, vocab_size: int, tokenizer: Tokenizer) -> Workload:
     """The workload that the options describe."""
-    checkpoint = open_checkpoint(args.model)
-    tokenizer = load_tokenizer(checkpoint.directory)
-    num_tokens = min(checkpoint.config.vocab_size, tokenizer.num_tokens)
+    num_tokens = min(vocab_size, tokenizer.num_tokens)
     workload = make_workload(
         args.workload, tokenizer.encode, num_tokens, args.num_requests, args.scale
     )

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+from bench_ceilings import time_decode_steps
 from bench_counters import EngineCounts, count_compilations, peak_memory_gib
 from bench_metrics import Trace, serving_metrics
 from bench_profile import profile_steps
@@ -38,6 +40,7 @@ class Folojax:
         is_profiled: bool = False,
         is_watched: bool = False,
         trace_path: Path | None = None,
+        decode_rows: int = 0,
     ) -> None:
         """Makes the engine.
 
@@ -50,6 +53,7 @@ class Folojax:
             is_profiled: Whether rounds also tell the "step_shares" of phases.
             is_watched: Whether they tell the "timeline" of what the engine holds.
             trace_path: Gets a trace of one more run, which is not timed; None traces none.
+            decode_rows: So many rows' decode steps are timed after each round; 0: none.
         """
         self.name = name
         self._warm_up = warm_up
@@ -57,6 +61,7 @@ class Folojax:
         self._is_profiled = is_profiled
         self._is_watched = is_watched
         self._trace_path = trace_path
+        self._decode_rows = decode_rows
         start = time.perf_counter()
         with count_compilations() as self._compilations:
             self.llm = make_llm()
@@ -81,6 +86,7 @@ class Folojax:
             "num_executables_from_disk": total.num_cached,
             "compile_s": total.compile_s,
             "cold_compile_s": total.cold_compile_s,
+            **self._sizes(),
         }
 
     def run(self, workload: Workload) -> dict[str, Any]:
@@ -110,10 +116,35 @@ class Folojax:
             "peak_memory_gib": peak_memory_gib(),
             **({"step_shares": stopwatch.shares()} if stopwatch else {}),
             **({"timeline": timeline.as_dict(start_s)} if timeline else {}),
+            **self._decode_steps(workload),
         }
+
+    def greedy(self, prompts: Sequence[Sequence[int]], num_tokens: int) -> list[list[int]]:
+        """The likeliest tokens after each prompt."""
+        params = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
+        outputs = self.llm.generate(
+            [{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False
+        )
+        return [list(output.outputs[0].token_ids) for output in outputs]
 
     def close(self) -> None:
         """Nothing is left to be given back."""
+
+    def _sizes(self) -> dict[str, Any]:
+        plan = self.llm.memory_plan
+        return {
+            "dtype": str(jax.tree.leaves(self.llm.params)[0].dtype),
+            "weights_gib": plan.weights_bytes / 2**30,
+            "pool_gib": plan.pages_bytes / 2**30,
+            "kv_bytes_per_token": plan.bytes_per_page / plan.page_size,
+        }
+
+    def _decode_steps(self, workload: Workload) -> dict[str, Any]:
+        if not self._decode_rows:
+            return {}
+        num_tokens = 1 + max(max(request.prompt) for request in workload.requests)
+        steps = time_decode_steps(self.llm, self._decode_rows, workload.longest, num_tokens)
+        return {"decode_rows": self._decode_rows, **steps}
 
     def _drive(
         self, workload: Workload, timeline: Timeline | None = None

@@ -5,7 +5,7 @@ While one is timed the others sleep in a read.
 
 import multiprocessing
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
@@ -52,13 +52,17 @@ class Isolated:
         """As `Contender`."""
         return self._call("run", workload)
 
+    def greedy(self, prompts: Sequence[Sequence[int]], num_tokens: int) -> list[list[int]]:
+        """As `bench_agreement.Greedy`."""
+        return self._call("greedy", prompts, num_tokens)
+
     def close(self) -> None:
         """Ends the process."""
         self._pipe.close()
         self._process.join()
 
-    def _call(self, method: str, workload: Workload) -> Any:
-        self._pipe.send((method, workload))
+    def _call(self, method: str, *arguments: Any) -> Any:
+        self._pipe.send((method, arguments))
         return self._receive()
 
     def _receive(self) -> Any:
@@ -77,8 +81,8 @@ def _serve(pipe: Connection, make: Callable[[], Contender]) -> None:
         contender = make()
         pipe.send((False, contender.name))
         while True:
-            method, workload = pipe.recv()
-            pipe.send((False, getattr(contender, method)(workload)))
+            method, arguments = pipe.recv()
+            pipe.send((False, getattr(contender, method)(*arguments)))
     except EOFError:
         return
     except Exception:

@@ -117,9 +117,10 @@ def _spread(name: str, seconds: Any) -> list[tuple[str, float | None]]:
 def medians(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The median of every number over rounds, field by field, and the spread of the throughput."""
     result = _medians(rounds)
-    throughputs = [one["output_throughput"] for one in rounds]
-    result["min_output_throughput"] = min(throughputs)
-    result["max_output_throughput"] = max(throughputs)
+    throughputs = [one["output_throughput"] for one in rounds if "output_throughput" in one]
+    if throughputs:
+        result["min_output_throughput"] = min(throughputs)
+        result["max_output_throughput"] = max(throughputs)
     result["num_rounds"] = len(rounds)
     return result
 

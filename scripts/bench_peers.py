@@ -1,14 +1,29 @@
 """Other engines on the same weights and the same prompts. Each gets its best: see the classes."""
 
-import dataclasses
+import functools
 import importlib.util
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-from bench_metrics import Trace, host_peak_memory_gib, serving_metrics
-from bench_workloads import BenchRequest, Workload
+from bench_isolation import Contender
+from bench_peers_batch import GenerateBatch
+from bench_peers_common import check_workload
+from bench_peers_files import KINDS, variant
+from bench_peers_llama import LlamaCpp, is_llama_cpp_there
+from bench_peers_static import Transformers
+from bench_workloads import Workload
+
+from folojax.models.checkpoint import embedded_model, open_checkpoint
+
+PEERS = ("transformers", "generate_batch", "llama.cpp")
+"""Contenders of other engines have names that begin so."""
+
+AS_IT_IS = "packaged"
+
+FILES = (AS_IT_IS, *KINDS)
+"""What llama.cpp may be given: the file itself, or its weights in another type."""
+
+Peer = tuple[str, Callable[[], Contender]]
 
 
 def is_transformers_there() -> bool:
@@ -16,116 +31,70 @@ def is_transformers_there() -> bool:
     return all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
 
 
-class Transformers:
-    """`generate` of Hugging Face transformers in static batches, greedily.
+def find_peers(
+    names: Sequence[str],
+    model: str | None,
+    dtypes: Sequence[str],
+    files: Sequence[str],
+    most_rows: int,
+    workload: Workload,
+) -> Iterator[Peer]:
+    """The peers that were asked for, by their names in the table.
 
-    It is told every output length beforehand: batches are of requests with similar ones, the
-    longest first, and end with their last useful token. Only the tokens that were asked for count.
-    The batch size is the best one of those tried.
+    Args:
+        names: Of PEERS; or "auto": those that are installed and can run this.
+        model: As LLM takes it.
+        dtypes: In which transformers computes.
+        files: Of FILES.
+        most_rows: Requests at once.
+        workload: What they are to run.
 
-    Attributes:
-        name: In the table.
+    Raises:
+        ValueError: llama.cpp is to run a model that is no GGUF file.
     """
-
-    def __init__(self, directory: Path, dtype: str, most_rows: int) -> None:
-        """Loads the model; `directory` is in the Hugging Face layout."""
-        import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        start = time.perf_counter()
-        self._torch = torch
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype))
-        self._model = model.eval().to(device)
-        # What is not said in a call, generate takes from here.
-        self._model.generation_config.eos_token_id = None
-        self._tokenizer = AutoTokenizer.from_pretrained(directory)
-        self.name = f"transformers {dtype}"
-        self._sizes = _halves(most_rows)
-        self._rows = most_rows
-        self._load_s = time.perf_counter() - start
-
-    def prepare(self, workload: Workload) -> dict[str, Any]:
-        """Tries the batch sizes, and keeps the best.
-
-        A try is as many requests as the largest batch takes, with a quarter of their output.
-
-        Raises:
-            ValueError: the workload is not a static one.
-        """
-        for request in workload.requests:
-            if request.arrival_s or request.waits_for_tokens or request.num_samples > 1:
-                raise ValueError(
-                    f"{workload.name}: static batches need one sample a request, and all requests "
-                    "at once"
-                )
-        start = time.perf_counter()
-        sizes = sorted({min(size, len(workload.requests)) for size in self._sizes})
-        self._generate(workload.requests[:1])  # the first call is slower
-        sample = [
-            dataclasses.replace(request, output_len=max(1, request.output_len // 4))
-            for request in workload.requests[: max(sizes)]
-        ]
-        durations = {size: self._run(sample, size)[1] for size in sizes} if len(sizes) > 1 else {}
-        self._rows = min(durations, key=lambda size: durations[size]) if durations else sizes[0]
-        return {
-            "load_s": self._load_s,
-            "warm_up_s": time.perf_counter() - start,
-            "batch_size": self._rows,
-        }
-
-    def run(self, workload: Workload) -> dict[str, Any]:
-        """One timed round; a request's tokens are there when its batch is, so it has no itl."""
-        traces, duration_s = self._run(workload.requests, self._rows)
-        metrics = serving_metrics(traces, duration_s)
-        for key in metrics:
-            if key.endswith(("ttft_ms", "tpot_ms", "itl_ms")):
-                metrics[key] = None
-        return metrics | {"peak_memory_gib": host_peak_memory_gib()}
-
-    def close(self) -> None:
-        """Nothing is left to be given back."""
-
-    def _run(self, requests: Sequence[BenchRequest], rows: int) -> tuple[list[Trace], float]:
-        longest_first = sorted(requests, key=lambda request: -request.output_len)
-        traces = []
-        start = time.perf_counter()
-        for batch in _batches(longest_first, rows):
-            self._generate(batch)
-            now = time.perf_counter()
-            for request in batch:
-                times = [[now] * request.output_len]
-                traces.append(Trace(start, len(request.prompt), request.label, times, now))
-        return traces, time.perf_counter() - start
-
-    def _generate(self, batch: Sequence[BenchRequest]) -> list[str]:
-        torch = self._torch
-        width = max(len(request.prompt) for request in batch)
-        ids = torch.zeros((len(batch), width), dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for row, request in enumerate(batch):
-            ids[row, width - len(request.prompt) :] = torch.tensor(request.prompt)
-            mask[row, width - len(request.prompt) :] = 1
-        with torch.inference_mode():
-            out = self._model.generate(
-                ids.to(self._model.device),
-                attention_mask=mask.to(self._model.device),
-                do_sample=False,
-                max_new_tokens=batch[0].output_len,
-                pad_token_id=0,
-            )
-        new = out[:, width:].tolist()
-        return self._tokenizer.batch_decode(
-            [tokens[: request.output_len] for tokens, request in zip(new, batch, strict=True)],
-            skip_special_tokens=True,
-        )
+    source = _gguf_file(model)
+    wanted = set(names)
+    if "auto" in wanted:
+        wanted = set(_found(workload, has_gguf=source is not None))
+    directory = open_checkpoint(model).directory
+    for name, engine in (("transformers", Transformers), ("generate_batch", GenerateBatch)):
+        if name in wanted:
+            for dtype in dtypes:
+                make = functools.partial(engine, directory, dtype, most_rows)
+                yield f"{name} {dtype}", make
+    if "llama.cpp" in wanted:
+        if source is None:
+            raise ValueError(f"llama.cpp reads GGUF files; the model is {model!r}")
+        for kind in files:
+            yield _llama_cpp(source, kind, most_rows)
 
 
-def _batches(requests: Sequence[BenchRequest], rows: int) -> Iterator[Sequence[BenchRequest]]:
-    for start in range(0, len(requests), rows):
-        yield requests[start : start + rows]
+def _found(workload: Workload, has_gguf: bool) -> Iterator[str]:
+    can_be_static, can_run = (_is_possible(workload, is_static) for is_static in (True, False))
+    if is_transformers_there() and can_be_static:
+        yield "transformers"
+    if is_transformers_there() and can_run:
+        yield "generate_batch"
+    if is_llama_cpp_there() and can_run and has_gguf:
+        yield "llama.cpp"
 
 
-def _halves(most: int) -> list[int]:
-    """`most`, its half and its quarter."""
-    return sorted({most, max(1, most // 2), max(1, most // 4)})
+def _is_possible(workload: Workload, is_static: bool) -> bool:
+    try:
+        check_workload(workload, needs_all_at_once=is_static)
+    except ValueError:
+        return False
+    return True
+
+
+def _gguf_file(model: str | None) -> Path | None:
+    path = embedded_model() if model is None else Path(model)
+    return path if path.suffix == ".gguf" else None
+
+
+def _llama_cpp(source: Path, kind: str, most_rows: int) -> Peer:
+    # The packaged file says its own type: "SmolLM2-135M-Instruct.Q4_1.gguf".
+    own = source.stem.rpartition(".")[2] if "." in source.stem else "as it is"
+    name = f"llama.cpp {own if kind == AS_IT_IS else kind}"
+    path = source if kind == AS_IT_IS else variant(source, kind)
+    return name, functools.partial(LlamaCpp, name, path, most_rows)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from bench_ceilings import DECODE_ROWS, DTYPES, PREFILL_ROWS
 from bench_ratios import Ratio
 from rich.console import Console
 from rich.table import Table
@@ -39,6 +40,11 @@ _COUNTS: tuple[tuple[str, str, str], ...] = (
     ("steps", "num_steps", ",.0f"),
     ("preemptions", "preemptions", ",.0f"),
     ("batch size", "batch_size", ",.0f"),
+    ("settings", "settings", ""),
+    ("tokens as ours", "agreement", ".0%"),
+    ("of products alone", "gemm_share", ".1%"),
+    ("decode step ms", "decode_step_ms", ",.1f"),
+    ("allowed ms", "decode_bound_ms", ",.1f"),
 )
 
 
@@ -79,6 +85,20 @@ def print_padding(console: Console, title: str, counts: Figures) -> None:
     tokens = ("scheduled_tokens", "padding_tokens", "num_steps")
     rows = [*_PADDING, *((name.replace("_", " "), name, ",.0f") for name in tokens)]
     _print_columns(console, title, counts, rows)
+
+
+def print_ceilings(console: Console, ceilings: Mapping[str, Any]) -> None:
+    """Prints what the machine can do."""
+    table = _table("ceilings of this machine", ["", "GB/s", "GFLOP/s float32", "bfloat16"])
+    for text, key in (("copy, donated", "copy_gb_s"), ("matrix by vector", "read_gb_s")):
+        table.add_row(text, f"{ceilings[key]:,.1f}", "", "")
+    for rows, key in (
+        (DECODE_ROWS, "gemm_decode_gflops"),
+        (PREFILL_ROWS, "gemm_prefill_gflops"),
+    ):
+        rates = [f"{ceilings[key][dtype]:,.0f}" for dtype in DTYPES]
+        table.add_row(f"products of {rows} rows", "", *rates)
+    console.print(table)
 
 
 def _verdict(ratio: Ratio) -> str:

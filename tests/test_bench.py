@@ -263,7 +263,8 @@ def test_a_plan_leaves_nothing_to_be_compiled(bench: ModuleType, text_directory:
 
 def test_transformers_says_the_same(bench: ModuleType, text_directory: Path) -> None:
     workload = make(bench, "uniform", num_requests=3, scale=0.1)
-    peer = bench.Transformers(text_directory, "float32", 4)
+    static = importlib.import_module("bench_peers_static")
+    peer = static.Transformers(text_directory, "float32", 4)
     assert peer.prepare(workload)["batch_size"] in (1, 2, 3)
     figures = peer.run(workload)
     assert figures["total_output_tokens"] == workload.num_output_tokens

@@ -88,7 +88,7 @@ def test_the_engine_imports_one_way() -> None:
 def test_torch_is_never_imported_at_run_time() -> None:
     for folder in ("folojax", "models", "sched", "scripts"):
         for path in (ROOT / folder).glob("*.py"):
-            if path.stem in ("gpu_peer", "bench_peers"):  # they measure what runs on torch
+            if path.stem.startswith(("gpu_peer", "bench_peers")):  # they measure what runs on torch
                 continue
             assert "torch" not in {name.split(".")[0] for name in imports(path)}, path
 
