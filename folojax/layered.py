@@ -257,10 +257,11 @@ def _run_group(
     attend: Callable[..., Any],
 ) -> tuple[Any, list[KVCache]]:
     """DONATES `caches`, one of each layer, and `hidden`."""
-    bound, after = functools.partial(attend, plan), []
+    bound = functools.partial(attend, plan)
+    after: list[Any] = []
     for own, cache, rotary, block in zip(params, caches, rotaries, blocks, strict=True):
-        hidden, cache = block.apply({"params": own}, hidden, rotary, cache, bound)
-        after.append(cache)
+        hidden, new = block.apply({"params": own}, hidden, rotary, cache, bound)
+        after.append(new)
     return hidden, after
 
 
