@@ -23,6 +23,10 @@ _USUAL_LOGPROBS = 20
 _MOST_COPIED_TOKENS_ON_CPU = 10_240
 
 
+_FIRST_HALVED_ROWS = 16
+"""B from which a CPU's sizes are less than a power of two apart: below it few rows are wasted."""
+
+
 @dataclasses.dataclass(frozen=True)
 class PrefillShape:
     """`rows` rows of `columns` tokens, each with a table of `table_pages` pages.
@@ -155,7 +159,8 @@ def make_buckets(config: ResolvedConfig, backend: str = "cpu", min_decode_rows: 
         segments = split_segments(config.num_pages)
         decode_rows = _powers(config.max_num_seqs, 2, min_decode_rows)
         return Buckets(
-            decode_rows=decode_rows,
+            # A batch that runs dry spends half of its steps between two powers of two.
+            decode_rows=_with_halves(decode_rows, _FIRST_HALVED_ROWS),
             prefill_rows=_powers(most_rows, 2),
             prefill_columns=config.prefill_row_len,
             prefill_pages=_table_sizes(max_pages, 2),
@@ -234,6 +239,16 @@ def _table_sizes(last: int, first: int) -> tuple[int, ...]:
     """
     sizes = _powers(last, 4, min(first, last))
     return tuple(size for size in sizes if size == last or 4 * size < 3 * last)
+
+
+def _with_halves(sizes: tuple[int, ...], least: int) -> tuple[int, ...]:
+    """Ascending sizes, and from `least` on those half-way between two.
+
+    >>> _with_halves((4, 8, 16, 32), least=8)
+    (4, 8, 12, 16, 24, 32)
+    """
+    halves = {(low + high) // 2 for low, high in itertools.pairwise(sizes) if low >= least}
+    return tuple(sorted({*sizes, *halves}))
 
 
 def _every_other(sizes: tuple[int, ...]) -> tuple[int, ...]:

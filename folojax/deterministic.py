@@ -114,9 +114,11 @@ class DeterministicRunner(Runner):
         both = self._forward(tokens)
         size = len(both[1])
         is_decode = len({token.row.request_id for token in tokens}) == len(tokens)
-        self.stats.num_decode_calls += is_decode
-        self.stats.num_prefill_calls += not is_decode
-        self.stats.num_computed_tokens += size
+        if is_decode:
+            self.stats.num_decode_calls += 1
+            self.stats.num_computed_tokens += size
+        else:
+            self.stats.count_prefill(len(tokens), size)
         position = ints(size)
         position[: len(tokens)] = [token.position + 1 for token in tokens]
         kinds: dict[SamplingSpec, list[Row | None]] = {}

@@ -21,6 +21,9 @@ class EngineMetrics:
         num_decode_calls: Device calls for single tokens, at most one a step.
         num_scheduled_tokens: Tokens computed for requests.
         num_padding_tokens: Tokens computed for nobody, to fill a bucket.
+        num_prefill_tokens: Of the scheduled tokens, those of calls for prompt chunks.
+        num_prefill_padding_tokens: Of the padding, that of calls for prompt chunks; the rest are
+            rows of decode calls.
         num_discarded_tokens: Tokens sampled for requests that had ended, which no one has seen.
         num_preemptions: How often a sample lost its pages.
         num_swapped_pages: Pages that came back from host memory, and were not computed again.
@@ -38,6 +41,8 @@ class EngineMetrics:
     num_decode_calls: int
     num_scheduled_tokens: int
     num_padding_tokens: int
+    num_prefill_tokens: int
+    num_prefill_padding_tokens: int
     num_discarded_tokens: int
     num_preemptions: int
     num_swapped_pages: int
@@ -61,6 +66,8 @@ def read_metrics(
         num_decode_calls=stats.num_decode_calls,
         num_scheduled_tokens=stats.num_scheduled_tokens,
         num_padding_tokens=stats.num_computed_tokens - stats.num_scheduled_tokens,
+        num_prefill_tokens=stats.num_prefill_tokens,
+        num_prefill_padding_tokens=stats.num_prefill_padding_tokens,
         num_discarded_tokens=scheduler.flights.num_discarded_tokens,
         num_preemptions=num_preemptions,
         num_swapped_pages=runner.stats.num_loaded_pages,

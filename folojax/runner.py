@@ -54,13 +54,25 @@ from folojax.user_functions import NO_FUNCTIONS, UserFunctions
 
 @dataclasses.dataclass
 class RunnerStats:
-    """Counts since the runner was made; padding is in computed minus scheduled tokens."""
+    """Counts since the runner was made; padding is in computed minus scheduled tokens.
+
+    Those of prefill calls are in the scheduled and computed tokens too.
+    """
 
     num_prefill_calls: int = 0
     num_decode_calls: int = 0
     num_loaded_pages: int = 0
     num_scheduled_tokens: int = 0
     num_computed_tokens: int = 0
+    num_prefill_tokens: int = 0
+    num_prefill_padding_tokens: int = 0
+
+    def count_prefill(self, num_tokens: int, num_computed_tokens: int) -> None:
+        """Counts a call for prompt chunks with so many tokens of requests, and padding beside."""
+        self.num_prefill_calls += 1
+        self.num_prefill_tokens += num_tokens
+        self.num_prefill_padding_tokens += num_computed_tokens - num_tokens
+        self.num_computed_tokens += num_computed_tokens
 
 
 class Runner(SamplerCalls):
@@ -241,8 +253,7 @@ class Runner(SamplerCalls):
         head, tail = kv_cache.take_segments(self.state.cache, shape.segments)
         head, last, hidden = self.steps.prefill(self.params, head, inputs, edits, is_on)
         self.state = self.state._replace(cache=kv_cache.join_segments(head, tail))
-        self.stats.num_prefill_calls += 1
-        self.stats.num_computed_tokens += inputs.tokens.size
+        self.stats.count_prefill(int(inputs.length.sum()), inputs.tokens.size)
         rows = [chunk.row if chunk.has_sample else None for chunk in chunks]
         out = None
         if any(rows):

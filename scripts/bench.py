@@ -6,6 +6,7 @@ python scripts/bench.py group        what samples of one prompt share, against s
 python scripts/bench.py prefix       first tokens after a cached prefix, against a fresh one
 python scripts/bench.py long         long prompts in chunks, against whole ones
 python scripts/bench.py uniform --profile --peers none
+python scripts/bench.py uniform --sweep 1 2 4 8 16 --plot DIR --trace DIR
 python scripts/bench.py sampling     what sampling parameters cost, against greedy
 
 Contenders run in processes of their own, one at a time and by turns; figures are medians over
@@ -22,6 +23,7 @@ import json
 import os
 import platform
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,9 +34,10 @@ from bench_engine import WARM_UPS, Folojax
 from bench_isolation import Contender, Isolated
 from bench_metrics import medians
 from bench_peers import FILES, PEERS, find_peers
+from bench_plots import add_plot_option, file_name, plot_report
 from bench_ratios import ONE_AT_A_TIME, find_ratios
 from bench_sampling import measure_sampling, print_sampling
-from bench_table import print_ceilings, print_results
+from bench_table import print_ceilings, print_results, print_sweep
 from bench_workloads import NAMES, Workload, make_workload
 from rich.console import Console
 
@@ -67,6 +70,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--rounds is {args.rounds}; at least one is needed")
     if args.workload == "sampling":
         return args
+    if min([args.num_running, *args.sweep]) < 1:
+        parser.error(f"--num-running and --sweep are {args.num_running} and {args.sweep}; each 1+")
     if args.request_rate <= 0:
         parser.error(f"--request-rate is {args.request_rate}; it must be above 0, or inf")
     if args.warm_up is None:
@@ -127,6 +132,21 @@ def _add_workload_options(parser: argparse.ArgumentParser) -> None:
         "rehearsal: every run of it takes the same steps",
     )
     parser.add_argument("--profile", action="store_true", help="shares of a step")
+    parser.add_argument(
+        "--sweep",
+        type=int,
+        nargs="+",
+        default=[],
+        metavar="N",
+        help="also with these numbers of requests at once",
+    )
+    add_plot_option(parser, "draw the figures there")
+    parser.add_argument(
+        "--trace",
+        type=Path,
+        metavar="DIR",
+        help="write a trace of one more run of folojax there, for ui.perfetto.dev",
+    )
     parser.add_argument("--check", action="store_true", help="exit code 1 if a target is missed")
     parser.add_argument(
         "--in-process", action="store_true", help="no processes: memory is then that of all"
@@ -159,6 +179,8 @@ def make_contenders(
             warm_up=args.warm_up,
             has_separate_samples=has_separate_samples,
             is_profiled=args.profile,
+            is_watched=args.plot is not None,
+            trace_path=args.trace and args.trace / f"{file_name(name)}.perfetto.json.gz",
             decode_rows=decode_rows if name.startswith("folojax") else 0,
         )
 
@@ -229,6 +251,28 @@ def measure(
     }
 
 
+def measure_sweep(
+    args: argparse.Namespace, workload: Workload, encode: Callable[[str], list[int]]
+) -> dict[int, Any]:
+    """Figures by requests at once, of those beside --num-running; `encode` as for `measure`."""
+    sweep = {}
+    left_out = {"one_at_a_time": False, "ceilings": False, "trace": None}
+    for count in sorted({*args.sweep} - {args.num_running}):
+        fields = vars(args) | left_out | {"num_running": count}
+        contenders = make_contenders(argparse.Namespace(**fields), workload)
+        is_isolated = len(contenders) > 1 and not args.in_process
+        sweep[count] = measure(contenders, workload, args.rounds, is_isolated, encode)
+    return sweep
+
+
+def _without_rounds(results: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    left_out = ("rounds", "timeline")
+    return {
+        name: {key: value for key, value in one.items() if key not in left_out}
+        for name, one in results.items()
+    }
+
+
 def _with_peers(running: dict[str, Contender]) -> dict[str, Contender]:
     """The first contender and every other engine; without other engines, nothing."""
     first, *others = running
@@ -279,12 +323,24 @@ def main(argv: list[str] | None = None) -> int:
             workload.name, args.num_running, results, is_memory_own=not args.in_process
         )
         print_results(console, _title(args, workload, machine), results, ratios)
+        if args.sweep:
+            sweep = measure_sweep(args, workload, tokenizer.encode)
+            sweep[args.num_running] = results
+            print_sweep(console, sweep)
+            report["sweep"] = {count: _without_rounds(each) for count, each in sweep.items()}
         report["ratios"] = [vars(ratio) | {"is_met": ratio.is_met} for ratio in ratios]
+        report["date"] = time.strftime("%Y%m%d-%H%M%S")
+        report["model_id"] = args.model or "embedded"
+        report["num_prompts"] = len(workload.requests)
+        report["max_concurrency"] = args.num_running
         for name in ("num_running", "request_rate", "scale", "warm_up"):
             report[name] = str(getattr(args, name))
     report["results"] = results
     if args.json is not None:
         args.json.write_text(json.dumps(report, indent=2) + "\n")
+    if args.workload != "sampling" and args.plot is not None:
+        for path in plot_report(report, args.plot):
+            console.print(f"plot: {path}", highlight=False)
     is_missed = not all(ratio.is_met for ratio in ratios)
     return 1 if is_missed and args.check else 0
 

@@ -67,6 +67,8 @@ class EngineCounts:
         num_steps: Steps.
         scheduled_tokens: Tokens computed for requests.
         padding_tokens: Tokens computed for nobody.
+        prefill_tokens: Of the scheduled tokens, those of calls for prompt chunks.
+        prefill_padding_tokens: Of the padding, that of calls for prompt chunks.
         prefix_hit_tokens: Tokens found in the prefix cache, and not computed.
         preemptions: Samples that lost their pages.
     """
@@ -74,6 +76,8 @@ class EngineCounts:
     num_steps: int
     scheduled_tokens: int
     padding_tokens: int
+    prefill_tokens: int
+    prefill_padding_tokens: int
     prefix_hit_tokens: int
     preemptions: int
 
@@ -85,6 +89,8 @@ class EngineCounts:
             num_steps=metrics.num_steps,
             scheduled_tokens=metrics.num_scheduled_tokens,
             padding_tokens=metrics.num_padding_tokens,
+            prefill_tokens=metrics.num_prefill_tokens,
+            prefill_padding_tokens=metrics.num_prefill_padding_tokens,
             prefix_hit_tokens=metrics.num_prefix_hit_tokens,
             preemptions=metrics.num_preemptions,
         )
@@ -102,12 +108,19 @@ class EngineCounts:
         """
         old, new = dataclasses.asdict(before), dataclasses.asdict(self)
         counts = {name: new[name] - old[name] for name in new}
-        computed = counts["scheduled_tokens"] + counts["padding_tokens"]
+        scheduled, padding = counts["scheduled_tokens"], counts["padding_tokens"]
+        in_prefill = counts["prefill_tokens"], counts["prefill_padding_tokens"]
         return {
             **counts,
-            "prefill_tokens_computed": counts["scheduled_tokens"] - (num_outputs - num_samples),
-            "padding_waste": counts["padding_tokens"] / max(computed, 1),
+            "prefill_tokens_computed": scheduled - (num_outputs - num_samples),
+            "padding_waste": _share(padding, scheduled),
+            "prefill_padding_waste": _share(in_prefill[1], in_prefill[0]),
+            "decode_padding_waste": _share(padding - in_prefill[1], scheduled - in_prefill[0]),
         }
+
+
+def _share(padding: int, useful: int) -> float:
+    return padding / max(padding + useful, 1)
 
 
 def peak_memory_gib() -> float:

@@ -5,6 +5,7 @@ import dataclasses
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,6 +13,8 @@ from bench_ceilings import time_decode_steps
 from bench_counters import EngineCounts, count_compilations, peak_memory_gib
 from bench_metrics import Trace, serving_metrics
 from bench_profile import profile_steps
+from bench_timeline import Timeline
+from bench_trace import trace_run
 from bench_workloads import BenchRequest, Workload
 
 from folojax import LLM, SamplingClass, SamplingParams
@@ -35,6 +38,8 @@ class Folojax:
         warm_up: str = "plan",
         has_separate_samples: bool = False,
         is_profiled: bool = False,
+        is_watched: bool = False,
+        trace_path: Path | None = None,
         decode_rows: int = 0,
     ) -> None:
         """Makes the engine.
@@ -46,12 +51,16 @@ class Folojax:
                 workload does need, by running it once.
             has_separate_samples: Whether samples of one prompt are requests of their own.
             is_profiled: Whether rounds also tell the "step_shares" of phases.
+            is_watched: Whether they tell the "timeline" of what the engine holds.
+            trace_path: Gets a trace of one more run, which is not timed; None traces none.
             decode_rows: So many rows' decode steps are timed after each round; 0: none.
         """
         self.name = name
         self._warm_up = warm_up
         self._has_separate_samples = has_separate_samples
         self._is_profiled = is_profiled
+        self._is_watched = is_watched
+        self._trace_path = trace_path
         self._decode_rows = decode_rows
         start = time.perf_counter()
         with count_compilations() as self._compilations:
@@ -66,10 +75,13 @@ class Folojax:
                 self._drive(workload)
             else:
                 self.llm.warm_up(_sampling_classes(workload))
+        warm_up_s = time.perf_counter() - start
         total = _sum(self._compilations, counts)
+        if self._trace_path is not None:
+            trace_run(self._trace_path, lambda: self._drive(workload))
         return {
             "load_s": self._load_s,
-            "warm_up_s": time.perf_counter() - start,
+            "warm_up_s": warm_up_s,
             "num_executables": total.num_executables,
             "num_executables_from_disk": total.num_cached,
             "compile_s": total.compile_s,
@@ -87,7 +99,9 @@ class Folojax:
         with contextlib.ExitStack() as stack:
             compilations = stack.enter_context(count_compilations())
             stopwatch = stack.enter_context(profile_steps()) if self._is_profiled else None
-            traces, duration_s = self._drive(workload)
+            timeline = Timeline(self.llm) if self._is_watched else None
+            start_s = time.perf_counter()
+            traces, duration_s = self._drive(workload, timeline)
         if compilations.num_executables:
             raise RuntimeError(
                 f"{self.name}: {compilations.num_executables} programs were compiled while "
@@ -101,6 +115,7 @@ class Folojax:
             "compilations_timed": compilations.num_executables,
             "peak_memory_gib": peak_memory_gib(),
             **({"step_shares": stopwatch.shares()} if stopwatch else {}),
+            **({"timeline": timeline.as_dict(start_s)} if timeline else {}),
             **self._decode_steps(workload),
         }
 
@@ -131,16 +146,25 @@ class Folojax:
         steps = time_decode_steps(self.llm, self._decode_rows, workload.longest, num_tokens)
         return {"decode_rows": self._decode_rows, **steps}
 
-    def _drive(self, workload: Workload) -> tuple[list[Trace], float]:
+    def _drive(
+        self, workload: Workload, timeline: Timeline | None = None
+    ) -> tuple[list[Trace], float]:
         # What an earlier round has left would be a gift to this one.
         assert self.llm.reset_prefix_cache()
-        return drive(
-            self.llm, workload.with_separate_samples() if self._has_separate_samples else workload
-        )
+        if self._has_separate_samples:
+            workload = workload.with_separate_samples()
+        return drive(self.llm, workload, timeline)
 
 
-def drive(llm: LLM, workload: Workload) -> tuple[list[Trace], float]:
+def drive(
+    llm: LLM, workload: Workload, timeline: Timeline | None = None
+) -> tuple[list[Trace], float]:
     """Runs a workload from its first arrival to its last token.
+
+    Args:
+        llm: An engine without requests.
+        workload: What it is to do.
+        timeline: Looks at the engine after each step.
 
     Returns:
         A trace of each request, and the duration in seconds. A request that came while a step ran
@@ -166,12 +190,15 @@ def drive(llm: LLM, workload: Workload) -> tuple[list[Trace], float]:
             time.sleep(max(0.0, start + pending[0][1].arrival_s - time.perf_counter()))
         outputs = llm.step() if open_traces else []
         now = time.perf_counter()
+        if timeline is not None:
+            timeline.look(now)
         for output in outputs:
             trace = open_traces[output.request_id]
             for times, sample in zip(trace.token_times_s, output.outputs, strict=True):
                 times += [now] * (len(sample.token_ids) - len(times))
             if output.finished:
                 trace.finish_s = now
+                trace.has_failed = any(one.finish_reason == "error" for one in output.outputs)
                 del open_traces[output.request_id]
     return traces, now - start
 

@@ -14,73 +14,26 @@ from typing import Any
 from unittest import mock
 
 import jax
-import jax.numpy as jnp
-import numpy as np
+from bench_stub import make_stub_llm, start_rows, without_device
 
-from folojax import LLM, SamplingParams, StepOutput
-from folojax.models.config import ModelConfig
-from folojax.models.llama import Llama, init_params
-from folojax.prompts import ParsedPrompt
+from folojax import LLM
 
 ROWS = (32, 64, 128, 256, 512, 1024)
 
 
 def host_ms(rows: int, num_steps: int = 40) -> list[float]:
     """Milliseconds of thread time of decode steps with so many rows, without a device."""
-    config = ModelConfig(
-        vocab_size=128,
-        hidden_size=8,
-        intermediate_size=8,
-        num_layers=1,
-        num_heads=1,
-        num_kv_heads=1,
-        head_dim=8,
-        max_position=256,
-        rope_theta=1e4,
-        rope_scaling=None,
-        rms_norm_eps=1e-5,
-        tie_embeddings=True,
-        qkv_bias=False,
-        qk_norm=False,
-    )
-    module = Llama(config, jnp.float32)
-    params = init_params(module, jax.random.key(0))
-    llm = LLM(
-        (module, params),
+    llm = make_stub_llm(
         page_size=64,
         num_pages=2 * rows,
         max_num_seqs=rows,
         max_num_batched_tokens=max(512, 4 * rows),
         max_model_len=128,
     )
-    runner = llm.engine.runner
-
-    def sample(hidden: Any, slot: Any, position: Any, spec: Any) -> StepOutput:
-        count = len(slot)
-        fields: tuple[Any, ...] = (
-            np.full(count, 7, np.int32),
-            np.full(count, -1.0, np.float32),
-            np.zeros(count, np.int32),
-            np.ones(count, bool),
-            np.zeros((count, 0), np.int32),
-            np.zeros((count, 0), np.float32),
-        )
-        return StepOutput(*fields)
-
-    nothing: dict[str, Any] = {
-        "_call_decode": lambda *_: None,
-        "_call_sample": sample,
-    }
     times = []
-    with mock.patch.multiple(runner, **nothing), mock.patch.object(jax, "device_get", lambda x: x):
-        ask = SamplingParams(temperature=0, max_tokens=2 * num_steps, ignore_eos=True)
-        for number in range(rows):
-            prompt = [3 + number % 100] * (1 + number % 30)
-            llm.engine.add(
-                [llm.engine.check(str(number), ParsedPrompt(None, prompt), ask)], is_streamed=False
-            )
-        while llm.metrics().num_waiting:
-            llm.engine.step()
+    with without_device(llm):
+        prompts = [[3 + number % 100] * (1 + number % 30) for number in range(rows)]
+        start_rows(llm, prompts, num_tokens=2 * num_steps + 16)
         for _ in range(num_steps):
             before = time.thread_time()
             llm.engine.step()
@@ -94,13 +47,7 @@ def idle_share(rows: int, is_async: bool, num_steps: int = 40) -> float:
     """Time from a step's last result to the next dispatch, over all of the time."""
     llm = LLM(max_num_seqs=rows, max_model_len=256, async_scheduling=is_async)
     runner = llm.engine.runner
-    ask = SamplingParams(temperature=0, max_tokens=2 * num_steps, ignore_eos=True)
-    for number in range(rows):
-        llm.add_request(str(number), [100 + number] * 16, ask)
-    while llm.metrics().num_waiting:
-        llm.step()
-    for _ in range(4):
-        llm.step()
+    start_rows(llm, [[100 + number] * 16 for number in range(rows)], num_tokens=2 * num_steps + 16)
     ready: dict[int, float] = {}
     dispatched: list[tuple[float, float]] = []
     watchers = []

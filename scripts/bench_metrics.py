@@ -5,6 +5,8 @@ time between two tokens of a sample, e2el from arrival to end. Times end in _ms.
 """
 
 import dataclasses
+import functools
+import itertools
 import resource
 import statistics
 import sys
@@ -12,6 +14,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+
+PERCENTILES = (50, 90, 95, 99)
 
 
 @dataclasses.dataclass
@@ -24,6 +28,7 @@ class Trace:
         label: As in `BenchRequest`.
         token_times_s: Of each sample, when each of its tokens was there.
         finish_s: When it ended.
+        has_failed: Whether it ended by an error; its tokens count for nothing.
     """
 
     arrival_s: float
@@ -31,6 +36,7 @@ class Trace:
     label: str
     token_times_s: list[list[float]]
     finish_s: float = 0.0
+    has_failed: bool = False
 
     @property
     def num_output_tokens(self) -> int:
@@ -43,16 +49,20 @@ def serving_metrics(traces: Sequence[Trace], duration_s: float) -> dict[str, Any
 
     Labels, where there are any, get latencies of their own under "by_label".
     """
+    every, traces = traces, [trace for trace in traces if not trace.has_failed]
     num_prompt_tokens = sum(trace.num_prompt_tokens for trace in traces)
     num_output_tokens = sum(trace.num_output_tokens for trace in traces)
     metrics: dict[str, Any] = {
         "duration": duration_s,
         "completed": len(traces),
+        "failed": len(every) - len(traces),
         "total_input_tokens": num_prompt_tokens,
         "total_output_tokens": num_output_tokens,
         "request_throughput": len(traces) / duration_s,
         "output_throughput": num_output_tokens / duration_s,
         "total_token_throughput": (num_prompt_tokens + num_output_tokens) / duration_s,
+        "max_output_tokens_per_s": _most_tokens_in_a_second(traces),
+        "max_concurrent_requests": _most_at_once(traces),
         **latencies(traces),
     }
     labels = sorted({trace.label for trace in traces} - {""})
@@ -62,6 +72,21 @@ def serving_metrics(traces: Sequence[Trace], duration_s: float) -> dict[str, Any
             for label in labels
         }
     return metrics
+
+
+def _most_tokens_in_a_second(traces: Sequence[Trace]) -> int:
+    """Of the whole seconds since the first arrival, the one with the most output tokens."""
+    start_s = min((trace.arrival_s for trace in traces), default=0.0)
+    times_s = [time_s for trace in traces for times in trace.token_times_s for time_s in times]
+    seconds = (np.asarray(times_s) - start_s).astype(int)
+    return int(np.bincount(seconds).max(initial=0))
+
+
+def _most_at_once(traces: Sequence[Trace]) -> int:
+    """Most requests that had arrived and had not ended; one that ends leaves room at once."""
+    events = [(trace.arrival_s, 1) for trace in traces]
+    events += [(trace.finish_s, -1) for trace in traces]
+    return max(itertools.accumulate(change for _, change in sorted(events)), default=0)
 
 
 def latencies(traces: Sequence[Trace]) -> dict[str, float | None]:
@@ -83,8 +108,7 @@ def _spread(name: str, seconds: Any) -> list[tuple[str, float | None]]:
         f"mean_{name}_ms": np.mean,
         f"median_{name}_ms": np.median,
         f"std_{name}_ms": np.std,
-        f"p50_{name}_ms": np.median,
-        f"p99_{name}_ms": lambda x: np.percentile(x, 99),
+        **{f"p{q}_{name}_ms": functools.partial(np.percentile, q=q) for q in PERCENTILES},
         f"max_{name}_ms": np.max,
     }
     return [(key, float(figure(ms)) if ms.size else None) for key, figure in figures.items()]

@@ -21,6 +21,12 @@ _TIMES = tuple(
     for statistic in statistics
 )
 
+_PADDING: tuple[tuple[str, str, str], ...] = (
+    ("padding", "padding_waste", ".1%"),
+    ("padding of prompts", "prefill_padding_waste", ".1%"),
+    ("padding of decode rows", "decode_padding_waste", ".1%"),
+)
+
 _COUNTS: tuple[tuple[str, str, str], ...] = (
     ("load s", "load_s", ".1f"),
     ("warm-up s", "warm_up_s", ".1f"),
@@ -28,7 +34,7 @@ _COUNTS: tuple[tuple[str, str, str], ...] = (
     ("executables", "num_executables", ",.0f"),
     ("compiled while timed", "compilations_timed", ",.0f"),
     ("peak GiB", "peak_memory_gib", ".2f"),
-    ("padding", "padding_waste", ".1%"),
+    *_PADDING,
     ("prefill tokens computed", "prefill_tokens_computed", ",.0f"),
     ("prefix-hit tokens", "prefix_hit_tokens", ",.0f"),
     ("steps", "num_steps", ",.0f"),
@@ -62,6 +68,23 @@ def print_results(console: Console, title: str, results: Figures, ratios: Sequen
         _print_columns(console, "shares of a step", shares, phases)
     for ratio in ratios:
         console.print(f"{ratio.text}: {ratio.value:.3g}{_verdict(ratio)}", highlight=False)
+
+
+def print_sweep(console: Console, sweep: Mapping[int, Figures]) -> None:
+    """Prints the throughput by requests at once: a row for each number, a column a contender."""
+    names = list(dict.fromkeys(name for results in sweep.values() for name in results))
+    table = _table("output tokens/s by requests at once", ["", *names])
+    for count, results in sorted(sweep.items()):
+        figures = {name: f"{one['output_throughput']:,.1f}" for name, one in results.items()}
+        table.add_row(f"{count:,}", *(figures.get(name, "") for name in names))
+    console.print(table)
+
+
+def print_padding(console: Console, title: str, counts: Figures) -> None:
+    """Prints what was computed, and for nobody, by workload."""
+    tokens = ("scheduled_tokens", "padding_tokens", "num_steps")
+    rows = [*_PADDING, *((name.replace("_", " "), name, ",.0f") for name in tokens)]
+    _print_columns(console, title, counts, rows)
 
 
 def print_ceilings(console: Console, ceilings: Mapping[str, Any]) -> None:

@@ -95,6 +95,13 @@ def test_sizes_ascend_to_their_limits_and_no_further(config: ResolvedConfig) -> 
 
 
 @given(config=CONFIGS)
+def test_a_large_batch_is_never_padded_by_more_than_half(config: ResolvedConfig) -> None:
+    sizes = make_buckets(config).decode_rows
+    for rows in range(17, config.max_num_seqs + 1):
+        assert round_up(rows, sizes) <= 1.5 * rows
+
+
+@given(config=CONFIGS)
 def test_no_shape_is_listed_twice_and_there_are_few(config: ResolvedConfig) -> None:
     shapes = list(make_buckets(config).shapes())
     assert len(shapes) == len(set(shapes)) < 500

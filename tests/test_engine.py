@@ -348,3 +348,13 @@ def test_padding_is_counted(llm: LLM) -> None:
     after = llm.metrics()
     assert after.num_scheduled_tokens - before.num_scheduled_tokens == 17
     assert after.num_padding_tokens - before.num_padding_tokens == 15  # two rows of 16
+    assert after.num_prefill_tokens - before.num_prefill_tokens == 17
+    assert after.num_prefill_padding_tokens - before.num_prefill_padding_tokens == 15
+    prompts = [prompt(16)] * 3
+    params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
+    llm.generate(prompts, params, use_tqdm=False)
+    both = llm.metrics()
+    # Prompts of a whole row in four rows, then three tokens in four rows.
+    prefill = both.num_prefill_padding_tokens - after.num_prefill_padding_tokens
+    assert prefill == 16
+    assert both.num_padding_tokens - after.num_padding_tokens == prefill + 1
