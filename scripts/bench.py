@@ -163,9 +163,11 @@ def make_contenders(
 ) -> dict[str, Callable[[], Contender]]:
     """What is compared, the one that is judged first."""
     options = {"max_num_seqs": args.num_running, "max_model_len": _round_limit(args, workload)}
+    # What a step computes of prompts is what running requests wait for.
     if workload.name == "long":
-        # What a step computes of prompts is what running requests wait for.
         options["max_num_batched_tokens"] = 256
+    if workload.name == "sharegpt":
+        options["max_num_batched_tokens"] = args.num_running + 48
     options |= dict(args.option)
 
     decode_rows = DECODE_ROWS if args.ceilings and args.num_running >= DECODE_ROWS else 0
