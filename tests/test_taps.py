@@ -36,7 +36,7 @@ KINDS: list[dict[str, Any]] = [
     {"temperature": 0, "max_tokens": 1, "activations": True},
 ]
 TOLERANCE = 3e-4
-"""Of streams whose entries are of size 1 to 10, in float32."""
+"""Absolute, in float32; the entries have standard deviations of 2 to 6."""
 
 
 def prompts() -> list[list[int]]:
