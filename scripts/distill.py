@@ -5,7 +5,7 @@ log-probabilities; the student moves towards these once. The loss is KL(teacher 
 those tokens, and all others taken as one: at most the KL over the whole vocabulary. Before and
 after, an engine of the student scores text of the teacher that it was not trained on.
 
-    python scripts/distill.py --steps 60 --seed 0 --plot distill.png
+    python scripts/distill.py --steps 50 --seed 0 --plot distill.png
 """
 
 import argparse
@@ -165,7 +165,7 @@ def plot(history: list[dict[str, float]], path: Path) -> None:
 def main() -> None:
     """Parses the command line and trains."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--batch", type=int, default=16, help="samples of a step")
     parser.add_argument("--layers", type=int, default=6, help="of the student")
     parser.add_argument("--learning-rate", type=float, default=5e-4)
