@@ -27,8 +27,8 @@ class Executable(NamedTuple):
         shared_items: Work items of pages with several owners.
         sampling: The most demanding row's needs.
         num_logprobs: Alternatives reported with a token; None reports no ranks either.
-        functions: Names of the user's functions that some row asks for, and "record" where one
-            asks for that; plans list none with any.
+        functions: Names of the user's functions that some row asks for, and "record" or
+            "activations" where one asks for those; plans list none with any.
     """
 
     kind: str
@@ -58,15 +58,17 @@ EDITS = Executable("edit")
 
 
 def model_executable(
-    shape: PrefillShape | DecodeShape, edits: tuple[ActivationEdit, ...] = ()
+    shape: PrefillShape | DecodeShape,
+    edits: tuple[ActivationEdit, ...] = (),
+    taps: tuple[int, ...] = (),
 ) -> Executable:
-    """That of a model's step, with the edits of activations that some row asks for."""
+    """That of a model's step, with the edits and taps of activations that some row asks for."""
     sizes = shape.table_pages, shape.segments
     if isinstance(shape, PrefillShape):
         found = Executable("prefill", shape.rows, shape.columns, *sizes)
     else:
         found = Executable("decode", shape.rows, 1, *sizes, shape.shared_items)
-    return found._replace(functions=tuple(edit.name for edit in edits))
+    return found._replace(functions=layer_functions(edits, taps))
 
 
 def sample_executable(rows: int, spec: SamplingSpec) -> Executable:
@@ -85,9 +87,10 @@ def steps_executable(
     most_steps: int,
     spec: SamplingSpec,
     edits: tuple[ActivationEdit, ...] = (),
+    taps: tuple[int, ...] = (),
 ) -> Executable:
     """That of several decode steps in one call."""
-    found = model_executable(shape, edits)
+    found = model_executable(shape, edits, taps)
     return found._replace(
         kind="decode_steps",
         tokens=most_steps,
@@ -95,6 +98,11 @@ def steps_executable(
         num_logprobs=spec.num_logprobs,
         functions=found.functions + _names(spec),
     )
+
+
+def layer_functions(edits: tuple[ActivationEdit, ...], taps: tuple[int, ...]) -> tuple[str, ...]:
+    """`Executable.functions` of a model's step."""
+    return (*(edit.name for edit in edits), *(["activations"] if taps else []))
 
 
 def _names(spec: SamplingSpec) -> tuple[str, ...]:

@@ -17,13 +17,15 @@ import jax
 from folojax import rowwise
 from folojax.batch import Chunk, Row, ints
 from folojax.buckets import num_alternatives
-from folojax.compile_plan import COPIES, EDITS, Executable, sample_executable
+from folojax.compile_plan import COPIES, EDITS, Executable, layer_functions, sample_executable
 from folojax.layered import result_shapes
+from folojax.residual import with_taps
 from folojax.results import Pending, is_scored, tokens_after
 from folojax.runner import Runner
 from folojax.sampling import SamplingClass, SamplingSpec
 from folojax.sched.plan import SchedulerOutput
 from folojax.state import DecodeInputs, SampleInputs, SlotState, StepOutput, TokenScores
+from folojax.taps import Span, Tapped
 
 
 class _Token(NamedTuple):
@@ -111,7 +113,7 @@ class DeterministicRunner(Runner):
 
     def _run(self, tokens: list[_Token]) -> list[Pending]:
         """Computes at most T tokens, samples and scores."""
-        both = self._forward(tokens)
+        both, streams = self._forward(tokens)
         size = len(both[1])
         is_decode = len({token.row.request_id for token in tokens}) == len(tokens)
         if is_decode:
@@ -132,13 +134,16 @@ class DeterministicRunner(Runner):
             slots = [nowhere if row is None else row.slot for row in rows]
             out = self._call_sample(both, self.batch.pad(slots, size), position, spec)
             pending.append(Pending(rows, out, [], None))
+        if streams:
+            spans = [Span(token.row, token.position, 1) for token in tokens]
+            pending.append(Pending([], None, [], None, tapped=Tapped(streams, spans)))
         scores = self._score_rows(both, tokens, size)
         if scores is not None:
             pending.append(Pending([], None, [token.chunk for token in tokens], scores))
         return pending
 
-    def _forward(self, tokens: list[_Token]) -> tuple[Any, Any]:
-        """Caches tokens; returns logits and the logarithms of their mass."""
+    def _forward(self, tokens: list[_Token]) -> tuple[tuple[Any, Any], dict[int, Any]]:
+        """Caches tokens; returns logits with the logarithms of their mass, and tapped streams."""
         size = num_rows(jax.default_backend())
         slot = self.batch.pad([token.row.slot for token in tokens], size)
         token_ids, position = ints(size, -1), ints(size)
@@ -148,19 +153,18 @@ class DeterministicRunner(Runner):
                 token_ids[i] = row.token_ids[place]
         inputs = DecodeInputs(slot, token_ids, position, self.batch.page_tables(slot))
         edits, is_on = self.batch.params.activation_edits(slot)
-        names = tuple(edit.name for edit in edits)
-        self.gate.check(Executable("rows", size, functions=names))
-        cache, hidden = rowwise.forward(
-            self.params,
-            self.state.cache,
-            self.state.slots.tokens,
-            inputs,
-            is_on,
-            model=self.model,
-            edits=edits,
-        )
+        taps = self.batch.params.taps(slot)
+        self.gate.check(Executable("rows", size, functions=layer_functions(edits, taps)))
+        args = self.params, self.state.cache, self.state.slots.tokens, inputs, is_on
+        options: dict[str, Any] = {"model": self.model, "edits": edits}
+        streams: dict[int, Any] = {}
+        if taps:
+            options |= {"function": rowwise.forward, "taps": taps}
+            (cache, hidden), streams = with_taps(*args, **options)
+        else:
+            cache, hidden = rowwise.forward(*args, **options)
         self.state = self.state._replace(cache=cache)
-        return rowwise.row_logits(self._head_params, hidden, model=self.model)
+        return rowwise.row_logits(self._head_params, hidden, model=self.model), streams
 
     def _spec_of(self, token: _Token) -> SamplingSpec:
         """What this token alone needs of the sampler: its neighbours have samplers of their own."""

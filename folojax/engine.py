@@ -18,13 +18,14 @@ from folojax.engine_metrics import EngineMetrics, read_metrics
 from folojax.job import NOTHING_YET, Job, Sample, make_job
 from folojax.outputs import RequestOutput, ScoreOutput
 from folojax.prompts import ParsedPrompt
+from folojax.reports import take_reports
 from folojax.results import Pending, StepResult, TokenLogprob
 from folojax.runner import Runner
 from folojax.sampling_params import SamplingParams
 from folojax.sched.plan import SchedulerOutput
 from folojax.sched.request import Request, RequestStatus
 from folojax.sched.scheduler import Scheduler
-from folojax.score_job import ScoreJob, has_nan, make_score_job
+from folojax.score_job import ScoreJob, make_score_job
 from folojax.snapshot import Progress
 from folojax.tokenizer import Tokenizer
 from folojax.user_functions import NO_FUNCTIONS, UserFunctions
@@ -32,8 +33,6 @@ from folojax.validation import CheckedRequest, Validator
 from folojax.weights import check_same_shapes, fingerprint
 
 UPDATE_POLICIES = ("recompute", "keep", "restart")
-
-NO_DISTRIBUTION = "the model's logits hold a NaN, or no finite value"
 
 Output: TypeAlias = RequestOutput | ScoreOutput
 
@@ -93,6 +92,7 @@ class Engine:
             tokenizer=tokenizer,
             eos_token_ids=self._eos_token_ids,
             functions=functions,
+            tapped_bytes=functions.tapped_bytes(runner.model),
             is_strict=runner.gate.is_strict,
         )
 
@@ -346,16 +346,9 @@ class Engine:
             self.scheduler.update_from_output(plan, {})
 
     def _commit(self, plan: SchedulerOutput, result: StepResult) -> list[Output]:
-        failed = dict.fromkeys(result.failed, NO_DISTRIBUTION)
+        awaited = self.scheduler.flights.awaited(plan)
+        failed = take_reports(result, awaited.keys(), self._owner)
         sampled = result.sampled
-        if result.prompt_logprobs:
-            awaited = self.scheduler.flights.awaited(plan)
-            for request_id, chunk in result.prompt_logprobs.items():
-                if has_nan(chunk):
-                    failed[request_id] = NO_DISTRIBUTION
-                    sampled.pop(request_id, None)
-                elif request_id in awaited:
-                    self._owner[request_id][0].add_prompt_logprobs(chunk)
         tokens = {
             request_id: [entry.token for entry in entries]
             for request_id, entries in sampled.items()

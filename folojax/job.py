@@ -6,12 +6,15 @@ import math
 import time
 from collections.abc import Sequence
 
+import numpy as np
+
 from folojax.detokenizer import Detokenizer
 from folojax.outputs import CompletionOutput, Logprob, LogprobRecord, RequestMetrics, RequestOutput
 from folojax.results import PromptLogprobs, TokenLogprob
 from folojax.row_params import RowParams
 from folojax.sched.request import Request, StopRule
 from folojax.snapshot import Progress
+from folojax.taps import Streams
 from folojax.tokenizer import Tokenizer
 from folojax.validation import CheckedRequest
 
@@ -39,6 +42,7 @@ class Sample:
         logprobs: One entry a token; empty if not asked for.
         record: The same.
         weights_versions: One entry a token.
+        streams: Of the residual stream, where it is asked for.
     """
 
     index: int
@@ -50,6 +54,7 @@ class Sample:
     logprobs: list[dict[int, Logprob]] = dataclasses.field(default_factory=list)
     record: list[LogprobRecord] = dataclasses.field(default_factory=list)
     weights_versions: list[int] = dataclasses.field(default_factory=list)
+    streams: Streams = dataclasses.field(default_factory=Streams)
 
     def text_tokens(self, is_stop_included: bool) -> list[int]:
         """The tokens that have text: a token that ended the sample has none, unless asked for."""
@@ -169,6 +174,7 @@ class Job:
                 sample.cumulative_logprob = 0.0
                 sample.token_logprobs, sample.logprobs = [], []
                 sample.record, sample.weights_versions = [], []
+                sample.streams = Streams()
         self.prompt_logprobs, self.told_prompt_logprobs = [], None
 
     def output(self) -> RequestOutput:
@@ -207,7 +213,13 @@ class Job:
             seed=sample.seed,
             record=list(sample.record) if self.request.params.record else None,
             weights_versions=list(sample.weights_versions),
+            activations=self._activations(sample),
         )
+
+    def _activations(self, sample: Sample) -> dict[int, np.ndarray] | None:
+        """Of all tokens but the last, which was never computed."""
+        is_told = self.request.params.activations and sample.request.is_finished
+        return sample.streams.arrays(sample.request.num_tokens - 1) if is_told else None
 
     def _text(self, sample: Sample) -> str:
         if sample.detokenizer is None:
@@ -291,7 +303,9 @@ def make_job(
             row,
             checked.priority,
             group=None if is_one else checked.request_id,
-            skip_prefix_cache=num_prompt_logprobs is not None or bool(params.activation_edits),
+            skip_prefix_cache=num_prompt_logprobs is not None
+            or bool(params.activation_edits)
+            or params.activations,
             forked_from=forked_from,
             output_token_ids=list(progress.token_ids),
             is_private=bool(params.activation_edits),

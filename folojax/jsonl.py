@@ -199,6 +199,11 @@ def completion_entry(completion: CompletionOutput) -> Entry:
             {name: _finite(value) for name, value in dataclasses.asdict(one).items()}
             for one in completion.record
         ]
+    if completion.activations is not None:
+        entry["activations"] = {
+            str(layer): [[_finite(value) for value in token] for token in stream.tolist()]
+            for layer, stream in completion.activations.items()
+        }
     return entry
 
 

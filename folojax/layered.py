@@ -10,9 +10,10 @@ fraction of the time. A call costs 0.2 ms on CPU, which is too much for a layer 
 
 import functools
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import SingleDeviceSharding
 
@@ -20,14 +21,20 @@ from folojax import step
 from folojax.attention import attend_chunks, attend_tokens
 from folojax.kv_cache import KVCache, layer_of, with_layers
 from folojax.models.interface import Layered
-from folojax.residual import ActivationEdit
+from folojax.residual import ActivationEdit, with_taps
 from folojax.state import DecodeInputs, PrefillInputs
 
 _LAYER = "layers_"
 
+Streams: TypeAlias = dict[int, Any]
+"""The residual streams [T, E] of all tokens of a call, padding included, by layer."""
+
 
 class Steps(Protocol):
-    """`step.prefill` and `step.decode` for one model, both DONATING the cache."""
+    """`step.prefill` and `step.decode` for one model, both DONATING the cache.
+
+    What they return is followed by the streams behind the layers that `taps` names.
+    """
 
     def prefill(
         self,
@@ -36,7 +43,8 @@ class Steps(Protocol):
         inputs: PrefillInputs,
         edits: tuple[ActivationEdit, ...] = (),
         is_edited: Any = None,
-    ) -> tuple[Any, Any, Any]:
+        taps: tuple[int, ...] = (),
+    ) -> tuple[Any, Any, Any, Streams]:
         """As `step.prefill`."""
         ...
 
@@ -48,7 +56,8 @@ class Steps(Protocol):
         inputs: DecodeInputs,
         edits: tuple[ActivationEdit, ...] = (),
         is_edited: Any = None,
-    ) -> tuple[Any, Any]:
+        taps: tuple[int, ...] = (),
+    ) -> tuple[Any, Any, Streams]:
         """As `step.decode`."""
         ...
 
@@ -83,9 +92,11 @@ class WholeSteps:
         inputs: PrefillInputs,
         edits: tuple[ActivationEdit, ...] = (),
         is_edited: Any = None,
-    ) -> tuple[Any, Any, Any]:
+        taps: tuple[int, ...] = (),
+    ) -> tuple[Any, Any, Any, Streams]:
         """As `step.prefill`."""
-        return step.prefill(params, cache, inputs, is_edited, model=self._model, edits=edits)
+        result, streams = self._run(step.prefill, taps, edits, params, cache, inputs, is_edited)
+        return *result, streams
 
     def decode(
         self,
@@ -95,19 +106,35 @@ class WholeSteps:
         inputs: DecodeInputs,
         edits: tuple[ActivationEdit, ...] = (),
         is_edited: Any = None,
-    ) -> tuple[Any, Any]:
+        taps: tuple[int, ...] = (),
+    ) -> tuple[Any, Any, Streams]:
         """As `step.decode`."""
-        return step.decode(params, cache, tokens, inputs, is_edited, model=self._model, edits=edits)
+        args = params, cache, tokens, inputs, is_edited
+        result, streams = self._run(step.decode, taps, edits, *args)
+        return *result, streams
+
+    def _run(
+        self,
+        function: Any,
+        taps: tuple[int, ...],
+        edits: tuple[ActivationEdit, ...],
+        *args: Any,
+    ) -> tuple[Any, Streams]:
+        if not taps:
+            return function(*args, model=self._model, edits=edits), {}
+        return with_taps(*args, function=function, taps=taps, model=self._model, edits=edits)
 
     def lower_prefill(self, params: Any, cache: KVCache, inputs: PrefillInputs) -> list[Any]:
         """One program."""
-        return [step.prefill.lower(params, cache, inputs, model=self._model)]
+        # Argument by argument as in a call: one that is left out makes another program of it.
+        return [step.prefill.lower(params, cache, inputs, None, model=self._model, edits=())]
 
     def lower_decode(
         self, params: Any, cache: KVCache, tokens: Any, inputs: DecodeInputs
     ) -> list[Any]:
         """One program."""
-        return [step.decode.lower(params, cache, tokens, inputs, model=self._model)]
+        args = params, cache, tokens, inputs, None
+        return [step.decode.lower(*args, model=self._model, edits=())]
 
 
 def split_layers(kinds: Sequence[Hashable]) -> list[range]:
@@ -149,13 +176,14 @@ class LayeredSteps:
         inputs: PrefillInputs,
         edits: tuple[ActivationEdit, ...] = (),
         is_edited: Any = None,
-    ) -> tuple[Any, Any, Any]:
+        taps: tuple[int, ...] = (),
+    ) -> tuple[Any, Any, Any, Streams]:
         """As `step.prefill`."""
         assert not edits, "layers that are run alone are not edited"
         outer = _outer(params)
         begun = _begin_prefill(outer, layer_of(cache, 0), inputs, model=self._model)
-        cache, hidden = self._run_layers(params, cache, begun, attend_chunks)
-        return cache, *_end_prefill(outer, hidden, inputs, model=self._model)
+        cache, hidden, streams = self._run_layers(params, cache, begun, attend_chunks, taps)
+        return cache, *_end_prefill(outer, hidden, inputs, model=self._model), streams
 
     def decode(
         self,
@@ -165,13 +193,14 @@ class LayeredSteps:
         inputs: DecodeInputs,
         edits: tuple[ActivationEdit, ...] = (),
         is_edited: Any = None,
-    ) -> tuple[Any, Any]:
+        taps: tuple[int, ...] = (),
+    ) -> tuple[Any, Any, Streams]:
         """As `step.decode`."""
         assert not edits, "layers that are run alone are not edited"
         outer = _outer(params)
         begun = _begin_decode(outer, layer_of(cache, 0), tokens, inputs, model=self._model)
-        cache, hidden = self._run_layers(params, cache, begun, attend_tokens)
-        return cache, _end_decode(outer, hidden, model=self._model)
+        cache, hidden, streams = self._run_layers(params, cache, begun, attend_tokens, taps)
+        return cache, _end_decode(outer, hidden, model=self._model), streams
 
     def lower_prefill(self, params: Any, cache: KVCache, inputs: PrefillInputs) -> list[Any]:
         """One program before the layers, one of each kind of group, one after them."""
@@ -194,17 +223,25 @@ class LayeredSteps:
         return [begin, *layers, _end_decode.lower(outer, hidden, model=model)]
 
     def _run_layers(
-        self, params: Any, cache: KVCache, begun: tuple[Any, Any, Any], attend: Callable[..., Any]
-    ) -> tuple[KVCache, Any]:
+        self,
+        params: Any,
+        cache: KVCache,
+        begun: tuple[Any, Any, Any],
+        attend: Callable[..., Any],
+        taps: tuple[int, ...],
+    ) -> tuple[KVCache, Any, Streams]:
         plan, hidden, shared = begun
         layers: list[KVCache] = []
+        streams: Streams = {}
         for group in self._groups:
             own, rotaries, parts, blocks = self._of_group(params, cache, shared, group)
-            hidden, parts = _run_group(
-                own, parts, hidden, rotaries, plan, blocks=blocks, attend=attend
+            tapped = tuple(i for i, layer in enumerate(group) if layer in taps)
+            hidden, parts, found = _run_group(
+                own, parts, hidden, rotaries, plan, blocks=blocks, attend=attend, taps=tapped
             )
             layers += parts
-        return with_layers(layers), hidden
+            streams |= {group[i]: stream for i, stream in found.items()}
+        return with_layers(layers), hidden, streams
 
     def _lower_layers(
         self, params: Any, cache: KVCache, begun: tuple[Any, Any, Any], attend: Callable[..., Any]
@@ -216,7 +253,7 @@ class LayeredSteps:
             if blocks not in seen:
                 seen.add(blocks)
                 yield _run_group.lower(
-                    own, parts, hidden, rotaries, plan, blocks=blocks, attend=attend
+                    own, parts, hidden, rotaries, plan, blocks=blocks, attend=attend, taps=()
                 )
 
     def _of_group(self, params: Any, cache: KVCache, shared: Any, group: range) -> Any:
@@ -244,7 +281,7 @@ def _begin_decode(
 
 
 @functools.partial(
-    jax.jit, static_argnames=("blocks", "attend"), donate_argnames=("caches", "hidden")
+    jax.jit, static_argnames=("blocks", "attend", "taps"), donate_argnames=("caches", "hidden")
 )
 def _run_group(
     params: list[Any],
@@ -255,14 +292,20 @@ def _run_group(
     *,
     blocks: tuple[nn.Module, ...],
     attend: Callable[..., Any],
-) -> tuple[Any, list[KVCache]]:
-    """DONATES `caches`, one of each layer, and `hidden`."""
+    taps: tuple[int, ...],
+) -> tuple[Any, list[KVCache], Streams]:
+    """DONATES `caches`, one of each layer, and `hidden`; `taps` are places in the group."""
     bound = functools.partial(attend, plan)
     after: list[Any] = []
-    for own, cache, rotary, block in zip(params, caches, rotaries, blocks, strict=True):
+    streams: Streams = {}
+    for place, (own, cache, rotary, block) in enumerate(
+        zip(params, caches, rotaries, blocks, strict=True)
+    ):
         hidden, new = block.apply({"params": own}, hidden, rotary, cache, bound)
         after.append(new)
-    return hidden, after
+        if place in taps:
+            streams[place] = jnp.copy(hidden)  # the next group takes the array for its own
+    return hidden, after, streams
 
 
 @functools.partial(jax.jit, static_argnames=("model",))

@@ -55,6 +55,8 @@ class LLM(RequestLoop):
         logits_processors: Functions that requests may name, compiled into the sampler.
         activation_edits: Functions of the residual stream that requests may name, compiled into
             the model's step.
+        activation_taps: Layers, from 0, behind which the residual stream is returned to requests
+            that ask for `activations`.
         **fields: Fields of EngineConfig.
 
     Attributes:
@@ -80,12 +82,15 @@ class LLM(RequestLoop):
         trust_remote_code: bool = False,
         logits_processors: Sequence[LogitsProcessor] = (),
         activation_edits: Sequence[ActivationEdit] = (),
+        activation_taps: Sequence[int] = (),
         **fields: Unpack[EngineOptions],
     ) -> None:
         if trust_remote_code is not False:
             raise ValueError("trust_remote_code: code that ships with a model is never run here")
         config = make_config(config, dict(fields))
-        functions = UserFunctions(tuple(logits_processors), tuple(activation_edits))
+        functions = UserFunctions(
+            tuple(logits_processors), tuple(activation_edits), tuple(activation_taps)
+        )
         functions.check_strict(config.strict)
         enable_compilation_cache()
         loaded = load_model(model, dtype, revision, config)

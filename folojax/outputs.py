@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import numpy as np
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Logprob:
@@ -107,6 +109,10 @@ class CompletionOutput:
         record: How each token was drawn; None if not asked for.
         weights_versions: For each token, how often the parameters had been updated when it was
             sampled; -1 for tokens that a fork or a snapshot began with, whose record is NaN.
+        activations: By tapped layer, the residual stream [N, E] behind it of the N tokens of prompt
+            and output, less the last one, which was sampled and never computed; in the model's
+            dtype, fewer after an abort or an error. None if not asked for, while the sample goes
+            on, and if nothing was computed.
     """
 
     index: int
@@ -119,6 +125,7 @@ class CompletionOutput:
     seed: int | None = None
     record: list[LogprobRecord] | None = None
     weights_versions: list[int] = dataclasses.field(default_factory=list)
+    activations: dict[int, np.ndarray] | None = dataclasses.field(default=None, compare=False)
 
     @property
     def finished(self) -> bool:

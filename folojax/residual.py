@@ -1,12 +1,15 @@
 """The residual stream: reading it, and edits of it that are compiled into the model's step.
 
 Both take hold of what a layer returns, through Flax's own interception of methods, so that models
-need not know of it: a layer is a submodule `layers_<i>` that returns the stream first.
+need not know of it: a layer is a submodule `layers_<i>` that returns the stream first. Where a
+layer is edited and read, what is read is the edited stream: what the next layer sees.
 """
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+import functools
+import inspect
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -59,6 +62,54 @@ def intercept(
     return nn.intercept_methods(_behind_layers(edit))
 
 
+@contextlib.contextmanager
+def read_layers(layers: Collection[int]) -> Iterator[dict[int, Array]]:
+    """A context in which the streams behind some layers of a model are kept, by layer.
+
+    Around `intercept`, not inside of it. What is kept belongs to the trace in which the model ran.
+    """
+    found: dict[int, Array] = {}
+
+    def keep(layer: int, hidden: Array) -> Array:
+        if layer in layers:
+            found[layer] = hidden
+        return hidden
+
+    with nn.intercept_methods(_behind_layers(keep)) if layers else contextlib.nullcontext():
+        yield found
+
+
+@functools.partial(
+    jax.jit, static_argnames=("function", "taps", "model", "edits"), donate_argnames="cache"
+)
+def with_taps(
+    params: Any,
+    cache: Any,
+    *args: Any,
+    function: Callable[..., Any],
+    taps: tuple[int, ...],
+    model: nn.Module,
+    edits: tuple[ActivationEdit, ...],
+) -> tuple[Any, dict[int, Float[Array, "T E"]]]:
+    """A step of the model, and the streams behind some of its layers, for all T tokens of the call.
+
+    DONATES `cache`.
+
+    Args:
+        params: As of the function.
+        cache: As of the function.
+        *args: Its further arguments.
+        function: A jitted step, such as `folojax.prefill`; traced as a part of this one.
+        taps: Which layers.
+        model: As of the function.
+        edits: As of the function.
+    """
+    with read_layers(taps) as found:
+        # Within a jitted call of its own, what is read could not leave the trace.
+        result = inspect.unwrap(function)(params, cache, *args, model=model, edits=edits)
+    return result, found
+
+
 def read_residuals(
     params: Any, tokens: Int[Array, " N"], layers: Sequence[int], *, model: nn.Module
 ) -> Float[Array, "L N E"]:
@@ -75,17 +126,12 @@ def read_residuals(
     Raises:
         ValueError: the model has no such layer.
     """
-    found: dict[int, Array] = {}
-
-    def keep(layer: int, hidden: Array) -> Array:
-        found[layer] = hidden
-        return hidden
-
-    with nn.intercept_methods(_behind_layers(keep)):
+    with read_layers(layers) as found:
         model.apply({"params": params}, tokens, jnp.arange(len(tokens)), None, dense_attend)
     missing = sorted(set(layers) - found.keys())
     if missing:
-        raise ValueError(f"layers holds {missing}; the model has layers 0 to {len(found) - 1}")
+        last = model.config.num_layers - 1
+        raise ValueError(f"layers holds {missing}; the model has layers 0 to {last}")
     return jnp.stack([found[layer] for layer in layers])
 
 

@@ -8,6 +8,7 @@ import jax
 
 from folojax.batch import Chunk, Row
 from folojax.state import StepOutput, TokenScores
+from folojax.taps import StreamPiece, Tapped, sort_streams
 
 
 class TokenLogprob(NamedTuple):
@@ -42,11 +43,13 @@ class StepResult:
         failed: Those for which the model then gave no usable distribution (NaN, or all -inf).
         prompt_logprobs: Of requests that asked. A request that was preempted and is computed again
             reports again.
+        streams: Of requests that asked for activations, in the order of their tokens; likewise.
     """
 
     sampled: dict[str, Sequence[TokenLogprob]] = dataclasses.field(default_factory=dict)
     failed: set[str] = dataclasses.field(default_factory=set)
     prompt_logprobs: dict[str, PromptLogprobs] = dataclasses.field(default_factory=dict)
+    streams: dict[str, list[StreamPiece]] = dataclasses.field(default_factory=dict)
 
 
 class Pending(NamedTuple):
@@ -61,6 +64,7 @@ class Pending(NamedTuple):
     chunks: list[Chunk]
     scores: TokenScores | None
     num_steps: list[int] | None = None
+    tapped: Tapped | None = None
 
 
 def is_scored(row: Row, position: int) -> bool:
@@ -85,12 +89,17 @@ def tokens_after(chunk: Chunk) -> list[int]:
 def read(pending: list[Pending]) -> StepResult:
     """Waits for the device and sorts its rows by request."""
     result = StepResult()
-    arrays = jax.device_get([(item.out, item.scores) for item in pending])
-    for item, (out, scores) in zip(pending, arrays, strict=True):
+    streams = [item.tapped and item.tapped.streams for item in pending]
+    arrays = jax.device_get(
+        [(item.out, item.scores, one) for item, one in zip(pending, streams, strict=True)]
+    )
+    for item, (out, scores, tapped) in zip(pending, arrays, strict=True):
         if out is not None:
             _read_samples(item, out, result)
         if scores is not None:
             _read_scores(item.chunks, scores, result)
+        if item.tapped is not None:
+            sort_streams(item.tapped._replace(streams=tapped), result.streams)
     return result
 
 

@@ -146,6 +146,7 @@ class RowTable:
         self._has_record = np.zeros(size, bool)
         self._processors = np.zeros((size, len(functions.processors)), bool)
         self._edits = np.zeros((size, len(functions.edits)), bool)
+        self._is_tapped = np.zeros(size, bool)
         # Below this position a row has bans of a step: 0 for most, never ending for bad words.
         self._banned_until = np.zeros(size, np.int32)
         self._row: list[RowParams | None] = [None] * size
@@ -169,6 +170,7 @@ class RowTable:
         asked, edited = params.logits_processors or (), params.activation_edits or ()
         self._processors[slot] = [one.name in asked for one in self.functions.processors]
         self._edits[slot] = [one.name in edited for one in self.functions.edits]
+        self._is_tapped[slot] = params.activations
         self._banned_until[slot] = row.banned_until if row.banned_ids else 0
         if any(len(word) > 1 for word in row.bad_word_ids):
             self._banned_until[slot] = np.iinfo(np.int32).max
@@ -249,6 +251,10 @@ class RowTable:
             return (), None
         columns = [self.functions.edits.index(one) for one in edits]
         return edits, self._edits[slot][:, columns]
+
+    def taps(self, slot: Any) -> tuple[int, ...]:
+        """The layers to be read for the slots."""
+        return self.functions.taps if self._is_tapped[slot].any() else ()
 
     def _row_of(self, slot: int) -> RowParams:
         row = self._row[slot]

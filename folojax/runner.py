@@ -49,6 +49,7 @@ from folojax.state import (
     is_alive,
     reserve_state,
 )
+from folojax.taps import Span, Tapped
 from folojax.user_functions import NO_FUNCTIONS, UserFunctions
 
 
@@ -249,9 +250,12 @@ class Runner(SamplerCalls):
         inputs = self.batch.prefill_inputs(shape, chunks)
         every = self.batch.pad([chunk.row.slot for chunk in chunks], shape.rows)
         edits, is_on = self.batch.params.activation_edits(every)
-        self.gate.check(model_executable(shape, edits))
+        taps = self.batch.params.taps(every)
+        self.gate.check(model_executable(shape, edits, taps))
         head, tail = kv_cache.take_segments(self.state.cache, shape.segments)
-        head, last, hidden = self.steps.prefill(self.params, head, inputs, edits, is_on)
+        head, last, hidden, streams = self.steps.prefill(
+            self.params, head, inputs, edits, is_on, taps
+        )
         self.state = self.state._replace(cache=kv_cache.join_segments(head, tail))
         self.stats.count_prefill(int(inputs.length.sum()), inputs.tokens.size)
         rows = [chunk.row if chunk.has_sample else None for chunk in chunks]
@@ -261,12 +265,14 @@ class Runner(SamplerCalls):
             slots = [nowhere if row is None else row.slot for row in rows]
             slot = self.batch.pad(slots, shape.rows)
             out = self._sample(last, slot, inputs.start + inputs.length)
-        return Pending(rows, out, chunks, self._score(hidden, chunks))
+        spans = [Span(chunk.row, chunk.start, chunk.end - chunk.start) for chunk in chunks]
+        tapped = Tapped(streams, spans, shape.columns) if taps else None
+        return Pending(rows, out, chunks, self._score(hidden, chunks), tapped=tapped)
 
     def _decode(self, rows: list[Row], slots: list[int], sampled: set[str] | None) -> Pending:
         """One token of each row; `sampled` are the ids of those that sample, None is all."""
         inputs, shape = self._decode_inputs(slots)
-        hidden = self._call_decode(inputs, shape)
+        hidden, streams = self._call_decode(inputs, shape)
         sampling: list[Row | None] = list(rows)
         slot = inputs.slot
         if sampled is not None:
@@ -275,7 +281,9 @@ class Runner(SamplerCalls):
             some = [nowhere if row is None else row.slot for row in sampling]
             slot = self.batch.pad(some, len(slot))
         self.stats.num_computed_tokens += len(slot)
-        return Pending(sampling, self._sample(hidden, slot, inputs.position + 1), [], None)
+        out = self._sample(hidden, slot, inputs.position + 1)
+        tapped = _tapped(streams, rows, inputs, [1] * len(rows))
+        return Pending(sampling, out, [], None, tapped=tapped)
 
     def _decode_steps(self, rows: list[Row], slots: list[int], num_tokens: list[int]) -> Pending:
         """Several tokens of each row, one after the other."""
@@ -285,8 +293,9 @@ class Runner(SamplerCalls):
         last = inputs.position + num_steps  # of the tokens to be drawn
         spec = self._spec(inputs.slot, np.stack([inputs.position + 1, last]))
         self.stats.num_computed_tokens += len(inputs.slot) * self._max_decode_steps
-        out = self._call_decode_steps(inputs, shape, num_steps, spec)
-        return Pending(list(rows), out, [], None, num_tokens)
+        out, streams = self._call_decode_steps(inputs, shape, num_steps, spec)
+        tapped = _tapped(streams, rows, inputs, num_tokens, self._max_decode_steps)
+        return Pending(list(rows), out, [], None, num_tokens, tapped)
 
     def _decode_inputs(self, slots: list[int]) -> tuple[DecodeInputs, DecodeShape]:
         """The inputs, and their shape."""
@@ -320,26 +329,29 @@ class Runner(SamplerCalls):
             self._head_params, hidden, targets, model=self.model, num_logprobs=num_logprobs
         )
 
-    def _call_decode(self, inputs: DecodeInputs, shape: DecodeShape) -> Any:
+    def _call_decode(self, inputs: DecodeInputs, shape: DecodeShape) -> tuple[Any, dict[int, Any]]:
         edits, is_on = self.batch.params.activation_edits(inputs.slot)
-        self.gate.check(model_executable(shape, edits))
+        taps = self.batch.params.taps(inputs.slot)
+        self.gate.check(model_executable(shape, edits, taps))
         head, tail = kv_cache.take_segments(self.state.cache, shape.segments)
         tokens = self.state.slots.tokens
-        head, hidden = self.steps.decode(self.params, head, tokens, inputs, edits, is_on)
+        head, hidden, streams = self.steps.decode(
+            self.params, head, tokens, inputs, edits, is_on, taps
+        )
         self.state = self.state._replace(cache=kv_cache.join_segments(head, tail))
-        return hidden
+        return hidden, streams
 
     def _call_decode_steps(
         self, inputs: DecodeInputs, shape: DecodeShape, num_steps: Any, spec: SamplingSpec
-    ) -> StepOutput:
+    ) -> tuple[StepOutput, dict[int, Any]]:
         arguments, options, kept = self.decode_steps_arguments(inputs, num_steps, spec)
-        edits = options["activation_edits"]
-        self.gate.check(steps_executable(shape, self._max_decode_steps, spec, edits))
+        edits, taps = options["activation_edits"], options["taps"]
+        self.gate.check(steps_executable(shape, self._max_decode_steps, spec, edits, taps))
         head, tail = kv_cache.take_segments(self.state.cache, shape.segments)
-        head, slots, out = step.decode_steps(self.params, head, *arguments, **options)
+        head, slots, out, streams = step.decode_steps(self.params, head, *arguments, **options)
         self.state = self.state._replace(cache=kv_cache.join_segments(head, tail))
         self._keep(slots, kept)
-        return out
+        return out, streams
 
     def decode_steps_arguments(
         self, inputs: DecodeInputs, num_steps: Any, spec: SamplingSpec
@@ -359,6 +371,7 @@ class Runner(SamplerCalls):
             "spec": spec,
             "most_steps": count,
             "activation_edits": edits,
+            "taps": self.batch.params.taps(inputs.slot),
         }
         return (slots, inputs, num_steps, sampling, bans, is_on), options, kept
 
@@ -367,7 +380,21 @@ class Runner(SamplerCalls):
     ) -> Iterator[Executable]:
         """Every executable that plans may need, for these classes of sampling.
 
-        Those of records and of the user's functions are not among them.
+        Those of records, taps and of the user's functions are not among them.
         """
         sizes = self._list_logprobs(has_logprobs)
         return list_executables(self.buckets, sampling, sizes, self._max_decode_steps)
+
+
+def _tapped(
+    streams: dict[int, Any],
+    rows: Sequence[Row],
+    inputs: DecodeInputs,
+    num_tokens: Sequence[int],
+    row_len: int = 1,
+) -> Tapped | None:
+    """What a call that decodes has read, if anything."""
+    if not streams:
+        return None
+    spans = map(Span, rows, inputs.position.tolist(), num_tokens)
+    return Tapped(streams, list(spans), row_len)

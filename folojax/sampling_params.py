@@ -82,6 +82,8 @@ class SamplingParams:
             model's logits in the engine's order.
         activation_edits: Names of the engine's activation edits that are on, for prompt and
             output. Such a request shares no pages with others.
+        activations: Whether the streams behind the engine's tapped layers are returned
+            (`CompletionOutput.activations`). Such a request computes all of its prompt.
         seed: 0 to 2**64 - 1; None draws one from the engine's seed. Recorded in the output.
         skip_special_tokens: Special tokens leave no text.
         spaces_between_special_tokens: Handed to the tokenizer's `decode`. Byte-level and
@@ -114,6 +116,7 @@ class SamplingParams:
     record: bool = False
     logits_processors: Iterable[str] | None = ()
     activation_edits: Iterable[str] | None = ()
+    activations: bool = False
     seed: int | None = None
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
@@ -189,7 +192,7 @@ class SamplingParams:
             yield self._int("prompt_logprobs", -1)
         for name in ("include_stop_str_in_output", "ignore_eos", "detokenize", "record"):
             yield self._bool(name)
-        for name in ("skip_special_tokens", "spaces_between_special_tokens"):
+        for name in ("skip_special_tokens", "spaces_between_special_tokens", "activations"):
             yield self._bool(name)
 
     def _conflicts(self) -> Iterator[str]:

@@ -39,7 +39,7 @@ from folojax.attention import (
 from folojax.kv_cache import KVCache
 from folojax.logit_edits import note_tokens
 from folojax.processors import apply_processors, note_outputs
-from folojax.residual import ActivationEdit, intercept
+from folojax.residual import ActivationEdit, intercept, read_layers
 from folojax.sampling import SamplingSpec, sample, token_logprobs
 from folojax.state import (
     DecodeInputs,
@@ -122,7 +122,7 @@ def decode(
 
 @functools.partial(
     jax.jit,
-    static_argnames=("model", "spec", "most_steps", "activation_edits"),
+    static_argnames=("model", "spec", "most_steps", "activation_edits", "taps"),
     donate_argnames=("cache", "slots"),
 )
 def decode_steps(
@@ -139,7 +139,8 @@ def decode_steps(
     spec: SamplingSpec,
     most_steps: int,
     activation_edits: tuple[ActivationEdit, ...] = (),
-) -> tuple[KVCache, SlotState, StepOutput]:
+    taps: tuple[int, ...] = (),
+) -> tuple[KVCache, SlotState, StepOutput, dict[int, Float[Array, "T E"]]]:
     """`decode` and `sample_tokens`, K times over: each step computes what the one before sampled.
 
     DONATES `cache` and `slots`.
@@ -157,15 +158,17 @@ def decode_steps(
         spec: At least as demanding as every row.
         most_steps: K.
         activation_edits: Of the residual stream.
+        taps: Layers behind which the stream is read.
 
     Returns:
-        The new cache and slots, and the report of each step: [K, B] where one step has [B].
+        The new cache and slots, the report of each step ([K, B] where one step has [B]), and by
+        layer the streams of K tokens a row; T is B * K.
     """
     num_slots = slots.tokens.shape[0]
 
     def one_step(
         carry: tuple[KVCache, SlotState], xs: tuple[Array, Array | None]
-    ) -> tuple[tuple[KVCache, SlotState], StepOutput]:
+    ) -> tuple[tuple[KVCache, SlotState], tuple[StepOutput, dict[int, Array]]]:
         (cache, slots), (number, banned) = carry, xs
         is_active = number < num_steps
         # A row that is done stands still, at a token that it has computed already.
@@ -175,7 +178,7 @@ def decode_steps(
             token=jnp.where(number == 0, inputs.token, -1),
             position=inputs.position + behind,
         )
-        with intercept(activation_edits, is_edited):
+        with read_layers(taps) as found, intercept(activation_edits, is_edited):
             cache, hidden = _decode(params, cache, slots.tokens, now, model, is_active)
         edits = sampling.edits
         if edits is not None and banned is not None:
@@ -191,10 +194,12 @@ def decode_steps(
             edits=edits,
         )
         slots, out = _sample(params, slots, hidden, drawn, model, spec)
-        return (cache, slots), out
+        return (cache, slots), (out, found)
 
-    (cache, slots), out = lax.scan(one_step, (cache, slots), (jnp.arange(most_steps), bans))
-    return cache, slots, out
+    steps = jnp.arange(most_steps), bans
+    (cache, slots), (out, found) = lax.scan(one_step, (cache, slots), steps)
+    streams = {layer: _by_row(stream) for layer, stream in found.items()}
+    return cache, slots, out, streams
 
 
 @functools.partial(jax.jit, static_argnames=("model", "spec"), donate_argnames="slots")
@@ -308,6 +313,11 @@ def _decode(
     )
     hidden, cache = result
     return cache, hidden
+
+
+def _by_row(stream: Float[Array, "K B E"]) -> Float[Array, "T E"]:
+    """The tokens of a row one after the other."""
+    return jnp.swapaxes(stream, 0, 1).reshape(-1, stream.shape[-1])
 
 
 def _sample(

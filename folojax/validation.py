@@ -20,6 +20,9 @@ from folojax.user_functions import NO_FUNCTIONS, UserFunctions
 MAX_REPORTED = 4_000_000
 """Most log-probabilities that a request may ask for, of its prompt or of its outputs: 1 GB."""
 
+MAX_TAPPED_BYTES = 2**30
+"""Most bytes of tapped residual streams that a request may ask for."""
+
 MAX_OUTPUT_TOKENS = 16_777_216
 """Most tokens that the samples of a request may have together."""
 
@@ -65,6 +68,7 @@ class Validator:
         tokenizer: None: there is no text.
         eos_token_ids: The model's end tokens.
         functions: The user's.
+        tapped_bytes: Of the tapped streams of one token.
         is_strict: Whether steps that no compile plan lists are refused.
     """
 
@@ -75,6 +79,7 @@ class Validator:
     tokenizer: Tokenizer | None
     eos_token_ids: tuple[int, ...] = ()
     functions: UserFunctions = NO_FUNCTIONS
+    tapped_bytes: int = 0
     is_strict: bool = False
 
     def check(
@@ -107,6 +112,8 @@ class Validator:
             num_outputs = params.n * min(max_tokens, self._room(prompt))
             problems += _memory_problems(params, num_outputs, reported)
             problems += _prompt_memory_problems(len(prompt.token_ids), prompt_reported)
+            num_tokens = params.n * len(prompt.token_ids) + num_outputs
+            problems += self._tap_problems(params, num_tokens)
         _raise(problems)
         return CheckedRequest(
             request_id=request_id,
@@ -179,6 +186,20 @@ class Validator:
                     f"{field} holds {unknown}; the engine was built with {sorted(names)}: pass "
                     f"{field}= to LLM"
                 )
+        if params.activations and not self.functions.taps:
+            yield (
+                "activations is True; the engine was built without taps: pass activation_taps= to "
+                "LLM"
+            )
+
+    def _tap_problems(self, params: SamplingParams, num_tokens: int) -> Iterator[str]:
+        num_bytes = num_tokens * self.tapped_bytes
+        if params.activations and num_bytes > MAX_TAPPED_BYTES:
+            yield (
+                f"activations is True: those of {num_tokens:,} tokens would take {num_bytes:,} "
+                f"bytes; at most {MAX_TAPPED_BYTES:,} fit a request: lower n or max_tokens, or tap "
+                "fewer layers"
+            )
 
     def _nothing_left(
         self, params: SamplingParams, bad_word_ids: Iterable[tuple[int, ...]]

@@ -61,8 +61,8 @@ def without_device(llm: LLM) -> Iterator[None]:
         return StepOutput(*fields)
 
     steps = types.SimpleNamespace(
-        prefill=lambda params, cache, *_: (cache, None, None),
-        decode=lambda params, cache, *_: (cache, None),
+        prefill=lambda params, cache, *_: (cache, None, None, {}),
+        decode=lambda params, cache, *_: (cache, None, {}),
     )
     nothing: dict[str, Any] = {
         "steps": steps,

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from folojax import LLM, SamplingClass, SamplingParams
+from folojax import LLM, ActivationEdit, LogitsProcessor, SamplingClass, SamplingParams
 from folojax.ahead import warm_up
 from folojax.compile_plan import COPIES, EDITS, Executable
 
@@ -49,17 +49,21 @@ def prompt(length: int, seed: int = 0) -> dict[str, list[int]]:
     return {"prompt_token_ids": ids.tolist()}
 
 
-def run_everything(llm: LLM) -> None:
+EVERYTHING: list[dict[str, Any]] = [
+    {"temperature": 0.0},
+    {"temperature": 0.7, "seed": 3},
+    {"temperature": 1.0, "top_p": 0.9, "seed": 1, "n": 3},  # shares pages and copies them
+    {"temperature": 1.0, "top_k": 5, "seed": 2, "logprobs": 3},
+    {"temperature": 0.5, "seed": 4, "repetition_penalty": 1.3, "logit_bias": {5: 2.0}},
+    {"temperature": 0.0, "logprobs": 0, "prompt_logprobs": 2},
+]
+GREEDY: list[dict[str, Any]] = [{"temperature": 0.0}] * 6
+"""The smallest plan, where every shape of a step is a program of the whole model."""
+
+
+def run_everything(llm: LLM, kinds: list[dict[str, Any]] = EVERYTHING) -> None:
     """Mixed lengths, sampling classes, log-probabilities, shared pages, copies, preemptions."""
     rng = np.random.default_rng(0)
-    kinds: list[dict[str, Any]] = [
-        {"temperature": 0.0},
-        {"temperature": 0.7, "seed": 3},
-        {"temperature": 1.0, "top_p": 0.9, "seed": 1, "n": 3},  # shares pages and copies them
-        {"temperature": 1.0, "top_k": 5, "seed": 2, "logprobs": 3},
-        {"temperature": 0.5, "seed": 4, "repetition_penalty": 1.3, "logit_bias": {5: 2.0}},
-        {"temperature": 0.0, "logprobs": 0, "prompt_logprobs": 2},
-    ]
     common = prompt(20, seed=9)["prompt_token_ids"]
     for round_ in range(8):
         count = 1 + round_ % 6
@@ -73,17 +77,77 @@ def run_everything(llm: LLM) -> None:
             ids = prompt(int(rng.integers(1, 50)), int(k))["prompt_token_ids"]
             prompts.append({"prompt_token_ids": common + ids[:30] if k % 2 else ids})
         llm.generate(prompts, params, use_tqdm=False)
-    llm.score(prompt(11), [prompt(7, 1), prompt(20, 2)], use_tqdm=False)
+    if kinds is EVERYTHING:
+        llm.score(prompt(11), [prompt(7, 1), prompt(20, 2)], use_tqdm=False)
 
 
-def test_no_workload_compiles_after_a_warm_up(tiny_model: tuple, counter: CompileCounter) -> None:
-    llm = make(tiny_model, strict=True)
-    assert llm.warm_up() == len(llm.plan()) > 50
+@pytest.mark.parametrize(("options", "least"), [({}, 50), ({"deterministic": True}, 10)])
+def test_no_workload_compiles_after_a_warm_up(
+    tiny_model: tuple, counter: CompileCounter, options: dict[str, Any], least: int
+) -> None:
+    llm = make(tiny_model, strict=True, **options)
+    assert llm.warm_up() == len(llm.plan()) > least
     before = counter.count
     assert before > 0
     run_everything(llm)
     assert llm.metrics().num_preemptions > 0
     assert llm.metrics().num_prefix_hit_tokens > 0
+    assert counter.count == before
+
+
+FEW_SHAPES: dict[str, Any] = {
+    "max_num_seqs": 2,
+    "num_pages": 20,
+    "max_num_batched_tokens": 8,
+    "max_model_len": 96,
+}
+
+
+def test_several_decode_steps_compile_nothing_after_a_warm_up(
+    tiny_model: tuple, counter: CompileCounter
+) -> None:
+    llm = make(tiny_model, strict=True, max_decode_steps=3, **FEW_SHAPES)
+    llm.warm_up([SamplingClass.GREEDY], logprobs=False)
+    before = counter.count
+    assert before > 0
+    run_everything(llm, GREEDY)
+    metrics = llm.metrics()
+    assert metrics.num_decode_calls < 0.6 * metrics.num_scheduled_tokens
+    assert metrics.num_preemptions > 0
+    assert counter.count == before
+
+
+FUNCTIONS: dict[str, dict[str, Any]] = {
+    "processors": {
+        "logits_processors": [LogitsProcessor("same", lambda logits, state: (logits, state.value))]
+    },
+    "edits": {"activation_edits": [ActivationEdit("same", (1,), lambda hidden, layer: hidden)]},
+    "taps": {"activation_taps": [1]},
+}
+
+
+@pytest.mark.parametrize("kind", FUNCTIONS)
+def test_an_engine_with_functions_is_warmed_up_for_requests_without(
+    tiny_model: tuple, counter: CompileCounter, kind: str
+) -> None:
+    """And what the others compile, they compile once."""
+    # Pages of a size that no other test has, so that none of its programs is there already.
+    size = 5 + list(FUNCTIONS).index(kind)
+    llm = make(tiny_model, **FEW_SHAPES | {"page_size": size}, **FUNCTIONS[kind])
+    llm.warm_up([SamplingClass.GREEDY], logprobs=False)
+    before = counter.count
+    assert before > 0
+    run_everything(llm, GREEDY)
+    assert counter.count == before
+    named: dict[str, Any] = {
+        "processors": {"logits_processors": ["same"]},
+        "edits": {"activation_edits": ["same"]},
+        "taps": {"activations": True},
+    }
+    asked = SamplingParams(max_tokens=20, ignore_eos=True, temperature=0, **named[kind])
+    for _ in range(2):
+        before = counter.count
+        llm.generate([prompt(20, 5), prompt(5, 6)], asked, use_tqdm=False)
     assert counter.count == before
 
 
@@ -133,6 +197,17 @@ def test_strict_without_a_warm_up_compiles_what_is_planned(tiny_model: tuple) ->
     llm.generate(prompt(5), sampled, use_tqdm=False)
     with pytest.raises(RuntimeError, match="decode rows=99 is not in the compile plan"):
         llm.engine.runner.gate.check(Executable("decode", 99))
+
+
+@pytest.mark.parametrize("kind", FUNCTIONS)
+def test_strict_refuses_what_no_plan_lists(tiny_model: tuple, kind: str) -> None:
+    """At the door: functions and taps when the engine is built, records when they are asked for."""
+    with pytest.raises(ValueError, match=r"strict is True and there are .*which no compile plan"):
+        make(tiny_model, strict=True, **FUNCTIONS[kind])
+    llm = make(tiny_model, strict=True)
+    with pytest.raises(ValueError, match="record is True, which no compile plan lists"):
+        llm.generate(prompt(5), SamplingParams(record=True), use_tqdm=False)
+    assert not llm.has_unfinished_requests()
 
 
 def test_otherwise_it_is_told_once(tiny_model: tuple, caplog: pytest.LogCaptureFixture) -> None:

@@ -4,6 +4,7 @@ A small version on a tiny model, and the proof on the embedded one.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import pytest
 
 from folojax import LLM, SamplingParams, rowwise
 from folojax.models.checkpoint import build_module, load_params, open_checkpoint
+from tests.families import save_family
 
 
 class Case(NamedTuple):
@@ -169,6 +171,25 @@ def test_in_bfloat16(tiny_directory: Any, tiny_work: Workload) -> None:
     expected = run_case(model, tiny_work, Case({}), **limits)
     check_bits(run_case(model, tiny_work, Case({"max_num_seqs": 1}), **limits), expected, "alone")
     check_scores(LLM(model, **limits), tiny_work, expected)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3"])
+def test_windows_and_caps(tmp_path: Path, tiny_work: Workload, family: str) -> None:
+    """Layers that see twelve tokens beside layers that see all, scores that are capped."""
+    save_family(family, tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
+    model = build_module(checkpoint.config, jnp.float32), load_params(checkpoint, jnp.float32)
+    limits = TINY_LIMITS | {"deterministic": True}
+    expected = run_case(model, tiny_work, Case({}), **limits)
+    for name in ("one at a time", "chunks of 16", "tight pool", "no prefix cache"):
+        found = run_case(model, tiny_work, TINY_CASES[name], **limits)
+        check_bits(found, expected, name)
+        assert (found[-1][0] > 0) == (name == "tight pool")
+    check_scores(LLM(model, **limits), tiny_work, expected)
+    # The control: default mode computes the same, and not to the bit.
+    plain = run_case(model, tiny_work, Case({}), **TINY_LIMITS)
+    assert all(plain[i][0] == expected[i][0] for i in range(12))
+    assert 0 < largest_difference(plain, expected) < 1e-4
 
 
 def test_no_compilation_after_warm_up(tiny_model: tuple, tiny_work: Workload) -> None:

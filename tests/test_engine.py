@@ -8,8 +8,9 @@ import jax
 import numpy as np
 import pytest
 
-from folojax import LLM, SamplingClass, SamplingParams, engine
+from folojax import LLM, SamplingClass, SamplingParams
 from folojax.models.llama import Llama
+from folojax.reports import NO_DISTRIBUTION
 from folojax.sched.request import RequestStatus
 from tests.reference import TINY
 
@@ -258,7 +259,7 @@ def test_a_row_of_nan_fails_alone_and_leaves_nothing_behind(tiny_model: tuple) -
     assert 77 not in expected
     bad, good = llm.generate([[*allowed[:60], 77, 6], allowed[:9]], params_, use_tqdm=False)
     assert bad.outputs[0].finish_reason == "error"
-    assert bad.outputs[0].stop_reason == engine.NO_DISTRIBUTION
+    assert bad.outputs[0].stop_reason == NO_DISTRIBUTION
     assert bad.outputs[0].token_ids == []
     assert good.outputs[0].token_ids == expected
     # Nor is a score made of it, or the log-probabilities of a prompt.

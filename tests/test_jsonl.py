@@ -409,6 +409,7 @@ SAMPLING: dict[str, Any] = {
     "record": True,
     "logits_processors": ["ban"],
     "activation_edits": ["steer"],
+    "activations": True,
 }
 
 

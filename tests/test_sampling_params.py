@@ -58,6 +58,7 @@ BAD: list[tuple[str, Any]] = [
         for name in (
             "ignore_eos",
             "record",
+            "activations",
             "include_stop_str_in_output",
             "detokenize",
             "skip_special_tokens",
