@@ -32,7 +32,7 @@ test-gpu-programs: $(CUDA_COMPILER)/.installed
 	$(BIN)/python -m pytest tests/test_inspect_hlo.py --gpu-compiler $(CUDA_COMPILER)
 
 test-adapters: $(ADAPTERS)/.installed
-	$(ADAPTERS)/bin/python -m pytest tests/test_adapters_lm_eval.py tests/test_adapters_ray.py --adapters
+	$(ADAPTERS)/bin/python -m pytest tests --adapters -m adapters
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
