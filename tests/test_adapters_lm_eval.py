@@ -167,8 +167,8 @@ def test_contexts_of_every_kind_are_scored_alike(pair: tuple) -> None:
     answers = ours.loglikelihood(requests)
     for found, expected in zip(answers, theirs.loglikelihood(requests), strict=True):
         check_answer(found, expected)
-    assert answers[-1][1]
-    assert not answers[0][1]
+    # A greedy text need not have greedy tokens, if it is encoded otherwise.
+    assert {is_greedy for _, is_greedy in answers} == {True, False}
 
 
 def test_sampling_follows_the_task(pair: tuple) -> None:

@@ -60,7 +60,8 @@ class RolloutOutput:
         tokens: Of each, int32 [N] with N its own: what was sampled, the end token included.
         left_padded_prompt_tokens: int32 [B, P].
         logprobs: Of each, float32 [N]: in the distribution at the sampling temperature, nothing cut
-            off, as tunix's own sampler reports them; None if not asked for.
+            off, as tunix's own sampler reports them; None if not asked for. At temperatures 0 and 1
+            it is the model's own; else it is without those rows of the vocabulary that are padding.
     """
 
     text: list[str]
@@ -136,13 +137,16 @@ class Rollout:
         )
         samples = [sample for output in outputs for sample in output.outputs]
         prompt_tokens = [output.prompt_token_ids for output in outputs for _ in output.outputs]
-        records = [sample.record or [] for sample in samples]
+        field = "raw" if params.is_greedy or params.temperature == 1 else "tempered"
         return RolloutOutput(
             text=[sample.text for sample in samples],
             logits=None,
             tokens=[np.array(sample.token_ids, np.int32) for sample in samples],
             left_padded_prompt_tokens=self._pad(prompt_tokens, rollout_config.max_prompt_length),
-            logprobs=[np.array([one.tempered for one in record], np.float32) for record in records]
+            logprobs=[
+                np.array([getattr(one, field) for one in sample.record or ()], np.float32)
+                for sample in samples
+            ]
             if params.record
             else None,
         )
