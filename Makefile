@@ -14,7 +14,10 @@ WORKERS := --numprocesses 2 --dist loadfile
 # XLA's compiler for NVIDIA GPUs, which needs none: of jaxlib's version, beside the environment.
 CUDA_COMPILER := $(VENV)/cuda-compiler
 
-.PHONY: demo test test-all test-gpu-programs lint types wheel clean
+# The programs that folojax has adapters for: an environment of what the first one lacks, on top.
+ADAPTERS := $(VENV)/adapters
+
+.PHONY: demo test test-all test-gpu-programs test-adapters lint types wheel clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python scripts/generate.py --max-tokens 48
@@ -27,6 +30,9 @@ test-all: $(VENV)/.test
 
 test-gpu-programs: $(CUDA_COMPILER)/.installed
 	$(BIN)/python -m pytest tests/test_inspect_hlo.py --gpu-compiler $(CUDA_COMPILER)
+
+test-adapters: $(ADAPTERS)/.installed
+	$(ADAPTERS)/bin/python -m pytest tests --adapters -m adapters
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -57,6 +63,14 @@ $(CUDA_COMPILER)/.installed: $(VENV)/.test
 	version=$$($(BIN)/python -c 'import jaxlib; print(jaxlib.__version__)') && \
 	$(BIN)/pip install --quiet --no-deps --upgrade --target $(CUDA_COMPILER) \
 		jax-cuda12-plugin==$$version jax-cuda12-pjrt==$$version
+	touch $@
+
+$(ADAPTERS)/.installed: $(VENV)/.test
+	$(BIN)/python -m venv $(ADAPTERS)
+	site=$$($(ADAPTERS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
+	$(BIN)/python -c 'import sys; print(*[p for p in sys.path if p.endswith("-packages")], sep="\n")' \
+		>$$site/below.pth
+	$(ADAPTERS)/bin/python -m pip install --quiet --editable '.[lm-eval,ray]'
 	touch $@
 
 clean:

@@ -50,10 +50,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="DIR",
         help="run what compiles for a GPU too; DIR has jax-cuda12-plugin and jax-cuda12-pjrt",
     )
+    parser.addoption("--adapters", action="store_true", help="run what needs others' packages too")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    for option, marker in (("--slow", "slow"), ("--gpu-compiler", "gpu_compiler")):
+    options = {"--slow": "slow", "--gpu-compiler": "gpu_compiler", "--adapters": "adapters"}
+    for option, marker in options.items():
         if not config.getoption(option):
             left_out = [item for item in items if marker in item.keywords]
             config.hook.pytest_deselected(items=left_out)

@@ -86,8 +86,22 @@ def test_the_engine_imports_one_way() -> None:
                 assert order[other] <= order[stem], f"{stem} imports {other}"
 
 
-def test_torch_is_never_imported_at_run_time() -> None:
+def test_adapters_are_imported_by_nobody_and_keep_to_their_package() -> None:
+    """So that folojax needs none of the packages that they are for."""
+    theirs = {"lm_eval": {"lm_eval"}, "ray_data": set(), "tunix": set()}
+    files = {path.stem: path for path in (ROOT / "folojax" / "adapters").glob("*.py")}
+    assert set(files) == {"__init__", *theirs}
+    for stem, packages in theirs.items():
+        roots = {name.split(".")[0] for name in imports(files[stem])}
+        assert roots & {"lm_eval", "ray", "tunix", "google"} == packages
+        assert all(not name.startswith("folojax.adapters") for name in ours(files[stem]))
     for folder in ("folojax", "models", "sched", "scripts"):
+        for path in (ROOT / folder).glob("*.py"):
+            assert all(not name.startswith("folojax.adapters") for name in ours(path)), path
+
+
+def test_torch_is_never_imported_at_run_time() -> None:
+    for folder in ("folojax", "folojax/adapters", "models", "sched", "scripts"):
         for path in (ROOT / folder).glob("*.py"):
             if path.stem.startswith(("gpu_peer", "bench_peers")):  # they measure what runs on torch
                 continue
@@ -105,7 +119,7 @@ def test_the_folders_of_the_card_are_linked_into_the_package() -> None:
 def test_files_are_one_idea_long() -> None:
     long = [
         (path, lines)
-        for folder in ("folojax", "models", "sched", "scripts", "tests")
+        for folder in ("folojax", "folojax/adapters", "models", "sched", "scripts", "tests")
         for path in (ROOT / folder).glob("*.py")
         if (lines := len(path.read_text().splitlines())) > 400 and "test_" not in path.name
     ]
