@@ -1,5 +1,6 @@
 """Several decode steps in one call: the same tokens, fewer calls, nothing shown beyond an end."""
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -82,3 +83,40 @@ def test_a_row_that_goes_wrong_keeps_what_came_before(tiny_model: tuple) -> None
         check_is_empty(llm)
     assert found[0] == found[1]
     assert found[0][0] == (token_ids[0][: place + 1], "error")
+
+
+def test_a_burst_that_a_stop_string_cuts_has_one_entry_a_token(tiny_model: tuple) -> None:
+    """Records and versions of the weights too."""
+    llm = make_llm(tiny_model, max_decode_steps=4)
+    ask = SamplingParams(
+        seed=2, stop=["a", "b", "e", "o"], max_tokens=30, ignore_eos=True, logprobs=1, record=True
+    )
+    outputs = llm.generate(make_prompts()[:4], ask, use_tqdm=False)
+    ends = [output.outputs[0] for output in outputs if output.outputs[0].finish_reason == "stop"]
+    assert any(len(one.token_ids) % 4 != 1 for one in ends)
+    for output in outputs:
+        one = output.outputs[0]
+        assert one.logprobs is not None
+        assert one.record is not None
+        sizes = {len(part) for part in (one.token_ids, one.logprobs, one.record)}
+        assert sizes == {len(one.weights_versions)}
+
+
+def test_a_row_that_has_ended_cannot_go_wrong(tiny_model: tuple) -> None:
+    """What a burst computes behind an end token is for nobody, whatever comes of it."""
+    module, params = tiny_model
+    prompt = make_prompts()[0][:6]
+    ask = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    (output,) = make_llm(tiny_model).generate(prompt, ask, use_tqdm=False)
+    token_ids = output.outputs[0].token_ids
+    place = next(i for i, token in enumerate(token_ids) if i > 1 and token not in token_ids[:i])
+    end = token_ids[place]
+    broken = {**params, "embed": params["embed"].at[end].set(float("nan"))}
+    for most in (1, 4):
+        llm = make_llm((module, broken), max_decode_steps=most)
+        stopping = dataclasses.replace(ask, stop_token_ids=[end])
+        (output,) = llm.generate(prompt, stopping, use_tqdm=False)
+        one = output.outputs[0]
+        assert (one.token_ids, one.finish_reason) == (token_ids[: place + 1], "stop")
+        assert one.stop_reason == end
+        check_is_empty(llm)
