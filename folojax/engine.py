@@ -249,14 +249,13 @@ class Engine:
         if self.is_asleep:
             return
         self.reset_prefix_cache(preempt_running=True)
-        self.runner.batch.clear()
         self.runner.release()
         self.is_asleep = True
 
     def wake_up(self) -> None:
         """Allocates the KV cache again."""
         if self.is_asleep:
-            self.runner.reset()
+            self.runner.restore()
             self.is_asleep = False
 
     def check_is_awake(self) -> None:

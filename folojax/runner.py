@@ -177,18 +177,27 @@ class Runner(SamplerCalls):
         self.batch.clear()
         self._processors.clear()
         self.host.clear()
+        self.restore()
+
+    def release(self) -> None:
+        """Gives the state's memory back, until `restore`; what processors know is put aside.
+
+        Every row is to be computed again, and what the host holds was dropped.
+        """
+        self._processors.release(self.batch)
+        self.batch.clear()
+        self.host.clear()
+        for leaf in jax.tree.leaves(self.state):
+            leaf.delete()
+
+    def restore(self) -> None:
+        """Allocates the state, unless it is there."""
         if not is_alive(self.state):
             self.state = self._allocate()
 
     def _allocate(self) -> EngineState:
         make = reserve_state if jax.default_backend() == "cpu" else init_state
         return place(make(self._layout, self.batch.num_slots))
-
-    def release(self) -> None:
-        """Gives the state's memory back; `reset` allocates it again. Nothing may be running."""
-        assert not self.batch.rows, "rows are left"
-        for leaf in jax.tree.leaves(self.state):
-            leaf.delete()
 
     def check_is_empty(self) -> None:
         """Asserts that no request is remembered and every slot is free."""

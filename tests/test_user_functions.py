@@ -200,6 +200,18 @@ def test_states_survive_new_weights(llm: LLM, running: str) -> None:
     assert outputs[0].outputs[0].token_ids == list(range(30))
 
 
+def test_states_survive_a_sleep(llm: LLM) -> None:
+    llm.add_request("a", PROMPTS[1], params(seed=1, logits_processors=["count"], max_tokens=30))
+    for _ in range(8):
+        llm.step()
+    llm.sleep()
+    llm.wake_up()
+    outputs: list[RequestOutput] = []
+    while llm.has_unfinished_requests():
+        outputs += [output for output in llm.step() if output.finished]
+    assert outputs[0].outputs[0].token_ids == list(range(30))
+
+
 # --- activation edits ---------------------------------------------------------------------------
 
 
