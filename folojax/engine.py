@@ -9,7 +9,7 @@ device works with (sleep, other parameters) first takes in all that is under way
 
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -231,12 +231,20 @@ class Engine:
             if job is not None:
                 self._finish(job.requests, RequestStatus.FINISHED_ABORTED)
                 outputs.append(self._close(job))
+        # What no step has told of them yet is out of date.
+        told = {output.request_id for output in outputs}
+        self._untold = [one for one in self._untold if one.finished or one.request_id not in told]
         return outputs
+
+    def discard(self, request_ids: Collection[str]) -> None:
+        """Ends requests, and forgets what no step has told of them yet."""
+        self.abort(request_ids)
+        self._untold = [one for one in self._untold if one.request_id not in request_ids]
 
     def reset(self) -> list[Output]:
         """Aborts everything and makes the engine usable again, also after an interrupted step."""
-        outputs = [*self._untold, *self.abort(list(self._jobs))]
-        self._untold = []
+        aborted = self.abort(list(self._jobs))
+        outputs, self._untold = [*self._untold, *aborted], []
         self._in_flight.clear()
         self.scheduler.shutdown()
         self.runner.batch.clear()

@@ -186,6 +186,11 @@ class ScoreOutput:
     metrics: RequestMetrics
 
     @property
+    def finished(self) -> bool:
+        """Always: a score is reported at its end."""
+        return True
+
+    @property
     def cumulative_logprob(self) -> float:
         """Log-probability of the whole continuation."""
         return sum(self.logprobs)

@@ -114,3 +114,34 @@ def test_abort_request(letters_llm: LLM) -> None:
     assert [one.finish_reason for one in output.outputs] == ["abort"] * 3
     assert not letters_llm.has_unfinished_requests()
     assert letters_llm.abort_request("a") == []
+
+
+def test_an_aborted_request_is_not_heard_of_again(letters_llm: LLM) -> None:
+    """Nor what was taken in for an update of the weights, and that no step had told yet."""
+    letters_llm.add_request("a", PROMPT, GREEDY)
+    for _ in range(3):
+        letters_llm.step()
+    letters_llm.update_params(letters_llm.params)
+    (output,) = letters_llm.abort_request("a")
+    assert output.outputs[0].finish_reason == "abort"
+    assert not letters_llm.has_unfinished_requests()
+    assert letters_llm.step() == []
+
+
+def test_the_end_of_an_aborted_id_is_told_if_it_came_before(letters_llm: LLM) -> None:
+    letters_llm.add_request("a", PROMPT, change(GREEDY, max_tokens=2))
+    letters_llm.step()
+    letters_llm.update_params(letters_llm.params)  # takes in the second token
+    letters_llm.add_request("a", PROMPT, GREEDY)
+    letters_llm.abort_request("a")
+    (output,) = letters_llm.step()
+    assert (output.request_id, output.outputs[0].finish_reason) == ("a", "length")
+
+
+def test_what_a_closed_stream_has_not_told_is_dropped(letters_llm: LLM) -> None:
+    stream = letters_llm.stream(PROMPT, change(GREEDY, max_tokens=2))
+    next(stream)
+    letters_llm.update_params(letters_llm.params)  # takes in the second token
+    stream.close()  # type: ignore[attr-defined]
+    assert not letters_llm.has_unfinished_requests()
+    assert letters_llm.step() == []
