@@ -161,15 +161,10 @@ class Engine:
                 self.scheduler.add_request(sample.request)
                 self._owner[sample.request.request_id] = (job, sample)
 
-    def find_sample(self, request_id: str, index: int) -> tuple[Job, Sample]:
-        """An unfinished request and one of its samples; ValueError if there is no such."""
-        job = self._jobs.get(request_id)
-        if not isinstance(job, Job):
-            raise ValueError(f"there is no unfinished request {request_id!r} that generates")
-        if isinstance(index, bool) or not 0 <= index < len(job.samples):
-            most = len(job.samples) - 1
-            raise ValueError(f"index is {index!r}; request {request_id!r} has samples 0 to {most}")
-        return job, job.samples[index]
+    @property
+    def jobs(self) -> Mapping[str, Job | ScoreJob]:
+        """The unfinished requests by id; for reading."""
+        return self._jobs
 
     @property
     def weights(self) -> str:

@@ -58,7 +58,8 @@ class Snapshot:
         params: As they came with the request; `n` means nothing here.
         seed: Of the sample; None for greedy.
         progress: What it had said.
-        kv: K/V of the first tokens of prompt and output; None: they are computed again.
+        kv: K/V of the first tokens of prompt and output; None: they are computed again, as are
+            those that its tokens alone would not give (activation edits, weights that changed).
         weights: Fingerprint of the parameters that they were computed with.
     """
 
@@ -81,11 +82,14 @@ class Snapshot:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a safetensors file; `load_snapshot` reads it."""
+        params = dataclasses.asdict(self.params)
+        if self.params.logit_bias is not None:
+            params["logit_bias"] = dict(self.params.logit_bias)
         fields: dict[str, Any] = {
             "format": _FORMAT,
             "prompt": self.prompt,
             "prompt_token_ids": self.prompt_token_ids,
-            "params": dataclasses.asdict(self.params),
+            "params": params,
             "seed": self.seed,
             "token_ids": self.progress.token_ids,
             "token_logprobs": self.progress.token_logprobs,
@@ -112,8 +116,16 @@ def load_snapshot(path: str | os.PathLike[str]) -> Snapshot:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{os.fspath(path)!r} is no snapshot: {error}") from error
-    if fields.get("format") != _FORMAT:
+    if not isinstance(fields, dict) or fields.get("format") != _FORMAT:
         raise ValueError(f"{os.fspath(path)!r} is no snapshot that this version reads")
+    try:
+        return _from_fields(fields, arrays)
+    # What is missing, unknown or misshapen fails somewhere, in some way.
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{os.fspath(path)!r} is no whole snapshot: {error!r}") from error
+
+
+def _from_fields(fields: dict[str, Any], arrays: dict[str, np.ndarray]) -> Snapshot:
     kv = None
     if arrays:
         dtype = jnp.dtype(fields["dtype"])

@@ -281,6 +281,27 @@ def test_samples_of_an_edited_prompt(llm: LLM) -> None:
         assert single.outputs[0].token_ids == one.token_ids
 
 
+def test_a_snapshot_of_an_edited_request_has_no_keys_and_values(
+    tiny_model: tuple, llm: LLM
+) -> None:
+    """Whoever resumes it without the edit gets the model's own."""
+    llm = make_llm(tiny_model, min_swap_tokens=0)
+    llm.add_request("a", PROMPTS[0], params(temperature=0, activation_edits=["steer"]))
+    for _ in range(5):
+        llm.step()
+    snapshot = llm.snapshot("a")
+    llm.abort_request("a")
+    assert snapshot.kv is None
+    llm.resume(snapshot, "b", params(temperature=0))
+    outputs: list[RequestOutput] = []
+    while llm.has_unfinished_requests():
+        outputs += [output for output in llm.step() if output.finished]
+    begin = list(snapshot.output_token_ids)
+    rest = params(temperature=0, max_tokens=14 - len(begin))
+    (alone,) = llm.generate([PROMPTS[0] + begin], rest, use_tqdm=False)
+    assert outputs[0].outputs[0].token_ids == begin + alone.outputs[0].token_ids
+
+
 def test_residuals_are_those_of_transformers(tmp_path: Path) -> None:
     import torch
 
