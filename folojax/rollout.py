@@ -56,16 +56,18 @@ def run_for(
     if problems:
         raise ValueError("; ".join(problems))
     start = time.perf_counter()
-    first_length: dict[str, int] = {}
+    before = {
+        request_id: sum(request.num_output_tokens for request in job.requests)
+        for request_id, job in llm.engine.jobs.items()
+    }
     finished: list[RequestOutput] = []
     latest: dict[str, RequestOutput] = {}
     lengths: dict[str, int] = {}
     while llm.has_unfinished_requests():
         for output in llm.step():
-            # Of a request carried over, only what is new counts: the step gave each sample one.
+            # Only what is new counts: one that had ended before, and is told now, gives nothing.
             length = sum(len(one.token_ids) for one in output.outputs)
-            first_length.setdefault(output.request_id, length - len(output.outputs))
-            lengths[output.request_id] = length - first_length[output.request_id]
+            lengths[output.request_id] = length - before.get(output.request_id, length)
             if output.finished:
                 latest.pop(output.request_id, None)
                 finished.append(output)

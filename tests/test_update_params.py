@@ -214,6 +214,32 @@ def test_a_token_budget_ends_a_call_and_aborts_give_the_rest(llm: LLM) -> None:
     assert run_for(llm).finished == []
 
 
+def test_a_token_budget_counts_every_sample(tiny_model: tuple) -> None:
+    """Samples that wait give nothing; bursts and requests that were carried over count exactly."""
+    llm = LLM(tiny_model, **LIMITS | {"max_num_seqs": 2, "max_decode_steps": 4})
+    llm.add_request("a", PROMPT, SamplingParams(n=6, seed=1, max_tokens=40, ignore_eos=True))
+    before = 0
+    for _ in range(3):
+        some = run_for(llm, num_tokens=10)
+        total = sum(len(one.token_ids) for one in some.unfinished[0].outputs)
+        assert 10 <= total - before < 10 + 2 * 4
+        before = total
+    llm.abort_request("a")
+
+
+def test_a_token_budget_is_not_spent_by_what_was_there(llm: LLM) -> None:
+    """A request that ended when new weights came is told now, but ran before."""
+    llm.add_request("a", PROMPT, SamplingParams(seed=1, max_tokens=12, ignore_eos=True))
+    while not any(len(output.outputs[0].token_ids) >= 11 for output in llm.step()):
+        pass
+    llm.update_params(llm.params)  # takes in the last token
+    llm.add_request("b", PROMPT, SamplingParams(seed=2, max_tokens=30, ignore_eos=True))
+    some = run_for(llm, num_tokens=6)
+    assert [output.request_id for output in some.finished] == ["a"]
+    assert len(some.unfinished[0].outputs[0].token_ids) == 6
+    llm.abort_request("b")
+
+
 def test_a_time_budget_ends_a_call(llm: LLM) -> None:
     llm.add_request("a", [5, 6], SamplingParams(seed=1, max_tokens=100, ignore_eos=True))
     some = run_for(llm, seconds=1e-9)
