@@ -304,9 +304,20 @@ def test_a_lora_that_does_not_fit_is_refused(tiny_model: tuple) -> None:
     lora["layers_0"]["o"]["a"] = jnp.zeros((2, 3))
     lora["layers_9"] = {}
     lora["embed"] = jnp.zeros(3)
+    lora["layers_1"] = jnp.zeros(3)
     with pytest.raises(ValueError, match="lora does not fit") as info:
         merge_lora(params, lora)
-    for part in ("layers_0/o has a [2, 3]", "layers_9 is unknown", "embed is no pair"):
+    for part in (
+        "layers_0/o has a [2, 3]",
+        "layers_9 is unknown",
+        "embed is no pair",
+        "layers_1 is no dict of",
+    ):
         assert part in str(info.value)
     with pytest.raises(ValueError, match="no layer has a kernel named nothing"):
         init_lora(jax.random.key(0), params, 2, names=("nothing",))
+
+
+def test_what_is_no_matrix_has_no_low_rank_update(tiny_model: tuple) -> None:
+    with pytest.raises(ValueError, match=r"layers_0/attn_norm has shape \[64\]; .* leave it out"):
+        init_lora(jax.random.key(0), tiny_model[1], 2, names=("o", "attn_norm"))
