@@ -339,7 +339,36 @@ def test_several_decode_steps_in_one_call(tiny_model: tuple, llm: LLM) -> None:
         assert all(a.raw == pytest.approx(b.raw, abs=1e-4) for a, b in pairs)
 
 
+def test_layers_may_be_a_list(tiny_model: tuple) -> None:
+    edits = [ActivationEdit("steer", [1], steer)]
+    listed = make_llm(tiny_model, activation_edits=edits)
+    asked = params(temperature=0, activation_edits=["steer"])
+    (found,) = listed.generate([PROMPTS[1]], asked, use_tqdm=False)
+    expected = reference_greedy(tiny_model, PROMPTS[1], 14, EDITS[0])
+    assert found.outputs[0].token_ids == expected
+
+
 # --- refusals -----------------------------------------------------------------------------------
+
+
+def only_logits(logits: jax.Array, state: RequestState) -> Any:
+    return logits
+
+
+def largest(logits: jax.Array, state: RequestState) -> tuple[jax.Array, Any]:
+    return logits.max(), state.value
+
+
+def zeros() -> jax.Array:
+    return jnp.zeros(3)
+
+
+def ban_even_and_forget(logits: jax.Array, state: RequestState) -> tuple[jax.Array, Any]:
+    return ban_even(logits, state)[0], jnp.int32(0)
+
+
+def first(hidden: jax.Array, layer: int) -> jax.Array:
+    return hidden[:1]
 
 
 @pytest.mark.parametrize(
@@ -347,6 +376,21 @@ def test_several_decode_steps_in_one_call(tiny_model: tuple, llm: LLM) -> None:
     [
         (lambda: {"logits_processors": PROCESSORS * 2}, "more than once; names must differ"),
         (lambda: {"activation_edits": [ActivationEdit("a", (), steer)]}, "'a' has no layers"),
+        (lambda: {"logits_processors": [ban_even]}, "holds a function; it must hold LogitsProc"),
+        (lambda: {"activation_edits": [steer]}, "holds a function; it must hold ActivationEdits"),
+        (lambda: {"logits_processors": [LogitsProcessor("a", only_logits)]}, "return a pair"),
+        (
+            lambda: {"logits_processors": [LogitsProcessor("a", largest)]},
+            r"'a' returns logits float32\[\], of float32\[128\]",
+        ),
+        (
+            lambda: {"logits_processors": [LogitsProcessor("a", ban_even_and_forget, zeros)]},
+            r"'a' returns the value int32\[\]; init makes float32\[3\]",
+        ),
+        (
+            lambda: {"activation_edits": [ActivationEdit("a", [1], first)]},
+            r"'a' returns float32\[1\], of float32\[64\]",
+        ),
         (lambda: {"activation_edits": [ActivationEdit("a", (1, 9), steer)]}, r"names layers \[9\]"),
     ],
 )
