@@ -36,6 +36,7 @@ from folojax.layered import make_steps
 from folojax.logit_edits import EditState
 from folojax.processor_states import ProcessorStates
 from folojax.results import Pending, StepResult, is_scored, read, tokens_after
+from folojax.row_params import exceptional_bans
 from folojax.sampler_calls import SamplerCalls, place
 from folojax.sampling import SamplingClass, SamplingSpec
 from folojax.sched.pages import pages_for
@@ -355,7 +356,8 @@ class Runner(SamplerCalls):
     ) -> tuple[StepOutput, dict[int, Any]]:
         arguments, options, kept = self.decode_steps_arguments(inputs, num_steps, spec)
         edits, taps = options["activation_edits"], options["taps"]
-        self.gate.check(steps_executable(shape, self._max_decode_steps, spec, edits, taps))
+        bans = 0 if arguments[4] is None else exceptional_bans(arguments[4])
+        self.gate.check(steps_executable(shape, self._max_decode_steps, spec, edits, taps, bans))
         head, tail = kv_cache.take_segments(self.state.cache, shape.segments)
         head, slots, out, streams = step.decode_steps(self.params, head, *arguments, **options)
         self.state = self.state._replace(cache=kv_cache.join_segments(head, tail))

@@ -10,9 +10,9 @@ from folojax import step
 from folojax.batch import Batch, ints
 from folojax.buckets import num_alternatives
 from folojax.compile_plan import Gate, sample_executable
-from folojax.logit_edits import EditState, init_edits, write_slot
+from folojax.logit_edits import EditState, SlotEdits, init_edits, write_slot
 from folojax.processor_states import ProcessorStates
-from folojax.row_params import RowParams
+from folojax.row_params import RowParams, empty_slot_edits, exceptional_bans
 from folojax.sampling import SamplingClass, SamplingSpec
 from folojax.state import EngineState, SampleInputs, SlotState, StepOutput
 
@@ -50,9 +50,10 @@ class SamplerCalls:
         return sorted({size for size in found if size is not None})
 
     def _call_sample(self, hidden: Any, slot: Any, position: Any, spec: SamplingSpec) -> StepOutput:
-        self.gate.check(sample_executable(len(slot), spec))
-        slots, kept, inputs, spec = self.sampling(slot, position, spec)
-        slots, out = self._sample_hidden(hidden, slots, inputs, spec)
+        slots, kept, inputs, full = self.sampling(slot, position, spec)
+        bans = 0 if inputs.edits is None else exceptional_bans(inputs.edits.bans)
+        self.gate.check(sample_executable(len(slot), spec, bans))
+        slots, out = self._sample_hidden(hidden, slots, inputs, full)
         self._keep(slots, kept)
         return out
 
@@ -101,6 +102,14 @@ class SamplerCalls:
     ) -> None:
         """Keeps what edits of logits need of a request that joins, in its slot."""
         new = params.slot_edits(token_ids, num_prompt_tokens, self.model.config.vocab_size)
+        self._write_slot(slot, new)
+
+    def compile_edits(self) -> None:
+        """Compiles what `write_edits` may need, by writing to no slot."""
+        for new in empty_slot_edits(self.model.config.vocab_size):
+            self._write_slot(self.batch.num_slots, new)
+
+    def _write_slot(self, slot: int, new: SlotEdits) -> None:
         edits = write_slot(self._edits(), ints((), slot), new)
         self.state = self.state._replace(slots=self.state.slots._replace(edits=edits))
 
