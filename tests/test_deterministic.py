@@ -124,6 +124,7 @@ TINY_CASES = {
     "chunks of 16": Case({"max_num_batched_tokens": 16}, order=2),
     "tight pool": Case({"num_pages": 9}),
     "no prefix cache": Case({"enable_prefix_caching": False}, order=3),
+    "moved to the host": Case({"num_pages": 9, "num_host_pages": 40, "min_swap_tokens": 0}),
     "longer limit": Case({"max_model_len": 256, "max_num_batched_tokens": 300}),
 }
 
@@ -145,8 +146,38 @@ def test_nothing_changes_a_bit(
     case = TINY_CASES[name]
     found = run_case(tiny_model, tiny_work, case, **TINY_LIMITS, deterministic=True)
     check_bits(found, tiny_expected, name)
-    if name == "tight pool":
+    if "num_pages" in case.options:
         assert found[-1][0] > 0, "nothing was preempted"
+
+
+def test_forks_and_snapshots_change_no_bit(
+    tiny_model: tuple, tiny_work: Workload, tiny_expected: dict
+) -> None:
+    """Midway through each request, beside it and in another engine."""
+    llm = LLM(tiny_model, **TINY_LIMITS, deterministic=True)
+    other = LLM(tiny_model, **TINY_LIMITS, deterministic=True, min_swap_tokens=0)
+    indices = (0, 1, 2, 3, 5)  # every kind
+    for i in indices:
+        llm.add_request(str(i), tiny_work.prompts[i], tiny_work.params[i])
+    for _ in range(9):
+        llm.step()
+    for i in indices:
+        assert llm.engine.jobs[str(i)].requests[0].num_output_tokens > 0
+        llm.fork(str(i), f"fork-{i}")
+        other.resume(llm.snapshot(str(i)), f"snapshot-{i}")
+    found = {}
+    for engine in (llm, other):
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                one = output.outputs[0]
+                assert one.logprobs is not None
+                found[output.request_id] = (
+                    one.token_ids,
+                    [e[t].logprob for e, t in zip(one.logprobs, one.token_ids, strict=True)],
+                )
+    for i in indices:
+        for name in (f"{i}", f"fork-{i}", f"snapshot-{i}"):
+            assert found[name] == tiny_expected[i], name
 
 
 def test_scores_are_the_bits_of_sampling(
