@@ -102,7 +102,8 @@ def _merge(
                     f"{list(kernel.shape)}"
                 )
             else:
-                # Added in float32 and rounded once.
-                wide = kernel.astype(jnp.float32) + scale * (b @ a)
+                # In float32, and rounded once.
+                update = jnp.matmul(b, a, preferred_element_type=jnp.float32)
+                wide = kernel.astype(jnp.float32) + scale * update
                 merged[name] = wide.astype(kernel.dtype)
     return merged

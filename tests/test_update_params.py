@@ -321,3 +321,10 @@ def test_a_lora_that_does_not_fit_is_refused(tiny_model: tuple) -> None:
 def test_what_is_no_matrix_has_no_low_rank_update(tiny_model: tuple) -> None:
     with pytest.raises(ValueError, match=r"layers_0/attn_norm has shape \[64\]; .* leave it out"):
         init_lora(jax.random.key(0), tiny_model[1], 2, names=("o", "attn_norm"))
+
+
+def test_a_product_of_half_precision_is_rounded_once() -> None:
+    """To the kernel's dtype, not to that of the pair: bfloat16 has no 1 + 2 ** -9."""
+    half = {"a": jnp.array([[1.0], [2**-9]], jnp.bfloat16), "b": jnp.ones((1, 2), jnp.bfloat16)}
+    merged = merge_lora({"layers_0": {"o": jnp.zeros((1, 1))}}, {"layers_0": {"o": half}})
+    assert merged["layers_0"]["o"].item() == 1 + 2**-9
