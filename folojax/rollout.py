@@ -44,14 +44,14 @@ def run_for(
         num_finished: Requests that have ended.
 
     Raises:
-        ValueError: a budget is not positive.
+        ValueError: a budget is no positive number.
         RuntimeError: the engine sleeps.
     """
     budgets = {"num_tokens": num_tokens, "seconds": seconds, "num_finished": num_finished}
     problems = [
         f"{name} is {value!r}; it must be above 0, or None for no limit"
         for name, value in budgets.items()
-        if value is not None and not value > 0
+        if value is not None and not _is_positive(value)
     ]
     if problems:
         raise ValueError("; ".join(problems))
@@ -80,3 +80,7 @@ def run_for(
         if seconds is not None and time.perf_counter() - start >= seconds:
             break
     return Rollouts(finished, list(latest.values()))
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0

@@ -247,7 +247,16 @@ def test_a_time_budget_ends_a_call(llm: LLM) -> None:
     llm.abort_request("a")
 
 
-@pytest.mark.parametrize("budget", [{"num_tokens": 0}, {"seconds": -1.0}, {"num_finished": 0}])
+@pytest.mark.parametrize(
+    "budget",
+    [
+        {"num_tokens": 0},
+        {"seconds": -1.0},
+        {"num_finished": 0},
+        {"num_tokens": True},
+        {"seconds": "5"},
+    ],
+)
 def test_budgets_must_be_positive(llm: LLM, budget: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="it must be above 0"):
         run_for(llm, **budget)
