@@ -52,6 +52,7 @@ def take_snapshot(engine: Engine, request_id: str, index: int = 0) -> Snapshot:
         progress=job.progress(sample),
         kv=_read_kv(engine, sample.request),
         weights=engine.weights,
+        kv_bits=engine.runner.kv_bits,
     )
 
 
@@ -67,6 +68,12 @@ def resume(
         raise ValueError(
             "the snapshot's K/V were computed with other weights: use those, or "
             "snapshot.without_kv(), which is computed again"
+        )
+    wanted = engine.runner.kv_bits
+    if snapshot.kv is not None and wanted is not None and snapshot.kv_bits != wanted:
+        raise ValueError(
+            f"the snapshot's K/V are those of {snapshot.kv_bits or 'default mode'}, whose bits are "
+            f"not those of {wanted}: resume snapshot.without_kv(), which is computed again"
         )
     if params is None:
         params = dataclasses.replace(snapshot.params, seed=snapshot.seed)

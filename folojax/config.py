@@ -54,8 +54,9 @@ class EngineConfig:
         logprobs_mode: "raw" reports the model's own distribution, "processed" the one that was
             sampled from: after penalties, masks, temperature and truncation.
         deterministic: A request's tokens and log-probabilities are the same bits whatever its
-            neighbours, the limits above, preemptions and cached prefixes; and `LLM.score` gives
-            the bits that sampling gave. Every call then has one fixed shape, which costs time.
+            neighbours, the limits above (`page_size` aside), preemptions and cached prefixes; and
+            `LLM.score` gives the bits that sampling gave. Every call then has one fixed shape,
+            which costs time.
         seed: Of the seeds that requests without one are given.
         strict: A step that needs an executable outside the compile plan raises a RuntimeError, and
             its requests are aborted. Otherwise it waits for the compiler; after a warm-up the

@@ -116,7 +116,8 @@ class RequestLoop:
             priority: As in `add_request`.
 
         Raises:
-            ValueError: the request is refused, or the K/V are of another model or other weights.
+            ValueError: the request is refused, or the K/V are of another model or other weights, or
+                have other bits than deterministic mode would give them.
         """
         branching.resume(self.engine, snapshot, request_id, sampling_params, priority)
 

@@ -134,6 +134,11 @@ class Runner(SamplerCalls):
         self.state: EngineState = self._allocate()
 
     @property
+    def kv_bits(self) -> str | None:
+        """What the bits of K/V depend on besides tokens and weights; None: on the batch."""
+        return None
+
+    @property
     def params(self) -> Any:
         """The model's parameters; may be replaced between steps by others of the same shapes."""
         return self._params

@@ -61,6 +61,7 @@ class Snapshot:
         kv: K/V of the first tokens of prompt and output; None: they are computed again, as are
             those that its tokens alone would not give (activation edits, weights that changed).
         weights: Fingerprint of the parameters that they were computed with.
+        kv_bits: What else their bits depend on, `Runner.kv_bits`.
     """
 
     prompt: str | None
@@ -70,6 +71,7 @@ class Snapshot:
     progress: Progress
     kv: TokenKV | None
     weights: str
+    kv_bits: str | None = None
 
     @property
     def output_token_ids(self) -> tuple[int, ...]:
@@ -95,6 +97,7 @@ class Snapshot:
             "token_logprobs": self.progress.token_logprobs,
             "logprobs": self.progress.logprobs and _to_lists(self.progress.logprobs),
             "weights": self.weights,
+            "kv_bits": self.kv_bits,
         }
         arrays = {}
         if self.kv is not None:
@@ -146,6 +149,7 @@ def _from_fields(fields: dict[str, Any], arrays: dict[str, np.ndarray]) -> Snaps
         ),
         kv=kv,
         weights=fields["weights"],
+        kv_bits=fields["kv_bits"],
     )
 
 

@@ -180,6 +180,28 @@ def test_forks_and_snapshots_change_no_bit(
             assert found[name] == tiny_expected[i], name
 
 
+@pytest.mark.parametrize("options", [{}, {"deterministic": True, "page_size": 8}])
+def test_keys_and_values_with_other_bits_are_refused(
+    tiny_model: tuple, tiny_work: Workload, tiny_expected: dict, options: dict[str, Any]
+) -> None:
+    """They would reach others through the prefix cache; computed again, all is as ever."""
+    other = LLM(tiny_model, **TINY_LIMITS | options)
+    other.add_request("x", tiny_work.prompts[1], tiny_work.params[1])
+    for _ in range(9):
+        other.step()
+    snapshot = other.snapshot("x")
+    other.abort_request("x")
+    llm = LLM(tiny_model, **TINY_LIMITS, deterministic=True)
+    with pytest.raises(ValueError, match="whose bits are not those of deterministic mode with pag"):
+        llm.resume(snapshot, "y")
+    llm.resume(snapshot.without_kv(), "y")
+    found: list[int] = []
+    while llm.has_unfinished_requests():
+        (output,) = llm.step()
+        found = output.outputs[0].token_ids
+    assert found == tiny_expected[1][0]
+
+
 def test_scores_are_the_bits_of_sampling(
     tiny_model: tuple, tiny_work: Workload, tiny_expected: dict
 ) -> None:
