@@ -35,7 +35,7 @@ class UserFunctions:
             "activation_edits": (self.edits, ActivationEdit),
         }
         for kind, (functions, wanted) in kinds.items():
-            others = sorted({type(one).__name__ for one in functions if type(one) is not wanted})
+            others = sorted({type(o).__name__ for o in functions if not isinstance(o, wanted)})
             if others:
                 raise ValueError(
                     f"{kind} holds a {', a '.join(others)}; it must hold {wanted.__name__}s, which "

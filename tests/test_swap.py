@@ -74,7 +74,7 @@ def test_new_weights_while_a_request_is_moved_out(tiny_model: tuple, running: st
     assert moved
     llm.update_params(new, running=running)
     begins = {request.request_id: list(request.output_token_ids) for request in moved}
-    outputs = {}
+    outputs: dict[str, RequestOutput] = {}
     while llm.has_unfinished_requests():
         outputs |= {output.request_id: output for output in llm.step()}
     clean = make_llm((module, new))

@@ -281,9 +281,7 @@ def test_samples_of_an_edited_prompt(llm: LLM) -> None:
         assert single.outputs[0].token_ids == one.token_ids
 
 
-def test_a_snapshot_of_an_edited_request_has_no_keys_and_values(
-    tiny_model: tuple, llm: LLM
-) -> None:
+def test_a_snapshot_of_an_edited_request_has_no_keys_and_values(tiny_model: tuple) -> None:
     """Whoever resumes it without the edit gets the model's own."""
     llm = make_llm(tiny_model, min_swap_tokens=0)
     llm.add_request("a", PROMPTS[0], params(temperature=0, activation_edits=["steer"]))
