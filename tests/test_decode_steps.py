@@ -8,6 +8,7 @@ import pytest
 from folojax import RequestOutput, SamplingParams
 from tests.conftest import check_is_empty
 from tests.mixed_requests import GREEDY, check_same, make_llm, make_prompts, run
+from tests.text import decode
 
 
 @pytest.fixture(scope="module")
@@ -88,18 +89,27 @@ def test_a_row_that_goes_wrong_keeps_what_came_before(tiny_model: tuple) -> None
 def test_a_burst_that_a_stop_string_cuts_has_one_entry_a_token(tiny_model: tuple) -> None:
     """Records and versions of the weights too."""
     llm = make_llm(tiny_model, max_decode_steps=4)
+    prompt = make_prompts()[0][:6]
     ask = SamplingParams(
-        seed=2, stop=["a", "b", "e", "o"], max_tokens=30, ignore_eos=True, logprobs=1, record=True
+        temperature=0, max_tokens=30, ignore_eos=True, logprobs=1, record=True, detokenize=True
     )
-    outputs = llm.generate(make_prompts()[:4], ask, use_tqdm=False)
-    ends = [output.outputs[0] for output in outputs if output.outputs[0].finish_reason == "stop"]
-    assert any(len(one.token_ids) % 4 != 1 for one in ends)
-    for output in outputs:
-        one = output.outputs[0]
-        assert one.logprobs is not None
-        assert one.record is not None
-        sizes = {len(part) for part in (one.token_ids, one.logprobs, one.record)}
-        assert sizes == {len(one.weights_versions)}
+    (free,) = llm.generate(prompt, ask, use_tqdm=False)
+    token_ids = free.outputs[0].token_ids
+    # Bursts end with tokens 1, 5, 9, ...: one in the middle of a burst.
+    place = next(
+        i
+        for i, token in enumerate(token_ids)
+        if i % 4 and 3 <= token < 98 and token not in token_ids[:i]
+    )
+    stop = decode([token_ids[place]])
+    (output,) = llm.generate(prompt, dataclasses.replace(ask, stop=stop), use_tqdm=False)
+    one = output.outputs[0]
+    assert (one.finish_reason, one.stop_reason) == ("stop", stop)
+    assert one.token_ids == token_ids[: place + 1]
+    assert one.logprobs is not None
+    assert one.record is not None
+    sizes = {len(part) for part in (one.token_ids, one.logprobs, one.record)}
+    assert sizes == {len(one.weights_versions)}
 
 
 def test_a_row_that_has_ended_cannot_go_wrong(tiny_model: tuple) -> None:
