@@ -9,6 +9,7 @@
 
 import dataclasses
 
+from folojax.deterministic import DeterministicRunner
 from folojax.engine import Engine
 from folojax.host_store import TokenKV
 from folojax.job import Job, Sample
@@ -52,7 +53,7 @@ def take_snapshot(engine: Engine, request_id: str, index: int = 0) -> Snapshot:
         progress=job.progress(sample),
         kv=_read_kv(engine, sample.request),
         weights=engine.weights,
-        kv_bits=engine.runner.kv_bits,
+        kv_bits=_kv_bits(engine),
     )
 
 
@@ -69,7 +70,7 @@ def resume(
             "the snapshot's K/V were computed with other weights: use those, or "
             "snapshot.without_kv(), which is computed again"
         )
-    wanted = engine.runner.kv_bits
+    wanted = _kv_bits(engine)
     if snapshot.kv is not None and wanted is not None and snapshot.kv_bits != wanted:
         raise ValueError(
             f"the snapshot's K/V are those of {snapshot.kv_bits or 'default mode'}, whose bits are "
@@ -102,6 +103,13 @@ def _find_sample(engine: Engine, request_id: str, index: int) -> tuple[Job, Samp
         most = len(job.samples) - 1
         raise ValueError(f"index is {index!r}; request {request_id!r} has samples 0 to {most}")
     return job, job.samples[index]
+
+
+def _kv_bits(engine: Engine) -> str | None:
+    """What the bits of K/V depend on besides tokens and weights; None: on the batch."""
+    if not isinstance(engine.runner, DeterministicRunner):
+        return None
+    return f"deterministic mode with pages of {engine.scheduler.config.page_size}"
 
 
 def _read_kv(engine: Engine, request: Request) -> TokenKV | None:

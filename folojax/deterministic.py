@@ -49,11 +49,6 @@ def num_rows(backend: str) -> int:
 class DeterministicRunner(Runner):
     """Runs plans so that what a request gets is the same to the bit, whatever the batch."""
 
-    @property
-    def kv_bits(self) -> str:
-        """What the bits of K/V depend on: sums are made page by page."""
-        return f"deterministic mode with pages of {self._layout.page_size}"
-
     def dispatch(self, plan: SchedulerOutput) -> list[Pending]:
         """Has the device compute a plan, after those before; returns what `collect` takes."""
         self._update(plan)

@@ -33,7 +33,6 @@ from folojax.compile_plan import (
 )
 from folojax.host_store import HostStore, TokenKV, read_tokens
 from folojax.layered import make_steps
-from folojax.logit_edits import EditState
 from folojax.processor_states import ProcessorStates
 from folojax.results import Pending, StepResult, is_scored, read, tokens_after
 from folojax.row_params import exceptional_bans
@@ -132,11 +131,6 @@ class Runner(SamplerCalls):
         self._processors = ProcessorStates(functions.processors, num_slots)
         self.params = params
         self.state: EngineState = self._allocate()
-
-    @property
-    def kv_bits(self) -> str | None:
-        """What the bits of K/V depend on besides tokens and weights; None: on the batch."""
-        return None
 
     @property
     def params(self) -> Any:
@@ -368,28 +362,6 @@ class Runner(SamplerCalls):
         self.state = self.state._replace(cache=kv_cache.join_segments(head, tail))
         self._keep(slots, kept)
         return out, streams
-
-    def decode_steps_arguments(
-        self, inputs: DecodeInputs, num_steps: Any, spec: SamplingSpec
-    ) -> tuple[tuple[Any, ...], dict[str, Any], EditState | None]:
-        """Those of `step.decode_steps` after the cache, and the edits that it is not to touch."""
-        count = self._max_decode_steps
-        slots, kept, sampling, spec = self.sampling(inputs.slot, inputs.position + 1, spec)
-        bans = None
-        if sampling.edits is not None:
-            positions = sampling.position + np.minimum(
-                np.arange(count)[:, None], np.maximum(num_steps - 1, 0)
-            )
-            bans = self.batch.params.bans(inputs.slot, positions)
-        edits, is_on = self.batch.params.activation_edits(inputs.slot)
-        options = {
-            "model": self.model,
-            "spec": spec,
-            "most_steps": count,
-            "activation_edits": edits,
-            "taps": self.batch.params.taps(inputs.slot),
-        }
-        return (slots, inputs, num_steps, sampling, bans, is_on), options, kept
 
     def list_executables(
         self, sampling: Collection[SamplingClass], has_logprobs: bool

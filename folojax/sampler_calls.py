@@ -5,6 +5,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import numpy as np
 
 from folojax import step
 from folojax.batch import Batch, ints
@@ -14,7 +15,7 @@ from folojax.logit_edits import EditState, SlotEdits, init_edits, write_slot
 from folojax.processor_states import ProcessorStates
 from folojax.row_params import RowParams, empty_slot_edits, exceptional_bans
 from folojax.sampling import SamplingClass, SamplingSpec
-from folojax.state import EngineState, SampleInputs, SlotState, StepOutput
+from folojax.state import DecodeInputs, EngineState, SampleInputs, SlotState, StepOutput
 
 
 class SamplerCalls:
@@ -28,6 +29,7 @@ class SamplerCalls:
     _head_params: Any
     _num_tokens: int | None
     _is_processed: bool
+    _max_decode_steps: int
     _processors: ProcessorStates
 
     def _spec(self, slot: Any, positions: Any) -> SamplingSpec:
@@ -89,6 +91,28 @@ class SamplerCalls:
             return slots._replace(edits=self._edits()), None, inputs._replace(edits=edits), spec
         # Not an argument of the others, which would be compiled once with and once without it.
         return slots._replace(edits=None), slots.edits, inputs, spec
+
+    def decode_steps_arguments(
+        self, inputs: DecodeInputs, num_steps: Any, spec: SamplingSpec
+    ) -> tuple[tuple[Any, ...], dict[str, Any], EditState | None]:
+        """Those of `step.decode_steps` after the cache, and the edits that it is not to touch."""
+        count = self._max_decode_steps
+        slots, kept, sampling, spec = self.sampling(inputs.slot, inputs.position + 1, spec)
+        bans = None
+        if sampling.edits is not None:
+            positions = sampling.position + np.minimum(
+                np.arange(count)[:, None], np.maximum(num_steps - 1, 0)
+            )
+            bans = self.batch.params.bans(inputs.slot, positions)
+        edits, is_on = self.batch.params.activation_edits(inputs.slot)
+        options = {
+            "model": self.model,
+            "spec": spec,
+            "most_steps": count,
+            "activation_edits": edits,
+            "taps": self.batch.params.taps(inputs.slot),
+        }
+        return (slots, inputs, num_steps, sampling, bans, is_on), options, kept
 
     def _edits(self) -> EditState:
         """What is kept for edits of logits; allocated when a request first needs it."""

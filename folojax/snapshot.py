@@ -61,7 +61,7 @@ class Snapshot:
         kv: K/V of the first tokens of prompt and output; None: they are computed again, as are
             those that its tokens alone would not give (activation edits, weights that changed).
         weights: Fingerprint of the parameters that they were computed with.
-        kv_bits: What else their bits depend on, `Runner.kv_bits`.
+        kv_bits: What else their bits depend on; None: on the batch.
     """
 
     prompt: str | None
