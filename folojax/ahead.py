@@ -15,10 +15,8 @@ from folojax.batch import ints
 from folojax.buckets import DecodeShape, PrefillShape
 from folojax.compile_plan import COPIES, EDITS, CompilePlan, Executable, Planned, model_executable
 from folojax.deterministic import DeterministicRunner
-from folojax.row_params import RowParams
 from folojax.runner import Runner
 from folojax.sampling import SamplingClass, SamplingSpec
-from folojax.sampling_params import SamplingParams
 
 _MOST_THREADS = 8  # tracing holds Python's lock: more would wait for it
 
@@ -51,7 +49,7 @@ def warm_up(
     done = []
     if SamplingClass.EDITED in sampling:
         start = time.perf_counter()
-        runner.write_edits(0, RowParams(SamplingParams(), 0), ints(0), 0)
+        runner.compile_edits()
         done.append(Planned(EDITS, None, time.perf_counter() - start))
 
     def compile_one(job: tuple[Any, Any]) -> Planned:

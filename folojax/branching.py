@@ -9,8 +9,10 @@
 
 import dataclasses
 
+from folojax.deterministic import DeterministicRunner
 from folojax.engine import Engine
 from folojax.host_store import TokenKV
+from folojax.job import Job, Sample
 from folojax.prompts import ParsedPrompt
 from folojax.sampling_params import SamplingParams
 from folojax.sched.request import Request
@@ -28,7 +30,7 @@ def fork(
     priority: int = 0,
 ) -> None:
     """Queues a request that begins with what a sample of another has; see `LLM.fork`."""
-    job, sample = engine.find_sample(parent_id, index)
+    job, sample = _find_sample(engine, parent_id, index)
     progress = job.progress(sample).take(num_output_tokens)
     prompt = ParsedPrompt(job.request.prompt, job.request.prompt_token_ids)
     if params is None:
@@ -40,9 +42,9 @@ def fork(
 
 def take_snapshot(engine: Engine, request_id: str, index: int = 0) -> Snapshot:
     """Copies a sample; see `LLM.snapshot`. What is under way is taken in first."""
-    engine.find_sample(request_id, index)
+    _find_sample(engine, request_id, index)
     engine.drain()
-    job, sample = engine.find_sample(request_id, index)
+    job, sample = _find_sample(engine, request_id, index)
     return Snapshot(
         prompt=job.request.prompt,
         prompt_token_ids=job.request.prompt_token_ids,
@@ -51,6 +53,7 @@ def take_snapshot(engine: Engine, request_id: str, index: int = 0) -> Snapshot:
         progress=job.progress(sample),
         kv=_read_kv(engine, sample.request),
         weights=engine.weights,
+        kv_bits=_kv_bits(engine),
     )
 
 
@@ -66,6 +69,12 @@ def resume(
         raise ValueError(
             "the snapshot's K/V were computed with other weights: use those, or "
             "snapshot.without_kv(), which is computed again"
+        )
+    wanted = _kv_bits(engine)
+    if snapshot.kv is not None and wanted is not None and snapshot.kv_bits != wanted:
+        raise ValueError(
+            f"the snapshot's K/V are those of {snapshot.kv_bits or 'default mode'}, whose bits are "
+            f"not those of {wanted}: resume snapshot.without_kv(), which is computed again"
         )
     if params is None:
         params = dataclasses.replace(snapshot.params, seed=snapshot.seed)
@@ -85,8 +94,31 @@ def resume(
         raise
 
 
+def _find_sample(engine: Engine, request_id: str, index: int) -> tuple[Job, Sample]:
+    """An unfinished request and one of its samples; ValueError if there is no such."""
+    job = engine.jobs.get(request_id)
+    if not isinstance(job, Job):
+        raise ValueError(f"there is no unfinished request {request_id!r} that generates")
+    if isinstance(index, bool) or not 0 <= index < len(job.samples):
+        most = len(job.samples) - 1
+        raise ValueError(f"index is {index!r}; request {request_id!r} has samples 0 to {most}")
+    return job, job.samples[index]
+
+
+def _kv_bits(engine: Engine) -> str | None:
+    """What the bits of K/V depend on besides tokens and weights; None: on the batch."""
+    if not isinstance(engine.runner, DeterministicRunner):
+        return None
+    return f"deterministic mode with pages of {engine.scheduler.config.page_size}"
+
+
 def _read_kv(engine: Engine, request: Request) -> TokenKV | None:
-    """What is computed of a request; nothing is under way."""
+    """What is computed of a request; nothing is under way.
+
+    None of a private one: whoever resumes it may have other edits, and other weights.
+    """
+    if request.is_private:
+        return None
     if request.saved is not None:
         return engine.runner.host.read(request.saved.key, request.saved.num_tokens)
     if not request.num_computed_tokens:

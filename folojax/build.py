@@ -158,6 +158,7 @@ def make_engine(
     """Allocates an engine."""
     functions.check_layers(model.module.config.num_layers)
     module, config = model.module, model.config
+    functions.check_results(module.config.vocab_size, module.config.hidden_size, module.dtype)
     buckets, layout = _shapes(module, config)
     vocab_size = module.config.vocab_size
     # Rows of the vocabulary beyond the tokenizer's are padding, and no token.

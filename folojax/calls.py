@@ -113,7 +113,7 @@ class Calls:
     def _close(self, ids: list[str]) -> None:
         for request_id in ids:
             self._boxes.pop(request_id, None)
-        self._engine.abort(ids)
+        self._engine.discard(ids)
 
     def _deliver(self, outputs: list[Output]) -> list[RequestOutput]:
         """Puts outputs into their calls' boxes; returns the others."""

@@ -29,6 +29,7 @@ class Executable(NamedTuple):
         num_logprobs: Alternatives reported with a token; None reports no ranks either.
         functions: Names of the user's functions that some row asks for, and "record" or
             "activations" where one asks for those; plans list none with any.
+        bans: Room for the banned tokens of a step, where they are exceptionally many; likewise.
     """
 
     kind: str
@@ -40,6 +41,7 @@ class Executable(NamedTuple):
     sampling: SamplingClass | None = None
     num_logprobs: int | None = None
     functions: tuple[str, ...] = ()
+    bans: int = 0
 
     def __str__(self) -> str:
         parts = [self.kind]
@@ -71,7 +73,7 @@ def model_executable(
     return found._replace(functions=layer_functions(edits, taps))
 
 
-def sample_executable(rows: int, spec: SamplingSpec) -> Executable:
+def sample_executable(rows: int, spec: SamplingSpec, bans: int = 0) -> Executable:
     """That of a sampler."""
     return Executable(
         "sample",
@@ -79,6 +81,7 @@ def sample_executable(rows: int, spec: SamplingSpec) -> Executable:
         sampling=spec.needed,
         num_logprobs=spec.num_logprobs,
         functions=_names(spec),
+        bans=bans,
     )
 
 
@@ -88,6 +91,7 @@ def steps_executable(
     spec: SamplingSpec,
     edits: tuple[ActivationEdit, ...] = (),
     taps: tuple[int, ...] = (),
+    bans: int = 0,
 ) -> Executable:
     """That of several decode steps in one call."""
     found = model_executable(shape, edits, taps)
@@ -97,6 +101,7 @@ def steps_executable(
         sampling=spec.needed,
         num_logprobs=spec.num_logprobs,
         functions=found.functions + _names(spec),
+        bans=bans,
     )
 
 

@@ -39,7 +39,8 @@ class EngineConfig:
         max_decode_steps: Most tokens that a request may get in one step. With more than 1, steps in
             which nobody waits and nobody's prompt is computed become one call of so many: less host
             work a token, the same tokens. Streamed tokens then come in bursts, a new request
-            waits for the burst to end, and up to so many tokens more are computed for nobody.
+            waits for the burst to end, and up to so many tokens more are computed for nobody. 1 in
+            deterministic mode.
         num_host_pages: Pages of room in host memory for the K/V of preempted requests; 0: they are
             computed again.
         min_swap_tokens: From how many tokens on K/V are moved there and back rather than computed
@@ -53,8 +54,9 @@ class EngineConfig:
         logprobs_mode: "raw" reports the model's own distribution, "processed" the one that was
             sampled from: after penalties, masks, temperature and truncation.
         deterministic: A request's tokens and log-probabilities are the same bits whatever its
-            neighbours, the limits above, preemptions and cached prefixes; and `LLM.score` gives
-            the bits that sampling gave. Every call then has one fixed shape, which costs time.
+            neighbours, the limits above (`page_size` aside), preemptions and cached prefixes; and
+            `LLM.score` gives the bits that sampling gave. Every call then has one fixed shape,
+            which costs time.
         seed: Of the seeds that requests without one are given.
         strict: A step that needs an executable outside the compile plan raises a RuntimeError, and
             its requests are aborted. Otherwise it waits for the compiler; after a warm-up the
@@ -118,6 +120,11 @@ class EngineConfig:
             problems.append(
                 f"scheduling_policy is {self.scheduling_policy!r}; "
                 f"it must be one of {', '.join(POLICIES)}"
+            )
+        if self.deterministic is True and _is_above_one(self.max_decode_steps):
+            problems.append(
+                f"deterministic is True and max_decode_steps is {self.max_decode_steps}; "
+                "deterministic mode takes one step at a time: set max_decode_steps to 1"
             )
         if problems:
             raise ValueError("EngineConfig: " + "; ".join(problems))
@@ -195,8 +202,7 @@ class ResolvedConfig(EngineConfig):
             long_prefill_token_threshold=self.long_prefill_token_threshold,
             enable_prefix_caching=self.enable_prefix_caching,
             max_plans_in_flight=2 if self.async_scheduling else 1,
-            # Deterministic mode has one shape of calls.
-            max_decode_steps=1 if self.deterministic else self.max_decode_steps,
+            max_decode_steps=self.max_decode_steps,
             num_host_pages=self.num_host_pages,
             min_swap_tokens=self.min_swap_tokens,
             watermark=self.watermark,
@@ -271,6 +277,10 @@ _LOWEST = {
     "max_logprobs": -1,
     "seed": 0,
 }
+
+
+def _is_above_one(value: object) -> bool:
+    return isinstance(value, int) and value > 1
 
 
 def _is_fraction(value: object, least: float = 1e-9) -> bool:

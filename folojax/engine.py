@@ -9,7 +9,7 @@ device works with (sleep, other parameters) first takes in all that is under way
 
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -161,15 +161,10 @@ class Engine:
                 self.scheduler.add_request(sample.request)
                 self._owner[sample.request.request_id] = (job, sample)
 
-    def find_sample(self, request_id: str, index: int) -> tuple[Job, Sample]:
-        """An unfinished request and one of its samples; ValueError if there is no such."""
-        job = self._jobs.get(request_id)
-        if not isinstance(job, Job):
-            raise ValueError(f"there is no unfinished request {request_id!r} that generates")
-        if isinstance(index, bool) or not 0 <= index < len(job.samples):
-            most = len(job.samples) - 1
-            raise ValueError(f"index is {index!r}; request {request_id!r} has samples 0 to {most}")
-        return job, job.samples[index]
+    @property
+    def jobs(self) -> Mapping[str, Job | ScoreJob]:
+        """The unfinished requests by id; for reading."""
+        return self._jobs
 
     @property
     def weights(self) -> str:
@@ -231,12 +226,20 @@ class Engine:
             if job is not None:
                 self._finish(job.requests, RequestStatus.FINISHED_ABORTED)
                 outputs.append(self._close(job))
+        # What no step has told of them yet is out of date.
+        told = {output.request_id for output in outputs}
+        self._untold = [one for one in self._untold if one.finished or one.request_id not in told]
         return outputs
+
+    def discard(self, request_ids: Collection[str]) -> None:
+        """Ends requests, and forgets what no step has told of them yet."""
+        self.abort(request_ids)
+        self._untold = [one for one in self._untold if one.request_id not in request_ids]
 
     def reset(self) -> list[Output]:
         """Aborts everything and makes the engine usable again, also after an interrupted step."""
-        outputs = [*self._untold, *self.abort(list(self._jobs))]
-        self._untold = []
+        aborted = self.abort(list(self._jobs))
+        outputs, self._untold = [*self._untold, *aborted], []
         self._in_flight.clear()
         self.scheduler.shutdown()
         self.runner.batch.clear()
@@ -249,14 +252,13 @@ class Engine:
         if self.is_asleep:
             return
         self.reset_prefix_cache(preempt_running=True)
-        self.runner.batch.clear()
         self.runner.release()
         self.is_asleep = True
 
     def wake_up(self) -> None:
         """Allocates the KV cache again."""
         if self.is_asleep:
-            self.runner.reset()
+            self.runner.restore()
             self.is_asleep = False
 
     def check_is_awake(self) -> None:

@@ -5,6 +5,7 @@ import itertools
 import math
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -135,7 +136,14 @@ class Job:
 
     def _cut(self, sample: Sample, num_tokens: int) -> None:
         """Takes tokens away from the end of a sample."""
-        for entries in (sample.token_logprobs, sample.logprobs, sample.request.output_token_ids):
+        by_token: tuple[list[Any], ...] = (
+            sample.request.output_token_ids,
+            sample.token_logprobs,
+            sample.logprobs,
+            sample.record,
+            sample.weights_versions,
+        )
+        for entries in by_token:
             del entries[num_tokens:]
         sample.cumulative_logprob = sum(sample.token_logprobs)
 

@@ -20,6 +20,8 @@ A line of the output is the entry of one line of the input, in the order in whic
 
 Samples have "cumulative_logprob" and "logprobs" where those were asked for, and an entry
 "prompt_logprobs": for each token an object from token ids to {"logprob", "rank", "decoded_token"}.
+They have a "record" where one was asked for: for each token an object with the fields of
+LogprobRecord.
 The id of an error is null where the line has none of its own: it could not be read, or it repeats
 the id of another line. Numbers that JSON cannot spell (a log-probability of -inf) are null.
 """

@@ -6,6 +6,7 @@ and no scheduler. Sequences are aligned at the left and padded at the right, as
 cannot change it, and padding needs no mask of its own.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -27,7 +28,8 @@ def log_likelihood(
 ) -> Float[Array, "*B N"]:
     """Log-probability of every masked token, given all tokens before it.
 
-    Pure: jit it with `model` bound or static, differentiate it with respect to `params`, vmap it.
+    Pure: jit it with `model` bound or static, differentiate it with respect to `params`, vmap it
+    (not with experts: give it all sequences at once, which then run one after the other).
     The logits of one sequence at a time are in memory, [N, V] in float32, and are computed again
     in the backward pass.
 
@@ -48,7 +50,10 @@ def log_likelihood(
 
     *batch, length = tokens.shape
     flat = tokens.reshape(-1, length)
-    hidden = jax.vmap(lambda one: _hidden_states(params, one, model))(flat)
+    hidden_states = functools.partial(_hidden_states, params, model=model)
+    # JAX cannot vmap the ragged products of experts.
+    has_experts = getattr(model.config, "num_experts", 0) > 0  # type: ignore[attr-defined]
+    hidden = lax.map(hidden_states, flat) if has_experts else jax.vmap(hidden_states)(flat)
     targets = jnp.roll(flat, -1, axis=1)
 
     @jax.checkpoint
@@ -61,7 +66,9 @@ def log_likelihood(
     return jnp.where(mask, found, 0.0)
 
 
-def _hidden_states(params: Any, tokens: Int[Array, " N"], model: nn.Module) -> Float[Array, "N E"]:
+def _hidden_states(
+    params: Any, tokens: Int[Array, " N"], *, model: nn.Module
+) -> Float[Array, "N E"]:
     positions = jnp.arange(tokens.shape[0])
     result: Any = model.apply({"params": params}, tokens, positions, None, dense_attend)
     return result[0]

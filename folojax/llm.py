@@ -369,7 +369,11 @@ class LLM(RequestLoop):
 
         Returns:
             How many executables there are.
+
+        Raises:
+            RuntimeError: the engine sleeps.
         """
+        self.engine.check_is_awake()
         return len(warm_up(self.engine.runner, sampling, logprobs))
 
     def _check_all(

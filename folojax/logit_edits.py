@@ -72,16 +72,16 @@ def init_edits(num_slots: int, vocab_size: int) -> EditState:
 
 @functools.partial(jax.jit, donate_argnames="edits")
 def write_slot(edits: EditState, slot: Int[Array, ""], new: SlotEdits) -> EditState:
-    """Replaces the row of a slot. DONATES `edits`."""
+    """Replaces the row of a slot; that of slot M is dropped. DONATES `edits`."""
     vocab_size = edits.bias.shape[1]
     history = jnp.zeros(vocab_size, jnp.int32)
     history = history.at[new.history_tokens].set(new.history_counts, mode="drop")
     bias = jnp.full(vocab_size, new.other_bias)
     bias = bias.at[new.bias_tokens].set(new.bias_values, mode="drop")
     return EditState(
-        history=edits.history.at[slot].set(history),
-        bias=edits.bias.at[slot].set(bias),
-        recent=edits.recent.at[slot].set(new.recent),
+        history=edits.history.at[slot].set(history, mode="drop"),
+        bias=edits.bias.at[slot].set(bias, mode="drop"),
+        recent=edits.recent.at[slot].set(new.recent, mode="drop"),
     )
 
 

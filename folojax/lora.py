@@ -31,7 +31,7 @@ def init_lora(
         names: Of two-dimensional kernels inside of layers.
 
     Raises:
-        ValueError: no kernel has one of the names.
+        ValueError: no kernel has one of the names, or what has it is no matrix.
     """
     lora: dict[str, Any] = {}
     for layer, block in params.items():
@@ -39,8 +39,14 @@ def init_lora(
             continue
         for name in names:
             if name in block:
+                shape = block[name].shape
+                if len(shape) != 2:
+                    raise ValueError(
+                        f"{layer}/{name} has shape {list(shape)}; a low-rank update needs a kernel "
+                        "[O, I]: leave it out of names"
+                    )
                 rng, key = jax.random.split(rng)
-                width_out, width_in = block[name].shape
+                width_out, width_in = shape
                 a = jax.random.normal(key, (rank, width_in)) * width_in**-0.5
                 pair = {"a": a, "b": jnp.zeros((width_out, rank))}
                 lora.setdefault(layer, {})[name] = pair
@@ -82,6 +88,8 @@ def _merge(
         where = f"{path}{name}"
         if name not in params:
             problems.append(f"{where} is unknown")
+        elif isinstance(params[name], Mapping) and not isinstance(update, Mapping):
+            problems.append(f"{where} is no dict of {', '.join(params[name])}")
         elif isinstance(params[name], Mapping):
             merged[name] = _merge(params[name], update, scale, f"{where}/", problems)
         elif not isinstance(update, Mapping) or set(update) != _PAIR:
@@ -94,7 +102,8 @@ def _merge(
                     f"{list(kernel.shape)}"
                 )
             else:
-                # Added in float32 and rounded once.
-                wide = kernel.astype(jnp.float32) + scale * (b @ a)
+                # In float32, and rounded once.
+                update = jnp.matmul(b, a, preferred_element_type=jnp.float32)
+                wide = kernel.astype(jnp.float32) + scale * update
                 merged[name] = wide.astype(kernel.dtype)
     return merged

@@ -51,7 +51,8 @@ class RequestMetrics:
         first_token_time_s: When its first token had been read; None if none was.
         finish_time_s: When it ended; None while it goes on.
         num_output_tokens: Of all its samples.
-        num_preemptions: How often it lost its pages and was computed again.
+        num_preemptions: How often it lost its pages; it was computed again, or came back from host
+            memory.
     """
 
     arrival_time_s: float
@@ -146,7 +147,8 @@ class RequestOutput:
         outputs: One for each of the `n` samples, by index.
         finished: Whether all of them have ended.
         metrics: Times of the request, from its arrival to the end of its last sample.
-        num_cached_tokens: Prompt tokens whose keys and values came from the prefix cache.
+        num_cached_tokens: Tokens whose keys and values were there when it was first admitted: in
+            the prefix cache, with the request that it was forked from, or in a snapshot.
     """
 
     request_id: str
@@ -184,6 +186,11 @@ class ScoreOutput:
     ranks: list[int]
     finish_reason: str
     metrics: RequestMetrics
+
+    @property
+    def finished(self) -> bool:
+        """Always: a score is reported at its end."""
+        return True
 
     @property
     def cumulative_logprob(self) -> float:

@@ -33,8 +33,8 @@ class ProcessorStates:
         """Puts aside what leaves the batch and will come back."""
         for request_id in plan.preempted_request_ids:
             row = batch.rows.get(request_id)
-            if row is not None and row.params.has_processors and self.slots is not None:
-                self._aside[request_id] = read_processors(self.slots, ints((), row.slot))
+            if row is not None:
+                self._put_aside(row)
         for request_id in plan.finished_request_ids:
             self._aside.pop(request_id, None)
 
@@ -53,10 +53,20 @@ class ProcessorStates:
         state = aside._replace(last_token=last, num_outputs=count)
         self.slots = write_processors(self.slots, ints((), row.slot), state)
 
+    def release(self, batch: Batch) -> None:
+        """Gives the slots' memory back; all rows leave the batch, and may come back."""
+        for row in batch.rows.values():
+            self._put_aside(row)
+        self.slots = None
+
     def clear(self) -> None:
         """Forgets everything."""
         self._aside.clear()
         self.slots = None
+
+    def _put_aside(self, row: Row) -> None:
+        if row.params.has_processors and self.slots is not None:
+            self._aside[row.request_id] = read_processors(self.slots, ints((), row.slot))
 
     def _new(self) -> ProcessorSlots:
         values = {one.name: one.init() for one in self._processors}

@@ -6,7 +6,7 @@ from folojax.job import Job, Sample
 from folojax.results import StepResult
 from folojax.score_job import ScoreJob, has_nan
 
-NO_DISTRIBUTION = "the model's logits hold a NaN, or no finite value"
+NO_DISTRIBUTION = "a NaN, or nothing finite, in the logits or in what bans and processors leave"
 
 
 def take_reports(

@@ -65,7 +65,8 @@ class RequestLoop:
 
         They share the K/V of what they have in common. The new one's outputs begin with those of
         the other, and count as its own: for `max_tokens`, penalties and log-probabilities. With
-        the parameters and the seed of the other it gives the same tokens.
+        the parameters and the seed of the other it gives the same tokens; but logits processors
+        begin with a new state.
 
         Args:
             parent_id: Of an unfinished request of `add_request`, `fork` or `resume`.
@@ -91,7 +92,8 @@ class RequestLoop:
     def snapshot(self, request_id: str, index: int = 0) -> Snapshot:
         """Copies a sample of an unfinished request, K/V included, as a value.
 
-        The request goes on; `abort_request` drops it. `Snapshot.save` writes it to disk.
+        The request goes on; `abort_request` drops it. `Snapshot.save` writes it to disk. States of
+        logits processors are not in it, nor K/V that its tokens alone would not give.
 
         Raises:
             ValueError: there is no such request or sample, or the steps under way have ended it.
@@ -114,7 +116,8 @@ class RequestLoop:
             priority: As in `add_request`.
 
         Raises:
-            ValueError: the request is refused, or the K/V are of another model or other weights.
+            ValueError: the request is refused, or the K/V are of another model or other weights, or
+                have other bits than deterministic mode would give them.
         """
         branching.resume(self.engine, snapshot, request_id, sampling_params, priority)
 

@@ -34,8 +34,12 @@ class ActivationEdit:
     """
 
     name: str
-    layers: tuple[int, ...]
+    layers: Sequence[int]
     apply: Callable[[Any, int], Any]
+
+    def __post_init__(self) -> None:
+        # Of a list no hash could be taken, and steps are compiled by it.
+        object.__setattr__(self, "layers", tuple(self.layers))
 
 
 def intercept(

@@ -44,28 +44,30 @@ def run_for(
         num_finished: Requests that have ended.
 
     Raises:
-        ValueError: a budget is not positive.
+        ValueError: a budget is no positive number.
         RuntimeError: the engine sleeps.
     """
     budgets = {"num_tokens": num_tokens, "seconds": seconds, "num_finished": num_finished}
     problems = [
         f"{name} is {value!r}; it must be above 0, or None for no limit"
         for name, value in budgets.items()
-        if value is not None and not value > 0
+        if value is not None and not _is_positive(value)
     ]
     if problems:
         raise ValueError("; ".join(problems))
     start = time.perf_counter()
-    first_length: dict[str, int] = {}
+    before = {
+        request_id: sum(request.num_output_tokens for request in job.requests)
+        for request_id, job in llm.engine.jobs.items()
+    }
     finished: list[RequestOutput] = []
     latest: dict[str, RequestOutput] = {}
     lengths: dict[str, int] = {}
     while llm.has_unfinished_requests():
         for output in llm.step():
-            # Of a request carried over, only what is new counts: the step gave each sample one.
+            # Only what is new counts: one that had ended before, and is told now, gives nothing.
             length = sum(len(one.token_ids) for one in output.outputs)
-            first_length.setdefault(output.request_id, length - len(output.outputs))
-            lengths[output.request_id] = length - first_length[output.request_id]
+            lengths[output.request_id] = length - before.get(output.request_id, length)
             if output.finished:
                 latest.pop(output.request_id, None)
                 finished.append(output)
@@ -78,3 +80,7 @@ def run_for(
         if seconds is not None and time.perf_counter() - start >= seconds:
             break
     return Rollouts(finished, list(latest.values()))
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0

@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ NO_LOGPROBS = -1
 
 _FEWEST_BANS = 64
 _FEWEST_EDITS = 64
+_EDITS_FACTOR = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +94,7 @@ class RowParams:
             history.update(output.tolist())
             history.update(dict.fromkeys(prompt.tolist(), PROMPT_BIT))
         bias = self._bias()
-        size = _bucket(max(len(history), len(bias)), _FEWEST_EDITS, 8)
+        size = _bucket(max(len(history), len(bias)), _FEWEST_EDITS, _EDITS_FACTOR)
         recent: Any = np.full(NUM_RECENT, ANY_TOKEN, np.int32)
         last = token_ids[-NUM_RECENT:]
         recent[NUM_RECENT - len(last) :] = last
@@ -260,6 +261,23 @@ class RowTable:
         row = self._row[slot]
         assert row is not None, f"slot {slot} was never filled"
         return row
+
+
+def empty_slot_edits(vocab_size: int) -> Iterator[SlotEdits]:
+    """Of every size that `RowParams.slot_edits` may give, one that says nothing."""
+    size, most = _FEWEST_EDITS, _bucket(vocab_size, _FEWEST_EDITS, _EDITS_FACTOR)
+    while size <= most:
+        nothing: Any = np.float32(0.0)
+        recent: Any = np.full(NUM_RECENT, ANY_TOKEN, np.int32)
+        history = _padded({}, size, vocab_size, np.int32)
+        yield SlotEdits(*history, *_padded({}, size, vocab_size, np.float32), nothing, recent)
+        size *= _EDITS_FACTOR
+
+
+def exceptional_bans(bans: Any) -> int:
+    """Z of `RowTable.bans`, where it is more than compile plans count on; else 0."""
+    size: int = bans.shape[-2]
+    return size if size > _FEWEST_BANS else 0
 
 
 def _some(functions: tuple[Any, ...], is_on: np.ndarray) -> tuple[Any, ...]:

@@ -33,9 +33,9 @@ from folojax.compile_plan import (
 )
 from folojax.host_store import HostStore, TokenKV, read_tokens
 from folojax.layered import make_steps
-from folojax.logit_edits import EditState
 from folojax.processor_states import ProcessorStates
 from folojax.results import Pending, StepResult, is_scored, read, tokens_after
+from folojax.row_params import exceptional_bans
 from folojax.sampler_calls import SamplerCalls, place
 from folojax.sampling import SamplingClass, SamplingSpec
 from folojax.sched.pages import pages_for
@@ -177,18 +177,27 @@ class Runner(SamplerCalls):
         self.batch.clear()
         self._processors.clear()
         self.host.clear()
+        self.restore()
+
+    def release(self) -> None:
+        """Gives the state's memory back, until `restore`; what processors know is put aside.
+
+        Every row is to be computed again, and what the host holds was dropped.
+        """
+        self._processors.release(self.batch)
+        self.batch.clear()
+        self.host.clear()
+        for leaf in jax.tree.leaves(self.state):
+            leaf.delete()
+
+    def restore(self) -> None:
+        """Allocates the state, unless it is there."""
         if not is_alive(self.state):
             self.state = self._allocate()
 
     def _allocate(self) -> EngineState:
         make = reserve_state if jax.default_backend() == "cpu" else init_state
         return place(make(self._layout, self.batch.num_slots))
-
-    def release(self) -> None:
-        """Gives the state's memory back; `reset` allocates it again. Nothing may be running."""
-        assert not self.batch.rows, "rows are left"
-        for leaf in jax.tree.leaves(self.state):
-            leaf.delete()
 
     def check_is_empty(self) -> None:
         """Asserts that no request is remembered and every slot is free."""
@@ -346,34 +355,13 @@ class Runner(SamplerCalls):
     ) -> tuple[StepOutput, dict[int, Any]]:
         arguments, options, kept = self.decode_steps_arguments(inputs, num_steps, spec)
         edits, taps = options["activation_edits"], options["taps"]
-        self.gate.check(steps_executable(shape, self._max_decode_steps, spec, edits, taps))
+        bans = 0 if arguments[4] is None else exceptional_bans(arguments[4])
+        self.gate.check(steps_executable(shape, self._max_decode_steps, spec, edits, taps, bans))
         head, tail = kv_cache.take_segments(self.state.cache, shape.segments)
         head, slots, out, streams = step.decode_steps(self.params, head, *arguments, **options)
         self.state = self.state._replace(cache=kv_cache.join_segments(head, tail))
         self._keep(slots, kept)
         return out, streams
-
-    def decode_steps_arguments(
-        self, inputs: DecodeInputs, num_steps: Any, spec: SamplingSpec
-    ) -> tuple[tuple[Any, ...], dict[str, Any], EditState | None]:
-        """Those of `step.decode_steps` after the cache, and the edits that it is not to touch."""
-        count = self._max_decode_steps
-        slots, kept, sampling, spec = self.sampling(inputs.slot, inputs.position + 1, spec)
-        bans = None
-        if sampling.edits is not None:
-            positions = sampling.position + np.minimum(
-                np.arange(count)[:, None], np.maximum(num_steps - 1, 0)
-            )
-            bans = self.batch.params.bans(inputs.slot, positions)
-        edits, is_on = self.batch.params.activation_edits(inputs.slot)
-        options = {
-            "model": self.model,
-            "spec": spec,
-            "most_steps": count,
-            "activation_edits": edits,
-            "taps": self.batch.params.taps(inputs.slot),
-        }
-        return (slots, inputs, num_steps, sampling, bans, is_on), options, kept
 
     def list_executables(
         self, sampling: Collection[SamplingClass], has_logprobs: bool

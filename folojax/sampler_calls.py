@@ -5,16 +5,17 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import numpy as np
 
 from folojax import step
 from folojax.batch import Batch, ints
 from folojax.buckets import num_alternatives
 from folojax.compile_plan import Gate, sample_executable
-from folojax.logit_edits import EditState, init_edits, write_slot
+from folojax.logit_edits import EditState, SlotEdits, init_edits, write_slot
 from folojax.processor_states import ProcessorStates
-from folojax.row_params import RowParams
+from folojax.row_params import RowParams, empty_slot_edits, exceptional_bans
 from folojax.sampling import SamplingClass, SamplingSpec
-from folojax.state import EngineState, SampleInputs, SlotState, StepOutput
+from folojax.state import DecodeInputs, EngineState, SampleInputs, SlotState, StepOutput
 
 
 class SamplerCalls:
@@ -28,6 +29,7 @@ class SamplerCalls:
     _head_params: Any
     _num_tokens: int | None
     _is_processed: bool
+    _max_decode_steps: int
     _processors: ProcessorStates
 
     def _spec(self, slot: Any, positions: Any) -> SamplingSpec:
@@ -50,9 +52,10 @@ class SamplerCalls:
         return sorted({size for size in found if size is not None})
 
     def _call_sample(self, hidden: Any, slot: Any, position: Any, spec: SamplingSpec) -> StepOutput:
-        self.gate.check(sample_executable(len(slot), spec))
-        slots, kept, inputs, spec = self.sampling(slot, position, spec)
-        slots, out = self._sample_hidden(hidden, slots, inputs, spec)
+        slots, kept, inputs, full = self.sampling(slot, position, spec)
+        bans = 0 if inputs.edits is None else exceptional_bans(inputs.edits.bans)
+        self.gate.check(sample_executable(len(slot), spec, bans))
+        slots, out = self._sample_hidden(hidden, slots, inputs, full)
         self._keep(slots, kept)
         return out
 
@@ -89,6 +92,28 @@ class SamplerCalls:
         # Not an argument of the others, which would be compiled once with and once without it.
         return slots._replace(edits=None), slots.edits, inputs, spec
 
+    def decode_steps_arguments(
+        self, inputs: DecodeInputs, num_steps: Any, spec: SamplingSpec
+    ) -> tuple[tuple[Any, ...], dict[str, Any], EditState | None]:
+        """Those of `step.decode_steps` after the cache, and the edits that it is not to touch."""
+        count = self._max_decode_steps
+        slots, kept, sampling, spec = self.sampling(inputs.slot, inputs.position + 1, spec)
+        bans = None
+        if sampling.edits is not None:
+            positions = sampling.position + np.minimum(
+                np.arange(count)[:, None], np.maximum(num_steps - 1, 0)
+            )
+            bans = self.batch.params.bans(inputs.slot, positions)
+        edits, is_on = self.batch.params.activation_edits(inputs.slot)
+        options = {
+            "model": self.model,
+            "spec": spec,
+            "most_steps": count,
+            "activation_edits": edits,
+            "taps": self.batch.params.taps(inputs.slot),
+        }
+        return (slots, inputs, num_steps, sampling, bans, is_on), options, kept
+
     def _edits(self) -> EditState:
         """What is kept for edits of logits; allocated when a request first needs it."""
         edits = self.state.slots.edits
@@ -101,6 +126,14 @@ class SamplerCalls:
     ) -> None:
         """Keeps what edits of logits need of a request that joins, in its slot."""
         new = params.slot_edits(token_ids, num_prompt_tokens, self.model.config.vocab_size)
+        self._write_slot(slot, new)
+
+    def compile_edits(self) -> None:
+        """Compiles what `write_edits` may need, by writing to no slot."""
+        for new in empty_slot_edits(self.model.config.vocab_size):
+            self._write_slot(self.batch.num_slots, new)
+
+    def _write_slot(self, slot: int, new: SlotEdits) -> None:
         edits = write_slot(self._edits(), ints((), slot), new)
         self.state = self.state._replace(slots=self.state.slots._replace(edits=edits))
 

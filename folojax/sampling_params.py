@@ -204,7 +204,10 @@ class SamplingParams:
         if _is_int(self.max_tokens) and _is_int(self.min_tokens):
             assert self.max_tokens is not None
             if self.min_tokens > self.max_tokens:
-                yield f"min_tokens is {self.min_tokens}; it must be at most {self.max_tokens=}"
+                yield (
+                    f"min_tokens is {self.min_tokens}; it must be at most max_tokens, "
+                    f"{self.max_tokens}"
+                )
         if _is_int(self.n) and self.n > 1 and self.is_greedy:
             yield (
                 f"n is {self.n} but temperature is {self.temperature}: greedy samples are equal, "

@@ -58,8 +58,10 @@ class Snapshot:
         params: As they came with the request; `n` means nothing here.
         seed: Of the sample; None for greedy.
         progress: What it had said.
-        kv: K/V of the first tokens of prompt and output; None: they are computed again.
+        kv: K/V of the first tokens of prompt and output; None: they are computed again, as are
+            those that its tokens alone would not give (activation edits, weights that changed).
         weights: Fingerprint of the parameters that they were computed with.
+        kv_bits: What else their bits depend on; None: on the batch.
     """
 
     prompt: str | None
@@ -69,6 +71,7 @@ class Snapshot:
     progress: Progress
     kv: TokenKV | None
     weights: str
+    kv_bits: str | None = None
 
     @property
     def output_token_ids(self) -> tuple[int, ...]:
@@ -81,16 +84,20 @@ class Snapshot:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a safetensors file; `load_snapshot` reads it."""
+        params = dataclasses.asdict(self.params)
+        if self.params.logit_bias is not None:
+            params["logit_bias"] = dict(self.params.logit_bias)
         fields: dict[str, Any] = {
             "format": _FORMAT,
             "prompt": self.prompt,
             "prompt_token_ids": self.prompt_token_ids,
-            "params": dataclasses.asdict(self.params),
+            "params": params,
             "seed": self.seed,
             "token_ids": self.progress.token_ids,
             "token_logprobs": self.progress.token_logprobs,
             "logprobs": self.progress.logprobs and _to_lists(self.progress.logprobs),
             "weights": self.weights,
+            "kv_bits": self.kv_bits,
         }
         arrays = {}
         if self.kv is not None:
@@ -112,8 +119,16 @@ def load_snapshot(path: str | os.PathLike[str]) -> Snapshot:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{os.fspath(path)!r} is no snapshot: {error}") from error
-    if fields.get("format") != _FORMAT:
+    if not isinstance(fields, dict) or fields.get("format") != _FORMAT:
         raise ValueError(f"{os.fspath(path)!r} is no snapshot that this version reads")
+    try:
+        return _from_fields(fields, arrays)
+    # What is missing, unknown or misshapen fails somewhere, in some way.
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{os.fspath(path)!r} is no whole snapshot: {error!r}") from error
+
+
+def _from_fields(fields: dict[str, Any], arrays: dict[str, np.ndarray]) -> Snapshot:
     kv = None
     if arrays:
         dtype = jnp.dtype(fields["dtype"])
@@ -134,6 +149,7 @@ def load_snapshot(path: str | os.PathLike[str]) -> Snapshot:
         ),
         kv=kv,
         weights=fields["weights"],
+        kv_bits=fields["kv_bits"],
     )
 
 

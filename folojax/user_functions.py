@@ -1,12 +1,12 @@
 """What a user builds into an engine, functions and taps: which of them a step needs."""
 
 import dataclasses
-from collections.abc import Iterable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
-from folojax.processors import LogitsProcessor
+from folojax.processors import LogitsProcessor, RequestState
 from folojax.residual import ActivationEdit
 
 
@@ -20,7 +20,8 @@ class UserFunctions:
         taps: Layers behind which the stream is read.
 
     Raises:
-        ValueError: two of a kind have one name, or an edit has no layer.
+        ValueError: something is of another type, two of a kind have one name, or an edit has no
+            layer.
     """
 
     processors: tuple[LogitsProcessor, ...] = ()
@@ -29,11 +30,17 @@ class UserFunctions:
 
     def __post_init__(self) -> None:
         problems = []
-        kinds: dict[str, Iterable[LogitsProcessor | ActivationEdit]] = {
-            "logits_processors": self.processors,
-            "activation_edits": self.edits,
+        kinds: dict[str, tuple[tuple[Any, ...], type]] = {
+            "logits_processors": (self.processors, LogitsProcessor),
+            "activation_edits": (self.edits, ActivationEdit),
         }
-        for kind, functions in kinds.items():
+        for kind, (functions, wanted) in kinds.items():
+            others = sorted({type(o).__name__ for o in functions if not isinstance(o, wanted)})
+            if others:
+                raise ValueError(
+                    f"{kind} holds a {', a '.join(others)}; it must hold {wanted.__name__}s, which "
+                    "give a function the name that SamplingParams asks for it by"
+                )
             names = [one.name for one in functions]
             twice = sorted({name for name in names if names.count(name) > 1})
             if twice:
@@ -74,6 +81,54 @@ class UserFunctions:
     def tapped_bytes(self, module: Any) -> int:
         """What the tapped streams of one token take, in the model's dtype."""
         return len(self.taps) * module.config.hidden_size * jnp.dtype(module.dtype).itemsize
+
+    def check_results(self, vocab_size: int, hidden_size: int, dtype: Any) -> None:
+        """Raises a ValueError if a function returns other shapes than it is given.
+
+        They are traced for it, and not run. In a step such results would be broadcast in silence.
+
+        Args:
+            vocab_size: V of the logits.
+            hidden_size: E of the residual stream.
+            dtype: Of that.
+        """
+        logits = jax.ShapeDtypeStruct((vocab_size,), jnp.float32)
+        count = jax.ShapeDtypeStruct((), jnp.int32)
+        hidden = jax.ShapeDtypeStruct((hidden_size,), dtype)
+        problems = []
+        for one in self.processors:
+            value = jax.tree.map(jnp.asarray, one.init())
+            found = jax.eval_shape(
+                lambda logits, value, last, num, one=one: one.apply(
+                    logits, RequestState(value, last, num)
+                ),
+                *(logits, value, count, count),
+            )
+            name = f"logits processor {one.name!r}"
+            if not isinstance(found, tuple | list) or len(found) != 2:
+                problems.append(f"{name} must return a pair, logits and value")
+                continue
+            if getattr(found[0], "shape", None) != logits.shape:
+                problems.append(f"{name} returns logits {_text(found[0])}, of {_text(logits)}")
+            if _text(found[1]) != _text(value):
+                problems.append(
+                    f"{name} returns the value {_text(found[1])}; init makes {_text(value)}"
+                )
+        for edit in self.edits:
+            for layer in edit.layers:
+                found = jax.eval_shape(lambda x, e=edit, i=layer: e.apply(x, i), hidden)
+                if getattr(found, "shape", None) != hidden.shape:
+                    problems.append(
+                        f"activation edit {edit.name!r} returns {_text(found)}, of {_text(hidden)}"
+                    )
+                    break
+        if problems:
+            raise ValueError("; ".join(problems) + ": shapes must be as they came")
+
+
+def _text(tree: Any) -> str:
+    """Dtypes and shapes of a pytree of arrays."""
+    return str(jax.tree.map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", tree)).replace("'", "")
 
 
 NO_FUNCTIONS = UserFunctions()

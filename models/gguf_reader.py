@@ -62,6 +62,9 @@ def _convert(path: Path, directory: Path) -> None:
         _save_tensors(tensors, metadata["general.architecture"], family, config, directory)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    # A word where a number should be fails somewhere, in some way.
+    except (TypeError, AttributeError, LookupError, ArithmeticError) as error:
+        raise ValueError(f"{path}: the metadata is malformed: {error!r}") from error
     generation_config = {
         key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")
     }

@@ -40,11 +40,11 @@ def save_tokenizer(metadata: dict[str, Any], directory: Path) -> None:
         directory: Where the files go.
 
     Raises:
-        ValueError: the vocabulary is not byte-level BPE, or its way to split text is unknown.
+        ValueError: the vocabulary is of a kind that is not supported, its way to split text is
+            unknown, or it is malformed.
     """
-    tokens = metadata["tokenizer.ggml.tokens"]
     special = {
-        name: tokens[metadata[f"tokenizer.ggml.{key}_token_id"]]
+        name: _token(metadata, key)
         for name, key in (
             ("bos_token", "bos"),
             ("eos_token", "eos"),
@@ -107,26 +107,42 @@ def build_tokenizer(metadata: dict[str, Any]) -> tokenizers.Tokenizer:
             is_special = token_type == _CONTROL
             tokenizer.add_tokens([AddedToken(token, normalized=False, special=is_special)])
     if metadata.get("tokenizer.ggml.add_bos_token", kind == "llama"):
-        bos = metadata.get("tokenizer.ggml.bos_token_id")
-        if not isinstance(bos, int) or not 0 <= bos < len(tokens):
-            raise ValueError(f"texts are to begin with token {bos!r}, of {len(tokens)}")
+        bos = _token(metadata, "bos")
         tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{tokens[bos]} $A",
-            pair=f"{tokens[bos]} $A {tokens[bos]}:1 $B:1",
-            special_tokens=[(tokens[bos], bos)],
+            single=f"{bos} $A",
+            pair=f"{bos} $A {bos}:1 $B:1",
+            special_tokens=[(bos, metadata["tokenizer.ggml.bos_token_id"])],
         )
     return tokenizer
 
 
+def _token(metadata: dict[str, Any], key: str) -> str:
+    """A special token's text."""
+    tokens, name = metadata["tokenizer.ggml.tokens"], f"tokenizer.ggml.{key}_token_id"
+    token_id = metadata.get(name)
+    if not isinstance(token_id, int) or not 0 <= token_id < len(tokens):
+        raise ValueError(f"{name} is {token_id!r}; there are tokens 0 to {len(tokens) - 1}")
+    return tokens[token_id]
+
+
+def _bpe(**options: Any) -> tokenizers.models.BPE:
+    from tokenizers import models
+
+    try:
+        return models.BPE(**options)
+    except Exception as error:  # the library raises nothing more precise
+        raise ValueError(f"tokens and merges do not fit each other: {error}") from error
+
+
 def _byte_level(metadata: dict[str, Any], tokens: list[str]) -> tokenizers.Tokenizer:
     """BPE over bytes, as GPT-2 has it."""
-    from tokenizers import Tokenizer, decoders, models, normalizers
+    from tokenizers import Tokenizer, decoders, normalizers
 
     pre = metadata.get("tokenizer.ggml.pre")
     merges = [tuple(merge.split(" ", 1)) for merge in metadata.get("tokenizer.ggml.merges", [])]
     if not merges:
         raise ValueError(f"the metadata has {len(tokens)} tokens and 0 merges")
-    model = models.BPE(
+    model = _bpe(
         vocab={token: index for index, token in enumerate(tokens)},
         merges=merges,
         fuse_unk=False,
@@ -147,19 +163,19 @@ def _sentencepiece(metadata: dict[str, Any], tokens: list[str]) -> tokenizers.To
 
     Pieces have scores, the best pair is merged first, and bytes are the last resort.
     """
-    from tokenizers import Tokenizer, decoders, models, normalizers
+    from tokenizers import Tokenizer, decoders, normalizers
     from transformers.convert_slow_tokenizer import generate_merges
 
     scores = metadata.get("tokenizer.ggml.scores", [])
     if len(scores) != len(tokens):
         raise ValueError(f"the metadata has {len(tokens)} tokens and {len(scores)} scores")
     vocab = {token: index for index, token in enumerate(tokens)}
-    unknown = metadata.get("tokenizer.ggml.unknown_token_id")
+    has_unknown = "tokenizer.ggml.unknown_token_id" in metadata
     tokenizer = Tokenizer(
-        models.BPE(
+        _bpe(
             vocab=vocab,
             merges=generate_merges(vocab, dict(zip(tokens, scores, strict=True))),
-            unk_token=None if unknown is None else tokens[unknown],
+            unk_token=_token(metadata, "unknown") if has_unknown else None,
             fuse_unk=True,
             byte_fallback=True,
         )

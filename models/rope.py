@@ -91,7 +91,14 @@ def scaling_from_hf(rope: Mapping[str, Any], max_position: int) -> RopeScaling |
             return LinearRope(**_numbers(rope, kind, "factor"))
         case "llama3":
             names = [field.name for field in dataclasses.fields(Llama3Rope)]
-            return Llama3Rope(**_numbers(rope, kind, *names))
+            llama3 = Llama3Rope(**_numbers(rope, kind, *names))
+            low, high = llama3.low_freq_factor, llama3.high_freq_factor
+            if high <= low:
+                raise ValueError(
+                    f"rope type 'llama3': high_freq_factor is {high}, not above low_freq_factor, "
+                    f"{low}"
+                )
+            return llama3
         case "yarn":
             return _yarn(rope, max_position)
         case "longrope" | "su":
@@ -168,9 +175,8 @@ def _yarn(rope: Mapping[str, Any], max_position: int) -> YarnRope:
         given = _mscale(numbers["factor"])
         if mscale and all_dim:
             given = _mscale(numbers["factor"], mscale) / _mscale(numbers["factor"], all_dim)
-    return YarnRope(
-        attention_factor=float(given), is_truncated=bool(rope.get("truncate", True)), **numbers
-    )
+    numbers |= _numbers({"attention_factor": given}, "yarn", "attention_factor")
+    return YarnRope(is_truncated=bool(rope.get("truncate", True)), **numbers)
 
 
 def _mscale(factor: float, multiplier: float = 1.0) -> float:
@@ -188,8 +194,8 @@ def _longrope(rope: Mapping[str, Any], max_position: int) -> LongRope:
         given = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
     return LongRope(
         short_factor=tuple(map(float, factors)),
-        attention_factor=float(given),
         original_max_position_embeddings=original,
+        **_numbers({"attention_factor": given}, "longrope", "attention_factor"),
     )
 
 

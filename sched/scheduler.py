@@ -175,8 +175,8 @@ class Scheduler:
             sampled: the new tokens of each request in `output.sampled_request_ids`, one for each
                 decode step that it took part in. Those finished since may be in it or not.
             failed: requests of the plan whose row went wrong, with the reason. They keep what they
-                got before and finish with FINISHED_ERROR; their neighbours go on. One that has
-                lost its pages meanwhile computes and samples again instead.
+                got before and finish with FINISHED_ERROR, unless that ends them; their neighbours
+                go on. One that has lost its pages computes and samples again instead.
 
         Returns:
             One update for each request that got a token, failed, or asked for its prompt alone
@@ -187,7 +187,7 @@ class Scheduler:
         """
         updates = []
         num_before = len(self._requests)
-        num_scheduled_tokens = output.num_scheduled_tokens
+        max_model_len = self.config.max_model_len
         is_multiple = output.num_decode_steps > 1
         for request_id, request in self.flights.land(output, sampled, failed).items():
             has_pages = request.status is not RequestStatus.PREEMPTED
@@ -198,22 +198,22 @@ class Scheduler:
                 if not has_pages:
                     self.memory.drop_saved(request)  # it may hold the reason
                     continue
-                request.output_token_ids += tokens
-                self.memory.discard(request)
-                self._finish(request, RequestStatus.FINISHED_ERROR, failed[request_id])
+                tokens, status, stop_reason = append_tokens(request, tokens, max_model_len)
+                if status is None:  # else it had ended before it went wrong
+                    self.memory.discard(request)
+                    status, stop_reason = RequestStatus.FINISHED_ERROR, failed[request_id]
+                self._finish(request, status, stop_reason)
                 updates.append(RequestUpdate(request, tuple(tokens)))
                 continue
             status, stop_reason = None, None
             if tokens:
                 request.num_samples_in_flight -= len(tokens)
                 num_sampled = len(tokens)
-                tokens, status, stop_reason = append_tokens(
-                    request, tokens, self.config.max_model_len
-                )
+                tokens, status, stop_reason = append_tokens(request, tokens, max_model_len)
                 self.flights.num_discarded_tokens += num_sampled - len(tokens)
             if has_pages:
-                num_computed = len(tokens) if is_multiple else num_scheduled_tokens[request_id]
-                self.memory.advance(request, num_computed)
+                num_scheduled = output.num_scheduled_tokens[request_id]
+                self.memory.advance(request, len(tokens) if is_multiple else num_scheduled)
             if tokens:
                 updates.append(RequestUpdate(request, tuple(tokens)))
                 if status is not None:

@@ -101,6 +101,12 @@ def letters_llm(shared_letters_llm: LLM) -> Iterator[LLM]:
     check_is_empty(shared_letters_llm)
 
 
+@pytest.fixture
+def target(tmp_path: Path) -> Path:
+    """The output of a JSON Lines job, not there yet."""
+    return tmp_path / "out.jsonl"
+
+
 @pytest.fixture(scope="session")
 def text_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random Llama with the tokenizer and chat template of the embedded model."""

@@ -1,6 +1,7 @@
 """Fork, snapshot and resume: the tokens of an undisturbed request, and nothing computed twice."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,26 @@ def test_a_fork_may_ask_for_something_else(
         assert one[8:] == alone.outputs[0].token_ids
 
 
+def test_one_of_several_samples_is_forked_and_copied(tiny_model: tuple) -> None:
+    """With the seed of that sample; also when another of them has ended."""
+    llm = make(tiny_model)
+    params = SamplingParams(n=2, seed=4, max_tokens=25, ignore_eos=True)
+    (free,) = llm.generate([prompt()], params, use_tqdm=False)
+    first, second = (one.token_ids for one in free.outputs)
+    end = next(token for token in first[3:] if token not in second)
+    params = dataclasses.replace(params, stop_token_ids=[end])
+    llm.add_request("parent", prompt(), params)
+    while not any(output.outputs[0].finished for output in llm.step()):
+        pass
+    llm.fork("parent", "fork", index=1)
+    llm.resume(llm.snapshot("parent", 1), "copy")
+    outputs = finish(llm)
+    assert [len(one.token_ids) < 25 for one in outputs["parent"].outputs] == [True, False]
+    for name in ("fork", "copy"):
+        (one,) = outputs[name].outputs
+        assert (one.token_ids, one.seed) == (second, 5), name
+
+
 def test_a_fork_outlives_its_parent(tiny_model: tuple, expected: dict[bool, RequestOutput]) -> None:
     llm = make(tiny_model, max_num_seqs=1, enable_prefix_caching=False)
     llm.add_request("parent", prompt(), GREEDY)
@@ -167,6 +188,47 @@ def test_a_snapshot_is_resumed_in_another_engine(
     num_known = len(snapshot.output_token_ids)
     assert llm.metrics().num_scheduled_tokens <= 30 - num_known + 2
     assert output.num_cached_tokens >= len(prompt()) + num_known - 2
+
+
+def test_a_file_keeps_every_parameter(tiny_model: tuple, tmp_path: Path) -> None:
+    params = dataclasses.replace(
+        GREEDY, logit_bias={5: 1.0}, allowed_token_ids=list(range(40)), bad_words=["x"]
+    )
+    snapshot = take(make(tiny_model), params)
+    snapshot.save(tmp_path / "x.safetensors")
+    assert load_snapshot(tmp_path / "x.safetensors").params == snapshot.params
+
+
+def test_keys_and_values_of_several_weights_are_in_no_snapshot(tiny_model: tuple) -> None:
+    """Of a request that went on with those of the old weights: it is computed again by the new."""
+    llm = make(tiny_model, min_swap_tokens=0)
+    llm.add_request("x", prompt(), GREEDY)
+    run_until(llm, "x", 7)
+    llm.update_params(jax.tree.map(lambda leaf: leaf * 1.25, tiny_model[1]), running="keep")
+    snapshot = llm.snapshot("x")
+    llm.abort_request("x")
+    finish(llm)
+    assert snapshot.kv is None
+    llm.resume(snapshot, "y")
+    found = finish(llm)["y"].outputs[0].token_ids
+    begin = list(snapshot.output_token_ids)
+    rest = dataclasses.replace(GREEDY, max_tokens=30 - len(begin))
+    (alone,) = llm.generate([prompt() + begin], rest, use_tqdm=False)
+    assert found == begin + alone.outputs[0].token_ids
+
+
+def test_a_snapshot_is_resumed_by_an_engine_that_sleeps(
+    tiny_model: tuple, expected: dict[bool, RequestOutput]
+) -> None:
+    """Its K/V wait for the cache to be there again, and nothing is computed twice."""
+    llm = make(tiny_model, min_swap_tokens=0)
+    snapshot = take(llm, GREEDY)
+    llm.sleep()
+    llm.resume(snapshot, "y")
+    llm.wake_up()
+    output = finish(llm)["y"]
+    check_same([output], [expected[True]])
+    assert output.num_cached_tokens >= len(prompt()) + len(snapshot.output_token_ids) - 2
 
 
 def test_a_snapshot_may_be_resumed_often_and_beside_its_request(
@@ -254,5 +316,9 @@ def test_bad_snapshot_files_are_refused(tmp_path: Path) -> None:
     save_file({"x": np.zeros(3)}, tmp_path / "other")
     with pytest.raises(ValueError, match="is no snapshot that this version reads"):
         load_snapshot(tmp_path / "other")
+    fields = {"folojax": json.dumps({"format": "folojax snapshot 1"})}
+    save_file({}, tmp_path / "half", metadata=fields)
+    with pytest.raises(ValueError, match="is no whole snapshot: KeyError"):
+        load_snapshot(tmp_path / "half")
     with pytest.raises(FileNotFoundError):
         load_snapshot(tmp_path / "missing")

@@ -151,6 +151,59 @@ def test_an_engine_with_functions_is_warmed_up_for_requests_without(
     assert counter.count == before
 
 
+def test_penalties_of_many_tokens_compile_nothing_after_a_warm_up(
+    tiny_model: tuple, counter: CompileCounter
+) -> None:
+    """What they count is written in one of few sizes."""
+    llm = make(tiny_model, strict=True)
+    llm.warm_up([SamplingClass.EDITED], logprobs=False)
+    before = counter.count
+    penalty = SamplingParams(temperature=0.0, repetition_penalty=1.3, max_tokens=2)
+    llm.generate({"prompt_token_ids": list(range(10, 90))}, penalty, use_tqdm=False)
+    assert counter.count == before
+
+
+@pytest.mark.parametrize("most_steps", [1, 4])
+def test_strict_refuses_more_bans_than_are_planned(
+    tiny_model: tuple, counter: CompileCounter, most_steps: int
+) -> None:
+    """Up to 64 in a step are; a sampler with room for more would have to be compiled."""
+    llm = make(tiny_model, strict=True, max_decode_steps=most_steps, async_scheduling=False)
+    llm.warm_up([SamplingClass.EDITED], logprobs=False)
+    before = counter.count
+    few, many = (
+        SamplingParams(temperature=0.0, min_tokens=2, stop_token_ids=range(count), max_tokens=2)
+        for count in (60, 70)
+    )
+    llm.generate(prompt(5), few, use_tqdm=False)
+    with pytest.raises(RuntimeError, match="bans=256 is not in the compile plan"):
+        llm.generate(prompt(5), many, use_tqdm=False)
+    assert counter.count == before
+
+
+def test_a_warm_up_disturbs_nobody(tiny_model: tuple) -> None:
+    """What a running request's penalties and biases count stays."""
+    params = SamplingParams(
+        temperature=0.0, presence_penalty=2.0, logit_bias={7: 3.0}, max_tokens=20, ignore_eos=True
+    )
+    llm = make(tiny_model)
+    (expected,) = llm.generate(prompt(9), params, use_tqdm=False)
+    llm.add_request("a", prompt(9), params)
+    for _ in range(4):
+        llm.step()
+    llm.warm_up([SamplingClass.EDITED], logprobs=False)
+    while llm.has_unfinished_requests():
+        (found,) = llm.step()
+    assert found.outputs[0].token_ids == expected.outputs[0].token_ids
+
+
+def test_an_engine_that_sleeps_cannot_warm_up(tiny_model: tuple) -> None:
+    llm = make(tiny_model)
+    llm.sleep()
+    with pytest.raises(RuntimeError, match="call wake_up"):
+        llm.warm_up()
+
+
 def test_a_plan_lists_before_it_pays(tiny_model: tuple, counter: CompileCounter) -> None:
     llm = make(tiny_model)
     before = counter.count

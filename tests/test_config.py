@@ -154,3 +154,9 @@ def test_limits_that_contradict_each_other_are_refused(
     with pytest.raises(ValueError, match=f"{names[0]} is ") as info:
         config.resolve(max_position=512)
     assert all(name in str(info.value) for name in names)
+
+
+def test_deterministic_mode_takes_one_step_at_a_time() -> None:
+    with pytest.raises(ValueError, match=r"max_decode_steps is 4; .* set max_decode_steps to 1"):
+        EngineConfig(deterministic=True, max_decode_steps=4)
+    EngineConfig(deterministic=True, max_decode_steps=1)

@@ -1,5 +1,6 @@
 """Several decode steps in one call: the same tokens, fewer calls, nothing shown beyond an end."""
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from folojax import RequestOutput, SamplingParams
 from tests.conftest import check_is_empty
 from tests.mixed_requests import GREEDY, check_same, make_llm, make_prompts, run
+from tests.text import decode
 
 
 @pytest.fixture(scope="module")
@@ -82,3 +84,49 @@ def test_a_row_that_goes_wrong_keeps_what_came_before(tiny_model: tuple) -> None
         check_is_empty(llm)
     assert found[0] == found[1]
     assert found[0][0] == (token_ids[0][: place + 1], "error")
+
+
+def test_a_burst_that_a_stop_string_cuts_has_one_entry_a_token(tiny_model: tuple) -> None:
+    """Records and versions of the weights too."""
+    llm = make_llm(tiny_model, max_decode_steps=4)
+    prompt = make_prompts()[0][:6]
+    ask = SamplingParams(
+        temperature=0, max_tokens=30, ignore_eos=True, logprobs=1, record=True, detokenize=True
+    )
+    (free,) = llm.generate(prompt, ask, use_tqdm=False)
+    token_ids = free.outputs[0].token_ids
+    # Bursts end with tokens 1, 5, 9, ...: one in the middle of a burst.
+    place = next(
+        i
+        for i, token in enumerate(token_ids)
+        if i % 4 and 3 <= token < 98 and token not in token_ids[:i]
+    )
+    stop = decode([token_ids[place]])
+    (output,) = llm.generate(prompt, dataclasses.replace(ask, stop=stop), use_tqdm=False)
+    one = output.outputs[0]
+    assert (one.finish_reason, one.stop_reason) == ("stop", stop)
+    assert one.token_ids == token_ids[: place + 1]
+    assert one.logprobs is not None
+    assert one.record is not None
+    sizes = {len(part) for part in (one.token_ids, one.logprobs, one.record)}
+    assert sizes == {len(one.weights_versions)}
+
+
+def test_a_row_that_has_ended_cannot_go_wrong(tiny_model: tuple) -> None:
+    """What a burst computes behind an end token is for nobody, whatever comes of it."""
+    module, params = tiny_model
+    prompt = make_prompts()[0][:6]
+    ask = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    (output,) = make_llm(tiny_model).generate(prompt, ask, use_tqdm=False)
+    token_ids = output.outputs[0].token_ids
+    place = next(i for i, token in enumerate(token_ids) if i > 1 and token not in token_ids[:i])
+    end = token_ids[place]
+    broken = {**params, "embed": params["embed"].at[end].set(float("nan"))}
+    for most in (1, 4):
+        llm = make_llm((module, broken), max_decode_steps=most)
+        stopping = dataclasses.replace(ask, stop_token_ids=[end])
+        (output,) = llm.generate(prompt, stopping, use_tqdm=False)
+        one = output.outputs[0]
+        assert (one.token_ids, one.finish_reason) == (token_ids[: place + 1], "stop")
+        assert one.stop_reason == end
+        check_is_empty(llm)

@@ -124,6 +124,7 @@ TINY_CASES = {
     "chunks of 16": Case({"max_num_batched_tokens": 16}, order=2),
     "tight pool": Case({"num_pages": 9}),
     "no prefix cache": Case({"enable_prefix_caching": False}, order=3),
+    "moved to the host": Case({"num_pages": 9, "num_host_pages": 40, "min_swap_tokens": 0}),
     "longer limit": Case({"max_model_len": 256, "max_num_batched_tokens": 300}),
 }
 
@@ -145,8 +146,60 @@ def test_nothing_changes_a_bit(
     case = TINY_CASES[name]
     found = run_case(tiny_model, tiny_work, case, **TINY_LIMITS, deterministic=True)
     check_bits(found, tiny_expected, name)
-    if name == "tight pool":
+    if "num_pages" in case.options:
         assert found[-1][0] > 0, "nothing was preempted"
+
+
+def test_forks_and_snapshots_change_no_bit(
+    tiny_model: tuple, tiny_work: Workload, tiny_expected: dict
+) -> None:
+    """Midway through each request, beside it and in another engine."""
+    llm = LLM(tiny_model, **TINY_LIMITS, deterministic=True)
+    other = LLM(tiny_model, **TINY_LIMITS, deterministic=True, min_swap_tokens=0)
+    indices = (0, 1, 2, 3, 5)  # every kind
+    for i in indices:
+        llm.add_request(str(i), tiny_work.prompts[i], tiny_work.params[i])
+    for _ in range(9):
+        llm.step()
+    for i in indices:
+        assert llm.engine.jobs[str(i)].requests[0].num_output_tokens > 0
+        llm.fork(str(i), f"fork-{i}")
+        other.resume(llm.snapshot(str(i)), f"snapshot-{i}")
+    found = {}
+    for engine in (llm, other):
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                one = output.outputs[0]
+                assert one.logprobs is not None
+                found[output.request_id] = (
+                    one.token_ids,
+                    [e[t].logprob for e, t in zip(one.logprobs, one.token_ids, strict=True)],
+                )
+    for i in indices:
+        for name in (f"{i}", f"fork-{i}", f"snapshot-{i}"):
+            assert found[name] == tiny_expected[i], name
+
+
+@pytest.mark.parametrize("options", [{}, {"deterministic": True, "page_size": 8}])
+def test_keys_and_values_with_other_bits_are_refused(
+    tiny_model: tuple, tiny_work: Workload, tiny_expected: dict, options: dict[str, Any]
+) -> None:
+    """They would reach others through the prefix cache; computed again, all is as ever."""
+    other = LLM(tiny_model, **TINY_LIMITS | options)
+    other.add_request("x", tiny_work.prompts[1], tiny_work.params[1])
+    for _ in range(9):
+        other.step()
+    snapshot = other.snapshot("x")
+    other.abort_request("x")
+    llm = LLM(tiny_model, **TINY_LIMITS, deterministic=True)
+    with pytest.raises(ValueError, match="whose bits are not those of deterministic mode with pag"):
+        llm.resume(snapshot, "y")
+    llm.resume(snapshot.without_kv(), "y")
+    found: list[int] = []
+    while llm.has_unfinished_requests():
+        (output,) = llm.step()
+        found = output.outputs[0].token_ids
+    assert found == tiny_expected[1][0]
 
 
 def test_scores_are_the_bits_of_sampling(

@@ -11,6 +11,7 @@ import pytest
 
 from folojax import LLM, log_likelihood
 from folojax.models.checkpoint import build_module, load_params, open_checkpoint
+from tests.families import save_family
 from tests.reference import load_model, save_tiny
 
 LENGTHS = (9, 5, 12)
@@ -87,6 +88,28 @@ def test_gradients_are_those_of_torch(pair: tuple) -> None:
         scale = float(grad.abs().max())
         assert scale > 1e-3, f"{name} has no gradient to compare"
         np.testing.assert_allclose(found, grad.numpy(), atol=2e-5 * max(scale, 1), err_msg=name)
+
+
+def test_experts_have_the_values_and_gradients_of_torch(tmp_path: Path) -> None:
+    torch_model = save_family("mixtral", tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
+    module = build_module(checkpoint.config, jnp.float32)
+    params = load_params(checkpoint, jnp.float32)
+    tokens, mask = map(jnp.array, make_batch())
+
+    def total(params: Any) -> tuple[jax.Array, jax.Array]:
+        found = log_likelihood(params, tokens, mask, model=module)
+        return found.sum(), found
+
+    (_, found), grads = jax.jit(jax.value_and_grad(total, has_aux=True))(params)
+    expected = reference_logprobs(torch_model)
+    np.testing.assert_allclose(found[:, 1:], expected.detach().numpy(), atol=2e-5)
+    torch_model.zero_grad()
+    expected.sum().backward()
+    grad = torch_model.model.layers[1].mlp.experts.down_proj.grad
+    assert float(grad.abs().max()) > 1e-3
+    ours = grads["layers_1"]["experts_down"].transpose(0, 2, 1)
+    np.testing.assert_allclose(ours, grad.numpy(), atol=5e-5)
 
 
 def test_padding_and_what_is_not_masked_change_nothing(tiny_model: tuple) -> None:

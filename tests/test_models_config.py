@@ -89,6 +89,22 @@ def test_rotary_settings_are_read_in_both_spellings(keys, scaling):
         ({"rope_interleaved": True}, "rope_interleaved"),
         ({"rope_scaling": {"rope_type": "ntk", "factor": 4.0}}, "'ntk'.*llama3"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": -4.0}}, "factor is -4"),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "attention_factor": math.nan}},
+            "attention_factor is nan, not a number above 0",
+        ),
+        (
+            {
+                "rope_scaling": {
+                    "rope_type": "llama3",
+                    "factor": 8.0,
+                    "low_freq_factor": 4.0,
+                    "high_freq_factor": 4.0,
+                    "original_max_position_embeddings": 64,
+                }
+            },
+            "high_freq_factor is 4.0, not above low_freq_factor, 4.0",
+        ),
         ({"rope_scaling": {"rope_type": "longrope"}}, "short_factor"),
         ({"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0]}}, "1 entries; 8 pairs"),
         ({"rope_scaling": 5}, "malformed"),

@@ -111,7 +111,7 @@ BAD: list[tuple[Callable[[LLM], Any], tuple[str, str, str]]] = [
     (params(max_tokens=0), ("max_tokens", "0", "at least 1")),
     (params(max_tokens=2.0), ("max_tokens", "2.0", "integer")),
     (params(min_tokens=-1), ("min_tokens", "-1", "at least 0")),
-    (params(min_tokens=5), ("min_tokens", "5", "at most self.max_tokens=4")),
+    (params(min_tokens=5), ("min_tokens", "5", "at most max_tokens, 4")),
     (params(stop=""), ("stop", "['']", "not empty")),
     (params(stop=["a", 5]), ("stop", "['a', 5]", "strings")),
     (params(stop="x", detokenize=False), ("stop", "['x']", "detokenize=True")),

@@ -1,17 +1,20 @@
 """K/V of preempted requests in host memory: the same tokens, and nothing computed again."""
 
+import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from folojax import RequestOutput, kv_cache
+from folojax import RequestOutput, SamplingParams, kv_cache
 from folojax.host_store import HostStore, TokenKV
 from folojax.kv_cache import KVLayout
 from folojax.sched.host_pages import PageLoad, PageSave
 from folojax.swap_cost import CPU_RATES, NEVER, SwapRates, min_swap_tokens
-from tests.mixed_requests import check_same, make_llm, run
+from tests.conftest import check_is_empty
+from tests.mixed_requests import check_same, make_llm, make_prompts, run
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +46,44 @@ def test_tokens_are_the_same(
     metrics = llm.metrics()
     assert metrics.num_preemptions > 0
     assert 0 < metrics.num_swapped_pages <= metrics.num_preemptions * 10
+
+
+@pytest.mark.parametrize("running", ["recompute", "keep", "restart"])
+def test_new_weights_while_a_request_is_moved_out(tiny_model: tuple, running: str) -> None:
+    """What host memory holds of it is dropped: it goes on by the new weights alone."""
+    module, params = tiny_model
+    new = jax.tree.map(lambda leaf: leaf * 1.25, params)
+    llm = make_llm(
+        tiny_model,
+        num_pages=8,
+        num_host_pages=20,
+        min_swap_tokens=0,
+        enable_prefix_caching=False,
+        check_integrity=True,
+    )
+    ask = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
+    prompts = [prompt[:37] for prompt in make_prompts() if len(prompt) >= 37][:3]
+    for i, prompt in enumerate(prompts):
+        llm.add_request(str(i), prompt, ask)
+    for _ in range(200):
+        llm.step()
+        requests = [job.requests[0] for job in llm.engine.jobs.values()]
+        moved = [request for request in requests if request.saved is not None]
+        if moved:
+            break
+    assert moved
+    llm.update_params(new, running=running)
+    begins = {request.request_id: list(request.output_token_ids) for request in moved}
+    outputs: dict[str, RequestOutput] = {}
+    while llm.has_unfinished_requests():
+        outputs |= {output.request_id: output for output in llm.step()}
+    clean = make_llm((module, new))
+    for name, begin in begins.items():
+        assert not begin or running != "restart"
+        rest = dataclasses.replace(ask, max_tokens=60 - len(begin))
+        (alone,) = clean.generate(prompts[int(name)] + begin, rest, use_tqdm=False)
+        assert outputs[name].outputs[0].token_ids == begin + alone.outputs[0].token_ids
+    check_is_empty(llm)
 
 
 def test_with_room_for_all_less_is_computed_again(tiny_model: tuple) -> None:

@@ -214,6 +214,32 @@ def test_a_token_budget_ends_a_call_and_aborts_give_the_rest(llm: LLM) -> None:
     assert run_for(llm).finished == []
 
 
+def test_a_token_budget_counts_every_sample(tiny_model: tuple) -> None:
+    """Samples that wait give nothing; bursts and requests that were carried over count exactly."""
+    llm = LLM(tiny_model, **LIMITS | {"max_num_seqs": 2, "max_decode_steps": 4})
+    llm.add_request("a", PROMPT, SamplingParams(n=6, seed=1, max_tokens=40, ignore_eos=True))
+    before = 0
+    for _ in range(3):
+        some = run_for(llm, num_tokens=10)
+        total = sum(len(one.token_ids) for one in some.unfinished[0].outputs)
+        assert 10 <= total - before < 10 + 2 * 4
+        before = total
+    llm.abort_request("a")
+
+
+def test_a_token_budget_is_not_spent_by_what_was_there(llm: LLM) -> None:
+    """A request that ended when new weights came is told now, but ran before."""
+    llm.add_request("a", PROMPT, SamplingParams(seed=1, max_tokens=12, ignore_eos=True))
+    while not any(len(output.outputs[0].token_ids) >= 11 for output in llm.step()):
+        pass
+    llm.update_params(llm.params)  # takes in the last token
+    llm.add_request("b", PROMPT, SamplingParams(seed=2, max_tokens=30, ignore_eos=True))
+    some = run_for(llm, num_tokens=6)
+    assert [output.request_id for output in some.finished] == ["a"]
+    assert len(some.unfinished[0].outputs[0].token_ids) == 6
+    llm.abort_request("b")
+
+
 def test_a_time_budget_ends_a_call(llm: LLM) -> None:
     llm.add_request("a", [5, 6], SamplingParams(seed=1, max_tokens=100, ignore_eos=True))
     some = run_for(llm, seconds=1e-9)
@@ -221,7 +247,16 @@ def test_a_time_budget_ends_a_call(llm: LLM) -> None:
     llm.abort_request("a")
 
 
-@pytest.mark.parametrize("budget", [{"num_tokens": 0}, {"seconds": -1.0}, {"num_finished": 0}])
+@pytest.mark.parametrize(
+    "budget",
+    [
+        {"num_tokens": 0},
+        {"seconds": -1.0},
+        {"num_finished": 0},
+        {"num_tokens": True},
+        {"seconds": "5"},
+    ],
+)
 def test_budgets_must_be_positive(llm: LLM, budget: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="it must be above 0"):
         run_for(llm, **budget)
@@ -278,9 +313,27 @@ def test_a_lora_that_does_not_fit_is_refused(tiny_model: tuple) -> None:
     lora["layers_0"]["o"]["a"] = jnp.zeros((2, 3))
     lora["layers_9"] = {}
     lora["embed"] = jnp.zeros(3)
+    lora["layers_1"] = jnp.zeros(3)
     with pytest.raises(ValueError, match="lora does not fit") as info:
         merge_lora(params, lora)
-    for part in ("layers_0/o has a [2, 3]", "layers_9 is unknown", "embed is no pair"):
+    for part in (
+        "layers_0/o has a [2, 3]",
+        "layers_9 is unknown",
+        "embed is no pair",
+        "layers_1 is no dict of",
+    ):
         assert part in str(info.value)
     with pytest.raises(ValueError, match="no layer has a kernel named nothing"):
         init_lora(jax.random.key(0), params, 2, names=("nothing",))
+
+
+def test_what_is_no_matrix_has_no_low_rank_update(tiny_model: tuple) -> None:
+    with pytest.raises(ValueError, match=r"layers_0/attn_norm has shape \[64\]; .* leave it out"):
+        init_lora(jax.random.key(0), tiny_model[1], 2, names=("o", "attn_norm"))
+
+
+def test_a_product_of_half_precision_is_rounded_once() -> None:
+    """To the kernel's dtype, not to that of the pair: bfloat16 has no 1 + 2 ** -9."""
+    half = {"a": jnp.array([[1.0], [2**-9]], jnp.bfloat16), "b": jnp.ones((1, 2), jnp.bfloat16)}
+    merged = merge_lora({"layers_0": {"o": jnp.zeros((1, 1))}}, {"layers_0": {"o": half}})
+    assert merged["layers_0"]["o"].item() == 1 + 2**-9

@@ -200,6 +200,18 @@ def test_states_survive_new_weights(llm: LLM, running: str) -> None:
     assert outputs[0].outputs[0].token_ids == list(range(30))
 
 
+def test_states_survive_a_sleep(llm: LLM) -> None:
+    llm.add_request("a", PROMPTS[1], params(seed=1, logits_processors=["count"], max_tokens=30))
+    for _ in range(8):
+        llm.step()
+    llm.sleep()
+    llm.wake_up()
+    outputs: list[RequestOutput] = []
+    while llm.has_unfinished_requests():
+        outputs += [output for output in llm.step() if output.finished]
+    assert outputs[0].outputs[0].token_ids == list(range(30))
+
+
 # --- activation edits ---------------------------------------------------------------------------
 
 
@@ -269,6 +281,25 @@ def test_samples_of_an_edited_prompt(llm: LLM) -> None:
         assert single.outputs[0].token_ids == one.token_ids
 
 
+def test_a_snapshot_of_an_edited_request_has_no_keys_and_values(tiny_model: tuple) -> None:
+    """Whoever resumes it without the edit gets the model's own."""
+    llm = make_llm(tiny_model, min_swap_tokens=0)
+    llm.add_request("a", PROMPTS[0], params(temperature=0, activation_edits=["steer"]))
+    for _ in range(5):
+        llm.step()
+    snapshot = llm.snapshot("a")
+    llm.abort_request("a")
+    assert snapshot.kv is None
+    llm.resume(snapshot, "b", params(temperature=0))
+    outputs: list[RequestOutput] = []
+    while llm.has_unfinished_requests():
+        outputs += [output for output in llm.step() if output.finished]
+    begin = list(snapshot.output_token_ids)
+    rest = params(temperature=0, max_tokens=14 - len(begin))
+    (alone,) = llm.generate([PROMPTS[0] + begin], rest, use_tqdm=False)
+    assert outputs[0].outputs[0].token_ids == begin + alone.outputs[0].token_ids
+
+
 def test_residuals_are_those_of_transformers(tmp_path: Path) -> None:
     import torch
 
@@ -306,7 +337,36 @@ def test_several_decode_steps_in_one_call(tiny_model: tuple, llm: LLM) -> None:
         assert all(a.raw == pytest.approx(b.raw, abs=1e-4) for a, b in pairs)
 
 
+def test_layers_may_be_a_list(tiny_model: tuple) -> None:
+    edits = [ActivationEdit("steer", [1], steer)]
+    listed = make_llm(tiny_model, activation_edits=edits)
+    asked = params(temperature=0, activation_edits=["steer"])
+    (found,) = listed.generate([PROMPTS[1]], asked, use_tqdm=False)
+    expected = reference_greedy(tiny_model, PROMPTS[1], 14, EDITS[0])
+    assert found.outputs[0].token_ids == expected
+
+
 # --- refusals -----------------------------------------------------------------------------------
+
+
+def only_logits(logits: jax.Array, state: RequestState) -> Any:
+    return logits
+
+
+def largest(logits: jax.Array, state: RequestState) -> tuple[jax.Array, Any]:
+    return logits.max(), state.value
+
+
+def zeros() -> jax.Array:
+    return jnp.zeros(3)
+
+
+def ban_even_and_forget(logits: jax.Array, state: RequestState) -> tuple[jax.Array, Any]:
+    return ban_even(logits, state)[0], jnp.int32(0)
+
+
+def first(hidden: jax.Array, layer: int) -> jax.Array:
+    return hidden[:1]
 
 
 @pytest.mark.parametrize(
@@ -314,6 +374,21 @@ def test_several_decode_steps_in_one_call(tiny_model: tuple, llm: LLM) -> None:
     [
         (lambda: {"logits_processors": PROCESSORS * 2}, "more than once; names must differ"),
         (lambda: {"activation_edits": [ActivationEdit("a", (), steer)]}, "'a' has no layers"),
+        (lambda: {"logits_processors": [ban_even]}, "holds a function; it must hold LogitsProc"),
+        (lambda: {"activation_edits": [steer]}, "holds a function; it must hold ActivationEdits"),
+        (lambda: {"logits_processors": [LogitsProcessor("a", only_logits)]}, "return a pair"),
+        (
+            lambda: {"logits_processors": [LogitsProcessor("a", largest)]},
+            r"'a' returns logits float32\[\], of float32\[128\]",
+        ),
+        (
+            lambda: {"logits_processors": [LogitsProcessor("a", ban_even_and_forget, zeros)]},
+            r"'a' returns the value int32\[\]; init makes float32\[3\]",
+        ),
+        (
+            lambda: {"activation_edits": [ActivationEdit("a", [1], first)]},
+            r"'a' returns float32\[1\], of float32\[64\]",
+        ),
         (lambda: {"activation_edits": [ActivationEdit("a", (1, 9), steer)]}, r"names layers \[9\]"),
     ],
 )
