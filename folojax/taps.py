@@ -17,7 +17,7 @@ class Span(NamedTuple):
 
     row: Row
     first: int
-    count: int
+    num_tokens: int
 
 
 class Tapped(NamedTuple):

@@ -60,7 +60,7 @@ class UserFunctions:
 
     def check_strict(self, is_strict: bool) -> None:
         """Raises a ValueError if there are any in an engine that compiles only what is planned."""
-        names = [one.name for one in (*self.processors, *self.edits)]
+        names = [*(one.name for one in self.processors), *(one.name for one in self.edits)]
         if is_strict and (names or self.taps):
             raise ValueError(
                 "strict is True and there are logits_processors, activation_edits or "

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from folojax import LLM, ActivationEdit, RequestOutput, SamplingParams, read_residuals
+from folojax.compile_plan import Executable
 from folojax.models.checkpoint import build_module, load_params, open_checkpoint
 from folojax.models.dense_attend import dense_attend
 from folojax.prompts import ParsedPrompt
@@ -157,24 +158,26 @@ def test_nobody_else_notices(tiny_model: tuple, options: dict[str, Any]) -> None
         found = run(llm, kinds)
         if "max_decode_steps" in options and kinds is tapped:
             # The taps are outputs of one large program, which is another one with them.
-            pairs = [
-                (a.outputs[0].token_ids, b.outputs[0].token_ids)
-                for a, b in zip(found, expected, strict=True)
+            assert [a.outputs[0].token_ids for a in found] == [
+                b.outputs[0].token_ids for b in expected
             ]
         else:
-            pairs = [(facts(a), facts(b)) for a, b in zip(found, expected, strict=True)]
-        assert all(a == b for a, b in pairs)
+            assert list(map(facts, found)) == list(map(facts, expected))
 
 
-def test_steps_without_taps_run_the_programs_of_an_engine_without(tiny_model: tuple) -> None:
+def test_steps_without_taps_run_the_programs_of_an_engine_without(
+    tiny_model: tuple, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whatever was asked before; and a step with them tells the gate so."""
     llm = make_llm(tiny_model)
     seen: list[tuple[str, ...]] = []
     check = llm.engine.runner.gate.check
-    llm.engine.runner.gate.check = lambda one: (  # type: ignore[method-assign]
-        seen.append(one.functions),
-        check(one),
-    )[1]
+
+    def recorded(executable: Executable) -> None:
+        seen.append(executable.functions)
+        check(executable)
+
+    monkeypatch.setattr(llm.engine.runner.gate, "check", recorded)
     llm.generate([prompts()[0]], params(activations=True, temperature=0), use_tqdm=False)
     assert ("activations",) in seen
     seen.clear()
