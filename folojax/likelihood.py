@@ -52,7 +52,7 @@ def log_likelihood(
     flat = tokens.reshape(-1, length)
     hidden_states = functools.partial(_hidden_states, params, model=model)
     # JAX cannot vmap the ragged products of experts.
-    has_experts = getattr(model.config, "num_experts", 0) > 0  # type: ignore[attr-defined]
+    has_experts = getattr(model.config, "num_experts", 0) > 0
     hidden = lax.map(hidden_states, flat) if has_experts else jax.vmap(hidden_states)(flat)
     targets = jnp.roll(flat, -1, axis=1)
 

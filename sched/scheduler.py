@@ -198,11 +198,12 @@ class Scheduler:
                 if not has_pages:
                     self.memory.drop_saved(request)  # it may hold the reason
                     continue
-                tokens, status, stop_reason = append_tokens(request, tokens, max_model_len)
+                tokens, status, reason = append_tokens(request, tokens, max_model_len)
                 if status is None:  # else it had ended before it went wrong
                     self.memory.discard(request)
-                    status, stop_reason = RequestStatus.FINISHED_ERROR, failed[request_id]
-                self._finish(request, status, stop_reason)
+                    self._finish(request, RequestStatus.FINISHED_ERROR, failed[request_id])
+                else:
+                    self._finish(request, status, reason)
                 updates.append(RequestUpdate(request, tuple(tokens)))
                 continue
             status, stop_reason = None, None

@@ -103,7 +103,7 @@ def pair(
 
     from folojax.adapters.lm_eval import FolojaxLM
 
-    limits = {"max_model_len": 64, "max_num_seqs": 4, "max_num_batched_tokens": 32}
+    limits: dict[str, Any] = {"max_model_len": 64, "max_num_seqs": 4, "max_num_batched_tokens": 32}
     directory = text_directory
     if request.param == "real":
         directory = tmp_path_factory.mktemp("real")

@@ -119,8 +119,8 @@ def test_two_actors_of_a_local_ray(text_directory: Path) -> None:
     """Rows come back as the engine gives them, bad ones with their reason, whatever actor ran."""
     import ray
 
-    params = {"temperature": 0.0, "max_tokens": 6}
-    limits = {"max_model_len": 64, "max_num_seqs": 4, "num_pages": 8}
+    params: dict[str, Any] = {"temperature": 0.0, "max_tokens": 6}
+    limits: dict[str, Any] = {"max_model_len": 64, "max_num_seqs": 4, "num_pages": 8}
     prompts = [f"The number {number} is" for number in range(23)]
     rows = [{"key": key, "prompt": prompt} for key, prompt in enumerate([*prompts, "x" * 1000])]
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)

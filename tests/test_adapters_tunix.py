@@ -1,6 +1,7 @@
 """Rollouts behind tunix's interface, against the engine, `log_likelihood` and transformers."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ class Config:
     top_k: int | None = None
     seed: Any = None
     max_prompt_length: int = 16
-    eos_tokens: list[int] | None = None
+    eos_tokens: Sequence[int] | None = None
     return_logprobs: bool = False
 
 

@@ -161,7 +161,7 @@ class FolojaxLM(TemplateLM):
             has_bos = has_bos_prefix(context, self.tokenizer.bos_token)
             tokens = self._encode(context, False if has_bos else None)
             # With the room for all outputs kept free, as the `hf` model does.
-            prompts.append({"prompt_token_ids": tokens[one.max_tokens - self.max_length :]})
+            prompts.append({"prompt_token_ids": tokens[(one.max_tokens or 0) - self.max_length :]})
         outputs = self._llm.generate(prompts, params, use_tqdm=not disable_tqdm)
         texts = []
         for output, one in zip(outputs, params, strict=True):
@@ -176,13 +176,13 @@ class FolojaxLM(TemplateLM):
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
         """The text of a conversation; without its system messages if the template refuses them."""
-        options = {
+        options: dict[str, Any] = {
             "add_generation_prompt": add_generation_prompt,
             "continue_final_message": not add_generation_prompt,
             "chat_template_kwargs": self._chat_template_args,
         }
         try:
-            rendered = self._llm.render_chat(chat_history, **options)
+            rendered: Any = self._llm.render_chat(chat_history, **options)
         except ValueError as error:
             _LOG.warning("%s; trying without system messages", error)
             others = [message for message in chat_history if message["role"] != "system"]

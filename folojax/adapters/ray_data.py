@@ -138,6 +138,7 @@ class Generator:
 
     def _outputs(self, samples: Sequence[CompletionOutput], error: str) -> dict[str, Any]:
         """A row's entries of the added columns."""
+        fields: list[Any]
         if self._params.n > 1:
             fields = [[getattr(one, name) for one in samples] for name in _COLUMNS[:3]]
         elif samples:

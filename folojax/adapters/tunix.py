@@ -20,7 +20,8 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float
 
 from folojax.llm import LLM
 from folojax.sampling_params import SamplingParams
@@ -153,19 +154,19 @@ class Rollout:
 
     def get_per_token_logps(
         self,
-        prompt_tokens: Int[Array, "B P"],
-        completion_tokens: Int[Array, "B C"],
-        completion_mask: Bool[Array, "B C"] | None = None,
+        prompt_tokens: ArrayLike,
+        completion_tokens: ArrayLike,
+        completion_mask: ArrayLike | None = None,
     ) -> Float[Array, "B C"]:
         """Log-probabilities of completions in the model's own distribution, with no gradient.
 
         In deterministic mode they are the bits of sampling.
 
         Args:
-            prompt_tokens: Padded at the left.
-            completion_tokens: Padded at the right.
-            completion_mask: True up to a completion's end. None: it ends with its first end token
-                or, if it has none, before its padding.
+            prompt_tokens: int32 [B, P], padded at the left.
+            completion_tokens: int32 [B, C], padded at the right.
+            completion_mask: bool [B, C], True up to a completion's end. None: it ends with its
+                first end token or, if it has none, before its padding.
 
         Returns:
             float32; 0 behind a completion's end.
@@ -180,8 +181,8 @@ class Rollout:
             lengths = [_last(row) + 1 for row in np.asarray(completion_mask, bool)]
         rows = [row for row, length in enumerate(lengths) if length]
         scores = self._llm.score(
-            [self._strip(prompts[row]) for row in rows],
-            [completions[row, : lengths[row]] for row in rows],
+            [self._strip(prompts[row]).tolist() for row in rows],
+            [completions[row, : lengths[row]].tolist() for row in rows],
             use_tqdm=False,
         )
         found = np.zeros(completions.shape, np.float32)
@@ -210,11 +211,12 @@ class Rollout:
         """The tokenizer's end token."""
         return self._eos_id
 
-    def model(self) -> None:
+    def model(self) -> Any:
         """None: tunix would read the state of an nnx module from it, and the engine's is none.
 
         So tunix knows that trainer and engine share no weights, and calls `update_params`.
         """
+        return None
 
     def _encode(self, prompt: str) -> list[int]:
         tokenizer = self._llm.get_tokenizer()
