@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import numpy as np
 
 from folojax.batch import Batch, Row, ints
@@ -43,7 +44,9 @@ class ProcessorStates:
         if not row.params.has_processors:
             return
         if self.slots is None:
-            self.slots = init_processors(self._processors, self._num_slots)
+            slots = init_processors(self._processors, self._num_slots)
+            # Committed, as what the sampler returns: others are another input to jit.
+            self.slots = jax.device_put(slots, jax.devices()[0])
         num_outputs = len(row.token_ids) - row.num_prompt_tokens
         aside = self._aside.pop(row.request_id, None)
         if aside is None or not num_outputs:  # one that begins again has nothing behind it
