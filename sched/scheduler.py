@@ -209,9 +209,8 @@ class Scheduler:
             status, stop_reason = None, None
             if tokens:
                 request.num_samples_in_flight -= len(tokens)
-                num_sampled = len(tokens)
                 tokens, status, stop_reason = append_tokens(request, tokens, max_model_len)
-                self.flights.num_discarded_tokens += num_sampled - len(tokens)
+                self.flights.num_discarded_tokens += len(sampled[request_id]) - len(tokens)
             if has_pages:
                 num_scheduled = output.num_scheduled_tokens[request_id]
                 self.memory.advance(request, len(tokens) if is_multiple else num_scheduled)
