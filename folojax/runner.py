@@ -47,7 +47,6 @@ from folojax.state import (
     TokenScores,
     init_state,
     is_alive,
-    reserve_state,
 )
 from folojax.taps import Span, Tapped
 from folojax.user_functions import NO_FUNCTIONS, UserFunctions
@@ -196,8 +195,7 @@ class Runner(SamplerCalls):
             self.state = self._allocate()
 
     def _allocate(self) -> EngineState:
-        make = reserve_state if jax.default_backend() == "cpu" else init_state
-        return place(make(self._layout, self.batch.num_slots))
+        return place(init_state(self._layout, self.batch.num_slots))
 
     def check_is_empty(self) -> None:
         """Asserts that no request is remembered and every slot is free."""

@@ -17,13 +17,10 @@ slot is `M` or a table entry that is `P` is dropped by every scatter, so nothing
 Inputs may be NumPy arrays: handing those to a jitted call is their cheapest way to the device.
 """
 
-import functools
-import mmap
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt
 
 from folojax.kv_cache import KVCache, KVLayout, init_cache
@@ -127,22 +124,6 @@ def init_state(layout: KVLayout, max_num_seqs: int) -> EngineState:
         max_num_seqs: M, how many requests may hold a slot at once.
     """
     return EngineState(init_cache(layout), SlotState(jnp.zeros(max_num_seqs, jnp.int32)))
-
-
-def reserve_state(layout: KVLayout, max_num_seqs: int) -> EngineState:
-    """`init_state`, in memory that is taken only where something is written to it.
-
-    For CPU: JAX writes its zeros, gigabytes maybe, where memory that the system maps is zero by
-    itself, and JAX uses it as it is. A call that is given one of these arrays to donate returns
-    one of JAX's own in its place.
-    """
-    shapes = jax.eval_shape(functools.partial(init_state, layout, max_num_seqs))
-    return jax.tree.map(_mapped_zeros, shapes)
-
-
-def _mapped_zeros(like: jax.ShapeDtypeStruct) -> Array:
-    mapped = np.frombuffer(mmap.mmap(-1, like.size * like.dtype.itemsize), like.dtype)
-    return jax.device_put(mapped.reshape(like.shape))
 
 
 def greedy_rows(num_rows: int) -> SamplingRows:

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from folojax import kv_cache
 from folojax.kv_cache import KVCache, KVLayout, split_segments
-from folojax.state import init_state, reserve_state
 
 SEGMENTS = (3, 3, 5)
 S, L, K, D = 4, 2, 2, 8
@@ -253,8 +252,3 @@ def test_pages_are_copied_all_at_once(is_by_segment: bool, monkeypatch: pytest.M
     np.testing.assert_array_equal(got_key, expected_key)
     np.testing.assert_array_equal(got_value, expected_value)
     assert not np.any(read(cache, 0))
-
-
-def test_reserved_memory_holds_the_zeros_of_an_empty_state() -> None:
-    layout = make_layout()
-    chex.assert_trees_all_equal(reserve_state(layout, 3), init_state(layout, 3))
