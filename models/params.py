@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from folojax.models.config import ModelConfig
 from folojax.models.hf_names import Source, is_ignorable, parameter_sources
 from folojax.models.safetensors_files import DTYPES, TensorFiles, open_tensors
 
-_NUM_READERS = 2
 _SILENT_SECONDS = 2.0
 _MOST_PROBLEMS = 50
 
@@ -23,8 +21,8 @@ _MOST_PROBLEMS = 50
 def read_params(directory: Path, config: ModelConfig, dtype: Any) -> dict[str, Any]:
     """Reads a directory's weights into the parameter tree of the config's module.
 
-    Parameters are read two at a time, each in the layout that it keeps: beside those that are done,
-    only these are in memory. A bar shows how far it is if that takes seconds and somebody
+    Parameters are read one after the other, each in the layout that it keeps: beside those that
+    are done, only one is in memory. A bar shows how far it is if that takes seconds and somebody
     sits at a terminal.
 
     Args:
@@ -43,36 +41,26 @@ def read_params(directory: Path, config: ModelConfig, dtype: Any) -> dict[str, A
     tensors = open_tensors(directory)
     sources = parameter_sources(config)
     names = _find(tensors, config, sources, directory)
-    config_of_jax: Any = jax.config  # its options are attributes that no type checker sees
-    device = config_of_jax.jax_default_device  # of this thread
+    with tqdm(
+        total=params_bytes(config, dtype),
+        desc="Loading weights",
+        unit="B",
+        unit_scale=True,
+        delay=_SILENT_SECONDS,
+        disable=None,  # where there is no terminal
+        leave=False,
+    ) as bar:
 
-    def read(source: Source) -> jax.Array:
-        array = _empty(source, np.dtype(dtype))
-        for name, view in source.views(array):
-            tensors.read_into(names[name], view)
-        # Not `jnp.asarray`, which has NumPy transpose first, ten times slower. Waited for, or
-        # several would be in memory twice.
-        with jax.default_device(device):
+        def read(source: Source) -> jax.Array:
+            array = _empty(source, np.dtype(dtype))
+            for name, view in source.views(array):
+                tensors.read_into(names[name], view)
+            bar.update(array.nbytes)
+            # Not `jnp.asarray`, which has NumPy transpose first, ten times slower. Waited for, or
+            # several would be in memory twice.
             return jax.device_put(array).block_until_ready()
 
-    with (
-        ThreadPoolExecutor(_NUM_READERS) as pool,
-        tqdm(
-            total=params_bytes(config, dtype),
-            desc="Loading weights",
-            unit="B",
-            unit_scale=True,
-            delay=_SILENT_SECONDS,
-            disable=None,  # where there is no terminal
-            leave=False,
-        ) as bar,
-    ):
-        leaves, tree = jax.tree.flatten(sources)
-        arrays = []
-        for array in pool.map(read, leaves):
-            bar.update(array.nbytes)
-            arrays.append(array)
-        return jax.tree.unflatten(tree, arrays)
+        return jax.tree.map(read, sources)
 
 
 def _empty(source: Source, dtype: np.dtype) -> np.ndarray:
