@@ -96,8 +96,8 @@ def test_all_problems_are_named_at_once() -> None:
 @pytest.mark.parametrize(
     ("fields", "names"),
     [
-        ({"min_tokens": 17}, ("min_tokens is 17", "max_tokens=16")),
-        ({"min_tokens": 3, "max_tokens": 2}, ("min_tokens is 3", "max_tokens=2")),
+        ({"min_tokens": 17}, ("min_tokens is 17", "max_tokens, 16")),
+        ({"min_tokens": 3, "max_tokens": 2}, ("min_tokens is 3", "max_tokens, 2")),
         ({"stop": "a", "detokenize": False}, ("stop is ['a']", "detokenize is False")),
         ({"n": 2, "temperature": 0.0}, ("n is 2", "temperature is 0.0")),
         ({"n": 2, "temperature": 9e-6}, ("n is 2", "temperature is 9e-06")),
