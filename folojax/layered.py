@@ -146,7 +146,7 @@ def split_layers(kinds: Sequence[Hashable]) -> list[range]:
     >>> split_layers(["a"] * 30)
     [range(0, 6), range(6, 12), range(12, 18), range(18, 24), range(24, 30)]
     >>> split_layers(["a", "b"] * 4)
-    [range(0, 8)]
+    [range(0, 4), range(4, 8)]
     """
 
     def split(size: int) -> list[range]:

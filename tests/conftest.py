@@ -1,5 +1,6 @@
 """Settings and engines that all tests share."""
 
+import gc
 import shutil
 import signal
 from collections.abc import Iterator
@@ -60,6 +61,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             left_out = [item for item in items if marker in item.keywords]
             config.hook.pytest_deselected(items=left_out)
             items[:] = [item for item in items if marker not in item.keywords]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def room_for_programs() -> Iterator[None]:
+    """Forgets compiled programs before they are too many for one process.
+
+    Each is some ten mapped areas of memory, of which Linux grants a process 65,530; beyond that a
+    program that is loaded ends the process.
+    """
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.is_file() and len(maps.read_text().splitlines()) > 20_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
