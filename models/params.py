@@ -60,7 +60,11 @@ def read_params(directory: Path, config: ModelConfig, dtype: Any) -> dict[str, A
             # several would be in memory twice.
             return jax.device_put(array).block_until_ready()
 
-        return jax.tree.map(read, sources)
+        leaves, tree = jax.tree.flatten(sources)
+        # The largest first: what is in memory twice meanwhile is small when memory is fullest.
+        order = sorted(range(len(leaves)), key=lambda i: -math.prod(leaves[i].shape))
+        arrays = {i: read(leaves[i]) for i in order}
+        return jax.tree.unflatten(tree, [arrays[i] for i in range(len(leaves))])
 
 
 def _empty(source: Source, dtype: np.dtype) -> np.ndarray:
