@@ -1,4 +1,4 @@
-"""scripts/bench.py: other engines, their files, and whether they agree. No time is ever asserted."""
+"""scripts/bench.py: other engines, their files, and whether they agree. No time is asserted."""
 
 import functools
 import importlib
