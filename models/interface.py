@@ -58,7 +58,7 @@ class Attend(Protocol):
 
 @runtime_checkable
 class Layered(Protocol):
-    """A model that can be run layer by layer, each call a program of its own.
+    """A model that can be run some layers at a time, each call a program of its own.
 
     The same as its `__call__`, cut in pieces: `begin`, then `alone(i)` with the parameters
     `layers_<i>` on what `layer_rotary` picks, then `end`.
