@@ -33,7 +33,7 @@ from bench_ceilings import CEILINGS, DECODE_ROWS, Ceilings, compare
 from bench_engine import WARM_UPS, Folojax
 from bench_isolation import Contender, Isolated
 from bench_metrics import medians
-from bench_peers import FILES, PEERS, find_peers
+from bench_peers import FILES, PEERS, find_far_behind, find_peers
 from bench_plots import add_plot_option, file_name, plot_report
 from bench_ratios import ONE_AT_A_TIME, find_ratios
 from bench_sampling import measure_sampling, print_sampling
@@ -241,9 +241,14 @@ def measure(
             preparations[name] = running[name].prepare(workload)
         for name, share in find_agreements(_with_peers(running), encode).items():
             preparations[name]["agreement"] = share
-        for _ in range(rounds):
-            for name, contender in running.items():
-                figures[name].append(contender.run(workload))
+        behind: set[str] = set()
+        for number in range(rounds):
+            for name in [name for name in running if name not in behind]:
+                figures[name].append(running[name].run(workload))
+            if number == 0:
+                once = {name: figures[name][0] for name in running if name.startswith(PEERS)}
+                rates = {name: one["output_throughput"] for name, one in once.items()}
+                behind = find_far_behind(rates)
     finally:
         for contender in running.values():
             contender.close()

@@ -2,7 +2,7 @@
 
 import functools
 import importlib.util
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from bench_isolation import Contender
@@ -67,6 +67,21 @@ def find_peers(
             raise ValueError(f"llama.cpp reads GGUF files; the model is {model!r}")
         for kind in files:
             yield _llama_cpp(source, kind, most_rows)
+
+
+def find_far_behind(throughputs: Mapping[str, float]) -> set[str]:
+    """Peers with less than half of the best throughput of the same engine.
+
+    One round says that they are not how this engine is best run.
+
+    >>> find_far_behind({"llama.cpp BF16": 5.0, "llama.cpp Q4_0": 11.0, "transformers f32": 1.0})
+    {'llama.cpp BF16'}
+    """
+    behind = set()
+    for engine in PEERS:
+        own = {name: value for name, value in throughputs.items() if name.startswith(engine)}
+        behind |= {name for name, value in own.items() if 2 * value < max(own.values())}
+    return behind
 
 
 def _found(workload: Workload, has_gguf: bool) -> Iterator[str]:

@@ -28,6 +28,7 @@ _PADDING: tuple[tuple[str, str, str], ...] = (
 )
 
 _COUNTS: tuple[tuple[str, str, str], ...] = (
+    ("rounds", "num_rounds", ",.0f"),
     ("load s", "load_s", ".1f"),
     ("warm-up s", "warm_up_s", ".1f"),
     ("cold compile s", "cold_compile_s", ".1f"),

@@ -279,6 +279,40 @@ def test_peers_are_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert names("auto", static) == []
 
 
+def test_a_peer_far_behind_its_engine_sits_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = {"folojax": 1.0, "transformers bfloat16": 4.0, "transformers float32": 9.0}
+    rates |= {"llama.cpp F16": 50.0, "llama.cpp Q4_0": 99.0}
+    ran: list[str] = []
+
+    class Fixed:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def prepare(self, workload: Any) -> dict[str, Any]:
+            return {}
+
+        def run(self, workload: Any) -> dict[str, Any]:
+            ran.append(self.name)
+            return {"output_throughput": rates[self.name]}
+
+        def close(self) -> None:
+            pass
+
+    bench = script("bench")
+    monkeypatch.setattr(bench, "find_agreements", lambda contenders, encode: {})
+    makers = {name: functools.partial(Fixed, name) for name in rates}
+    results = bench.measure(makers, None, 3, False, str.split)
+    assert {name: ran.count(name) for name in rates} == {
+        "folojax": 3,
+        "transformers bfloat16": 1,
+        "transformers float32": 3,
+        "llama.cpp F16": 3,
+        "llama.cpp Q4_0": 3,
+    }
+    assert results["transformers bfloat16"]["num_rounds"] == 1
+    assert results["transformers float32"]["num_rounds"] == 3
+
+
 def test_llama_cpp_needs_a_gguf_file(text_directory: Path) -> None:
     arguments: Any = (str(text_directory), [], ["packaged"], 4, workload(request(4, 4)))
     peers = script("bench_peers")
