@@ -8,17 +8,14 @@ layer and are computed once a step.
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from folojax import kv_cache
+from folojax.gathered_attention import MASKED, attend_gathered
 from folojax.kv_cache import KVCache
 from folojax.models.interface import PLAIN, Scoring
 from folojax.state import DecodeInputs, PrefillInputs, SharedPages
-
-# Finite, so that a row without any valid key (padding) gives numbers and not NaN.
-MASKED = -1e30
 
 
 class ChunkPlan(NamedTuple):
@@ -28,6 +25,7 @@ class ChunkPlan(NamedTuple):
     offset: Int[Array, " T"]
     page_table: Int[Array, "R N"]
     query_position: Int[Array, "R C"]
+    end: Int[Array, " R"]  # positions of the row that have keys, this chunk's included
 
 
 class TokenPlan(NamedTuple):
@@ -56,6 +54,7 @@ def plan_chunks(inputs: PrefillInputs, cache: KVCache) -> ChunkPlan:
         offset=(position % page_size).reshape(-1),
         page_table=inputs.page_table,
         query_position=position,
+        end=inputs.start + inputs.length,
     )
 
 
@@ -102,24 +101,10 @@ def attend_chunks(
     """Causal attention of every row's tokens to its request's pages, softmax in float32."""
     cache = kv_cache.write(cache, layer, plan.page, plan.offset, key, value)
     keys, values = kv_cache.gather_pages(cache, layer, plan.page_table, query.dtype)
-    rows, pages, kv_heads, dim, size = keys.shape
-    columns, groups = plan.query_position.shape[1], query.shape[1] // kv_heads
-    # Batch axes flattened to one, queries of a group stacked: plain batched products, which is
-    # what XLA's CPU backend runs fastest (and in bfloat16 runs at all).
-    query = query.reshape(rows, columns, kv_heads, groups, dim).transpose(0, 2, 1, 3, 4)
-    query = query.reshape(rows * kv_heads, columns * groups, dim)
-    keys = keys.transpose(0, 2, 3, 1, 4).reshape(rows * kv_heads, dim, pages * size)
-    values = values.transpose(0, 2, 1, 3, 4).reshape(rows * kv_heads, pages * size, dim)
-    scores = jnp.einsum("nqd,nds->nqs", query, keys, preferred_element_type=jnp.float32)
-    scores = scoring.scores(scores, dim).reshape(rows, kv_heads, columns, groups, pages * size)
-    age = plan.query_position[:, :, None] - jnp.arange(pages * size)[None, None, :]
-    visible = scoring.is_visible(age)
-    scores = jnp.where(visible[:, None, :, None, :], scores, MASKED)
-    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-    weights = weights.reshape(rows * kv_heads, columns * groups, pages * size)
-    out = jnp.einsum("nqs,nsd->nqd", weights, values, preferred_element_type=jnp.float32)
-    out = out.reshape(rows, kv_heads, columns, groups, dim).transpose(0, 2, 1, 3, 4)
-    return cache, out.reshape(rows * columns, kv_heads * groups, dim).astype(query.dtype)
+    rows, columns = plan.query_position.shape
+    query = query.reshape(rows, columns, *query.shape[1:])
+    out = attend_gathered(query, keys, values, plan.query_position, plan.end, scoring)
+    return cache, out.reshape(rows * columns, *out.shape[2:])
 
 
 def attend_tokens(

@@ -25,7 +25,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from folojax import kv_cache
-from folojax.attention import MASKED
+from folojax.gathered_attention import MASKED
 from folojax.kv_cache import KVCache
 from folojax.models.interface import PLAIN, Scoring
 from folojax.residual import ActivationEdit, intercept

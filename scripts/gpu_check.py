@@ -4,6 +4,7 @@
     python scripts/gpu_check.py bits          what leaves a row's bits alone
     python scripts/gpu_check.py attention     ways of reading the paged cache, one layer
     python scripts/gpu_check.py decode        whole steps
+    python scripts/gpu_check.py prefill       whole calls, with cuDNN's attention and without
     python scripts/gpu_check.py nano          256 requests end to end
     python scripts/gpu_check.py peer          the same through transformers
 
@@ -24,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from gpu_common import SHAPES, Pages, Report, copy_bandwidth, make_model, seconds
 from gpu_nano import check_nano
+from gpu_prefill import check_prefill
 from gpu_right import check_bits, check_right
 
 from folojax import (
@@ -216,11 +218,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("part", choices=["attention", "decode", "nano", "peer", "right", "bits"])
+    parts = ["attention", "decode", "prefill", "nano", "peer", "right", "bits"]
+    parser.add_argument("part", choices=parts)
     parser.add_argument("--model", choices=list(SHAPES), default="qwen3-0.6b", help="its shape")
     parser.add_argument("--small", action="store_true", help="shrink everything")
     parser.add_argument("--rows", type=int, nargs="+", default=[8, 64, 256], help="for decode")
-    parser.add_argument("--page-size", type=int, default=128, help="for decode")
+    parser.add_argument("--page-size", type=int, default=128, help="for decode and prefill")
     parser.add_argument("--limit", type=float, default=150, metavar="S", help="for peer, seconds")
     parser.add_argument(
         "--set",
@@ -265,6 +268,8 @@ def _run_part(args: Any, report: Report) -> None:
         check_attention(args.small, bandwidth, report)
     elif args.part == "decode":
         check_decode(args.small, args.model, args.rows, args.page_size, bandwidth, report)
+    elif args.part == "prefill":
+        check_prefill(args.small, args.model, args.page_size, report)
     elif args.part == "nano":
         options = {field: int(value) for field, value in args.set}
         overlaps = [overlap == "on" for overlap in args.overlap]

@@ -17,6 +17,7 @@ PATH = (
         "record",
         "state",
         "sampling",
+        "gathered_attention",
         "attention",
         "residual",
         "step",
