@@ -51,7 +51,7 @@ def attend_gathered(
 
 
 def choose_way(dtype: DTypeLike, head_dim: int, scoring: Scoring) -> Way:
-    """Fused by cuDNN where it can: half precision on an NVIDIA GPU from Ampere on, scores not capped."""
+    """The fused way where cuDNN has it: half precision, NVIDIA from Ampere on, no soft cap."""
     device = jax.devices()[0]
     is_half = jnp.dtype(dtype) in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
     is_size = head_dim % 8 == 0 and head_dim <= 128
