@@ -3,6 +3,7 @@
 While one is timed the others sleep in a read.
 """
 
+import contextlib
 import multiprocessing
 import traceback
 from collections.abc import Callable, Sequence
@@ -78,11 +79,11 @@ class Isolated:
 
 def _serve(pipe: Connection, make: Callable[[], Contender]) -> None:
     try:
-        contender = make()
-        pipe.send((False, contender.name))
-        while True:
-            method, arguments = pipe.recv()
-            pipe.send((False, getattr(contender, method)(*arguments)))
+        with contextlib.closing(make()) as contender:
+            pipe.send((False, contender.name))
+            while True:
+                method, arguments = pipe.recv()
+                pipe.send((False, getattr(contender, method)(*arguments)))
     except EOFError:
         return
     except Exception:

@@ -1,6 +1,7 @@
 """A contender that measures nothing: for tests of the processes that contenders live in."""
 
 import os
+import threading
 from typing import Any
 
 
@@ -11,6 +12,9 @@ class StubContender:
         if name == "cannot be made":
             raise ValueError("this contender cannot be made")
         self.name = name
+        self._is_over = threading.Event()
+        if name == "with a thread":  # the process ends with it, and not before
+            threading.Thread(target=self._is_over.wait).start()
 
     def prepare(self, workload: Any) -> dict[str, Any]:
         return {"pid": os.getpid()}
@@ -23,4 +27,4 @@ class StubContender:
         return {"workload": workload}
 
     def close(self) -> None:
-        pass
+        self._is_over.set()

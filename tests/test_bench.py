@@ -291,6 +291,16 @@ def test_a_contender_lives_in_a_process_of_its_own(bench: ModuleType) -> None:
         bench.Isolated(functools.partial(StubContender, "cannot be made"))
 
 
+@pytest.mark.parametrize("is_failing", [False, True])
+def test_a_process_is_closed_with_what_it_holds(bench: ModuleType, is_failing: bool) -> None:
+    contender = bench.Isolated(functools.partial(StubContender, "with a thread"))
+    if is_failing:
+        with pytest.raises(RuntimeError, match="this workload fails"):
+            contender.run("fails")
+    contender.close()
+    assert contender._process.exitcode == 0
+
+
 def test_a_process_that_dies_is_an_error(bench: ModuleType) -> None:
     contender = bench.Isolated(functools.partial(StubContender, "stub"))
     with pytest.raises(RuntimeError, match="exit code 7"):
