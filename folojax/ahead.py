@@ -1,6 +1,7 @@
 """Compiles an engine's executables ahead of time, several at once."""
 
 import functools
+import logging
 import os
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -15,8 +16,11 @@ from folojax.batch import ints
 from folojax.buckets import DecodeShape, PrefillShape
 from folojax.compile_plan import COPIES, EDITS, CompilePlan, Executable, Planned, model_executable
 from folojax.deterministic import DeterministicRunner
+from folojax.memory_areas import FULL, share_of_areas
 from folojax.runner import Runner
 from folojax.sampling import SamplingClass, SamplingSpec
+
+_LOG = logging.getLogger("folojax")
 
 _MOST_THREADS = 8  # tracing holds Python's lock: more would wait for it
 
@@ -45,6 +49,10 @@ def warm_up(
         sampling: Classes of sampling parameters that will be used.
         has_logprobs: Whether log-probabilities will be asked for.
         num_threads: None: one for each processor, at most eight.
+
+    Raises:
+        RuntimeError: the process has no room for all programs, and the engine is strict. Another
+            one goes on without the rest, and says so.
     """
     done = []
     if SamplingClass.EDITED in sampling:
@@ -52,7 +60,9 @@ def warm_up(
         runner.compile_edits()
         done.append(Planned(EDITS, None, time.perf_counter() - start))
 
-    def compile_one(job: tuple[Any, Any]) -> Planned:
+    def compile_one(job: tuple[Any, Any]) -> Planned | None:
+        if share_of_areas() >= FULL:
+            return None
         executable, lower = job
         start = time.perf_counter()
         compiled = [lowered.compile() for lowered in lower()]
@@ -62,7 +72,17 @@ def warm_up(
 
     jobs = list(_jobs(runner, sampling, has_logprobs))
     with ThreadPoolExecutor(num_threads or min(os.cpu_count() or 1, _MOST_THREADS)) as pool:
-        done += pool.map(compile_one, jobs)
+        compiled = list(pool.map(compile_one, jobs))
+    done += [one for one in compiled if one is not None]
+    if None in compiled:
+        text = (
+            f"{compiled.count(None)} of {len(jobs)} executables are not compiled ahead of time: "
+            "the programs so far take most of the memory areas that Linux grants a process. Raise "
+            "vm.max_map_count, or allow fewer shapes (max_num_seqs, max_model_len)"
+        )
+        if runner.gate.is_strict:
+            raise RuntimeError(f"{text}, or set strict to False")
+        _LOG.warning("%s. The rest are compiled when they are needed.", text)
     start = time.perf_counter()
     cache, _ = kv_cache.compile_copies(runner.state.cache)
     runner.state = runner.state._replace(cache=cache)

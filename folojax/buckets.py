@@ -165,7 +165,8 @@ def make_buckets(config: ResolvedConfig, backend: str = "cpu", min_decode_rows: 
             prefill_columns=config.prefill_row_len,
             prefill_pages=_table_sizes(max_pages, 2),
             prefill_segments=(*range(2, len(segments), 2), len(segments)),
-            decode_pages=_table_sizes(max_pages, 8),
+            # What a wider table costs is the gathering of partial sums, which is little.
+            decode_pages=_table_sizes(max_pages, 8, 2.0),
             segments=segments,
             shared_rows=_every_other(decode_rows),
             most_copied_pages=_MOST_COPIED_TOKENS_ON_CPU // config.page_size,
@@ -231,14 +232,16 @@ def _with_previous(sizes: tuple[int, ...]) -> Iterator[tuple[int, int]]:
     return zip((0, *sizes), sizes, strict=False)
 
 
-def _table_sizes(last: int, first: int) -> tuple[int, ...]:
-    """`first`, times 4, ... up to `last`; a size that is nearly as large as `last` is left out.
+def _table_sizes(last: int, first: int, least_gain: float = 4 / 3) -> tuple[int, ...]:
+    """`first`, times 4, ... up to `last`; a size that `last` exceeds by no more is left out.
 
     >>> _table_sizes(34, 8)
     (8, 34)
+    >>> _table_sizes(12, 8, least_gain=2.0)
+    (12,)
     """
     sizes = _powers(last, 4, min(first, last))
-    return tuple(size for size in sizes if size == last or 4 * size < 3 * last)
+    return tuple(size for size in sizes if size == last or last > least_gain * size)
 
 
 def _with_halves(sizes: tuple[int, ...], least: int) -> tuple[int, ...]:

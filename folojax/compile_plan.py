@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 
 from folojax.buckets import Buckets, DecodeShape, PrefillShape
+from folojax.memory_areas import make_room
 from folojax.residual import ActivationEdit
 from folojax.sampling import SamplingClass, SamplingSpec
 
@@ -228,6 +229,7 @@ class Gate:
                 "set strict to False"
             )
         self._known.add(executable)
+        make_room()
         if self._is_warm and not self._has_warned:
             self._has_warned = True
             _LOG.warning("%s: a step waits for the compiler. This is said once.", text)

@@ -363,6 +363,9 @@ class LLM(RequestLoop):
     ) -> int:
         """Compiles every executable of the plan now, so that no step waits for a compiler.
 
+        On CPU each takes some of the memory areas that Linux grants a process. Where those would
+        not do, the rest of the plan is left for when it is needed, with a warning.
+
         Args:
             sampling: As in `plan`.
             logprobs: As in `plan`.
@@ -371,7 +374,7 @@ class LLM(RequestLoop):
             How many executables there are.
 
         Raises:
-            RuntimeError: the engine sleeps.
+            RuntimeError: the engine sleeps, or is strict and there is no room for the whole plan.
         """
         self.engine.check_is_awake()
         return len(warm_up(self.engine.runner, sampling, logprobs))

@@ -26,12 +26,13 @@ def check_prefill(small: bool, name: str, page_size: int, report: Report) -> Non
     for pages in (1, 2) if small else (1, 4, 8):
         layout = KVLayout.of(module.config, module.dtype, (rows * pages,), page_size)
         tokens = np.random.default_rng(0).integers(module.config.vocab_size, size=(rows, columns))
-        inputs = PrefillInputs(
-            tokens=tokens.astype(np.int32),
-            start=np.full(rows, pages * page_size - columns, np.int32),
-            length=np.full(rows, columns, np.int32),
-            page_table=np.arange(rows * pages, dtype=np.int32).reshape(rows, pages),
-        )
+        arrays: list[Any] = [
+            tokens.astype(np.int32),
+            np.full(rows, pages * page_size - columns, np.int32),  # start
+            np.full(rows, columns, np.int32),  # length
+            np.arange(rows * pages, dtype=np.int32).reshape(rows, pages),
+        ]
+        inputs = PrefillInputs(*arrays)
         reference = None
         for way in ways:
             jax.clear_caches()  # the other way's trace has the same arguments

@@ -15,6 +15,7 @@ from jaxtyping import install_import_hook
 _ARRAY_MODULES = (
     "attention",
     "draws",
+    "gathered_attention",
     "kv_cache",
     "logit_edits",
     "models",

@@ -51,7 +51,7 @@ def attend(keys: np.ndarray, scoring: Scoring = PLAIN) -> np.ndarray:
     query, _, values = arrays()
     position = START[:, None] + np.arange(COLUMNS)[None, :]
     # A function of its own, or another way's program is found.
-    jitted = jax.jit(lambda *args: attend_gathered(*args, scoring=scoring))
+    jitted = jax.jit(lambda *args: attend_gathered(*args, scoring))
     return np.asarray(jitted(query, keys, values, position, START + LENGTH))
 
 

@@ -27,6 +27,7 @@ PATH = (
     ("likelihood",),
     ("sampling_params", "user_functions", "row_params"),
     ("config", "buckets"),
+    ("memory_areas",),
     ("compile_plan",),
     ("batch", "taps", "results", "host_store", "processor_states", "sampler_calls", "runner"),
     ("deterministic", "ahead"),

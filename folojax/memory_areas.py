@@ -1,0 +1,51 @@
+"""The memory areas of this process, of which compiled programs take many and Linux grants few.
+
+XLA on CPU maps three areas for each kernel of a program: about 90 a program, 270 for the programs
+of a decode step's shape. Linux grants a process 65,530 (`vm.max_map_count`); beyond them the
+compiler crashes, and the process with it.
+"""
+
+import functools
+import logging
+from pathlib import Path
+
+import jax
+
+_LOG = logging.getLogger("folojax")
+
+FULL = 0.75
+"""Share of the areas from which on nothing is compiled ahead of time."""
+
+_BRIM = 0.9
+
+_AREAS = Path("/proc/self/maps")
+_LIMIT = Path("/proc/sys/vm/max_map_count")
+
+
+def share_of_areas() -> float:
+    """Areas in use, of those that there may be; 0 where the system does not tell."""
+    limit = _limit()
+    if limit is None:
+        return 0.0
+    with _AREAS.open("rb") as areas:
+        return sum(1 for _ in areas) / limit
+
+
+def make_room() -> None:
+    """Drops all compiled programs if another might be one too many; they come back as needed."""
+    if (share := share_of_areas()) >= _BRIM:
+        jax.clear_caches()
+        _LOG.warning(
+            "compiled programs took %.0f %% of the memory areas that Linux grants a process, and "
+            "were dropped: those in use are read from the compilation cache again. Raise "
+            "vm.max_map_count, or allow fewer shapes (max_num_seqs, max_model_len)",
+            100 * share,
+        )
+
+
+@functools.cache
+def _limit() -> int | None:
+    try:
+        return int(_LIMIT.read_text())
+    except (OSError, ValueError):
+        return None
