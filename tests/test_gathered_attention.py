@@ -4,6 +4,7 @@ cuDNN itself is not here: `scripts/gpu_right.py` compares it on a card. `jax.nn`
 arguments for its XLA implementation, which runs anywhere.
 """
 
+import functools
 import types
 from typing import Any
 
@@ -51,7 +52,7 @@ def attend(keys: np.ndarray, scoring: Scoring = PLAIN) -> np.ndarray:
     query, _, values = arrays()
     position = START[:, None] + np.arange(COLUMNS)[None, :]
     # A function of its own, or another way's program is found.
-    jitted = jax.jit(lambda *args: attend_gathered(*args, scoring))
+    jitted = jax.jit(functools.partial(attend_gathered, scoring=scoring))
     return np.asarray(jitted(query, keys, values, position, START + LENGTH))
 
 
