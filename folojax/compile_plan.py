@@ -202,6 +202,7 @@ class Gate:
         self._has_warned = False
         self._compiled: dict[Executable, Planned] = {}
         self._known = set(planned)
+        self._met: set[Executable] = set()
 
     def set_compiled(self, entries: Collection[Planned]) -> None:
         """From now on these are the plan, with those that were compiled before."""
@@ -214,22 +215,23 @@ class Gate:
         return self._compiled.get(executable, Planned(executable))
 
     def check(self, executable: Executable) -> None:
-        """Tells of an executable outside the plan.
+        """Tells of an executable outside the plan, and makes room for one that is not compiled yet.
 
         Raises:
             RuntimeError: there is one, and the gate is strict.
         """
-        if executable in self._known:
+        if executable in self._compiled or executable in self._met:
             return
         text = f"{executable} is not in the compile plan"
-        if self.is_strict:
+        is_planned = executable in self._known
+        if self.is_strict and not is_planned:
             raise RuntimeError(
                 f"{text}, and EngineConfig.strict forbids to compile it: warm up for what is used "
                 "(LLM.warm_up has the classes of sampling and log-probabilities as arguments), or "
                 "set strict to False"
             )
-        self._known.add(executable)
+        self._met.add(executable)
         make_room()
-        if self._is_warm and not self._has_warned:
+        if self._is_warm and not is_planned and not self._has_warned:
             self._has_warned = True
             _LOG.warning("%s: a step waits for the compiler. This is said once.", text)

@@ -96,3 +96,14 @@ def test_a_strict_engine_is_warm_or_says_why_not(
     monkeypatch.setattr(ahead, "share_of_areas", full_after(3))
     with pytest.raises(RuntimeError, match=r"not compiled ahead of time.*vm\.max_map_count"):
         llm.warm_up([SamplingClass.GREEDY], logprobs=False)
+
+
+def test_an_engine_at_the_brim_goes_on(
+    tiny_model: tuple, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (expected,) = LLM(tiny_model, **FEW_SHAPES).generate(PROMPT, PARAMS, use_tqdm=False)
+    monkeypatch.setattr(memory_areas, "share_of_areas", lambda: 0.95)
+    with caplog.at_level(logging.WARNING, "folojax"):
+        (output,) = LLM(tiny_model, **FEW_SHAPES).generate(PROMPT, PARAMS, use_tqdm=False)
+    assert "were dropped" in caplog.text
+    assert output.outputs[0].token_ids == expected.outputs[0].token_ids
