@@ -1,7 +1,7 @@
 """Both ways of attending to gathered pages, against plain attention in float64.
 
-cuDNN itself is not here: `scripts/gpu_check.py prefill` compares it on a card. `jax.nn` takes the same
-arguments for its XLA implementation, which runs anywhere.
+cuDNN itself is not here: `scripts/gpu_check.py prefill` compares it on a card. `jax.nn` takes the
+same arguments for its XLA implementation, which runs anywhere.
 """
 
 import functools
