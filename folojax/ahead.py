@@ -74,9 +74,10 @@ def warm_up(
     with ThreadPoolExecutor(num_threads or min(os.cpu_count() or 1, _MOST_THREADS)) as pool:
         compiled = list(pool.map(compile_one, jobs))
     done += [one for one in compiled if one is not None]
-    if None in compiled:
+    left_out = [job[0] for job, one in zip(jobs, compiled, strict=True) if one is None]
+    if left_out:
         text = (
-            f"{compiled.count(None)} of {len(jobs)} executables are not compiled ahead of time: "
+            f"{len(left_out)} of {len(jobs)} executables are not compiled ahead of time: "
             "the programs so far take most of the memory areas that Linux grants a process. Raise "
             "vm.max_map_count, or allow fewer shapes (max_num_seqs, max_model_len)"
         )
@@ -87,7 +88,7 @@ def warm_up(
     cache, _ = kv_cache.compile_copies(runner.state.cache)
     runner.state = runner.state._replace(cache=cache)
     done.append(Planned(COPIES, None, time.perf_counter() - start))
-    runner.gate.set_compiled(done)
+    runner.gate.set_compiled(done, left_out)
     return make_plan(runner, sampling, has_logprobs)
 
 

@@ -204,10 +204,17 @@ class Gate:
         self._known = set(planned)
         self._met: set[Executable] = set()
 
-    def set_compiled(self, entries: Collection[Planned]) -> None:
-        """From now on these are the plan, with those that were compiled before."""
+    def set_compiled(
+        self, entries: Collection[Planned], left_out: Collection[Executable] = ()
+    ) -> None:
+        """From now on these are the plan, with those that were compiled before.
+
+        Args:
+            entries: Compiled.
+            left_out: Planned, but not compiled for lack of room.
+        """
         self._compiled |= {entry.executable: entry for entry in entries}
-        self._known = set(self._compiled)
+        self._known = {*self._compiled, *left_out}
         self._is_warm = True
 
     def cost(self, executable: Executable) -> Planned:
