@@ -16,6 +16,7 @@ from folojax.engine import Engine
 from folojax.kv_cache import KVLayout
 from folojax.memory_plan import MemoryPlan, plan_fraction, plan_pages
 from folojax.models.checkpoint import Checkpoint, build_module, load_params, open_checkpoint
+from folojax.models.int8_kernels import has_int8_kernels, quantize_params
 from folojax.models.params import params_bytes
 from folojax.runner import Runner
 from folojax.sampling_params import SamplingParams
@@ -66,18 +67,26 @@ def load_model(
 
     Limits and memory are settled before weights are read, which may take long or not fit.
     """
+    is_int8 = config.quantization == "int8"
     if isinstance(model, tuple):
         module, params = model
+        if has_int8_kernels(params) and not is_int8:
+            raise ValueError('params have kernels in eight bits: pass quantization="int8"')
         leaves = jax.tree.leaves(params)
         here = sum(leaf.nbytes for leaf in leaves if isinstance(leaf, jax.Array))
-        weights = sum(leaf.nbytes for leaf in leaves)
-        return LoadedModel(module, params, None, *plan_memory(config, module, weights, here))
+        if is_int8:
+            leaves = jax.tree.leaves(jax.eval_shape(quantize_params, params))
+        weights = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+        resolved, plan = plan_memory(config, module, weights, here)
+        return LoadedModel(
+            module, quantize_params(params) if is_int8 else params, None, resolved, plan
+        )
     compute_dtype = _resolve_dtype(dtype)
     checkpoint = open_checkpoint(model, revision)
     module = build_module(checkpoint.config, compute_dtype)
-    weights = params_bytes(checkpoint.config, compute_dtype)
+    weights = params_bytes(checkpoint.config, compute_dtype, is_int8)
     resolved, plan = plan_memory(config, module, weights)
-    params = load_params(checkpoint, compute_dtype)
+    params = load_params(checkpoint, compute_dtype, is_int8)
     return LoadedModel(module, params, checkpoint, resolved, plan)
 
 
@@ -95,16 +104,19 @@ def plan_memory(
     Raises:
         ValueError: the limits contradict each other or the model, or the memory is too little.
     """
-    backend = jax.default_backend()
+    backend, is_int8 = jax.default_backend(), config.quantization == "int8"
+    itemsize = 1 if is_int8 else jnp.dtype(module.dtype).itemsize
     resolved = config.resolve(
-        module.config.max_position, backend, _min_swap_tokens(module, weights_bytes, backend)
+        module.config.max_position,
+        backend,
+        _min_swap_tokens(module, weights_bytes // itemsize, backend),
     )
     num_slots = slots_for(resolved.max_num_seqs)
     max_logprobs = _num_alternatives(module, resolved)
 
     def measure(num_pages: int) -> int:
         buckets, layout = _shapes(module, dataclasses.replace(resolved, num_pages=num_pages))
-        return step_memory.measure(module, layout, buckets, num_slots, max_logprobs)
+        return step_memory.measure(module, layout, buckets, num_slots, max_logprobs, is_int8)
 
     buckets, layout = _shapes(module, resolved)
     plan = MemoryPlan(
@@ -200,11 +212,10 @@ def _shapes(module: nn.Module, config: ResolvedConfig) -> tuple[Buckets, KVLayou
     return buckets, KVLayout.of(module.config, module.dtype, buckets.segments, config.page_size)
 
 
-def _min_swap_tokens(module: nn.Module, weights_bytes: int, backend: str) -> int:
-    itemsize = jnp.dtype(module.dtype).itemsize
+def _min_swap_tokens(module: nn.Module, num_weights: int, backend: str) -> int:
     layout = KVLayout.of(module.config, module.dtype, segments=(1,), page_size=1)
     rates = CPU_RATES if backend == "cpu" else GPU_RATES
-    return min_swap_tokens(weights_bytes // itemsize, layout.bytes_per_page, rates)
+    return min_swap_tokens(num_weights, layout.bytes_per_page, rates)
 
 
 def _num_alternatives(module: nn.Module, config: ResolvedConfig) -> int:

@@ -8,6 +8,7 @@ from folojax.sched.pages import pages_for
 from folojax.sched.queue import POLICIES
 
 LOGPROBS_MODES = ("raw", "processed")
+QUANTIZATIONS = ("int8",)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,6 +51,10 @@ class EngineConfig:
         check_integrity: After every step, pages, owners, slots and queues are checked against each
             other; an AssertionError tells of a fault of the engine. For those who look for one:
             it goes through everything.
+        quantization: "int8" keeps the kernels of linear layers and the embeddings in eight bits, a
+            scale for each output, and multiplies them with inputs rounded to eight bits row by row
+            (W8A8): a quarter of float32's memory, and faster with few rows; docs/log.md has by how
+            much, and how far log-probabilities move. Only on CPU. None computes in the dtype.
         max_logprobs: Most alternatives that a request may have reported with a token; -1 is no cap.
         logprobs_mode: "raw" reports the model's own distribution, "processed" the one that was
             sampled from: after penalties, masks, temperature and truncation.
@@ -80,6 +85,7 @@ class EngineConfig:
     min_swap_tokens: int | None = None
     watermark: float = 0.0
     check_integrity: bool = False
+    quantization: str | None = None
     max_logprobs: int = 20
     logprobs_mode: str = "raw"
     deterministic: bool = False
@@ -116,6 +122,11 @@ class EngineConfig:
                 f"logprobs_mode is {self.logprobs_mode!r}; "
                 f"it must be one of {', '.join(LOGPROBS_MODES)}"
             )
+        if self.quantization is not None and self.quantization not in QUANTIZATIONS:
+            problems.append(
+                f"quantization is {self.quantization!r}; it must be None or one of "
+                + ", ".join(QUANTIZATIONS)
+            )
         if self.scheduling_policy not in POLICIES:
             problems.append(
                 f"scheduling_policy is {self.scheduling_policy!r}; "
@@ -151,8 +162,14 @@ class EngineConfig:
             min_swap_tokens: What takes the place of None.
 
         Raises:
-            ValueError: `max_model_len` is beyond it, or the limits contradict each other.
+            ValueError: `max_model_len` is beyond it, the limits contradict each other, or the
+                quantisation is not for this platform.
         """
+        if self.quantization is not None and backend != "cpu":
+            raise ValueError(
+                f"quantization is {self.quantization!r}, which is for CPU; this is {backend}: "
+                "leave it out"
+            )
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         defaults = dict(_CPU_DEFAULTS if backend == "cpu" else _GPU_DEFAULTS)
         defaults |= {"max_model_len": max_position, "min_swap_tokens": min_swap_tokens}
@@ -229,6 +246,7 @@ class EngineOptions(TypedDict, total=False):
     min_swap_tokens: int | None
     watermark: float
     check_integrity: bool
+    quantization: str | None
     max_logprobs: int
     logprobs_mode: str
     deterministic: bool

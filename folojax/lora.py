@@ -13,7 +13,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Key, UInt32
 
+from folojax.models.int8_kernels import is_int8_kernel
+
 _PAIR = {"a", "b"}
+_IS_INT8 = (
+    "is in eight bits: take the parameters that it was made from; update_params puts what they "
+    "become into eight bits"
+)
 
 
 def init_lora(
@@ -31,7 +37,7 @@ def init_lora(
         names: Of two-dimensional kernels inside of layers.
 
     Raises:
-        ValueError: no kernel has one of the names, or what has it is no matrix.
+        ValueError: no kernel has one of the names, or what has it is no matrix, or in eight bits.
     """
     lora: dict[str, Any] = {}
     for layer, block in params.items():
@@ -39,6 +45,8 @@ def init_lora(
             continue
         for name in names:
             if name in block:
+                if is_int8_kernel(block[name]):
+                    raise ValueError(f"{layer}/{name} {_IS_INT8}")
                 shape = block[name].shape
                 if len(shape) != 2:
                     raise ValueError(
@@ -94,6 +102,8 @@ def _merge(
             merged[name] = _merge(params[name], update, scale, f"{where}/", problems)
         elif not isinstance(update, Mapping) or set(update) != _PAIR:
             problems.append(f'{where} is no pair {{"a": ..., "b": ...}}')
+        elif is_int8_kernel(params[name]):
+            problems.append(f"{where} {_IS_INT8}")
         else:
             kernel, a, b = params[name], update["a"], update["b"]
             if (*b.shape[:-1], *a.shape[1:]) != kernel.shape or b.shape[-1] != a.shape[0]:

@@ -28,6 +28,7 @@ from folojax.layered import make_steps
 from folojax.logit_edits import init_edits
 from folojax.memory_plan import DeviceMemory
 from folojax.models.dense_attend import dense_attend
+from folojax.models.int8_kernels import quantize_params
 from folojax.sampling import SamplingClass, SamplingSpec
 from folojax.state import SampleInputs, init_state
 
@@ -67,7 +68,12 @@ def slot_bytes(module: nn.Module, num_slots: int) -> int:
 
 
 def measure(
-    module: nn.Module, layout: KVLayout, buckets: Buckets, num_slots: int, max_logprobs: int
+    module: nn.Module,
+    layout: KVLayout,
+    buckets: Buckets,
+    num_slots: int,
+    max_logprobs: int,
+    is_int8: bool = False,
 ) -> int:
     """Bytes beside weights and state that the largest calls need, as XLA has compiled them.
 
@@ -77,11 +83,12 @@ def measure(
         buckets: Which shapes exist.
         num_slots: M.
         max_logprobs: J, at most.
+        is_int8: Whether kernels are in eight bits.
     """
     num_layers = min(_NUM_LAYERS, module.config.num_layers)
     shallow = module.clone(config=dataclasses.replace(module.config, num_layers=num_layers))
     shallow_layout = dataclasses.replace(layout, num_layers=num_layers)
-    lowered = list(_lower(shallow, shallow_layout, buckets, num_slots, max_logprobs))
+    lowered = list(_lower(shallow, shallow_layout, buckets, num_slots, max_logprobs, is_int8))
     with ThreadPoolExecutor() as pool:  # XLA compiles without Python's lock
         compiled = list(pool.map(lambda one: one.compile(), lowered))
     found = [one.memory_analysis() for one in compiled]
@@ -144,14 +151,22 @@ def largest_prefills(buckets: Buckets, num_pages: int) -> list[PrefillShape]:
 
 
 def _lower(
-    module: nn.Module, layout: KVLayout, buckets: Buckets, num_slots: int, max_logprobs: int
+    module: nn.Module,
+    layout: KVLayout,
+    buckets: Buckets,
+    num_slots: int,
+    max_logprobs: int,
+    is_int8: bool,
 ) -> Iterator[Any]:
     """Traces the largest call of every jitted step on padding, with arrays that are only shapes."""
     variables = jax.eval_shape(
         lambda token: module.init(jax.random.key(0), token, token, None, dense_attend),
         jax.ShapeDtypeStruct((1,), jnp.int32),
     )
-    params = _on_device(variables["params"])
+    params = variables["params"]
+    if is_int8:
+        params = jax.eval_shape(quantize_params, params)
+    params = _on_device(params)
     head = step.head_params(params)
     state = _on_device(jax.eval_shape(functools.partial(init_state, layout, num_slots)))
     vocab_size = module.config.vocab_size

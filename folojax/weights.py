@@ -1,6 +1,7 @@
 """Parameters as an argument: new ones in place of old ones, and which ones they are."""
 
 import hashlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -8,21 +9,26 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from folojax.models.int8_kernels import has_int8_kernels, is_int8_kernel, quantize_kernel
+
 _NUM_PROBED = 256
 
 
 def check_same_shapes(old: Any, new: Any) -> Any:
     """Returns new parameters as the jitted steps know the old ones.
 
-    JAX arrays are taken as they are, with no copy; others go to the device.
+    JAX arrays are taken as they are, with no copy; others go to the device. A kernel of floats that
+    takes the place of one in eight bits is put into eight bits.
 
     Args:
         old: The parameters that the executables were compiled for.
-        new: A pytree of arrays.
+        new: A pytree of arrays, in the nesting of the old ones.
 
     Raises:
         ValueError: leaves are missing or new, or have another shape or dtype; all are named.
     """
+    if has_int8_kernels(old):
+        new = _quantized_as(old, new)
     expected, found = _leaves(old), _leaves(new)
     problems = [f"{name} is missing" for name in expected if name not in found]
     problems += [f"{name} is unknown" for name in found if name not in expected]
@@ -38,6 +44,19 @@ def check_same_shapes(old: Any, new: Any) -> Any:
     if problems:
         raise ValueError("params do not fit the model: " + "; ".join(problems))
     return jax.tree.map(_as_known, old, new)
+
+
+def _quantized_as(old: Any, new: Any) -> Any:
+    """New parameters with eight bits wherever the old ones have them, as far as both agree."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        return {
+            name: _quantized_as(old[name], leaf) if name in old else leaf
+            for name, leaf in new.items()
+        }
+    if not is_int8_kernel(old) or not hasattr(new, "dtype"):
+        return new
+    is_kernel = jnp.issubdtype(new.dtype, jnp.floating) and new.shape == old.values.shape
+    return quantize_kernel(new) if is_kernel else new
 
 
 def fingerprint(params: Any) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from folojax.models.config import Activation, ModelConfig
+from folojax.models.int8_kernels import Int8Kernel, project_int8, take_int8
 from folojax.models.rope import attention_factor, frequencies
 
 
@@ -73,13 +74,17 @@ def _last_axis(vector: Float[Array, " W"], ndim: int) -> Float[Array, "*ones W"]
     return vector.reshape((1,) * (ndim - 1) + vector.shape)
 
 
-def project(x: Float[Array, "N I"], kernel: Float[Array, "O I"]) -> Float[Array, "N O"]:
+def project(
+    x: Float[Array, "N I"], kernel: Float[Array, "O I"] | Int8Kernel
+) -> Float[Array, "N O"]:
     """A linear layer: `x` times the transposed kernel, in float32 whatever the operands' dtype.
 
     Contracts the kernel's last axis where it lies: for `kernel.T`, XLA on CPU copies a bfloat16
     kernel in full every call. Callers cast: a product asked for in bfloat16 is several times slower
     there than a float32 one that is cast afterwards.
     """
+    if isinstance(kernel, Int8Kernel):
+        return project_int8(x, kernel)
     if _is_kernel_first(x):
         # The barrier, or XLA makes of it the other order again.
         return jax.lax.optimization_barrier(_contract_last(kernel, x)).T
@@ -95,6 +100,15 @@ def _is_kernel_first(x: Float[Array, "N I"]) -> bool:
 def _contract_last(left: Float[Array, "A I"], right: Float[Array, "B I"]) -> Float[Array, "A B"]:
     dims = (((1,), (1,)), ((), ()))
     return jax.lax.dot_general(left, right, dims, preferred_element_type=jnp.float32)
+
+
+def embed_rows(
+    table: Float[Array, "V E"] | Int8Kernel, index: Int[Array, " N"]
+) -> Float[Array, "N E"]:
+    """Rows of an embedding; an index outside reads the nearest one. Of eight bits in float32."""
+    if isinstance(table, Int8Kernel):
+        return take_int8(table, index)
+    return jnp.take(table, index, axis=0, mode="clip")
 
 
 def activate(x: Float[Array, "*batch F"], kind: Activation) -> Float[Array, "*batch F"]:

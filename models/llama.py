@@ -11,9 +11,11 @@ from jaxtyping import Array, Float, Int, Key, UInt32
 
 from folojax.models.config import ModelConfig
 from folojax.models.dense_attend import dense_attend
+from folojax.models.int8_kernels import Int8Kernel
 from folojax.models.interface import Attend
 from folojax.models.layers import (
     activate,
+    embed_rows,
     gated,
     norm,
     project,
@@ -35,6 +37,15 @@ def _norm_init(config: ModelConfig) -> Any:
     return _ZEROS if config.norm == "rms_offset" else _ONES
 
 
+def _kernel(module: nn.Module, name: str, *shape: int) -> Any:
+    """A module's kernel of that name and shape; in eight bits, if that is what it was given."""
+    if module.has_variable("params", name):
+        given: Any = module.get_variable("params", name)
+        if isinstance(given, Int8Kernel):
+            return given
+    return module.param(name, _KERNEL_INIT, shape, module.dtype)
+
+
 class Block(nn.Module):
     """One layer: attention, then an MLP, each added to the residual stream.
 
@@ -43,6 +54,7 @@ class Block(nn.Module):
         qkv      [(H + 2K) * D, E]   queries | keys | values, head-major
         gate_up  [2F, E]             gate | up
     A layer of X experts has router [X, E], experts_gate_up [X, E, 2F] and experts_down [X, F, E].
+    Any of the others may be an `Int8Kernel` instead of an array.
 
     `layer` says what the config asks of it; `cache_layer`, if given, its place in the cache.
     """
@@ -112,9 +124,9 @@ class Block(nn.Module):
         config, width = self.config, self.config.hidden_size
         if config.is_sparse(self.layer):
             count, inner_size = config.num_experts, config.expert_size
-            router = self._kernel("router", count, width)
-            gate_up = self._kernel("experts_gate_up", count, width, 2 * inner_size)
-            down = self._kernel("experts_down", count, inner_size, width)
+            router = _kernel(self, "router", count, width)
+            gate_up = _kernel(self, "experts_gate_up", count, width, 2 * inner_size)
+            down = _kernel(self, "experts_down", count, inner_size, width)
             return mix_experts(normed, router, gate_up, down, config)
         if config.is_gated:
             both = self._linear("gate_up", normed, 2 * config.intermediate_size, config.mlp_bias)
@@ -125,9 +137,6 @@ class Block(nn.Module):
         update = self._linear("down", inner.astype(self.dtype), width, config.mlp_bias)
         return update.astype(self.dtype)
 
-    def _kernel(self, name: str, *shape: int) -> Float[Array, "*shape"]:
-        return self.param(name, _KERNEL_INIT, shape, self.dtype)
-
     def _linear(
         self, name: str, x: Float[Array, "N I"], width_out: int, has_bias: bool
     ) -> Float[Array, "N O"]:
@@ -135,7 +144,7 @@ class Block(nn.Module):
 
         Before the cast, as a fused linear layer does: one rounding instead of two.
         """
-        out = project(x, self._kernel(name, width_out, x.shape[-1]))
+        out = project(x, _kernel(self, name, width_out, x.shape[-1]))
         if has_bias:
             bias = self.param(f"{name}_bias", _ZEROS, (width_out,), self.dtype)
             out = out + bias.astype(jnp.float32)[None, :]
@@ -154,6 +163,7 @@ class Llama(nn.Module):
 
     Parameters, all in `dtype`: `embed` [V, E], `layers_<i>` (see Block), `final_norm` [E], and
     `lm_head` [V, E] unless the embedding is tied; `position_embed` where positions are learned.
+    `quantize_params` makes Int8Kernels of those that linear layers and the embedding read.
     Layers are a Python loop: under `lax.scan` XLA copies each layer's weights every step.
     """
 
@@ -164,7 +174,7 @@ class Llama(nn.Module):
         """Declares what `__call__` and `logits` share."""
         config = self.config
         width, vocab = config.hidden_size, config.vocab_size
-        self.embed = self.param("embed", _KERNEL_INIT, (vocab, width), self.dtype)
+        self.embed = _kernel(self, "embed", vocab, width)
         self.layers = [
             Block(config, self.dtype, layer, name=f"layers_{layer}")
             for layer in range(config.num_layers)
@@ -175,9 +185,9 @@ class Llama(nn.Module):
             self.final_norm_bias = self.param("final_norm_bias", _ZEROS, (width,), self.dtype)
         if config.has_learned_positions:
             shape = (config.max_position, width)
-            self.position_embed = self.param("position_embed", _KERNEL_INIT, shape, self.dtype)
+            self.position_embed = _kernel(self, "position_embed", *shape)
         if not config.tie_embeddings:
-            self.lm_head = self.param("lm_head", _KERNEL_INIT, (vocab, width), self.dtype)
+            self.lm_head = _kernel(self, "lm_head", vocab, width)
 
     def __call__(
         self,
@@ -209,7 +219,7 @@ class Llama(nn.Module):
         """What comes before the layers: the residual stream, and rotations of either kind."""
         config = self.config
         with jax.named_scope("embed"):
-            hidden = jnp.take(self.embed, tokens, axis=0, mode="clip")
+            hidden = embed_rows(self.embed, tokens).astype(self.dtype)
             if config.embed_scale != 1.0:
                 # Rounded first, as transformers keeps it.
                 hidden = hidden * jnp.asarray(config.embed_scale, self.dtype)

@@ -12,13 +12,16 @@ from tqdm import tqdm
 
 from folojax.models.config import ModelConfig
 from folojax.models.hf_names import Source, is_ignorable, parameter_sources
+from folojax.models.int8_kernels import is_quantizable, quantize_kernel
 from folojax.models.safetensors_files import DTYPES, TensorFiles, open_tensors
 
 _SILENT_SECONDS = 2.0
 _MOST_PROBLEMS = 50
 
 
-def read_params(directory: Path, config: ModelConfig, dtype: Any) -> dict[str, Any]:
+def read_params(
+    directory: Path, config: ModelConfig, dtype: Any, is_int8: bool = False
+) -> dict[str, Any]:
     """Reads a directory's weights into the parameter tree of the config's module.
 
     Parameters are read one after the other, each in the layout that it keeps: beside those that
@@ -29,6 +32,7 @@ def read_params(directory: Path, config: ModelConfig, dtype: Any) -> dict[str, A
         directory: In the Hugging Face layout.
         config: What the weights should look like.
         dtype: float32, bfloat16 or float16; weights of another float type are converted.
+        is_int8: Kernels are put into eight bits one by one, as `quantize_params` does.
 
     Returns:
         Nested dict of JAX arrays on the default device.
@@ -51,19 +55,23 @@ def read_params(directory: Path, config: ModelConfig, dtype: Any) -> dict[str, A
         leave=False,
     ) as bar:
 
-        def read(source: Source) -> jax.Array:
+        def read(source: Source, name: str) -> Any:
             array = _empty(source, np.dtype(dtype))
-            for name, view in source.views(array):
-                tensors.read_into(names[name], view)
+            for tensor, view in source.views(array):
+                tensors.read_into(names[tensor], view)
             bar.update(array.nbytes)
             # Not `jnp.asarray`, which has NumPy transpose first, ten times slower. Waited for, or
             # several would be in memory twice.
-            return jax.device_put(array).block_until_ready()
+            placed = jax.device_put(array).block_until_ready()
+            if is_int8 and is_quantizable(name):
+                return jax.block_until_ready(quantize_kernel(placed))
+            return placed
 
         leaves, tree = jax.tree.flatten(sources)
+        names_of = _last_names(sources)
         # The largest first: what is in memory twice meanwhile is small when memory is fullest.
         order = sorted(range(len(leaves)), key=lambda i: -math.prod(leaves[i].shape))
-        arrays = {i: read(leaves[i]) for i in order}
+        arrays = {i: read(leaves[i], names_of[i]) for i in order}
         return jax.tree.unflatten(tree, [arrays[i] for i in range(len(leaves))])
 
 
@@ -75,10 +83,23 @@ def _empty(source: Source, dtype: np.dtype) -> np.ndarray:
     return np.empty((*stacked, width_out, width_in), dtype).swapaxes(-1, -2)
 
 
-def params_bytes(config: ModelConfig, dtype: Any) -> int:
+def params_bytes(config: ModelConfig, dtype: Any, is_int8: bool = False) -> int:
     """Bytes of the tree that `read_params` gives for this config, known before it is read."""
-    sources = jax.tree.leaves(parameter_sources(config))
-    return sum(math.prod(source.shape) for source in sources) * np.dtype(dtype).itemsize
+    sources = parameter_sources(config)
+    total = 0
+    for source, name in zip(jax.tree.leaves(sources), _last_names(sources), strict=True):
+        size = math.prod(source.shape)
+        if is_int8 and is_quantizable(name):
+            total += size + 4 * source.shape[0]
+        else:
+            total += size * np.dtype(dtype).itemsize
+    return total
+
+
+def _last_names(tree: Any) -> list[str]:
+    """What each leaf of nested dicts is called in its own."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return [path[-1].key for path, _ in flat]
 
 
 def _find(

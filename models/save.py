@@ -16,6 +16,7 @@ import numpy as np
 from folojax.models.config import ModelConfig
 from folojax.models.hf_config import config_from_hf
 from folojax.models.hf_names import parameter_sources
+from folojax.models.int8_kernels import has_int8_kernels
 from folojax.models.safetensors_files import INDEX_FILE
 from folojax.models.safetensors_writer import SHARD_BYTES, ShardWriter
 
@@ -48,9 +49,14 @@ def save_pretrained(
         shard_bytes: Most of a file, unless a single tensor is larger.
 
     Raises:
-        ValueError: parameters are missing, unknown or misshapen (all are named), or the config
-            is none that config.json says.
+        ValueError: parameters are missing, unknown or misshapen (all are named), or in eight bits,
+            or the config is none that config.json says.
     """
+    if has_int8_kernels(params):
+        raise ValueError(
+            "params have kernels in eight bits, for which transformers has no format: save the "
+            "parameters that they were made from"
+        )
     mapping = _mapping(config, hf_config)
     sources = parameter_sources(config)
     _check(params, sources)

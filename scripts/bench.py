@@ -42,6 +42,7 @@ from bench_workloads import NAMES, Workload, make_workload
 from rich.console import Console
 
 from folojax import LLM
+from folojax.config import QUANTIZATIONS
 from folojax.models.checkpoint import open_checkpoint
 from folojax.tokenizer import Tokenizer
 from folojax.tokenizer_files import load_tokenizer
@@ -91,7 +92,12 @@ def _add_workload_options(parser: argparse.ArgumentParser) -> None:
         default=float("inf"),
         help="Poisson arrivals, so many a second; the default is all at once",
     )
-    parser.add_argument("--dtype", nargs="+", default=["auto"], help="of folojax; several compare")
+    parser.add_argument(
+        "--dtype",
+        nargs="+",
+        default=["auto"],
+        help="of folojax, or int8 for quantised kernels; several compare",
+    )
     parser.add_argument(
         "--option",
         action="append",
@@ -173,7 +179,8 @@ def make_contenders(
     decode_rows = DECODE_ROWS if args.ceilings and args.num_running >= DECODE_ROWS else 0
 
     def ours(name: str, dtype: str, has_separate_samples: bool = False, **fields: Any) -> Any:
-        make_llm = functools.partial(LLM, args.model, dtype=dtype, **options | fields)
+        fields |= {"quantization": dtype} if dtype in QUANTIZATIONS else {"dtype": dtype}
+        make_llm = functools.partial(LLM, args.model, **options | fields)
         return name, functools.partial(
             Folojax,
             name,

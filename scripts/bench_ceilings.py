@@ -30,7 +30,7 @@ from folojax.models.config import ModelConfig
 
 CEILINGS = "ceilings"
 
-DTYPES = ("float32", "bfloat16")
+DTYPES = ("float32", "bfloat16", "int8")
 
 DECODE_ROWS, PREFILL_ROWS = 32, 512
 """Rows of the products that are timed."""
@@ -122,7 +122,8 @@ class _Products:
             shape = (outer, inner) if is_transposed else (inner, outer)
             # About as large as their input: products of products neither vanish nor overflow.
             values = rng.uniform(-1, 1, shape).astype(np.float32) * (3 / inner) ** 0.5
-            self._matrices.append(jnp.asarray(values, dtype))
+            scale = 40 if dtype == "int8" else 1
+            self._matrices.append(jnp.asarray(scale * values, dtype))
 
     def gflops(self, num_rows: int) -> float:
         """The rate, compiled beforehand."""
@@ -134,12 +135,13 @@ class _Products:
 def _multiply(x: jax.Array, matrices: Sequence[jax.Array], is_transposed: bool) -> jax.Array:
     """What is too wide for the next product is cut, what is too narrow padded."""
     dtype = x.dtype
+    wide = jnp.int32 if dtype == jnp.int8 else jnp.float32
     for matrix in matrices:
         axis = 1 if is_transposed else 0
         missing = matrix.shape[axis] - x.shape[1]
         x = jnp.pad(x, ((0, 0), (0, max(missing, 0))))[:, : matrix.shape[axis]].astype(dtype)
         dimensions = (((1,), (axis,)), ((), ()))
-        x = jax.lax.dot_general(x, matrix, dimensions, preferred_element_type=jnp.float32)
+        x = jax.lax.dot_general(x, matrix, dimensions, preferred_element_type=wide)
     return x
 
 

@@ -133,7 +133,7 @@ class Folojax:
     def _sizes(self) -> dict[str, Any]:
         plan = self.llm.memory_plan
         return {
-            "dtype": str(jax.tree.leaves(self.llm.params)[0].dtype),
+            "dtype": self.llm.config.quantization or str(jax.tree.leaves(self.llm.params)[0].dtype),
             "weights_gib": plan.weights_bytes / 2**30,
             "pool_gib": plan.pages_bytes / 2**30,
             "kv_bytes_per_token": plan.bytes_per_page / plan.page_size,

@@ -135,6 +135,15 @@ def test_the_plan_of_a_small_engine() -> None:
     assert buckets.prefill_shape(3, 17, 5) == PrefillShape(3, 16, table_pages=10, segments=3)
 
 
+def test_a_lone_row_reads_few_pages_that_are_not_in_use() -> None:
+    lone, pair, more = (
+        make_buckets(resolve(max_num_seqs=count, max_model_len=512, page_size=16, num_pages=40))
+        for count in (1, 2, 3)
+    )
+    assert lone.segments == pair.segments == (4, 4, 8, 16, 8)
+    assert more.segments == (8, 8, 16, 8)
+
+
 def test_more_rows_than_pages_of_a_segment_need_more_segments() -> None:
     """Twenty rows have twenty pages, so no step of theirs can do with eight."""
     buckets = make_buckets(resolve(max_num_seqs=20, num_pages=40))

@@ -43,6 +43,7 @@ BAD: list[tuple[str, Any]] = [
     *[("check_integrity", bad) for bad in (1, 0, None, "yes")],
     *[("watermark", bad) for bad in (-0.1, 1, 1.0, True, "0.1", math.nan, None)],
     *[("logprobs_mode", bad) for bad in ("", "RAW", "raw_logits", None, 3)],
+    *[("quantization", bad) for bad in ("", "INT8", "int4", "gptq", 8, True, ["int8"])],
     *[("scheduling_policy", bad) for bad in ("lifo", "", "FCFS", None, 3, ["fcfs"])],
 ]
 
@@ -108,6 +109,13 @@ def test_the_device_chooses_what_was_left_open() -> None:
     assert (cpu.page_size, cpu.max_num_batched_tokens, cpu.prefill_row_len) == (64, 512, 16)
     assert (gpu.page_size, gpu.max_num_batched_tokens, gpu.prefill_row_len) == (128, 4096, 128)
     assert EngineConfig(page_size=32).resolve(4096, "gpu").page_size == 32
+
+
+def test_eight_bits_are_for_cpu() -> None:
+    config = EngineConfig(quantization="int8")
+    assert config.resolve(4096).quantization == "int8"
+    with pytest.raises(ValueError, match="quantization is 'int8', which is for CPU; this is gpu"):
+        config.resolve(4096, "gpu")
 
 
 def test_the_scheduler_gets_every_limit() -> None:

@@ -227,6 +227,7 @@ def test_options_with_the_name_of_a_field_reach_it(script: ModuleType) -> None:
         ("--temperature", "-1"),
         ("--top-p", "0"),
         ("--dtype", "int3"),
+        ("--quantization", "int3"),
         ("--num-prompts", "0"),
         ("--prompts-file", "/no/such/file"),
         ("--json", "/no/such/directory/out.json"),
