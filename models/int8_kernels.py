@@ -23,6 +23,9 @@ _STEP = np.float32(1 / 127)
 _KERNELS = frozenset({"qkv", "o", "gate_up", "up", "down", "embed", "lm_head"})
 
 
+_KERNEL_FIRST_ROWS = (8, 16, 32)
+
+
 class Int8Kernel(NamedTuple):
     """A kernel in a parameter tree, in place of the array: values times scale, output by output."""
 
@@ -78,9 +81,17 @@ def project_int8(x: Float[Array, "N I"], kernel: Int8Kernel) -> Float[Array, "N 
     if num_rows == 1:
         # XLA on CPU takes eighteen times as long for a single row as for two.
         values = jnp.concatenate((values, values))
-    dims = (((1,), (1,)), ((), ()))
-    sums = jax.lax.dot_general(values, kernel.values, dims, preferred_element_type=jnp.int32)
+    if num_rows in _KERNEL_FIRST_ROWS:
+        # A tenth faster on CPU. The barrier, or XLA makes of it the other order again.
+        sums = jax.lax.optimization_barrier(_multiply(kernel.values, values)).T
+    else:
+        sums = _multiply(values, kernel.values)
     return sums[:num_rows].astype(jnp.float32) * scale * kernel.scale[None, :]
+
+
+def _multiply(left: Int8[Array, "A I"], right: Int8[Array, "B I"]) -> Int[Array, "A B"]:
+    dims = (((1,), (1,)), ((), ()))
+    return jax.lax.dot_general(left, right, dims, preferred_element_type=jnp.int32)
 
 
 def take_int8(kernel: Int8Kernel, index: Int[Array, " N"]) -> Float[Array, "N I"]:

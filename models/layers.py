@@ -86,8 +86,12 @@ def project(
     if isinstance(kernel, Int8Kernel):
         return project_int8(x, kernel)
     if _is_kernel_first(x):
+        num_rows = x.shape[0]
+        if x.dtype == jnp.float32 and 8 < num_rows < 16:
+            # Sixteen take four fifths of the time of twelve.
+            x = jnp.pad(x, ((0, 16 - num_rows), (0, 0)))
         # The barrier, or XLA makes of it the other order again.
-        return jax.lax.optimization_barrier(_contract_last(kernel, x)).T
+        return jax.lax.optimization_barrier(_contract_last(kernel, x)).T[:num_rows]
     return _contract_last(x, kernel)
 
 

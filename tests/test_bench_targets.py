@@ -155,7 +155,7 @@ def test_ceilings_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     figures = script("bench_metrics").medians([ceilings.run(nothing) for _ in range(2)])
     assert figures["copy_gb_s"] > 0
     assert figures["read_gb_s"] > 0
-    for dtype in ("float32", "bfloat16"):
+    for dtype in ("float32", "bfloat16", "int8"):
         decode, prefill = (figures[f"gemm_{kind}_gflops"][dtype] for kind in ("decode", "prefill"))
         assert min(decode, prefill) > 0
         assert figures["gemm_gflops"][dtype] > 0
@@ -219,11 +219,14 @@ def test_a_run_with_ceilings(
     out = tmp_path / "out.json"
     argv = ["uniform", "--model", str(text_directory), "--num-running", "4", "--rounds", "1"]
     argv += ["--num-requests", "4", "--scale", "0.1", "--warm-up", "rehearsal", "--ceilings"]
+    argv += ["--dtype", "float32", "int8"]
     peers = ["--peers", "transformers", "--peer-dtype", "float32"]
     assert script("bench").main([*argv, *peers, "--in-process", "--json", str(out)]) == 0
     report = json.loads(out.read_text())
-    ours, theirs = report["results"].values()
-    assert ours["dtype"] == "float32"
+    ours, small, theirs = report["results"].values()
+    assert (ours["dtype"], small["dtype"]) == ("float32", "int8")
+    assert small["weights_gib"] < 0.3 * ours["weights_gib"]
+    assert min(small["gemm_share"], small["decode_over_bound"]) > 0
     assert theirs["agreement"] == ours["agreement"] == 1
     assert min(ours["gemm_share"], ours["decode_step_ms"], ours["decode_over_bound"]) > 0
     assert "gemm_share" not in theirs

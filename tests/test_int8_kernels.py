@@ -85,7 +85,7 @@ def test_a_kernel_is_rounded_to_the_nearest() -> None:
     assert (np.abs(found.values).max(axis=1)[np.arange(24) != 3] == 127).all()
 
 
-@pytest.mark.parametrize("num_rows", [1, 2, 5, 33, 130])
+@pytest.mark.parametrize("num_rows", [1, 2, 5, 8, 16, 32, 33, 130])
 def test_products_are_those_of_integers_to_the_bit(num_rows: int) -> None:
     x, kernel = normal(num_rows, 96), normal(72, 96, seed=1)
     x[0, 0] = 500.0  # one row that is mostly rounded away
@@ -96,7 +96,7 @@ def test_products_are_those_of_integers_to_the_bit(num_rows: int) -> None:
 def test_a_row_is_the_same_whatever_the_rows_beside_it() -> None:
     x, kernel = jnp.asarray(normal(64, 96)), quantize_kernel(jnp.asarray(normal(72, 96, seed=1)))
     whole = np.asarray(jax.jit(project_int8)(x, kernel))
-    for size in (1, 2, 7, 32):
+    for size in (1, 2, 7, 8, 16, 32):
         np.testing.assert_array_equal(jax.jit(project_int8)(x[:size], kernel), whole[:size])
 
 
