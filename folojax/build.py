@@ -17,7 +17,8 @@ from folojax.kv_cache import KVLayout
 from folojax.memory_plan import MemoryPlan, plan_fraction, plan_pages
 from folojax.models.checkpoint import Checkpoint, build_module, load_params, open_checkpoint
 from folojax.models.int8_kernels import has_int8_kernels, quantize_params
-from folojax.models.params import params_bytes
+from folojax.models.llama import Llama
+from folojax.models.params import num_params, params_bytes
 from folojax.runner import Runner
 from folojax.sampling_params import SamplingParams
 from folojax.sched.scheduler import Scheduler
@@ -70,14 +71,21 @@ def load_model(
     is_int8 = config.quantization == "int8"
     if isinstance(model, tuple):
         module, params = model
+        if is_int8 and not isinstance(module, Llama):
+            raise ValueError(
+                f"quantization is 'int8' and the module a {type(module).__name__}: kernels in "
+                "eight bits are for the modules of folojax.models"
+            )
         if has_int8_kernels(params) and not is_int8:
             raise ValueError('params have kernels in eight bits: pass quantization="int8"')
-        leaves = jax.tree.leaves(params)
-        here = sum(leaf.nbytes for leaf in leaves if isinstance(leaf, jax.Array))
-        if is_int8:
-            leaves = jax.tree.leaves(jax.eval_shape(quantize_params, params))
+        floats = jax.tree.leaves(params)
+        leaves = jax.tree.leaves(jax.eval_shape(quantize_params, params)) if is_int8 else floats
         weights = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
-        resolved, plan = plan_memory(config, module, weights, here)
+        # Floats that are put into eight bits remain the caller's.
+        own = floats if len(leaves) == len(floats) else []
+        here = sum(leaf.nbytes for leaf in own if isinstance(leaf, jax.Array))
+        num_weights = sum(leaf.size for leaf in leaves)
+        resolved, plan = plan_memory(config, module, weights, num_weights, here)
         return LoadedModel(
             module, quantize_params(params) if is_int8 else params, None, resolved, plan
         )
@@ -85,13 +93,18 @@ def load_model(
     checkpoint = open_checkpoint(model, revision)
     module = build_module(checkpoint.config, compute_dtype)
     weights = params_bytes(checkpoint.config, compute_dtype, is_int8)
-    resolved, plan = plan_memory(config, module, weights)
+    num_weights = num_params(checkpoint.config)
+    resolved, plan = plan_memory(config, module, weights, num_weights)
     params = load_params(checkpoint, compute_dtype, is_int8)
     return LoadedModel(module, params, checkpoint, resolved, plan)
 
 
 def plan_memory(
-    config: EngineConfig, module: nn.Module, weights_bytes: int, resident_bytes: int = 0
+    config: EngineConfig,
+    module: nn.Module,
+    weights_bytes: int,
+    num_weights: int,
+    resident_bytes: int = 0,
 ) -> tuple[ResolvedConfig, MemoryPlan]:
     """Settles an engine's limits, and the memory that it takes within them.
 
@@ -99,17 +112,17 @@ def plan_memory(
         config: As the user gave it.
         module: The model.
         weights_bytes: Of its parameters.
+        num_weights: How many these are.
         resident_bytes: Of those parameters that are on the device already.
 
     Raises:
         ValueError: the limits contradict each other or the model, or the memory is too little.
     """
     backend, is_int8 = jax.default_backend(), config.quantization == "int8"
-    itemsize = 1 if is_int8 else jnp.dtype(module.dtype).itemsize
     resolved = config.resolve(
         module.config.max_position,
         backend,
-        _min_swap_tokens(module, weights_bytes // itemsize, backend),
+        _min_swap_tokens(module, num_weights, backend),
     )
     num_slots = slots_for(resolved.max_num_seqs)
     max_logprobs = _num_alternatives(module, resolved)

@@ -51,10 +51,11 @@ class EngineConfig:
         check_integrity: After every step, pages, owners, slots and queues are checked against each
             other; an AssertionError tells of a fault of the engine. For those who look for one:
             it goes through everything.
-        quantization: "int8" keeps the kernels of linear layers and the embeddings in eight bits, a
-            scale for each output, and multiplies them with inputs rounded to eight bits row by row
-            (W8A8): a quarter of float32's memory, and faster with few rows; docs/log.md has by how
-            much, and how far log-probabilities move. Only on CPU. None computes in the dtype.
+        quantization: "int8" keeps the kernels of linear layers, token embedding and output in eight
+            bits, a scale for each output, and multiplies them with inputs rounded to eight bits row
+            by row (W8A8): a quarter of float32's memory, and faster with few rows; docs/log.md has
+            by how much, and how far log-probabilities move. Experts and the rest stay as they are.
+            Only on CPU, and without gradients. None computes in the dtype.
         max_logprobs: Most alternatives that a request may have reported with a token; -1 is no cap.
         logprobs_mode: "raw" reports the model's own distribution, "processed" the one that was
             sampled from: after penalties, masks, temperature and truncation.

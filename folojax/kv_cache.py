@@ -5,7 +5,7 @@ that scores are a plain product over the pages where they lie:
 
     keys    [P, K, D, S]        values  [P, K, S, D]        one array per layer and segment
 
-Pages are numbered through *segments* of growing size (8, 8, 16, 32, 32 ... pages):
+Pages are numbered through *segments* of growing size (such as 8, 8, 16, 32, 32 ... pages):
 
     page id     0 ........ 7 | 8 ....... 15 | 16 .............. 31 | 32 ...
     segment          0       |       1      |          2           |   3

@@ -287,7 +287,8 @@ class LLM(RequestLoop):
         is dropped. `CompletionOutput.weights_versions` tells which tokens came before and after.
 
         Args:
-            params: A pytree with the names, shapes and dtypes of the parameters now in use.
+            params: A pytree with the names, shapes and dtypes of the parameters now in use. Float
+                kernels in place of ones in eight bits are put into eight bits, which copies them.
             running: What becomes of unfinished requests. "recompute": their output is kept, and
                 keys and values are computed again with the new parameters. "keep": they go on with
                 the keys and values that they have, which nobody else will share. A score under

@@ -30,7 +30,15 @@ def check_same_shapes(old: Any, new: Any) -> Any:
     if has_int8_kernels(old):
         new = _quantized_as(old, new)
     expected, found = _leaves(old), _leaves(new)
-    problems = [f"{name} is missing" for name in expected if name not in found]
+    problems = []
+    # Kernels that do not fit those in eight bits.
+    for name in [name for name in found if f"{name}/values" in expected]:
+        shape = list(expected.pop(f"{name}/values").shape)
+        del expected[f"{name}/scale"]
+        problems.append(
+            f"{name} is {_kind(found.pop(name))}, the model takes a float kernel {shape}"
+        )
+    problems += [f"{name} is missing" for name in expected if name not in found]
     problems += [f"{name} is unknown" for name in found if name not in expected]
     for name, leaf in found.items():
         if name in expected:

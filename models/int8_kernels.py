@@ -74,8 +74,12 @@ def has_int8_kernels(params: Any) -> bool:
     return any(map(is_int8_kernel, jax.tree.leaves(params, is_leaf=is_int8_kernel)))
 
 
+@jax.custom_jvp
 def project_int8(x: Float[Array, "N I"], kernel: Int8Kernel) -> Float[Array, "N O"]:
-    """A linear layer in float32: `x`, rounded to eight bits row by row, times the kernel."""
+    """A linear layer in float32: `x`, rounded to eight bits row by row, times the kernel.
+
+    It has no derivative: to ask for one is a TypeError.
+    """
     values, scale = _round(x.astype(jnp.float32))
     num_rows = x.shape[0]
     if num_rows == 1:
@@ -87,6 +91,15 @@ def project_int8(x: Float[Array, "N I"], kernel: Int8Kernel) -> Float[Array, "N 
     else:
         sums = _multiply(values, kernel.values)
     return sums[:num_rows].astype(jnp.float32) * scale * kernel.scale[None, :]
+
+
+@project_int8.defjvp
+def _has_no_derivative(primals: Any, tangents: Any) -> Any:
+    # Without this rule there would be one, of the scales alone: finite and wrong.
+    raise TypeError(
+        "kernels in eight bits cannot be differentiated through: take the float parameters that "
+        "they were made from"
+    )
 
 
 def _multiply(left: Int8[Array, "A I"], right: Int8[Array, "B I"]) -> Int[Array, "A B"]:

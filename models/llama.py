@@ -42,6 +42,8 @@ def _kernel(module: nn.Module, name: str, *shape: int) -> Any:
     if module.has_variable("params", name):
         given: Any = module.get_variable("params", name)
         if isinstance(given, Int8Kernel):
+            if given.values.shape != shape:
+                raise ValueError(f"{name} is {given.values.shape}, the model needs {shape}")
             return given
     return module.param(name, _KERNEL_INIT, shape, module.dtype)
 
@@ -54,7 +56,7 @@ class Block(nn.Module):
         qkv      [(H + 2K) * D, E]   queries | keys | values, head-major
         gate_up  [2F, E]             gate | up
     A layer of X experts has router [X, E], experts_gate_up [X, E, 2F] and experts_down [X, F, E].
-    Any of the others may be an `Int8Kernel` instead of an array.
+    `qkv`, `o`, `gate_up`, `up` and `down` may each be an `Int8Kernel` instead of an array.
 
     `layer` says what the config asks of it; `cache_layer`, if given, its place in the cache.
     """

@@ -96,6 +96,11 @@ def params_bytes(config: ModelConfig, dtype: Any, is_int8: bool = False) -> int:
     return total
 
 
+def num_params(config: ModelConfig) -> int:
+    """How many parameters the config's module has."""
+    return sum(math.prod(source.shape) for source in jax.tree.leaves(parameter_sources(config)))
+
+
 def _last_names(tree: Any) -> list[str]:
     """What each leaf of nested dicts is called in its own."""
     flat, _ = jax.tree_util.tree_flatten_with_path(tree)

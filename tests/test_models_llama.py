@@ -142,7 +142,7 @@ def test_fused_parameters_are_few():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("num_tokens", [1, 2, 9, 64, 65])
+@pytest.mark.parametrize("num_tokens", [1, 2, 8, 9, 12, 15, 16, 64, 65])
 def test_a_linear_layer_is_the_same_in_either_order_of_its_product(num_tokens, dtype):
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(num_tokens, 48)), dtype)

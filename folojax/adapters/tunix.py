@@ -191,7 +191,7 @@ class Rollout:
         return jnp.asarray(found)
 
     def update_params(self, params: Any, filter_types: tuple[Any, ...] | None = None) -> None:
-        """Goes on with other parameters; nothing is compiled or copied here.
+        """Goes on with other parameters; nothing is compiled here, nor copied (see `LLM`).
 
         Args:
             params: As `to_params` takes them; without it, as `LLM.update_params`.
