@@ -78,12 +78,11 @@ def load_model(
             )
         if has_int8_kernels(params) and not is_int8:
             raise ValueError('params have kernels in eight bits: pass quantization="int8"')
-        floats = jax.tree.leaves(params)
-        leaves = jax.tree.leaves(jax.eval_shape(quantize_params, params)) if is_int8 else floats
-        weights = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
         # Floats that are put into eight bits remain the caller's.
-        own = floats if len(leaves) == len(floats) else []
-        here = sum(leaf.nbytes for leaf in own if isinstance(leaf, jax.Array))
+        kept = jax.eval_shape(quantize_params, params) if is_int8 else params
+        leaves = jax.tree.leaves(kept)
+        here = sum(leaf.nbytes for leaf in leaves if isinstance(leaf, jax.Array))
+        weights = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
         num_weights = sum(leaf.size for leaf in leaves)
         resolved, plan = plan_memory(config, module, weights, num_weights, here)
         return LoadedModel(

@@ -281,14 +281,14 @@ class LLM(RequestLoop):
     def update_params(self, params: Any, running: str = "recompute") -> None:
         """Goes on with other parameters of the same model, such as after a step of training.
 
-        Nothing is compiled anew and nothing is copied: the caller's arrays are used as they are.
+        No step is compiled anew and nothing is copied: the caller's arrays are used as they are.
         They must be alive whenever the engine steps; so a training step may take them as a donated
         argument, if its result is handed over before the next step of the engine. The prefix cache
         is dropped. `CompletionOutput.weights_versions` tells which tokens came before and after.
 
         Args:
-            params: A pytree with the names, shapes and dtypes of the parameters now in use. Float
-                kernels in place of ones in eight bits are put into eight bits, which copies them.
+            params: A pytree with the names, shapes and dtypes of the parameters now in use. Where
+                these are in eight bits, float kernels become so: copies, beside the old ones.
             running: What becomes of unfinished requests. "recompute": their output is kept, and
                 keys and values are computed again with the new parameters. "keep": they go on with
                 the keys and values that they have, which nobody else will share. A score under
@@ -322,7 +322,7 @@ class LLM(RequestLoop):
                 was made by hand.
 
         Raises:
-            ValueError: the model's config is not that of a config.json.
+            ValueError: the config is not that of a config.json, or kernels are in eight bits.
         """
         runner = self.engine.runner
         save_pretrained(

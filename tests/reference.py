@@ -30,6 +30,15 @@ TINY: dict[str, Any] = {
     "pad_token_id": 0,
 }
 
+TINY_LIMITS: dict[str, Any] = {
+    "page_size": 16,
+    "num_pages": 48,
+    "max_model_len": 128,
+    "max_num_seqs": 4,
+    "max_num_batched_tokens": 64,
+}
+"""Of engines for such models: requests wait, prompts come in chunks and fill several pages."""
+
 
 def embedded_directory() -> Path:
     """The directory of the packaged GGUF file, found without importing the package."""

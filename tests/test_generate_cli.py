@@ -4,6 +4,7 @@ import importlib
 import io
 import json
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -52,6 +53,16 @@ def test_the_five_default_prompts(call: Callable, script: ModuleType, tmp_path: 
     assert report["batch"]["output_throughput"] > 0
     assert report["outputs"][0]["metrics"]["ttft_s"] > 0
     assert report["outputs"][0]["outputs"][0]["finish_reason"] in ("stop", "length")
+
+
+def test_kernels_in_eight_bits(call: Callable) -> None:
+    sizes = []
+    for options in ((), ("--quantization", "int8")):
+        code, _, log = call("--max-tokens", "2", *options)
+        assert code == 0
+        (size,) = re.findall(r"weights ([\d.]+) MiB", log)
+        sizes.append(float(size))
+    assert sizes[1] < 0.3 * sizes[0]
 
 
 def test_prompts_come_from_options_and_files(call: Callable, tmp_path: Path) -> None:

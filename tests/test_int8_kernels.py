@@ -28,17 +28,11 @@ from folojax.models.int8_kernels import (
 from folojax.models.save import save_pretrained
 from folojax.sampling import SamplingClass
 from tests import reference
+from tests.conftest import check_is_empty
 from tests.families import save_family
 from tests.text import make_letters_tokenizer
 
-LIMITS: dict[str, Any] = {
-    "page_size": 16,
-    "num_pages": 48,
-    "max_model_len": 128,
-    "max_num_seqs": 4,
-    "max_num_batched_tokens": 64,
-    "quantization": "int8",
-}
+LIMITS: dict[str, Any] = reference.TINY_LIMITS | {"quantization": "int8"}
 GREEDY = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True, logprobs=0)
 PROMPTS = [list(range(5, 5 + length)) for length in (3, 40, 17, 60, 9)]
 
@@ -52,9 +46,7 @@ def shared_llm(tiny_model: tuple) -> LLM:
 def llm(shared_llm: LLM, tiny_model: tuple) -> Iterator[LLM]:
     shared_llm.update_params(tiny_model[1])
     yield shared_llm
-    shared_llm.engine.scheduler.check()
-    assert not shared_llm.has_unfinished_requests()
-    assert shared_llm.metrics().num_used_pages == 0
+    check_is_empty(shared_llm)
 
 
 def round_rows(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -239,7 +231,7 @@ def test_alone_or_in_a_batch_deterministic_mode_keeps_every_bit(tiny_model: tupl
         assert list(score.logprobs) == logprobs
 
 
-def test_in_bfloat16_and_several_steps_a_call(tiny_directory: Path, tiny_model: tuple) -> None:
+def test_in_bfloat16_and_several_steps_a_call(tiny_directory: Path) -> None:
     letters = make_letters_tokenizer()
     llms = [
         LLM(tiny_directory, letters, dtype="bfloat16", **LIMITS, max_decode_steps=n) for n in (1, 4)
@@ -394,6 +386,7 @@ def test_the_real_model_stays_close() -> None:
     )
     tokens = reference.embedded_tokenizer()(text)["input_ids"]
     plain = jax.nn.log_softmax(logits(module, params, tokens))
-    small = jax.nn.log_softmax(logits(module, quantize_params(params), tokens))
+    params = load_params(checkpoint, jnp.float32, is_int8=True)
+    small = jax.nn.log_softmax(logits(module, params, tokens))
     divergence = (np.exp(plain) * (plain - small)).sum(axis=1)
     assert 1e-4 < divergence.mean() < 0.1

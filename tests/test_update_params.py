@@ -17,31 +17,24 @@ from folojax import (
     merge_lora,
     run_for,
 )
+from tests.conftest import check_is_empty
+from tests.reference import TINY_LIMITS
 
 PROMPT = list(range(5, 45))  # two full pages and a half
 PARAMS = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
 SEEDED = SamplingParams(seed=3, max_tokens=24, ignore_eos=True)
-LIMITS: dict[str, Any] = {
-    "page_size": 16,
-    "num_pages": 48,
-    "max_model_len": 128,
-    "max_num_seqs": 4,
-    "max_num_batched_tokens": 64,
-}
 
 
 @pytest.fixture(scope="module")
 def shared_llm(tiny_model: tuple) -> LLM:
-    return LLM(tiny_model, **LIMITS)
+    return LLM(tiny_model, **TINY_LIMITS)
 
 
 @pytest.fixture
 def llm(shared_llm: LLM, tiny_model: tuple) -> Iterator[LLM]:
     shared_llm.update_params(tiny_model[1])
     yield shared_llm
-    shared_llm.engine.scheduler.check()
-    assert not shared_llm.has_unfinished_requests()
-    assert shared_llm.metrics().num_used_pages == 0
+    check_is_empty(shared_llm)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +75,7 @@ def test_no_request_hits_what_old_weights_computed(llm: LLM, new_params: Any, ru
     """With the pages of the one that still runs, and those that it left in the cache."""
     before = tokens(llm)
     _, new, version = update_midway(llm, new_params, running)
-    after = tokens(LLM((llm.engine.runner.model, new_params), **LIMITS))
+    after = tokens(LLM((llm.engine.runner.model, new_params), **TINY_LIMITS))
     assert before != after
     assert new.outputs[0].token_ids == after
     assert set(new.outputs[0].weights_versions) == {version + 1}
@@ -127,7 +120,7 @@ def test_keep_goes_on_with_old_keys_and_new_weights(llm: LLM, new_params: Any) -
 def test_groups_survive_every_policy(llm: LLM, new_params: Any) -> None:
     """More samples than run at once: later ones may not take the pages of kept siblings."""
     asked = SamplingParams(n=6, seed=1, max_tokens=20, ignore_eos=True)
-    (expected,) = LLM((llm.engine.runner.model, new_params), **LIMITS).generate(
+    (expected,) = LLM((llm.engine.runner.model, new_params), **TINY_LIMITS).generate(
         [PROMPT], asked, use_tqdm=False
     )
     for running in ("recompute", "keep", "restart"):
@@ -152,7 +145,7 @@ def test_forks_do_not_share_what_old_weights_computed(llm: LLM, new_params: Any)
     llm.fork("a", "b", num_output_tokens=4)
     done = finish(llm)
     forked = done["b"].outputs[0].token_ids
-    clean = LLM((llm.engine.runner.model, new_params), **LIMITS)
+    clean = LLM((llm.engine.runner.model, new_params), **TINY_LIMITS)
     asked = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
     (expected,) = clean.generate([PROMPT + forked[:4]], asked, use_tqdm=False)
     assert forked[4:] == expected.outputs[0].token_ids
@@ -169,8 +162,8 @@ def test_unknown_policies_are_refused(llm: LLM) -> None:
 def test_a_training_step_may_donate_the_weights(tiny_model: tuple) -> None:
     """One copy of the parameters in memory, shared by engine and trainer."""
     module, params = tiny_model
-    llm = LLM((module, jax.tree.map(jnp.copy, params)), **LIMITS)
-    expected = tokens(LLM((module, jax.tree.map(lambda leaf: leaf * 1.25, params)), **LIMITS))
+    llm = LLM((module, jax.tree.map(jnp.copy, params)), **TINY_LIMITS)
+    expected = tokens(LLM((module, jax.tree.map(lambda leaf: leaf * 1.25, params)), **TINY_LIMITS))
     train = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf * 1.25, tree), donate_argnums=0)
     new = train(llm.params)
     llm.update_params(new)
@@ -216,7 +209,7 @@ def test_a_token_budget_ends_a_call_and_aborts_give_the_rest(llm: LLM) -> None:
 
 def test_a_token_budget_counts_every_sample(tiny_model: tuple) -> None:
     """Samples that wait give nothing; bursts and requests that were carried over count exactly."""
-    llm = LLM(tiny_model, **LIMITS | {"max_num_seqs": 2, "max_decode_steps": 4})
+    llm = LLM(tiny_model, **TINY_LIMITS | {"max_num_seqs": 2, "max_decode_steps": 4})
     llm.add_request("a", PROMPT, SamplingParams(n=6, seed=1, max_tokens=40, ignore_eos=True))
     before = 0
     for _ in range(3):
@@ -281,10 +274,10 @@ def test_merging_adds_the_product(tiny_model: tuple) -> None:
     expected = np.asarray(params["layers_1"]["o"]) + 0.5 * np.asarray(b) @ np.asarray(a)
     np.testing.assert_allclose(merged["layers_1"]["o"], expected, atol=1e-6)
     assert merged["embed"] is params["embed"]
-    llm = LLM(tiny_model, **LIMITS)
+    llm = LLM(tiny_model, **TINY_LIMITS)
     before = tokens(llm)
     llm.update_params(merged)
-    assert tokens(llm) == tokens(LLM((module, merged), **LIMITS)) != before
+    assert tokens(llm) == tokens(LLM((module, merged), **TINY_LIMITS)) != before
 
 
 def test_gradients_reach_the_low_rank_tree_alone(tiny_model: tuple) -> None:

@@ -21,16 +21,9 @@ from folojax import (
 from folojax.models.checkpoint import build_module, load_params, open_checkpoint
 from folojax.models.dense_attend import dense_attend
 from folojax.residual import intercept
-from tests.reference import load_model, save_tiny
+from tests.reference import TINY_LIMITS, load_model, save_tiny
 
 OPEN, CLOSE, BODY = 91, 93, 10
-LIMITS: dict[str, Any] = {
-    "page_size": 16,
-    "num_pages": 48,
-    "max_model_len": 128,
-    "max_num_seqs": 4,
-    "max_num_batched_tokens": 64,
-}
 PROMPTS = [list(range(5, 40)), [9, 8, 7], [11, 12, 13, 14], [3]]
 
 
@@ -76,7 +69,7 @@ EDITS = [
 
 def make_llm(model: tuple, **options: Any) -> LLM:
     functions = {"logits_processors": PROCESSORS, "activation_edits": EDITS}
-    return LLM(model, **LIMITS | functions | options)
+    return LLM(model, **TINY_LIMITS | functions | options)
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +79,7 @@ def llm(tiny_model: tuple) -> LLM:
 
 @pytest.fixture(scope="module")
 def plain_llm(tiny_model: tuple) -> LLM:
-    return LLM(tiny_model, **LIMITS)
+    return LLM(tiny_model, **TINY_LIMITS)
 
 
 def params(**fields: Any) -> SamplingParams:
@@ -156,7 +149,7 @@ def test_untouched_requests_are_those_of_an_engine_without(
     """To the bit, with neighbours that use processors; these compose with every kind of edit."""
     if is_deterministic:
         llm = make_llm(tiny_model, deterministic=True)
-        plain_llm = LLM(tiny_model, **LIMITS, deterministic=True)
+        plain_llm = LLM(tiny_model, **TINY_LIMITS, deterministic=True)
     names = [[], ["odd"], [], ["count"]]
     expected = generate(plain_llm, [params(**fields) for fields in KINDS])
     mixed = [params(**f, logits_processors=n) for f, n in zip(KINDS, names, strict=True)]
@@ -261,7 +254,7 @@ def test_neighbours_of_an_edited_request_keep_their_bits(
     tiny_model: tuple, is_deterministic: bool
 ) -> None:
     options = {"deterministic": is_deterministic, "enable_prefix_caching": False}
-    plain = LLM(tiny_model, **LIMITS | options)
+    plain = LLM(tiny_model, **TINY_LIMITS | options)
     expected = generate(plain, [params(**fields) for fields in KINDS])
     names = [[], ["steer"], [], ["twice", "steer"]]
     mixed = [params(**f, activation_edits=n) for f, n in zip(KINDS, names, strict=True)]
