@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from jax.sharding import SingleDeviceSharding
 
-from folojax import kv_cache, step
+from folojax import kv_cache, page_copies, step
 from folojax.batch import ints
 from folojax.buckets import DecodeShape, PrefillShape
 from folojax.compile_plan import COPIES, EDITS, CompilePlan, Executable, Planned, model_executable
@@ -85,7 +85,7 @@ def warm_up(
             raise RuntimeError(f"{text}, or set strict to False")
         _LOG.warning("%s. The rest are compiled when they are needed.", text)
     start = time.perf_counter()
-    cache, _ = kv_cache.compile_copies(runner.state.cache)
+    cache, _ = page_copies.compile_copies(runner.state.cache)
     runner.state = runner.state._replace(cache=cache)
     done.append(Planned(COPIES, None, time.perf_counter() - start))
     runner.gate.set_compiled(done, left_out)

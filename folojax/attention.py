@@ -6,7 +6,8 @@ sees its own tokens by the same path as earlier ones. The plans hold what is the
 layer and are computed once a step.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -15,7 +16,13 @@ from folojax import kv_cache
 from folojax.gathered_attention import MASKED, attend_gathered
 from folojax.kv_cache import KVCache
 from folojax.models.interface import PLAIN, Scoring
+from folojax.models.row_sums import sum_products
 from folojax.state import DecodeInputs, PrefillInputs, SharedPages
+
+PageProduct: TypeAlias = Callable[
+    [Float[Array, "PK G A"], Float[Array, "PK _ _"]], Float[Array, "PK G Z"]
+]
+"""Of G rows for every page and head, with what lies in the page."""
 
 
 class ChunkPlan(NamedTuple):
@@ -122,6 +129,8 @@ def attend_tokens(
     (1/S of the cache's data); a row then combines its pages' partials through its table, in their
     order. So a row's result depends neither on its neighbours nor on which pages it was given.
     Pages with several owners are copied out and read once more for every Q further ones.
+
+    On CPU the few queries of a page are summed in a loop over it (`models.row_sums`).
     """
     cache = kv_cache.write(cache, layer, plan.page, plan.offset, key, value)
     # In the dtype of the cache, which is all of the data: to convert it would cost as much again.
@@ -131,12 +140,13 @@ def attend_tokens(
     num_pages = plan.owner.shape[0]
 
     page_query = query[jnp.minimum(plan.owner, rows - 1)].reshape(num_pages, 1, heads, dim)
-    partials = _attend_pages(page_query, plan.age[:, None, :], segments, scoring)
+    product = sum_products if kv_cache.is_summed_last() else _multiply
+    partials = _attend_pages(page_query, plan.age[:, None, :], segments, scoring, product)
     if plan.shared is not None:
         assert plan.shared_age is not None
         lane_query = query[jnp.minimum(plan.shared.owner, rows - 1)]
         copied = kv_cache.gather_pages(cache, layer, plan.shared.page, query.dtype)
-        lanes = _attend_pages(lane_query, plan.shared_age, [copied], scoring)
+        lanes = _attend_pages(lane_query, plan.shared_age, [copied], scoring, _multiply)
         partials = _Partials(*map(jnp.concatenate, zip(partials, lanes, strict=True)))
 
     # [B, N] pages a row. Gathers: sums by scatter would be atomic on a GPU, in any order and slow.
@@ -160,16 +170,17 @@ class _Partials(NamedTuple):
 def _attend_pages(
     query: Float[Array, "P Q H D"],
     age: Int[Array, "P Q S"],
-    arrays: list[tuple[Float[Array, "_ K D S"], Float[Array, "_ K S D"]]],
+    arrays: list[tuple[Float[Array, "_ K _ _"], Float[Array, "_ K _ _"]]],
     scoring: Scoring,
+    product: PageProduct,
 ) -> _Partials:
     """Softmax parts of Q queries of every page over the tokens of that page."""
     pages, owners, heads, dim = query.shape
-    kv_heads, size = arrays[0][0].shape[1], arrays[0][0].shape[3]
+    kv_heads, size = arrays[0][0].shape[1], age.shape[-1]
     groups = heads // kv_heads
     flat = query.reshape(pages, owners, kv_heads, groups, dim).transpose(0, 2, 1, 3, 4)
     flat = flat.reshape(pages * kv_heads, owners * groups, dim)
-    score = _paged_product("ngd,nds->ngs", flat, [keys for keys, _ in arrays])
+    score = _by_segment(product, flat, [keys for keys, _ in arrays])
     score = scoring.scores(score, dim).reshape(pages, kv_heads, owners, groups, size)
     is_valid = scoring.is_visible(age)[:, None, :, None, :]
     score = jnp.where(is_valid, score, MASKED)
@@ -177,7 +188,7 @@ def _attend_pages(
     # Of a page without any valid token all weights are 1; its maximum makes it nothing to the row.
     weight = jnp.exp(score - maximum[..., None])
     flat_weight = weight.astype(query.dtype).reshape(pages * kv_heads, owners * groups, size)
-    value = _paged_product("ngs,nsd->ngd", flat_weight, [values for _, values in arrays])
+    value = _by_segment(product, flat_weight, [values for _, values in arrays])
     value = value.reshape(pages, kv_heads, owners, groups, dim)
 
     def by_owner(x: Array) -> Array:
@@ -186,15 +197,20 @@ def _attend_pages(
     return _Partials(by_owner(maximum), by_owner(weight.sum(axis=-1)), by_owner(value))
 
 
-def _paged_product(
-    product: str, flat: Float[Array, "PK G A"], arrays: list[Float[Array, "_ K A Z"]]
+def _by_segment(
+    product: PageProduct, flat: Float[Array, "PK G A"], arrays: list[Float[Array, "_ K _ _"]]
 ) -> Float[Array, "PK G Z"]:
-    """A batched product with the pages of all segments, without joining them first."""
+    """A product with the pages of all segments, without joining them first."""
     out, first = [], 0
     for array in arrays:
         batch = array.shape[0] * array.shape[1]
         pages = array.reshape(batch, *array.shape[2:])
-        operand = flat[first : first + batch]
-        out.append(jnp.einsum(product, operand, pages, preferred_element_type=jnp.float32))
+        out.append(product(flat[first : first + batch], pages))
         first += batch
     return jnp.concatenate(out)
+
+
+def _multiply(
+    rows: Float[Array, "PK G A"], pages: Float[Array, "PK A Z"]
+) -> Float[Array, "PK G Z"]:
+    return jnp.einsum("nga,naz->ngz", rows, pages, preferred_element_type=jnp.float32)

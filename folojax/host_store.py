@@ -13,8 +13,9 @@ import jax
 import numpy as np
 from jaxtyping import Num
 
-from folojax import kv_cache
-from folojax.kv_cache import KVCache, KVLayout, TakenPages
+from folojax import kv_cache, page_copies
+from folojax.kv_cache import KVCache, KVLayout
+from folojax.page_copies import TakenPages
 from folojax.sched.host_pages import PageLoad, PageSave
 
 
@@ -53,7 +54,7 @@ class HostStore:
     def save(self, cache: KVCache, saves: Iterable[PageSave]) -> None:
         """Copies pages out of the cache. Does not wait for the device."""
         for save in saves:
-            taken = kv_cache.take_pages(cache, save.page_ids)
+            taken = page_copies.take_pages(cache, save.page_ids)
             self._taken[save.key] = [_to_host(pages) for pages in taken]
 
     def load(self, cache: KVCache, loads: Iterable[PageLoad]) -> KVCache:
@@ -61,7 +62,7 @@ class HostStore:
         for load in loads:
             targets = {load.first + place: page for place, page in enumerate(load.page_ids)}
             taken = [_to_device(pages) for pages in self._taken.pop(load.key)]
-            cache = kv_cache.put_pages(cache, taken, targets)
+            cache = page_copies.put_pages(cache, taken, targets)
         return cache
 
     def drop(self, keys: Iterable[int]) -> None:
@@ -106,8 +107,8 @@ def read_tokens(taken: Sequence[TakenPages], num_tokens: int, layout: KVLayout) 
     for place, arrays in jax.device_get([(pages.place, pages.arrays) for pages in taken]):
         is_wanted = (place >= 0) & (place < num_pages)
         for layer in range(num_layers):
-            keys[layer, place[is_wanted]] = arrays[layer][is_wanted]
-            values[layer, place[is_wanted]] = arrays[num_layers + layer][is_wanted]
+            keys[layer, place[is_wanted]] = kv_cache.turn(arrays[layer])[is_wanted]
+            values[layer, place[is_wanted]] = kv_cache.turn(arrays[num_layers + layer])[is_wanted]
     # [L, N, K, D, S] and [L, N, K, S, D] to [L, N * S, K, D]
     by_token = (num_layers, -1, layout.num_kv_heads, layout.head_dim)
     dtype = np.dtype(layout.dtype)
@@ -126,7 +127,9 @@ def write_tokens(kv: TokenKV, layout: KVLayout) -> TakenPages:
     keys, values = (np.pad(x.astype(storage), padding).reshape(shape) for x in (kv.keys, kv.values))
     arrays = [*keys.transpose(0, 1, 3, 4, 2), *values.transpose(0, 1, 3, 2, 4)]
     # One group: its size is its own, and so is what `put_pages` compiles for it.
-    return TakenPages(np.arange(num_pages), [jax.numpy.asarray(array) for array in arrays])
+    return TakenPages(
+        np.arange(num_pages), [jax.numpy.asarray(kv_cache.turn(array)) for array in arrays]
+    )
 
 
 def _to_host(pages: TakenPages) -> TakenPages:

@@ -1,9 +1,12 @@
 """The paged KV cache: an immutable pytree whose layout is known only here and in `attention`.
 
-A page holds S tokens of one request for every layer. Keys lie transposed inside their page, so
-that scores are a plain product over the pages where they lie:
+A page holds S tokens of one request for every layer. Inside it keys or values lie transposed, as
+suits the way in which the platform multiplies with pages where they lie (`attention`):
 
-    keys    [P, K, D, S]        values  [P, K, S, D]        one array per layer and segment
+    on CPU      keys [P, K, S, D]       values [P, K, D, S]     summed along the last axis
+    elsewhere   keys [P, K, D, S]       values [P, K, S, D]     plain products of matrices
+
+with one array per layer and segment.
 
 Pages are numbered through *segments* of growing size (such as 8, 8, 16, 32, 32 ... pages):
 
@@ -15,23 +18,19 @@ it reads all the same: pages are allocated lowest first, and the step is given o
 that hold pages in use (`take_segments`), the others stay where they are.
 """
 
-import bisect
 import dataclasses
-import functools
-import itertools
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Num
 
 from folojax.models.config import ModelConfig
+from folojax.models.platforms import platform
 
-COPY_SIZES = (4, 16)
-"""Pages are copied in groups of so many. Not 1: for that XLA on CPU copies the whole array."""
+_Pages = TypeVar("_Pages", Array, np.ndarray)
 
 SegmentArrays: TypeAlias = tuple[Num[Array, "P K _ _"], ...]  # one array per layer
 
@@ -119,8 +118,8 @@ def init_cache(layout: KVLayout) -> KVCache:
 
     size, dim = layout.page_size, layout.head_dim
     return KVCache(
-        keys=tuple(segment(pages, dim, size) for pages in layout.segments),
-        values=tuple(segment(pages, size, dim) for pages in layout.segments),
+        keys=tuple(segment(pages, *_as_stored(dim, size)) for pages in layout.segments),
+        values=tuple(segment(pages, *_as_stored(size, dim)) for pages in layout.segments),
     )
 
 
@@ -136,7 +135,22 @@ def dtype(cache: KVCache) -> jnp.dtype:
 
 def page_size(cache: KVCache) -> int:
     """S: tokens of a page."""
-    return cache.values[0][0].shape[2]
+    part = cache.keys if is_summed_last() else cache.values
+    return part[0][0].shape[2]
+
+
+def is_summed_last() -> bool:
+    """Whether the axis that attention sums over is a page's last one: D of keys, S of values."""
+    return platform() == "cpu"
+
+
+def turn(pages: _Pages) -> _Pages:
+    """Pages of keys [*, D, S] or of values [*, S, D] as they lie in the cache; also the inverse."""
+    return pages.swapaxes(-1, -2) if is_summed_last() else pages
+
+
+def _as_stored(*sizes: int) -> tuple[int, ...]:
+    return sizes[::-1] if is_summed_last() else sizes
 
 
 def take_segments(cache: KVCache, count: int) -> tuple[KVCache, KVCache]:
@@ -207,8 +221,10 @@ def write(
         outside = size + jnp.arange(page.shape[0])
         local = jnp.where((page >= first) & (page < first + size), page - first, outside)
         options: dict[str, Any] = {"mode": "drop", "unique_indices": True}
-        new_key = old_key.at[local, :, :, offset].set(key.astype(old_key.dtype), **options)
-        new_value = old_value.at[local, :, offset].set(value.astype(old_value.dtype), **options)
+        upright, turned = (local, slice(None), offset), (local, slice(None), slice(None), offset)
+        key_at, value_at = (upright, turned) if is_summed_last() else (turned, upright)
+        new_key = old_key.at[key_at].set(key.astype(old_key.dtype), **options)
+        new_value = old_value.at[value_at].set(value.astype(old_value.dtype), **options)
         keys[index] = _replace(segment_keys, layer, new_key)
         values[index] = _replace(segment_values, layer, new_value)
         first += size
@@ -217,8 +233,8 @@ def write(
 
 def layer_segments(
     cache: KVCache, layer: int, dtype: jnp.dtype
-) -> list[tuple[Float[Array, "P K D S"], Float[Array, "P K S D"]]]:
-    """Keys and values of a layer, segment by segment, where they lie."""
+) -> list[tuple[Float[Array, "P K _ _"], Float[Array, "P K _ _"]]]:
+    """Keys and values of a layer, segment by segment, where and as they lie (`is_summed_last`)."""
     return [
         (keys[layer].astype(dtype), values[layer].astype(dtype))
         for keys, values in zip(*cache, strict=True)
@@ -231,139 +247,7 @@ def gather_pages(
     """Copies pages out of a layer; the content of padding entries is unspecified."""
     keys = _gather([segment[layer] for segment in cache.keys], page_table)
     values = _gather([segment[layer] for segment in cache.values], page_table)
-    return keys.astype(dtype), values.astype(dtype)
-
-
-class TakenPages(NamedTuple):
-    """Some pages of one segment, out of the cache.
-
-    Attributes:
-        place: Which of the pages asked for they are; -1 is padding.
-        arrays: Keys, then values, of every layer: [X, K, D, S] and [X, K, S, D].
-    """
-
-    place: np.ndarray
-    arrays: list[Array]
-
-
-def take_pages(cache: KVCache, pages: Sequence[int]) -> list[TakenPages]:
-    """Copies whole pages, all layers, out of the cache.
-
-    Args:
-        cache: Not donated.
-        pages: Page ids.
-    """
-    arrays, firsts = _by_segment(cache)
-    segment_of = [bisect.bisect_right(firsts, page) - 1 for page in pages]
-    taken = []
-    for segment in sorted(set(segment_of)):
-        places = [place for place, found in enumerate(segment_of) if found == segment]
-        for first in range(0, len(places), COPY_SIZES[-1]):
-            some = places[first : first + COPY_SIZES[-1]]
-            size = next(size for size in COPY_SIZES if len(some) <= size)
-            index, place = np.zeros(size, np.int32), np.full(size, -1)
-            index[: len(some)] = [pages[one] - firsts[segment] for one in some]
-            place[: len(some)] = some
-            parts = [_take(part, index) for part in _calls(arrays[segment])]
-            taken.append(TakenPages(place, list(itertools.chain(*parts))))
-    return taken
-
-
-def put_pages(cache: KVCache, taken: Iterable[TakenPages], targets: Mapping[int, int]) -> KVCache:
-    """Writes whole pages, all layers, into the cache.
-
-    DONATES `cache`.
-
-    Args:
-        cache: Pages, new or old.
-        taken: What `take_pages` gave, from this cache or one of the same layout.
-        targets: Page ids by the place of what is to be written there; pages of other places are
-            passed over.
-    """
-    arrays, firsts = _by_segment(cache)
-    sizes = [segment[0].shape[0] for segment in arrays]
-    for place, pages in taken:
-        target = np.array([targets.get(one, -1) for one in place.tolist()])
-        for segment, (first, size) in enumerate(zip(firsts, sizes, strict=True)):
-            is_here = (target >= first) & (target < first + size)
-            if is_here.any():
-                index = np.where(is_here, target - first, size).astype(np.int32)
-                calls = zip(_calls(arrays[segment]), _calls(pages), strict=True)
-                parts = [_put(part, index, some) for part, some in calls]
-                arrays[segment] = list(itertools.chain(*parts))
-    return _from_segments(arrays)
-
-
-def copy_pages(cache: KVCache, copies: Sequence[tuple[int, int]]) -> KVCache:
-    """Copies whole pages, all layers, all at once: every source is read before a target is written.
-
-    DONATES `cache`.
-
-    Args:
-        cache: Pages, new or old.
-        copies: (source, target) page ids; targets differ.
-    """
-    taken = take_pages(cache, [source for source, _ in copies])
-    return put_pages(cache, taken, dict(enumerate(target for _, target in copies)))
-
-
-def compile_copies(cache: KVCache) -> tuple[KVCache, int]:
-    """Compiles what `copy_pages` may need, by copying nothing; returns how many programs there are.
-
-    DONATES `cache`.
-    """
-    arrays, _ = _by_segment(cache)
-    shapes = set()
-    for size in COPY_SIZES:
-        index = np.zeros(size, np.int32)
-        for segment in arrays:
-            place = np.full(size, segment[0].shape[0], np.int32)
-            parts = [_put(part, place, _take(part, index)) for part in _calls(segment)]
-            shapes |= {tuple(array.shape for array in part) for part in parts}
-            segment[:] = itertools.chain(*parts)
-    return _from_segments(arrays), 2 * len(COPY_SIZES) * len(shapes)
-
-
-def _calls(arrays: list[Array]) -> list[list[Array]]:
-    """The arrays of a segment, in as many calls as they are best moved with.
-
-    On CPU one by one: a small program compiles in no time, where one over all layers takes
-    seconds, and is no slower. A GPU moves a page in less time than the host needs for a call.
-    """
-    size = 1 if jax.default_backend() == "cpu" else len(arrays)
-    return [arrays[first : first + size] for first in range(0, len(arrays), size)]
-
-
-def _by_segment(cache: KVCache) -> tuple[list[list[Array]], list[int]]:
-    """Keys, then values, of every layer, by segment; and the first page of each segment."""
-    arrays = [[*keys, *values] for keys, values in zip(*cache, strict=True)]
-    sizes = [segment[0].shape[0] for segment in arrays]
-    return arrays, [0, *itertools.accumulate(sizes[:-1])]
-
-
-def _from_segments(arrays: list[list[Array]]) -> KVCache:
-    """A cache of the keys, then values, of every layer, by segment."""
-    num_layers = len(arrays[0]) // 2
-    return KVCache(
-        keys=tuple(tuple(segment[:num_layers]) for segment in arrays),
-        values=tuple(tuple(segment[num_layers:]) for segment in arrays),
-    )
-
-
-@jax.jit
-def _take(arrays: list[Num[Array, "P K _ _"]], index: Int[Array, " X"]) -> list[Array]:
-    return [array[index] for array in arrays]
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _put(
-    arrays: list[Num[Array, "P K _ _"]],
-    index: Int[Array, " X"],
-    pages: list[Num[Array, "X K _ _"]],
-) -> list[Array]:
-    return [
-        array.at[index].set(some, mode="drop") for array, some in zip(arrays, pages, strict=True)
-    ]
+    return turn(keys.astype(dtype)), turn(values.astype(dtype))
 
 
 def _gather(arrays: Sequence[Array], pages: Int[Array, "..."]) -> Array:
@@ -385,4 +269,4 @@ def _replace(arrays: SegmentArrays, layer: int, new: Array) -> SegmentArrays:
 
 def storage_dtype(dtype: DTypeLike) -> jnp.dtype:
     """What a cache of a dtype keeps: see `KVLayout.dtype`."""
-    return jnp.dtype(jnp.float32) if jax.default_backend() == "cpu" else jnp.dtype(dtype)
+    return jnp.dtype(jnp.float32) if platform() == "cpu" else jnp.dtype(dtype)

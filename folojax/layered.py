@@ -9,6 +9,7 @@ fraction of the time. A call costs 0.2 ms on CPU, which is too much for a layer 
 """
 
 import functools
+import inspect
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, Protocol, TypeAlias
 
@@ -21,6 +22,7 @@ from folojax import step
 from folojax.attention import attend_chunks, attend_tokens
 from folojax.kv_cache import KVCache, layer_of, with_layers
 from folojax.models.interface import Layered
+from folojax.models.row_sums import REORDERED
 from folojax.residual import ActivationEdit, with_taps
 from folojax.state import DecodeInputs, PrefillInputs
 
@@ -95,7 +97,7 @@ class WholeSteps:
         taps: tuple[int, ...] = (),
     ) -> tuple[Any, Any, Any, Streams]:
         """As `step.prefill`."""
-        result, streams = self._run(step.prefill, taps, edits, params, cache, inputs, is_edited)
+        result, streams = self._run(_prefill, taps, edits, params, cache, inputs, is_edited)
         return *result, streams
 
     def decode(
@@ -110,7 +112,7 @@ class WholeSteps:
     ) -> tuple[Any, Any, Streams]:
         """As `step.decode`."""
         args = params, cache, tokens, inputs, is_edited
-        result, streams = self._run(step.decode, taps, edits, *args)
+        result, streams = self._run(_decode, taps, edits, *args)
         return *result, streams
 
     def _run(
@@ -122,19 +124,30 @@ class WholeSteps:
     ) -> tuple[Any, Streams]:
         if not taps:
             return function(*args, model=self._model, edits=edits), {}
-        return with_taps(*args, function=function, taps=taps, model=self._model, edits=edits)
+        return _with_taps(*args, function=function, taps=taps, model=self._model, edits=edits)
 
     def lower_prefill(self, params: Any, cache: KVCache, inputs: PrefillInputs) -> list[Any]:
         """One program."""
         # Argument by argument as in a call: one that is left out makes another program of it.
-        return [step.prefill.lower(params, cache, inputs, None, model=self._model, edits=())]
+        return [_prefill.lower(params, cache, inputs, None, model=self._model, edits=())]
 
     def lower_decode(
         self, params: Any, cache: KVCache, tokens: Any, inputs: DecodeInputs
     ) -> list[Any]:
         """One program."""
         args = params, cache, tokens, inputs, None
-        return [step.decode.lower(*args, model=self._model, edits=())]
+        return [_decode.lower(*args, model=self._model, edits=())]
+
+
+# Sums are reordered as in a group of layers: both ways give the same bits.
+_whole = functools.partial(jax.jit, donate_argnames="cache", compiler_options=REORDERED)
+_prefill, _decode = (
+    _whole(inspect.unwrap(function), static_argnames=("model", "edits"))
+    for function in (step.prefill, step.decode)
+)
+_with_taps = _whole(
+    inspect.unwrap(with_taps), static_argnames=("function", "taps", "model", "edits")
+)
 
 
 def split_layers(kinds: Sequence[Hashable]) -> list[range]:
@@ -281,7 +294,10 @@ def _begin_decode(
 
 
 @functools.partial(
-    jax.jit, static_argnames=("blocks", "attend", "taps"), donate_argnames=("caches", "hidden")
+    jax.jit,
+    static_argnames=("blocks", "attend", "taps"),
+    donate_argnames=("caches", "hidden"),
+    compiler_options=REORDERED,
 )
 def _run_group(
     params: list[Any],

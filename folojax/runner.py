@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from flax import linen as nn
 
-from folojax import kv_cache, step
+from folojax import kv_cache, page_copies, step
 from folojax.batch import Batch, Chunk, Row, by_call, ints
 from folojax.buckets import Buckets, DecodeShape, num_alternatives, slots_for
 from folojax.compile_plan import (
@@ -168,7 +168,7 @@ class Runner(SamplerCalls):
     def read_kv(self, page_ids: Sequence[int], num_tokens: int) -> TokenKV:
         """Waits for the K/V of the first tokens in some pages."""
         num_pages = -(-num_tokens // self._layout.page_size)
-        taken = kv_cache.take_pages(self.state.cache, page_ids[:num_pages])
+        taken = page_copies.take_pages(self.state.cache, page_ids[:num_pages])
         return read_tokens(taken, num_tokens, self._layout)
 
     def reset(self) -> None:
@@ -220,7 +220,7 @@ class Runner(SamplerCalls):
         if moves.saves:
             self.host.save(cache, moves.saves)
         if moves.copies:
-            cache = kv_cache.copy_pages(cache, moves.copies)
+            cache = page_copies.copy_pages(cache, moves.copies)
         if moves.loads:
             cache = self.host.load(cache, moves.loads)
             self.stats.num_loaded_pages += sum(len(load.page_ids) for load in moves.loads)

@@ -38,6 +38,7 @@ from folojax.attention import (
 )
 from folojax.kv_cache import KVCache
 from folojax.logit_edits import note_tokens
+from folojax.models.row_sums import REORDERED
 from folojax.processors import apply_processors, note_outputs
 from folojax.residual import ActivationEdit, intercept, read_layers
 from folojax.sampling import SamplingSpec, sample, token_logprobs
@@ -124,6 +125,7 @@ def decode(
     jax.jit,
     static_argnames=("model", "spec", "most_steps", "activation_edits", "taps"),
     donate_argnames=("cache", "slots"),
+    compiler_options=REORDERED,
 )
 def decode_steps(
     params: Any,

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import SingleDeviceSharding
 
-from folojax import kv_cache, step
+from folojax import page_copies, step
 from folojax.batch import Batch, ints
 from folojax.buckets import Buckets, DecodeShape, PrefillShape
 from folojax.kv_cache import KVLayout
@@ -94,7 +94,7 @@ def measure(
     found = [one.memory_analysis() for one in compiled]
     # One call after the other uses the same memory, but their results wait to be read.
     results = sum(one.output_size_in_bytes - one.alias_size_in_bytes for one in found)
-    copies = kv_cache.COPY_SIZES[-1] * layout.bytes_per_page
+    copies = page_copies.COPY_SIZES[-1] * layout.bytes_per_page
     return results + max(copies, *(one.temp_size_in_bytes for one in found))
 
 
@@ -126,7 +126,7 @@ def estimate(module: nn.Module, layout: KVLayout, buckets: Buckets, max_logprobs
     most_rows = max(rows, shape.rows, columns)
     sample = 4 * most_rows * (4 * config.vocab_size + 2 * max_logprobs)
     scores = 8 * tokens * (max_logprobs + 1)
-    copies = kv_cache.COPY_SIZES[-1] * layout.bytes_per_page
+    copies = page_copies.COPY_SIZES[-1] * layout.bytes_per_page
     return 3 * max(prefill, decode, sample, copies) + scores
 
 

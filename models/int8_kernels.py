@@ -8,6 +8,7 @@ beside it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -16,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int, Int8
 
+from folojax.models.row_sums import sum_products
+
 # XLA makes of a division by a constant what this says.
 _STEP = np.float32(1 / 127)
 
@@ -23,7 +26,10 @@ _STEP = np.float32(1 / 127)
 _KERNELS = frozenset({"qkv", "o", "gate_up", "up", "down", "embed", "lm_head"})
 
 
-_KERNEL_FIRST_ROWS = (8, 16, 32)
+_MOST_SUMMED_ROWS = 8
+"""Rows up to which XLA on CPU is faster with a loop over the kernel than with a product."""
+
+_KERNEL_FIRST_ROWS = (16, 32)
 
 
 class Int8Kernel(NamedTuple):
@@ -82,15 +88,14 @@ def project_int8(x: Float[Array, "N I"], kernel: Int8Kernel) -> Float[Array, "N 
     """
     values, scale = _round(x.astype(jnp.float32))
     num_rows = x.shape[0]
-    if num_rows == 1:
-        # XLA on CPU takes eighteen times as long for a single row as for two.
-        values = jnp.concatenate((values, values))
-    if num_rows in _KERNEL_FIRST_ROWS:
+    if num_rows <= _MOST_SUMMED_ROWS:
+        sums = sum_products(_widen(values), kernel.values)
+    elif num_rows in _KERNEL_FIRST_ROWS:
         # A tenth faster on CPU. The barrier, or XLA makes of it the other order again.
         sums = jax.lax.optimization_barrier(_multiply(kernel.values, values)).T
     else:
         sums = _multiply(values, kernel.values)
-    return sums[:num_rows].astype(jnp.float32) * scale * kernel.scale[None, :]
+    return sums.astype(jnp.float32) * scale * kernel.scale[None, :]
 
 
 @project_int8.defjvp
@@ -105,6 +110,17 @@ def _has_no_derivative(primals: Any, tangents: Any) -> Any:
 def _multiply(left: Int8[Array, "A I"], right: Int8[Array, "B I"]) -> Int[Array, "A B"]:
     dims = (((1,), (1,)), ((), ()))
     return jax.lax.dot_general(left, right, dims, preferred_element_type=jnp.int32)
+
+
+def _widen(values: Int8[Array, "N I"]) -> Int[Array, "N I"]:
+    """The same numbers in int32, computed once.
+
+    XLA on CPU would round them again for every output, and drops barriers before it fuses. It does
+    not fuse through a product, and that with the identity is exact.
+    """
+    size = math.gcd(values.shape[1], 8)
+    blocks = _multiply(values.reshape(-1, size), jnp.eye(size, dtype=jnp.int8))
+    return blocks.reshape(values.shape)
 
 
 def take_int8(kernel: Int8Kernel, index: Int[Array, " N"]) -> Float[Array, "N I"]:

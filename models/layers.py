@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from folojax.models.config import Activation, ModelConfig
 from folojax.models.int8_kernels import Int8Kernel, project_int8, take_int8
+from folojax.models.platforms import platform
 from folojax.models.rope import attention_factor, frequencies
 
 
@@ -98,7 +99,7 @@ def project(
 def _is_kernel_first(x: Float[Array, "N I"]) -> bool:
     """Whether XLA on CPU is faster with the kernel as the left operand, transposition included."""
     least = 2 if x.dtype == jnp.float32 else 9
-    return jax.default_backend() == "cpu" and least <= x.shape[0] <= 64
+    return platform() == "cpu" and least <= x.shape[0] <= 64
 
 
 def _contract_last(left: Float[Array, "A I"], right: Float[Array, "B I"]) -> Float[Array, "A B"]:

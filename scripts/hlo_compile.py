@@ -23,6 +23,7 @@ from folojax.batch import Batch
 from folojax.buckets import DecodeShape, PrefillShape, slots_for
 from folojax.kv_cache import KVLayout
 from folojax.models.llama import Llama, init_params
+from folojax.models.platforms import tracing_for
 
 TARGET = Path(__file__).parent / "data" / "h200_target.textproto"
 
@@ -74,9 +75,9 @@ class Steps:
         shapes = jax.eval_shape(functools.partial(init_params, module), jax.random.key(0))
         self._params = self._on_device(shapes)
         self._layout = KVLayout.of(module.config, module.dtype, segments, page_size)
-        cache = jax.eval_shape(functools.partial(kv_cache.init_cache, self._layout))
-        # On a CPU the cache would be stored as integers, and eval_shape runs on one.
-        self._cache = jax.tree.map(lambda leaf: self._array(leaf.shape, module.dtype), cache)
+        with tracing_for("gpu"):
+            cache = jax.eval_shape(functools.partial(kv_cache.init_cache, self._layout))
+        self._cache = self._on_device(cache)
 
     def decode(self, shape: DecodeShape) -> Compiled:
         """The decode step; the cache must have exactly the segments of the shape."""
@@ -92,7 +93,8 @@ class Steps:
         return self._compile(step.prefill, self._params, self._cache, inputs)
 
     def _compile(self, jitted: Any, *args: Any) -> Compiled:
-        lowered = jitted.lower(*args, model=self._module)
+        with tracing_for("gpu"):
+            lowered = jitted.lower(*args, model=self._module)
         with tempfile.TemporaryDirectory() as dump:
             options: Any = {"xla_dump_to": dump, "xla_dump_hlo_as_text": True}
             compiled = lowered.compile(compiler_options=options)

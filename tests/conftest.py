@@ -19,6 +19,7 @@ _ARRAY_MODULES = (
     "kv_cache",
     "logit_edits",
     "models",
+    "page_copies",
     "processors",
     "record",
     "residual",

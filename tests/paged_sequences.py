@@ -16,6 +16,7 @@ import pytest
 from folojax import kv_cache
 from folojax.attention import attend_chunks, attend_tokens, plan_chunks, plan_tokens
 from folojax.kv_cache import KVCache, KVLayout
+from folojax.models.row_sums import REORDERED
 from folojax.state import DecodeInputs, PrefillInputs
 
 M, V = 8, 16
@@ -102,12 +103,16 @@ _write = functools.partial(jax.jit, static_argnums=1)(kv_cache.write)
 _gather = functools.partial(jax.jit, static_argnums=(1, 3))(kv_cache.gather_pages)
 
 
-@jax.jit
+# As the engine compiles them.
+_jit = functools.partial(jax.jit, compiler_options=REORDERED)
+
+
+@_jit
 def _attend_chunks(cache: KVCache, inputs: PrefillInputs, tokens: Tokens) -> Any:
     return attend_chunks(plan_chunks(inputs, cache), cache, LAYER, *tokens)
 
 
-@jax.jit
+@_jit
 def _attend_tokens(cache: KVCache, inputs: DecodeInputs, tokens: Tokens) -> Any:
     return attend_tokens(plan_tokens(inputs, cache), cache, LAYER, *tokens)
 

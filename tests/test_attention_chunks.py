@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from folojax.models.platforms import tracing_for
 from tests.paged_sequences import (
     ALL,
     HEADS,
@@ -27,9 +28,16 @@ from tests.paged_sequences import (
 )
 
 
+@pytest.mark.parametrize("name", ["cpu", "gpu"])
 @pytest.mark.parametrize("page_size", [4, 16])
 @pytest.mark.parametrize("heads", HEADS, ids=str)
-def test_chunks_attend_like_plain_attention(heads: Heads, page_size: int) -> None:
+def test_chunks_attend_like_plain_attention(heads: Heads, page_size: int, name: str) -> None:
+    """In the layout of each platform."""
+    with tracing_for(name):
+        check_chunks(heads, page_size)
+
+
+def check_chunks(heads: Heads, page_size: int) -> None:
     sequences = random_sequences(LENGTHS, heads)
     pages = place(LENGTHS, page_size, sum(SEGMENTS[page_size]))
     cache = make_cache(heads, page_size, SEGMENTS[page_size])

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from folojax.models.platforms import tracing_for
 from tests.paged_sequences import (
     ALL,
     HEADS,
@@ -21,9 +22,16 @@ from tests.paged_sequences import (
 )
 
 
+@pytest.mark.parametrize("name", ["cpu", "gpu"])
 @pytest.mark.parametrize("page_size", [4, 16])
 @pytest.mark.parametrize("heads", HEADS, ids=str)
-def test_tokens_attend_like_plain_attention(heads: Heads, page_size: int) -> None:
+def test_tokens_attend_like_plain_attention(heads: Heads, page_size: int, name: str) -> None:
+    """In the layout of each platform."""
+    with tracing_for(name):
+        check_tokens(heads, page_size)
+
+
+def check_tokens(heads: Heads, page_size: int) -> None:
     case = make_case(heads, page_size)
     cache, out = decode(case.cache, case.sequences, case.pages, [*ALL, None, None])
     for index in ALL:

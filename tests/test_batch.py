@@ -102,8 +102,9 @@ def attend(cache: KVCache, inputs: DecodeInputs, query: Any, key: Any, value: An
 
 def reference(cache: KVCache, pages: Sequence[int], position: int, query: Any) -> np.ndarray:
     """Attention of one query [H, D] to the tokens up to `position` of some pages, in float64."""
-    keys = np.concatenate([np.asarray(segment[0], np.float64) for segment in cache.keys])
-    values = np.concatenate([np.asarray(segment[0], np.float64) for segment in cache.values])
+    every = jnp.arange(kv_cache.num_pages(cache))
+    pages_of = kv_cache.gather_pages(cache, 0, every, jnp.dtype("float32"))
+    keys, values = (np.asarray(part, np.float64) for part in pages_of)
     key = np.concatenate([keys[page].transpose(2, 0, 1) for page in pages])[: position + 1]
     value = np.concatenate([values[page].transpose(1, 0, 2) for page in pages])[: position + 1]
     out = []

@@ -1,5 +1,6 @@
 """The compile plan: what is listed is compiled, and nothing else is, whatever comes."""
 
+import gc
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -21,6 +22,13 @@ OPTIONS: dict[str, Any] = {
     "prefill_row_len": 8,
     "max_logprobs": 3,
 }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def room_for_plans() -> None:
+    """Whole plans take half of the memory areas of a process: not beside all that came before."""
+    jax.clear_caches()
+    gc.collect()
 
 
 class CompileCounter:

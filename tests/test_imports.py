@@ -11,6 +11,7 @@ ROOT = Path(__file__).parent.parent
 PATH = (
     (
         "kv_cache",
+        "page_copies",
         "logit_edits",
         "draws",
         "processors",

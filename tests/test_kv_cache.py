@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from folojax import kv_cache
+from folojax import kv_cache, page_copies
 from folojax.kv_cache import KVCache, KVLayout, split_segments
+from folojax.models.platforms import platform, tracing_for
 
 SEGMENTS = (3, 3, 5)
 S, L, K, D = 4, 2, 2, 8
@@ -59,7 +60,13 @@ def full_cache() -> tuple[KVCache, np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
-def test_every_page_of_every_segment_round_trips(dtype: Any) -> None:
+@pytest.mark.parametrize("name", ["cpu", "gpu"])
+def test_every_page_of_every_segment_round_trips(name: str, dtype: Any) -> None:
+    with tracing_for(name):
+        check_round_trip(dtype)
+
+
+def check_round_trip(dtype: Any) -> None:
     rng = np.random.default_rng(0)
     where = rng.permutation(P * S)  # tokens come in any order
     key, value = (x.astype(dtype) for x in random_tokens(P * S))
@@ -109,12 +116,9 @@ def test_layer_segments_are_the_pages_in_order() -> None:
     cache, keys, values = full_cache()
     segments = kv_cache.layer_segments(cache, 1, jnp.dtype(jnp.float32))
     assert [pages.shape[0] for pages, _ in segments] == list(SEGMENTS)
-    np.testing.assert_array_equal(
-        np.concatenate([pages for pages, _ in segments]), keys.transpose(0, 2, 3, 1)
-    )
-    np.testing.assert_array_equal(
-        np.concatenate([pages for _, pages in segments]), values.transpose(0, 2, 1, 3)
-    )
+    stored_keys, stored_values = (np.concatenate(pages) for pages in zip(*segments, strict=True))
+    np.testing.assert_array_equal(kv_cache.turn(stored_keys), keys.transpose(0, 2, 3, 1))
+    np.testing.assert_array_equal(kv_cache.turn(stored_values), values.transpose(0, 2, 1, 3))
 
 
 @pytest.mark.parametrize("count", range(len(SEGMENTS) + 1))
@@ -157,7 +161,7 @@ def test_every_bit_pattern_of_bfloat16_survives() -> None:
     numbers = jax.lax.bitcast_convert_type(jnp.asarray(bits), jnp.bfloat16).reshape(-1, K, D)
     token = jnp.arange(num_pages * S)
     cache = kv_cache.init_cache(make_layout(jnp.bfloat16, (num_pages,)))
-    if jax.default_backend() == "cpu":
+    if platform() == "cpu":
         assert kv_cache.dtype(cache) == jnp.float32
     finite = jnp.where(jnp.isfinite(numbers), numbers, 1)[::-1]
     cache = write(cache, 0, token // S, token % S, numbers, finite)
@@ -241,11 +245,11 @@ def test_pages_are_copied_all_at_once(is_by_segment: bool, monkeypatch: pytest.M
     Array by array as on CPU, and a segment a call as on a GPU.
     """
     if is_by_segment:
-        monkeypatch.setattr(kv_cache, "_calls", lambda arrays: [arrays])
+        monkeypatch.setattr(page_copies, "_calls", lambda arrays: [arrays])
     cache, key, value = full_cache()
     copies = [(0, 10), (10, 0), (4, 2), (4, 7), (2, 4)]
     source, target = np.array(copies).T
-    cache = kv_cache.copy_pages(cache, copies)
+    cache = page_copies.copy_pages(cache, copies)
     expected_key, expected_value = key.copy(), value.copy()
     expected_key[target], expected_value[target] = key[source], value[source]
     got_key, got_value = read(cache, 1)

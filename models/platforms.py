@@ -1,0 +1,24 @@
+"""The platform that programs are traced for: nearly always the one that they run on."""
+
+import contextlib
+import contextvars
+from collections.abc import Iterator
+
+import jax
+
+_TRACED_FOR: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
+
+
+def platform() -> str:
+    """JAX's name of the platform whose compiler gets what is traced now: "cpu", "gpu" ..."""
+    return _TRACED_FOR.get() or jax.default_backend()
+
+
+@contextlib.contextmanager
+def tracing_for(name: str) -> Iterator[None]:
+    """For programs that are compiled for a platform which this machine does not have."""
+    token = _TRACED_FOR.set(name)
+    try:
+        yield
+    finally:
+        _TRACED_FOR.reset(token)
