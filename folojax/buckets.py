@@ -23,7 +23,7 @@ _USUAL_LOGPROBS = 20
 _MOST_COPIED_TOKENS_ON_CPU = 10_240
 
 
-_FIRST_HALVED_ROWS = 16
+_FIRST_HALVED_ROWS = 4
 """B from which a CPU's sizes are less than a power of two apart: below it few rows are wasted."""
 
 
