@@ -49,7 +49,10 @@ def sum_products(
         return jnp.maximum(pair[..., :1, :], -pair[..., 1:, :])
     num_loops = -(-num_rows // MOST_AT_ONCE)
     cuts = [num_rows * part // num_loops for part in range(num_loops + 1)]
-    array = array.astype(rows.dtype)
+    if array.dtype != rows.dtype:
+        # Within a loop over steps XLA would convert all of it beforehand: it may not be known yet.
+        rows, array = lax.optimization_barrier((rows, array))
+        array = array.astype(rows.dtype)
     sums: list[Array] = []
     for low, high in itertools.pairwise(cuts):
         products = [array * rows[..., row, None, :] for row in range(low, high)]

@@ -53,3 +53,17 @@ def test_nothing_of_the_size_of_the_array_is_stored(num_rows: int, dtype: Any) -
     rows = jax.ShapeDtypeStruct((num_rows, 1024), np.int32 if dtype == np.int8 else np.float32)
     memory: Any = run.lower(rows, array).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 512 * 1024 / 8
+
+
+def test_a_loop_over_steps_converts_nothing_beforehand() -> None:
+    def steps(rows: jax.Array, array: jax.Array) -> jax.Array:
+        def step(rows: jax.Array, _: None) -> tuple[jax.Array, None]:
+            return sum_products(rows, array) >> 8, None
+
+        return jax.lax.scan(step, rows, None, length=4)[0]
+
+    size = 256
+    rows = jax.ShapeDtypeStruct((2, size), np.int32)
+    array = jax.ShapeDtypeStruct((size, size), np.int8)
+    memory: Any = jax.jit(steps).lower(rows, array).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < size * size
