@@ -1,4 +1,4 @@
-"""The jitted functions of the engine: `prefill` and `decode`, `sample_tokens`, `score_tokens`.
+"""The functions of a step: `prefill` and `decode`, `sample_tokens`, `score_tokens`.
 
     prompt chunks ──> prefill ──┐
                                 ├──> hidden states ──> sample_tokens ──> next token of each slot
@@ -103,6 +103,10 @@ def decode(
     """Caches one token of every row.
 
     DONATES `cache`.
+
+    On CPU the engine's own programs of it (`folojax.layered`) are compiled with the options
+    `models.row_sums.REORDERED`, which make attention some three times as fast. JAX has them for a
+    program only and not for a function within one, so here they are left to the caller.
 
     Args:
         params: The module's parameters.

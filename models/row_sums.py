@@ -21,9 +21,12 @@ REORDERED: dict[str, Any] = {
     "xla_cpu_fast_math_honor_division": True,
     "xla_cpu_fast_math_honor_functions": True,
 }
-"""`compiler_options` of programs in which XLA on CPU may reorder sums, and nothing else.
+"""`compiler_options` of programs in which XLA on CPU may add floats in another order.
 
-They are for programs of their own: JAX refuses them for a jitted function within another.
+Of what is called fast math they leave out approximations, and that NaN or infinity be forgotten;
+what is left may also fuse a product into a sum and lose the sign of a zero. Sums that are
+compensated by hand do not survive it. The options are for whole programs: JAX refuses them for a
+function within another.
 """
 
 MOST_AT_ONCE = 8

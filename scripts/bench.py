@@ -173,7 +173,7 @@ def make_contenders(
     if workload.name == "long":
         options["max_num_batched_tokens"] = 256
     if workload.name == "sharegpt":
-        options["max_num_batched_tokens"] = args.num_running + 48
+        options["max_num_batched_tokens"] = args.num_running + 32
     options |= dict(args.option)
 
     decode_rows = DECODE_ROWS if args.ceilings and args.num_running >= DECODE_ROWS else 0

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from gpu_common import Report, make_model, nano_requests
 
-from folojax import LLM, SamplingClass, SamplingParams, batch_metrics, kv_cache, step
+from folojax import LLM, SamplingClass, SamplingParams, batch_metrics, layered, page_copies, step
 
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 _CACHE_HIT = "/jax/compilation_cache/cache_hits"
@@ -163,11 +163,11 @@ def _clocks(llm: LLM) -> Iterator[dict[str, float]]:
     parts = [
         ("schedule", scheduler, "schedule"),
         ("update", scheduler, "update_from_output"),
-        ("prefill dispatch", step, "prefill"),
-        ("decode dispatch", step, "decode"),
+        ("prefill dispatch", layered, "_prefill"),
+        ("decode dispatch", layered, "_decode"),
         ("decode steps dispatch", step, "decode_steps"),
         ("sample dispatch", step, "sample_tokens"),
-        ("page copies", kv_cache, "copy_pages"),
+        ("page copies", page_copies, "copy_pages"),
         ("wait", jax, "device_get"),
     ]
     patches = [

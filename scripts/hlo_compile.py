@@ -18,10 +18,11 @@ from hlo_read import Program, Thunk, read_thunks
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from folojax import kv_cache, step
+from folojax import kv_cache
 from folojax.batch import Batch
 from folojax.buckets import DecodeShape, PrefillShape, slots_for
 from folojax.kv_cache import KVLayout
+from folojax.layered import WholeSteps
 from folojax.models.llama import Llama, init_params
 from folojax.models.platforms import tracing_for
 
@@ -70,7 +71,7 @@ class Steps:
     """The jitted steps of one model on one card, as shapes: nothing is allocated."""
 
     def __init__(self, module: Llama, segments: tuple[int, ...], page_size: int, device: Any):
-        self._module = module
+        self._module, self._steps = module, WholeSteps(module)
         self._sharding = SingleDeviceSharding(device)
         shapes = jax.eval_shape(functools.partial(init_params, module), jax.random.key(0))
         self._params = self._on_device(shapes)
@@ -84,17 +85,19 @@ class Steps:
         batch = self._batch(shape.rows, shape.table_pages)
         inputs = self._on_device(batch.decode_inputs(shape, []))
         tokens = self._array((batch.num_slots,), jnp.int32)
-        return self._compile(step.decode, self._params, self._cache, tokens, inputs)
+        with tracing_for("gpu"):
+            (lowered,) = self._steps.lower_decode(self._params, self._cache, tokens, inputs)
+        return self._compile(lowered)
 
     def prefill(self, shape: PrefillShape) -> Compiled:
         """The prefill step, likewise."""
         batch = self._batch(shape.rows, shape.table_pages)
         inputs = self._on_device(batch.prefill_inputs(shape, []))
-        return self._compile(step.prefill, self._params, self._cache, inputs)
-
-    def _compile(self, jitted: Any, *args: Any) -> Compiled:
         with tracing_for("gpu"):
-            lowered = jitted.lower(*args, model=self._module)
+            (lowered,) = self._steps.lower_prefill(self._params, self._cache, inputs)
+        return self._compile(lowered)
+
+    def _compile(self, lowered: Any) -> Compiled:
         with tempfile.TemporaryDirectory() as dump:
             options: Any = {"xla_dump_to": dump, "xla_dump_hlo_as_text": True}
             compiled = lowered.compile(compiler_options=options)

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from folojax.kv_cache import KVCache
+from folojax.models.platforms import tracing_for
 from tests.paged_sequences import (
     ALL,
     LENGTHS,
@@ -56,8 +57,15 @@ def broken(sequence: Tokens) -> Tokens:
     return sequence._replace(key=key, value=value)
 
 
+@pytest.mark.parametrize("name", ["cpu", "gpu"])
 @pytest.mark.parametrize("step", ["chunk", "token"])
-def test_old_nans_in_a_page_do_not_reach_its_next_owner(step: str) -> None:
+def test_old_nans_in_a_page_do_not_reach_its_next_owner(step: str, name: str) -> None:
+    """In the layout of each platform."""
+    with tracing_for(name):
+        check_old_nans(step)
+
+
+def check_old_nans(step: str) -> None:
     heads, page_size = Heads(2, 3), 4
     sequences = random_sequences(LENGTHS, heads)
     pages = place(LENGTHS, page_size, 32)

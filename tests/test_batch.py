@@ -13,6 +13,7 @@ from folojax.attention import attend_tokens, plan_tokens
 from folojax.batch import Batch
 from folojax.buckets import DecodeShape
 from folojax.kv_cache import KVCache, KVLayout
+from folojax.models.platforms import tracing_for
 from folojax.row_params import RowParams
 from folojax.sched.plan import NewRequest, SchedulerOutput
 from folojax.state import DecodeInputs
@@ -115,12 +116,19 @@ def reference(cache: KVCache, pages: Sequence[int], position: int, query: Any) -
     return np.array(out)
 
 
+@pytest.mark.parametrize("name", ["cpu", "gpu"])
 @pytest.mark.parametrize("num_owners", [2, 9, 10, 20])
-def test_rows_that_share_pages_attend_like_plain_attention(num_owners: int) -> None:
+def test_rows_that_share_pages_attend_like_plain_attention(num_owners: int, name: str) -> None:
     """Pages 7 and 30 belong to everybody, 2 to the even rows; each row ends in a page of its own.
 
-    The parameter lets an item of 8 further owners be partly full, full, and overflow.
+    The parameter lets an item of 8 further owners be partly full, full, and overflow; in the
+    layout of each platform.
     """
+    with tracing_for(name):
+        check_shared(num_owners)
+
+
+def check_shared(num_owners: int) -> None:
     rng = np.random.default_rng(num_owners)
     own = rng.permutation([page for page in range(P) if page not in (7, 30, 2)]).tolist()
     tables = {

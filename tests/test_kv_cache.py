@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from folojax import kv_cache, page_copies
+from folojax.host_store import read_tokens, write_tokens
 from folojax.kv_cache import KVCache, KVLayout, split_segments
 from folojax.models.platforms import platform, tracing_for
 
@@ -256,3 +257,21 @@ def test_pages_are_copied_all_at_once(is_by_segment: bool, monkeypatch: pytest.M
     np.testing.assert_array_equal(got_key, expected_key)
     np.testing.assert_array_equal(got_value, expected_value)
     assert not np.any(read(cache, 0))
+
+
+@pytest.mark.parametrize("name", ["cpu", "gpu"])
+def test_pages_become_tokens_and_pages_again(name: str) -> None:
+    """As they leave for the host and come back, in the layout of each platform."""
+    with tracing_for(name):
+        layout = make_layout()
+        cache, keys, values = full_cache()
+        pages = [9, 0, 4]
+        kv = read_tokens(page_copies.take_pages(cache, pages), 2 * S + 1, layout)
+        for got, expected in ((kv.keys[1], keys), (kv.values[1], values)):
+            np.testing.assert_array_equal(got, expected[pages].reshape(-1, K, D)[: 2 * S + 1])
+        fresh = kv_cache.init_cache(layout)
+        fresh = page_copies.put_pages(fresh, [write_tokens(kv, layout)], {0: 2, 1: 7, 2: 5})
+        new_keys, new_values = read(fresh, 1)
+    for new, old in ((new_keys, keys), (new_values, values)):
+        np.testing.assert_array_equal(new[[2, 7]], old[[9, 0]])
+        np.testing.assert_array_equal(new[5, :1], old[4, :1])

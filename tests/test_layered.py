@@ -127,3 +127,14 @@ def test_who_is_run_in_layers(tiny_model: tuple, backend: str) -> None:
     opaque: Any = Opaque()
     assert isinstance(make_steps(opaque, backend), WholeSteps)
     assert dataclasses.is_dataclass(tiny_model[0].alone(0))
+
+
+@pytest.mark.parametrize("kind", [WholeSteps, LayeredSteps])
+@pytest.mark.parametrize("taps", [(), (0,)])
+def test_sums_may_be_reordered(tiny_model: tuple, kind: Any, taps: tuple[int, ...]) -> None:
+    """JAX refuses compiler options within another jitted function, and so tells of them."""
+    module, params = tiny_model
+    cache, tokens = random_cache(module), ints(8)
+    steps = kind(module)
+    with pytest.raises(ValueError, match="xla_cpu_enable_fast_math"):
+        jax.jit(lambda: steps.decode(params, cache, tokens, decode_inputs(), taps=taps)).lower()

@@ -110,7 +110,12 @@ def check_same(found: RequestOutput, expected: RequestOutput, is_to_the_bit: boo
         assert facts(found) == facts(expected)
     one, other = found.outputs[0], expected.outputs[0]
     assert one.token_ids == other.token_ids
-    assert one.cumulative_logprob == pytest.approx(other.cumulative_logprob, rel=1e-6)
+    assert one.cumulative_logprob == pytest.approx(other.cumulative_logprob, abs=1e-4)
+    assert (one.logprobs is None) == (other.logprobs is None)
+    for entry, wanted in zip(one.logprobs or [], other.logprobs or [], strict=True):
+        assert [*entry] == [*wanted]
+        for token, mine in entry.items():
+            assert mine.logprob == pytest.approx(wanted[token].logprob, abs=1e-5)
 
 
 # --- logits processors --------------------------------------------------------------------------
