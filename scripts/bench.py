@@ -173,9 +173,9 @@ def make_contenders(
     if workload.name == "long":
         options["max_num_batched_tokens"] = 256
     if workload.name == "sharegpt":
-        # Two whole rows of 16 tokens of a prompt, and a third for the next one.
+        # Up to three prompts, a whole row of 16 tokens of each.
         options["max_num_batched_tokens"] = args.num_running + 48
-        options["long_prefill_token_threshold"] = 32
+        options["long_prefill_token_threshold"] = 16
     options |= dict(args.option)
 
     decode_rows = DECODE_ROWS if args.ceilings and args.num_running >= DECODE_ROWS else 0
