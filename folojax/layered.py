@@ -73,9 +73,9 @@ class Steps(Protocol):
         ...
 
 
-def make_steps(model: nn.Module, backend: str, *, has_edits: bool = False) -> Steps:
-    """The way that suits a platform, by JAX's name of it; edits of activations need the whole."""
-    if backend == "cpu" and isinstance(model, Layered) and not has_edits:
+def make_steps(model: nn.Module, backend: str) -> Steps:
+    """The way that suits a platform, by JAX's name of it."""
+    if backend == "cpu" and isinstance(model, Layered):
         return LayeredSteps(model)
     return WholeSteps(model)
 
@@ -174,13 +174,17 @@ def split_layers(kinds: Sequence[Hashable]) -> list[range]:
 
 
 class LayeredSteps:
-    """A step is a program for each kind of group of layers, and one before and one after them."""
+    """A step is a program for each kind of group of layers, and one before and one after them.
+
+    One with edits of activations is a program: layers that are run alone do not know their number.
+    """
 
     def __init__(self, model: Any) -> None:
         """`model` is a `Layered` Flax module."""
         self._model = model
         self._blocks = [model.alone(layer) for layer in range(model.config.num_layers)]
         self._groups = split_layers(self._blocks)
+        self._whole = WholeSteps(model)
 
     def prefill(
         self,
@@ -192,7 +196,8 @@ class LayeredSteps:
         taps: tuple[int, ...] = (),
     ) -> tuple[Any, Any, Any, Streams]:
         """As `step.prefill`."""
-        assert not edits, "layers that are run alone are not edited"
+        if edits:
+            return self._whole.prefill(params, cache, inputs, edits, is_edited, taps)
         outer = _outer(params)
         begun = _begin_prefill(outer, layer_of(cache, 0), inputs, model=self._model)
         cache, hidden, streams = self._run_layers(params, cache, begun, attend_chunks, taps)
@@ -209,7 +214,8 @@ class LayeredSteps:
         taps: tuple[int, ...] = (),
     ) -> tuple[Any, Any, Streams]:
         """As `step.decode`."""
-        assert not edits, "layers that are run alone are not edited"
+        if edits:
+            return self._whole.decode(params, cache, tokens, inputs, edits, is_edited, taps)
         outer = _outer(params)
         begun = _begin_decode(outer, layer_of(cache, 0), tokens, inputs, model=self._model)
         cache, hidden, streams = self._run_layers(params, cache, begun, attend_tokens, taps)

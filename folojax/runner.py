@@ -117,7 +117,7 @@ class Runner(SamplerCalls):
         self._layout = layout
         self._max_decode_steps = max_decode_steps
         self.host = HostStore(layout)
-        self.steps = make_steps(model, jax.default_backend(), has_edits=bool(functions.edits))
+        self.steps = make_steps(model, jax.default_backend())
         self.gate = Gate(list(self.list_executables(tuple(SamplingClass), True)), is_strict)
         num_slots = slots_for(max_num_seqs)
         self.batch = Batch(
