@@ -105,7 +105,7 @@ def facts(output: RequestOutput) -> tuple:
 
 
 def check_same(found: RequestOutput, expected: RequestOutput, is_to_the_bit: bool) -> None:
-    """An engine with functions of activations has programs of its own, which round otherwise."""
+    """Steps with edits of activations have programs of their own, which may round otherwise."""
     if is_to_the_bit:
         assert facts(found) == facts(expected)
     one, other = found.outputs[0], expected.outputs[0]
@@ -272,8 +272,14 @@ def test_neighbours_of_an_edited_request_stay_what_they_are(
     expected = generate(plain, [params(**fields) for fields in KINDS])
     names = [[], ["steer"], [], ["twice", "steer"]]
     mixed = [params(**f, activation_edits=n) for f, n in zip(KINDS, names, strict=True)]
-    found = generate(make_llm(tiny_model, **options), mixed)
+    llm = make_llm(tiny_model, **options)
+    found = generate(llm, mixed)
+    # The same programs with other edits beside them: to the bit, whatever the mode.
+    names[1], names[3] = names[3], names[1]
+    others = [params(**f, activation_edits=n) for f, n in zip(KINDS, names, strict=True)]
+    swapped = generate(llm, others)
     for i in (0, 2):
+        assert facts(found[i]) == facts(swapped[i])
         check_same(found[i], expected[i], is_deterministic)
     for i in (1, 3):
         assert found[i].outputs[0].token_ids != expected[i].outputs[0].token_ids
