@@ -6,7 +6,7 @@ indexing operations, however many requests run.
 
 import dataclasses
 import heapq
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -129,6 +129,12 @@ class Batch:
         assert sorted(self._free_slots) == list(range(self.num_slots)), "slots are missing"
         assert not self._num_owners.any(), "pages have owners"
         assert (self._page_table == self.num_pages).all(), "page tables are not empty"
+
+    def longest_first(self, request_ids: Iterable[str]) -> list[Row]:
+        """Rows by their number of pages: rows of similar lengths attend together, on CPU."""
+        rows = [self.rows[request_id] for request_id in request_ids]
+        num_pages = self.num_row_pages[[row.slot for row in rows]]
+        return [rows[i] for i in np.argsort(-num_pages, kind="stable").tolist()]
 
     def prefill_inputs(self, shape: PrefillShape, chunks: Sequence[Chunk]) -> PrefillInputs:
         """Packs chunks into the rows of a shape."""

@@ -61,7 +61,8 @@ class Buckets:
     Attributes:
         decode_rows: B, up to max_num_seqs.
         prefill_rows: R; rows beyond the largest go into further calls.
-        shared_rows: B of decode calls in which pages have several owners; coarser.
+        shared_rows: B of decode calls in which pages have several owners; none where such pages
+            are nothing special.
         prefill_columns: C.
         prefill_pages: N of a prefill row, up to the pages of max_model_len.
         prefill_segments: How many segments a prefill call may be handed.
@@ -154,12 +155,7 @@ def make_buckets(config: ResolvedConfig, backend: str = "cpu", min_decode_rows: 
     """
     most_rows = pages_for(config.max_num_batched_tokens, config.prefill_row_len)
     max_pages = pages_for(config.max_model_len, config.page_size)
-    # A chunk copies its pages out of every segment it is handed: not always all of them.
     if backend == "cpu":
-        # The pages of a segment are read whether they are in use or not: what a batch of 32 does
-        # not notice is a tenth of a step of one row.
-        is_lone = config.max_num_seqs <= 2
-        segments = split_segments(config.num_pages, (4, 4, 8, 16) if is_lone else (8, 8, 16))
         decode_rows = _powers(config.max_num_seqs, 2, min_decode_rows)
         return Buckets(
             # A batch that runs dry spends half of its steps between two powers of two.
@@ -167,11 +163,12 @@ def make_buckets(config: ResolvedConfig, backend: str = "cpu", min_decode_rows: 
             prefill_rows=_powers(most_rows, 2),
             prefill_columns=config.prefill_row_len,
             prefill_pages=_table_sizes(max_pages, 2),
-            prefill_segments=(*range(2, len(segments), 2), len(segments)),
-            # What a wider table costs is the gathering of partial sums, which is little.
-            decode_pages=_table_sizes(max_pages, 8, 2.0),
-            segments=segments,
-            shared_rows=_every_other(decode_rows),
+            # A step reads as many pages as its rows have, whatever it was compiled for, and shared
+            # ones again for every row (`row_attention`).
+            prefill_segments=(1,),
+            decode_pages=(max_pages,),
+            segments=(config.num_pages,),
+            shared_rows=(),
             most_copied_pages=_MOST_COPIED_TOKENS_ON_CPU // config.page_size,
         )
     segments = split_segments(config.num_pages, head=(128, 384))
@@ -181,6 +178,7 @@ def make_buckets(config: ResolvedConfig, backend: str = "cpu", min_decode_rows: 
         prefill_rows=_powers(most_rows, 4, min(8, most_rows)),
         prefill_columns=config.prefill_row_len,
         prefill_pages=_table_sizes(max_pages, 8),
+        # A chunk copies its pages out of every segment it is handed: not always all of them.
         prefill_segments=(*range(4, len(segments), 4), len(segments)),
         decode_pages=_table_sizes(max_pages, 16),
         segments=segments,
@@ -235,16 +233,16 @@ def _with_previous(sizes: tuple[int, ...]) -> Iterator[tuple[int, int]]:
     return zip((0, *sizes), sizes, strict=False)
 
 
-def _table_sizes(last: int, first: int, least_gain: float = 4 / 3) -> tuple[int, ...]:
+def _table_sizes(last: int, first: int) -> tuple[int, ...]:
     """`first`, times 4, ... up to `last`; a size that `last` exceeds by no more is left out.
 
     >>> _table_sizes(34, 8)
     (8, 34)
-    >>> _table_sizes(12, 8, least_gain=2.0)
-    (12,)
+    >>> _table_sizes(10, 8)
+    (10,)
     """
     sizes = _powers(last, 4, min(first, last))
-    return tuple(size for size in sizes if size == last or last > least_gain * size)
+    return tuple(size for size in sizes if size == last or last > 4 / 3 * size)
 
 
 def _with_halves(sizes: tuple[int, ...], least: int) -> tuple[int, ...]:
@@ -255,15 +253,6 @@ def _with_halves(sizes: tuple[int, ...], least: int) -> tuple[int, ...]:
     """
     halves = {(low + high) // 2 for low, high in itertools.pairwise(sizes) if low >= least}
     return tuple(sorted({*sizes, *halves}))
-
-
-def _every_other(sizes: tuple[int, ...]) -> tuple[int, ...]:
-    """Of ascending sizes the last, the last but two ...
-
-    >>> _every_other((1, 2, 4, 8, 16, 32))
-    (2, 8, 32)
-    """
-    return sizes[::-1][::2][::-1]
 
 
 def _powers(last: int, factor: int, first: int = 1) -> tuple[int, ...]:

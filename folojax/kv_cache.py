@@ -1,21 +1,22 @@
-"""The paged KV cache: an immutable pytree whose layout is known only here and in `attention`.
+"""The paged KV cache: an immutable pytree whose layout is known only here and in attention.
 
 A page holds S tokens of one request for every layer. Inside it keys or values lie transposed, as
-suits the way in which the platform multiplies with pages where they lie (`attention`):
+suits the way in which the platform reads pages where they lie (`attention`):
 
     on CPU      keys [P, K, S, D]       values [P, K, D, S]     summed along the last axis
     elsewhere   keys [P, K, D, S]       values [P, K, S, D]     plain products of matrices
 
 with one array per layer and segment.
 
-Pages are numbered through *segments* of growing size (such as 8, 8, 16, 32, 32 ... pages):
+On CPU there is one *segment*, which is the pool. Elsewhere pages are numbered through several of
+growing size (such as 128, 384, 512 ... pages):
 
-    page id     0 ........ 7 | 8 ....... 15 | 16 .............. 31 | 32 ...
-    segment          0       |       1      |          2           |   3
+    page id     0 ....... 127 | 128 ....... 511 | 512 ............ 1023 | 1024 ...
+    segment           0       |        1        |           2           |   3
 
-A decode step reads whole arrays, because XLA copies a slice before a product. Segments bound what
-it reads all the same: pages are allocated lowest first, and the step is given only the segments
-that hold pages in use (`take_segments`), the others stay where they are.
+A decode step reads whole arrays there, because XLA copies a slice before a product. Segments bound
+what it reads all the same: pages are allocated lowest first, and the step is given only the
+segments that hold pages in use (`take_segments`), the others stay where they are.
 """
 
 import dataclasses
@@ -89,12 +90,12 @@ class KVLayout:
         return elements * storage_dtype(self.dtype).itemsize
 
 
-def split_segments(num_pages: int, head: tuple[int, ...] = (8, 8, 16)) -> tuple[int, ...]:
+def split_segments(num_pages: int, head: tuple[int, ...]) -> tuple[int, ...]:
     """Sizes of segments: small ones for small batches, then growing with the extent.
 
     After the head, whose sum is the unit, the extent grows by half each time, in whole units.
 
-    >>> split_segments(200)
+    >>> split_segments(200, head=(8, 8, 16))
     (8, 8, 16, 32, 32, 32, 64, 8)
     >>> split_segments(3000, head=(128, 384))
     (128, 384, 512, 512, 512, 952)

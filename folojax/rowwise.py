@@ -15,7 +15,7 @@ come from one program, `row_logits`, whoever asks.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import chex
 import jax
@@ -24,23 +24,12 @@ from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from folojax import kv_cache
-from folojax.gathered_attention import MASKED
 from folojax.kv_cache import KVCache
-from folojax.models.interface import PLAIN, Scoring
 from folojax.residual import ActivationEdit, intercept
+from folojax.row_attention import attend_rows_alike, plan_rows
 from folojax.sampling import SamplingSpec, log_sum_exp, token_logprobs
 from folojax.state import DecodeInputs, SampleInputs, SlotState, StepOutput, TokenScores
 from folojax.step import draw_and_note
-
-
-class RowPlan(NamedTuple):
-    """Where the tokens of a call go, and what they see."""
-
-    page: Int[Array, " B"]
-    offset: Int[Array, " B"]
-    page_table: Int[Array, "B N"]
-    position: Int[Array, " B"]
 
 
 @functools.partial(jax.jit, static_argnames=("model", "edits"), donate_argnames="cache")
@@ -61,14 +50,7 @@ def forward(
     """
     rows = inputs.slot.shape[0]
     chex.assert_shape([inputs.token, inputs.position], (rows,))
-    page_size = kv_cache.page_size(cache)
-    index = jnp.minimum(inputs.position // page_size, inputs.page_table.shape[1] - 1)
-    plan = RowPlan(
-        page=jnp.take_along_axis(inputs.page_table, index[:, None], axis=1)[:, 0],
-        offset=inputs.position % page_size,
-        page_table=inputs.page_table,
-        position=inputs.position,
-    )
+    plan = plan_rows(inputs, cache)
     sampled = tokens.at[inputs.slot].get(mode="clip")
     with intercept(edits, is_edited):
         result: Any = model.apply(
@@ -76,63 +58,10 @@ def forward(
             jnp.where(inputs.token < 0, sampled, inputs.token),
             inputs.position,
             cache,
-            functools.partial(attend_rows, plan),
+            functools.partial(attend_rows_alike, plan),
         )
     hidden, cache = result
     return cache, hidden
-
-
-def attend_rows(
-    plan: RowPlan,
-    cache: KVCache,
-    layer: int,
-    query: Float[Array, "B H D"],
-    key: Float[Array, "B K D"],
-    value: Float[Array, "B K D"],
-    scoring: Scoring = PLAIN,
-) -> tuple[KVCache, Float[Array, "B H D"]]:
-    """Attention of single tokens to their own pages, page by page with a running softmax."""
-    cache = kv_cache.write(cache, layer, plan.page, plan.offset, key, value)
-    rows, heads, dim = query.shape
-    kv_heads, size = key.shape[1], kv_cache.page_size(cache)
-    groups = heads // kv_heads
-    flat = query.reshape(rows * kv_heads, groups, dim)
-
-    def read_page(index: Int[Array, ""], sums: tuple[Array, Array, Array]) -> tuple:
-        maximum, total, out = sums
-        page = lax.dynamic_index_in_dim(plan.page_table, index, axis=1, keepdims=False)
-        keys, values = kv_cache.gather_pages(cache, layer, page, query.dtype)
-        keys, values = lax.optimization_barrier((keys, values))
-        scores = jnp.einsum(
-            "ngd,nds->ngs",
-            flat,
-            keys.reshape(rows * kv_heads, dim, size),
-            preferred_element_type=jnp.float32,
-        )
-        scores = scoring.scores(scores.reshape(rows, kv_heads, groups, size), dim)
-        age = plan.position[:, None] - (index * size + jnp.arange(size)[None, :])
-        visible = scoring.is_visible(age)[:, None, None, :]
-        new_maximum = jnp.maximum(maximum, jnp.where(visible, scores, MASKED).max(axis=-1))
-        weights = jnp.where(visible, jnp.exp(scores - new_maximum[..., None]), 0.0)
-        kept = jnp.exp(maximum - new_maximum)
-        part = jnp.einsum(
-            "ngs,nsd->ngd",
-            weights.astype(query.dtype).reshape(rows * kv_heads, groups, size),
-            values.reshape(rows * kv_heads, size, dim),
-            preferred_element_type=jnp.float32,
-        )
-        part = part.reshape(rows, kv_heads, groups, dim)
-        total = kept * total + weights.sum(axis=-1)
-        # The products are not fused into the sums: a fused multiply-add rounds differently.
-        return new_maximum, total, kept[..., None] * out + lax.optimization_barrier(part)
-
-    shape = (rows, kv_heads, groups)
-    start = jnp.full(shape, MASKED), jnp.zeros(shape), jnp.zeros((*shape, dim))
-    num_pages = jnp.max(plan.position) // size + 1
-    _, total, out = lax.fori_loop(0, num_pages, read_page, start)
-    # Rows of padding may see nothing but stale pages: whatever they give is dropped.
-    out = out / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)[..., None]
-    return cache, out.reshape(rows, heads, dim).astype(query.dtype)
 
 
 @functools.partial(jax.jit, static_argnames=("model",))

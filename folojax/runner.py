@@ -145,8 +145,8 @@ class Runner(SamplerCalls):
         """Has the device compute a plan, after those before; returns what `collect` takes."""
         self._update(plan)
         self.stats.num_scheduled_tokens += plan.total_num_scheduled_tokens
-        rows = [self.batch.rows[request_id] for request_id in plan.num_scheduled_tokens]
-        num_tokens = list(plan.num_scheduled_tokens.values())
+        rows = self.batch.longest_first(plan.num_scheduled_tokens)
+        num_tokens = [plan.num_scheduled_tokens[row.request_id] for row in rows]
         slots = [row.slot for row in rows]
         sampled = plan.sampled_request_ids
         is_plain = plan.total_num_scheduled_tokens == len(rows) and not self.batch.num_scored_rows
@@ -306,12 +306,12 @@ class Runner(SamplerCalls):
 
     def _decode_inputs(self, slots: list[int]) -> tuple[DecodeInputs, DecodeShape]:
         """The inputs, and their shape."""
-        batch = self.batch
-        shape = self.buckets.decode_shape(
+        batch, buckets = self.batch, self.buckets
+        shape = buckets.decode_shape(
             len(slots),
             int(batch.extent[slots].max()),
             int(batch.num_row_pages[slots].max()),
-            batch.num_shared_items(slots, self.buckets.shared_lanes),
+            batch.num_shared_items(slots, buckets.shared_lanes) if buckets.shared_rows else 0,
         )
         self.stats.num_decode_calls += 1
         return batch.decode_inputs(shape, slots), shape

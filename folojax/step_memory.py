@@ -29,6 +29,7 @@ from folojax.logit_edits import init_edits
 from folojax.memory_plan import DeviceMemory
 from folojax.models.dense_attend import dense_attend
 from folojax.models.int8_kernels import quantize_params
+from folojax.models.platforms import platform
 from folojax.sampling import SamplingClass, SamplingSpec
 from folojax.state import SampleInputs, init_state
 
@@ -115,10 +116,13 @@ def estimate(module: nn.Module, layout: KVLayout, buckets: Buckets, max_logprobs
         seen = one.rows * one.table_pages
         parts = seen * page + 8 * columns * heads * seen * size + 4 * one.rows * columns * inner
         prefill = max(prefill, parts)
-    # Decode: scores and partial values of every page, shared ones as well; rows combine theirs.
+    # Decode: scores and partial values of a page for each row at a time; elsewhere than on CPU of
+    # every page, shared ones as well, and rows combine theirs.
     shape = largest_decode(buckets, layout.num_pages)
     lanes = shape.shared_items * shape.shared_lanes
-    parts = layout.num_pages + lanes + shape.rows * shape.table_pages
+    parts = shape.rows
+    if platform() != "cpu":
+        parts = layout.num_pages + lanes + shape.rows * shape.table_pages
     decode = 4 * parts * heads * (size + dim + 4)
     decode += shape.shared_items * page
     decode += 4 * shape.rows * inner
@@ -133,7 +137,8 @@ def estimate(module: nn.Module, layout: KVLayout, buckets: Buckets, max_logprobs
 def largest_decode(buckets: Buckets, num_pages: int) -> DecodeShape:
     """The decode shape that needs most: all rows, the whole pool, pages with several owners."""
     rows = buckets.decode_rows[-1]
-    return buckets.decode_shape(rows, num_pages, buckets.decode_pages[-1], int(rows > 1))
+    is_shared = rows > 1 and bool(buckets.shared_rows)
+    return buckets.decode_shape(rows, num_pages, buckets.decode_pages[-1], int(is_shared))
 
 
 def largest_prefills(buckets: Buckets, num_pages: int) -> list[PrefillShape]:

@@ -16,6 +16,7 @@ from tests.paged_sequences import (
     decode,
     make_cache,
     make_case,
+    place,
     random_sequences,
     reference,
     store,
@@ -65,6 +66,50 @@ def test_a_token_does_not_depend_on_its_neighbours(heads: Heads, page_size: int)
         )
         _, out = decode(cache, mixed, case.pages, ALL)
         np.testing.assert_array_equal(out[row], expected[row])
+
+
+@pytest.mark.parametrize("rows", [9, 16, 20, 33])
+def test_many_rows_of_any_lengths_attend_like_plain_attention(rows: int) -> None:
+    """More than are read together, in any order: some end pages before the others, some are empty.
+
+    The rows between are padding, and one has a single token.
+    """
+    heads, page_size = Heads(2, 3), 4
+    rng = np.random.default_rng(rows)
+    lengths = [1, *rng.integers(1, 40, rows - 3).tolist()]
+    sequences = random_sequences(lengths, heads)
+    pages = place(lengths, page_size, 400)
+    cache = make_cache(heads, page_size, (400,))
+    cache = store(cache, [sequence.first(-1) for sequence in sequences], pages)
+    order: list[int | None] = [None, *range(rows - 2), None]
+    rng.shuffle(order)
+    _, out = decode(cache, sequences, pages, order)
+    for row, index in enumerate(order):
+        if index is not None:
+            expected = reference(sequences[index])[-1]
+            np.testing.assert_allclose(out[row], expected, rtol=0, atol=2e-6)
+    assert np.isfinite(out).all()
+
+
+@pytest.mark.parametrize("rows", [12, 20])
+def test_a_token_among_many_does_not_depend_on_how_long_its_neighbours_are(rows: int) -> None:
+    """To the bit: whether its pages are read with all rows or with a few."""
+    heads, page_size = Heads(2, 3), 4
+    sequences = random_sequences([33] * rows, heads)
+    pages = place([33] * rows, page_size, 400)
+    cache = store(make_cache(heads, page_size, (400,)), [one.first(-1) for one in sequences], pages)
+    _, expected = decode(cache, sequences, pages, range(rows))
+    rng = np.random.default_rng(0)
+    for _ in range(3):
+        kept = rng.random(rows) < 0.5
+        mixed = [
+            one if kept[row] else random_sequences([int(rng.integers(1, 33))], heads)[0]
+            for row, one in enumerate(sequences)
+        ]
+        shorter = store(cache, [one.first(-1) for one in mixed], pages)
+        _, out = decode(shorter, mixed, pages, range(rows))
+        for row in np.flatnonzero(kept):
+            np.testing.assert_array_equal(out[row], expected[row])
 
 
 @LAW_CASES

@@ -1,5 +1,6 @@
 """The compile plan: every shape a step can ask for is listed, and none is too small."""
 
+import dataclasses
 import itertools
 from typing import Any
 
@@ -35,9 +36,11 @@ CONFIGS = st.builds(
 
 
 @settings(deadline=None)  # a busy machine is no failure
-@given(config=CONFIGS, min_rows=st.sampled_from([1, 2]))
-def test_every_step_has_a_listed_shape_that_holds_it(config: ResolvedConfig, min_rows: int) -> None:
-    buckets = make_buckets(config, min_decode_rows=min_rows)
+@given(config=CONFIGS, min_rows=st.sampled_from([1, 2]), backend=st.sampled_from(["cpu", "gpu"]))
+def test_every_step_has_a_listed_shape_that_holds_it(
+    config: ResolvedConfig, min_rows: int, backend: str
+) -> None:
+    buckets = make_buckets(config, backend, min_rows)
     shapes = set(buckets.shapes())
 
     most_pages = pages_for(config.max_model_len, config.page_size)
@@ -48,10 +51,10 @@ def test_every_step_has_a_listed_shape_that_holds_it(config: ResolvedConfig, min
             decode = buckets.decode_shape(rows, extent, longest)
             assert decode in shapes
             assert decode.table_pages >= longest
-            assert decode.rows >= max(rows, min_rows)
+            assert decode.rows >= (max(rows, min_rows) if backend == "cpu" else rows)
             assert sum(buckets.segments[: decode.segments]) >= extent
             assert sum(buckets.segments[: decode.segments - 1]) < extent
-            if rows > 1:
+            if rows > 1 and backend == "gpu":
                 shared = buckets.decode_shape(rows, extent, longest, shared_items=1)
                 assert shared in shapes
                 assert shared.rows >= decode.rows
@@ -123,34 +126,34 @@ def test_the_plan_of_a_small_engine() -> None:
         prefill_rows=(1, 2, 3),
         prefill_columns=16,
         prefill_pages=(2, 10),
-        prefill_segments=(2, 3),
+        prefill_segments=(1,),
         decode_pages=(10,),
-        segments=(8, 8, 4),
-        shared_rows=(2, 5),
+        segments=(20,),
+        shared_rows=(),
         most_copied_pages=640,
     )
     assert buckets.decode_shape(3, 8, 2) == DecodeShape(rows=4, segments=1, table_pages=10)
-    assert buckets.decode_shape(5, 9, 9) == DecodeShape(rows=5, segments=2, table_pages=10)
-    assert buckets.prefill_shape(2, 7, 3) == PrefillShape(2, 16, table_pages=10, segments=2)
-    assert buckets.prefill_shape(3, 17, 5) == PrefillShape(3, 16, table_pages=10, segments=3)
+    assert buckets.prefill_shape(2, 7, 3) == PrefillShape(2, 16, table_pages=10, segments=1)
+    assert buckets.prefill_shape(3, 17, 1) == PrefillShape(3, 16, table_pages=2, segments=1)
 
 
-def test_a_lone_row_reads_few_pages_that_are_not_in_use() -> None:
-    lone, pair, more = (
-        make_buckets(resolve(max_num_seqs=count, max_model_len=512, page_size=16, num_pages=40))
-        for count in (1, 2, 3)
-    )
-    assert lone.segments == pair.segments == (4, 4, 8, 16, 8)
-    assert more.segments == (8, 8, 16, 8)
+def test_a_decode_shape_of_a_cpu_is_a_number_of_rows() -> None:
+    """Its steps read as many pages as rows have, shared or not, and need no shapes for that."""
+    buckets = make_buckets(resolve(max_num_seqs=32, max_model_len=4096, num_pages=2000))
+    found = [shape for shape in buckets.shapes() if isinstance(shape, DecodeShape)]
+    assert [shape.rows for shape in found] == list(buckets.decode_rows)
 
 
 def test_more_rows_than_pages_of_a_segment_need_more_segments() -> None:
-    """Twenty rows have twenty pages, so no step of theirs can do with eight."""
-    buckets = make_buckets(resolve(max_num_seqs=20, num_pages=40))
+    """A hundred rows have a hundred pages, so no step of theirs can do with thirty."""
+    buckets = make_buckets(resolve(max_num_seqs=200, num_pages=1500), "gpu")
+    buckets = dataclasses.replace(buckets, segments=(30, 1470), prefill_segments=(2,))
     shapes = set(buckets.shapes())
-    assert DecodeShape(8, 1, 8) in shapes
-    assert DecodeShape(16, 1, 8) not in shapes
-    assert DecodeShape(16, 2, 8) in shapes
+    pages = buckets.decode_pages[0]
+    assert DecodeShape(8, 1, pages) in shapes
+    assert DecodeShape(64, 1, pages) in shapes  # 9 rows may be
+    assert DecodeShape(200, 1, pages) not in shapes
+    assert DecodeShape(200, 2, pages) in shapes
 
 
 @pytest.mark.parametrize(("value", "expected"), [(0, 1), (1, 1), (2, 4), (4, 4), (5, 8), (8, 8)])

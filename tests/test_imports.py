@@ -19,6 +19,8 @@ PATH = (
         "state",
         "sampling",
         "gathered_attention",
+        "page_attention",
+        "row_attention",
         "attention",
         "residual",
         "step",
