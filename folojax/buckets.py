@@ -23,8 +23,8 @@ _USUAL_LOGPROBS = 20
 _MOST_COPIED_TOKENS_ON_CPU = 10_240
 
 
-_FIRST_HALVED_ROWS = 4
-"""B from which a CPU's sizes are less than a power of two apart: below it few rows are wasted."""
+_FIRST_QUARTERED_ROWS = 16
+"""B from which a CPU's sizes are a quarter of a power of two apart, and half of one below it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +159,7 @@ def make_buckets(config: ResolvedConfig, backend: str = "cpu", min_decode_rows: 
         decode_rows = _powers(config.max_num_seqs, 2, min_decode_rows)
         return Buckets(
             # A batch that runs dry spends half of its steps between two powers of two.
-            decode_rows=_with_halves(decode_rows, _FIRST_HALVED_ROWS),
+            decode_rows=_with_parts(decode_rows, _FIRST_QUARTERED_ROWS),
             prefill_rows=_powers(most_rows, 2),
             prefill_columns=config.prefill_row_len,
             prefill_pages=_table_sizes(max_pages, 2),
@@ -245,14 +245,17 @@ def _table_sizes(last: int, first: int) -> tuple[int, ...]:
     return tuple(size for size in sizes if size == last or last > 4 / 3 * size)
 
 
-def _with_halves(sizes: tuple[int, ...], least: int) -> tuple[int, ...]:
-    """Ascending sizes, and from `least` on those half-way between two.
+def _with_parts(sizes: tuple[int, ...], first_quartered: int) -> tuple[int, ...]:
+    """Ascending sizes, those half-way between two of them, and from one on those by quarters.
 
-    >>> _with_halves((4, 8, 16, 32), least=8)
-    (4, 8, 12, 16, 24, 32)
+    >>> _with_parts((1, 2, 4, 8, 16, 32), first_quartered=16)
+    (1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 28, 32)
     """
-    halves = {(low + high) // 2 for low, high in itertools.pairwise(sizes) if low >= least}
-    return tuple(sorted({*sizes, *halves}))
+    found = set(sizes)
+    for low, high in itertools.pairwise(sizes):
+        count = 4 if low >= first_quartered else 2
+        found |= {low + (high - low) * part // count for part in range(1, count)}
+    return tuple(sorted(found))
 
 
 def _powers(last: int, factor: int, first: int = 1) -> tuple[int, ...]:
