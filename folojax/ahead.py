@@ -11,12 +11,13 @@ from typing import Any
 import jax
 from jax.sharding import SingleDeviceSharding
 
-from folojax import kv_cache, page_copies, step
+from folojax import kv_cache, page_copies
 from folojax.batch import ints
 from folojax.buckets import DecodeShape, PrefillShape
 from folojax.compile_plan import COPIES, EDITS, CompilePlan, Executable, Planned, model_executable
 from folojax.deterministic import DeterministicRunner
 from folojax.memory_areas import FULL, share_of_areas
+from folojax.programs import Call
 from folojax.runner import Runner
 from folojax.sampling import SamplingClass, SamplingSpec
 
@@ -63,9 +64,9 @@ def warm_up(
     def compile_one(job: tuple[Any, Any]) -> Planned | None:
         if share_of_areas() >= FULL:
             return None
-        executable, lower = job
+        executable, prepare = job
         start = time.perf_counter()
-        compiled = [lowered.compile() for lowered in lower()]
+        compiled = [one.compile() for one in prepare()]
         found = [one.memory_analysis() for one in compiled]
         temporaries = max(one.temp_size_in_bytes for one in found)
         return Planned(executable, temporaries, time.perf_counter() - start)
@@ -95,7 +96,7 @@ def warm_up(
 def _jobs(
     runner: Runner, sampling: Collection[SamplingClass], has_logprobs: bool
 ) -> Iterator[tuple[Executable, Callable[[], list[Any]]]]:
-    """Executables, and what traces the programs of each."""
+    """Executables, and what makes the calls of each, or traces them in deterministic mode."""
     if isinstance(runner, DeterministicRunner):
         for one in runner.list_executables(sampling, has_logprobs):
             if one not in (COPIES, EDITS):
@@ -104,14 +105,14 @@ def _jobs(
     shapes = {model_executable(shape): shape for shape in runner.buckets.shapes()}
     for one in runner.list_executables(sampling, has_logprobs):
         if one.kind in ("prefill", "decode"):
-            yield one, functools.partial(_lower_model, runner, shapes[one])
+            yield one, functools.partial(_model_calls, runner, shapes[one])
         elif one.kind == "decode_steps":
             model = one._replace(kind="decode", tokens=1, sampling=None, num_logprobs=None)
-            yield one, functools.partial(_lower_steps, runner, shapes[model], _spec(one))
+            yield one, functools.partial(_steps_call, runner, shapes[model], _spec(one))
         elif one.kind == "sample":
-            yield one, functools.partial(_lower_sampler, runner, one)
+            yield one, functools.partial(_sampler_call, runner, one)
         elif one.kind == "score":
-            yield one, functools.partial(_lower_scorer, runner, one)
+            yield one, functools.partial(_scorer_call, runner, one)
 
 
 def _spec(one: Executable) -> SamplingSpec:
@@ -119,36 +120,31 @@ def _spec(one: Executable) -> SamplingSpec:
     return SamplingSpec(one.sampling, one.num_logprobs)
 
 
-def _lower_model(runner: Runner, shape: PrefillShape | DecodeShape) -> list[Any]:
+def _model_calls(runner: Runner, shape: PrefillShape | DecodeShape) -> list[Call]:
     head, _ = kv_cache.take_segments(runner.state.cache, shape.segments)
     if isinstance(shape, PrefillShape):
         inputs = runner.batch.prefill_inputs(shape, [])
-        return runner.steps.lower_prefill(runner.params, head, inputs)
+        return runner.steps.prefill_calls(runner.params, head, inputs)
     row_inputs = runner.batch.decode_inputs(shape, [])
     tokens = runner.state.slots.tokens
-    return runner.steps.lower_decode(runner.params, head, tokens, row_inputs)
+    return runner.steps.decode_calls(runner.params, head, tokens, row_inputs)
 
 
-def _lower_steps(runner: Runner, shape: Any, spec: SamplingSpec) -> list[Any]:
+def _steps_call(runner: Runner, shape: Any, spec: SamplingSpec) -> list[Call]:
     head, _ = kv_cache.take_segments(runner.state.cache, shape.segments)
     inputs = runner.batch.decode_inputs(shape, [])
-    arguments, options, _ = runner.decode_steps_arguments(inputs, ints(shape.rows), spec)
-    return [step.decode_steps.lower(runner.params, head, *arguments, **options)]
+    call, _, _ = runner.decode_steps_call(head, inputs, ints(shape.rows), spec)
+    return [call]
 
 
-def _lower_sampler(runner: Runner, one: Executable) -> list[Any]:
-    slot = ints(one.rows, runner.batch.num_slots)
-    slots, _, inputs, spec = runner.sampling(slot, ints(one.rows), _spec(one))
-    params, hidden = step.head_params(runner.params), _hidden(runner, one.rows)
-    lowered = step.sample_tokens.lower(params, slots, hidden, inputs, model=runner.model, spec=spec)
-    return [lowered]
+def _sampler_call(runner: Runner, one: Executable) -> list[Call]:
+    return [runner.sample_call(_hidden(runner, one.rows), one.rows, _spec(one))]
 
 
-def _lower_scorer(runner: Runner, one: Executable) -> list[Any]:
+def _scorer_call(runner: Runner, one: Executable) -> list[Call]:
+    assert one.num_logprobs is not None, f"{one} reports log-probabilities"
     sizes = (one.rows, one.tokens)
-    params, hidden = step.head_params(runner.params), _hidden(runner, *sizes)
-    options = {"model": runner.model, "num_logprobs": one.num_logprobs}
-    return [step.score_tokens.lower(params, hidden, ints(sizes), **options)]
+    return [runner.score_call(_hidden(runner, *sizes), ints(sizes), one.num_logprobs)]
 
 
 def _hidden(runner: Runner, *sizes: int) -> jax.ShapeDtypeStruct:

@@ -18,7 +18,7 @@ from folojax import rowwise
 from folojax.batch import Chunk, Row, ints
 from folojax.buckets import num_alternatives
 from folojax.compile_plan import COPIES, EDITS, Executable, layer_functions, sample_executable
-from folojax.layered import result_shapes
+from folojax.programs import result_shapes
 from folojax.residual import with_taps
 from folojax.results import Pending, is_scored, tokens_after
 from folojax.runner import Runner

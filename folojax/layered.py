@@ -9,19 +9,18 @@ fraction of the time. A call costs 0.2 ms on CPU, which is too much for a layer 
 """
 
 import functools
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Protocol, TypeAlias
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax.sharding import SingleDeviceSharding
 
 from folojax import step
 from folojax.attention import attend_chunks, attend_tokens
 from folojax.kv_cache import KVCache, layer_of, with_layers
 from folojax.models.interface import Layered
 from folojax.models.row_sums import REORDERED
+from folojax.programs import Call, Program, Programs
 from folojax.residual import ActivationEdit, with_taps
 from folojax.state import DecodeInputs, PrefillInputs
 
@@ -62,14 +61,14 @@ class Steps(Protocol):
         """As `step.decode`."""
         ...
 
-    def lower_prefill(self, params: Any, cache: KVCache, inputs: PrefillInputs) -> list[Any]:
-        """Traces what a call of `prefill` runs; arrays may be shapes, and nothing is donated."""
+    def prefill_calls(self, params: Any, cache: KVCache, inputs: PrefillInputs) -> list[Call]:
+        """The programs that `prefill` runs, each once; arrays may be shapes."""
         ...
 
-    def lower_decode(
+    def decode_calls(
         self, params: Any, cache: KVCache, tokens: Any, inputs: DecodeInputs
-    ) -> list[Any]:
-        """Traces what a call of `decode` runs, likewise."""
+    ) -> list[Call]:
+        """The programs that `decode` runs, likewise."""
         ...
 
 
@@ -96,7 +95,8 @@ class WholeSteps:
         taps: tuple[int, ...] = (),
     ) -> tuple[Any, Any, Any, Streams]:
         """As `step.prefill`."""
-        result, streams = self._run(_prefill, taps, edits, params, cache, inputs, is_edited)
+        args = params, cache, inputs, is_edited
+        result, streams = self._run(step.prefill, taps, edits, *args)
         return *result, streams
 
     def decode(
@@ -111,7 +111,7 @@ class WholeSteps:
     ) -> tuple[Any, Any, Streams]:
         """As `step.decode`."""
         args = params, cache, tokens, inputs, is_edited
-        result, streams = self._run(_decode, taps, edits, *args)
+        result, streams = self._run(step.decode, taps, edits, *args)
         return *result, streams
 
     def _run(
@@ -121,33 +121,31 @@ class WholeSteps:
         edits: tuple[ActivationEdit, ...],
         *args: Any,
     ) -> tuple[Any, Streams]:
-        if not taps:
-            return function(*args, model=self._model, edits=edits), {}
-        return _with_taps(*args, function=function, taps=taps, model=self._model, edits=edits)
+        if taps:
+            options = {"function": function, "taps": taps}
+            return _WITH_TAPS.of(model=self._model, edits=edits, **options)(*args)
+        return self._program(function, edits)(*args), {}
 
-    def lower_prefill(self, params: Any, cache: KVCache, inputs: PrefillInputs) -> list[Any]:
+    def prefill_calls(self, params: Any, cache: KVCache, inputs: PrefillInputs) -> list[Call]:
         """One program."""
-        # Argument by argument as in a call: one that is left out makes another program of it.
-        return [_prefill.lower(params, cache, inputs, None, model=self._model, edits=())]
+        return [Call(self._program(step.prefill), (params, cache, inputs, None))]
 
-    def lower_decode(
+    def decode_calls(
         self, params: Any, cache: KVCache, tokens: Any, inputs: DecodeInputs
-    ) -> list[Any]:
+    ) -> list[Call]:
         """One program."""
-        args = params, cache, tokens, inputs, None
-        return [_decode.lower(*args, model=self._model, edits=())]
+        return [Call(self._program(step.decode), (params, cache, tokens, inputs, None))]
+
+    def _program(self, function: Any, edits: tuple[ActivationEdit, ...] = ()) -> Program:
+        return _WHOLE[function].of(model=self._model, edits=edits)
 
 
-def _whole(jitted: Any, *static: str) -> Any:
-    """A program of its own, with the options of a group of layers: as fast, and rounding alike."""
-    function = jitted.__wrapped__
-    options: Any = {"donate_argnames": "cache", "compiler_options": REORDERED}
-    return jax.jit(function, static_argnames=static, **options)
-
-
-_prefill = _whole(step.prefill, "model", "edits")
-_decode = _whole(step.decode, "model", "edits")
-_with_taps = _whole(with_taps, "function", "taps", "model", "edits")
+# With the options of a group of layers: as fast, and rounding alike.
+_WHOLE = {
+    function: Programs(function, donate=(1,), compiler_options=REORDERED)
+    for function in (step.prefill, step.decode)
+}
+_WITH_TAPS = Programs(with_taps, donate=(1,), compiler_options=REORDERED)
 
 
 def split_layers(kinds: Sequence[Hashable]) -> list[range]:
@@ -185,6 +183,11 @@ class LayeredSteps:
         self._blocks = [model.alone(layer) for layer in range(model.config.num_layers)]
         self._groups = split_layers(self._blocks)
         self._whole = WholeSteps(model)
+        self._group_programs: dict[Any, Program] = {}
+        self._begin_prefill = _BEGIN_PREFILL.of(model=model)
+        self._end_prefill = _END_PREFILL.of(model=model)
+        self._begin_decode = _BEGIN_DECODE.of(model=model)
+        self._end_decode = _END_DECODE.of(model=model)
 
     def prefill(
         self,
@@ -199,9 +202,9 @@ class LayeredSteps:
         if edits:
             return self._whole.prefill(params, cache, inputs, edits, is_edited, taps)
         outer = _outer(params)
-        begun = _begin_prefill(outer, layer_of(cache, 0), inputs, model=self._model)
+        begun = self._begin_prefill(outer, layer_of(cache, 0), inputs)
         cache, hidden, streams = self._run_layers(params, cache, begun, attend_chunks, taps)
-        return cache, *_end_prefill(outer, hidden, inputs, model=self._model), streams
+        return cache, *self._end_prefill(outer, hidden, inputs), streams
 
     def decode(
         self,
@@ -217,29 +220,27 @@ class LayeredSteps:
         if edits:
             return self._whole.decode(params, cache, tokens, inputs, edits, is_edited, taps)
         outer = _outer(params)
-        begun = _begin_decode(outer, layer_of(cache, 0), tokens, inputs, model=self._model)
+        begun = self._begin_decode(outer, layer_of(cache, 0), tokens, inputs)
         cache, hidden, streams = self._run_layers(params, cache, begun, attend_tokens, taps)
-        return cache, _end_decode(outer, hidden, model=self._model), streams
+        return cache, self._end_decode(outer, hidden), streams
 
-    def lower_prefill(self, params: Any, cache: KVCache, inputs: PrefillInputs) -> list[Any]:
+    def prefill_calls(self, params: Any, cache: KVCache, inputs: PrefillInputs) -> list[Call]:
         """One program before the layers, one of each kind of group, one after them."""
-        outer, model = _outer(params), self._model
-        bound = functools.partial(_begin_prefill, model=model)
-        begin = _begin_prefill.lower(outer, layer_of(cache, 0), inputs, model=model)
-        _, hidden, _ = begun = result_shapes(bound, outer, layer_of(cache, 0), inputs)
-        layers = list(self._lower_layers(params, cache, begun, attend_chunks))
-        return [begin, *layers, _end_prefill.lower(outer, hidden, inputs, model=model)]
+        outer = _outer(params)
+        begin = Call(self._begin_prefill, (outer, layer_of(cache, 0), inputs))
+        _, hidden, _ = begun = begin.result_shapes()
+        layers = self._layer_calls(params, cache, begun, attend_chunks)
+        return [begin, *layers, Call(self._end_prefill, (outer, hidden, inputs))]
 
-    def lower_decode(
+    def decode_calls(
         self, params: Any, cache: KVCache, tokens: Any, inputs: DecodeInputs
-    ) -> list[Any]:
+    ) -> list[Call]:
         """One program before the layers, one of each kind of group, one after them."""
-        outer, model = _outer(params), self._model
-        bound = functools.partial(_begin_decode, model=model)
-        begin = _begin_decode.lower(outer, layer_of(cache, 0), tokens, inputs, model=model)
-        _, hidden, _ = begun = result_shapes(bound, outer, layer_of(cache, 0), tokens, inputs)
-        layers = list(self._lower_layers(params, cache, begun, attend_tokens))
-        return [begin, *layers, _end_decode.lower(outer, hidden, model=model)]
+        outer = _outer(params)
+        begin = Call(self._begin_decode, (outer, layer_of(cache, 0), tokens, inputs))
+        _, hidden, _ = begun = begin.result_shapes()
+        layers = self._layer_calls(params, cache, begun, attend_tokens)
+        return [begin, *layers, Call(self._end_decode, (outer, hidden))]
 
     def _run_layers(
         self,
@@ -253,45 +254,50 @@ class LayeredSteps:
         layers: list[KVCache] = []
         streams: Streams = {}
         for group in self._groups:
-            own, rotaries, parts, blocks = self._of_group(params, cache, shared, group)
+            own, rotaries, parts = self._of_group(params, cache, shared, group)
             tapped = tuple(i for i, layer in enumerate(group) if layer in taps)
-            hidden, parts, found = _run_group(
-                own, parts, hidden, rotaries, plan, blocks=blocks, attend=attend, taps=tapped
-            )
+            run_group = self._group_program(group, attend, tapped)
+            hidden, parts, found = run_group(own, parts, hidden, rotaries, plan)
             layers += parts
             streams |= {group[i]: stream for i, stream in found.items()}
         return with_layers(layers), hidden, streams
 
-    def _lower_layers(
+    def _layer_calls(
         self, params: Any, cache: KVCache, begun: tuple[Any, Any, Any], attend: Callable[..., Any]
-    ) -> Iterator[Any]:
+    ) -> list[Call]:
         plan, hidden, shared = begun
-        seen = set()
+        calls: dict[Program, Call] = {}
         for group in self._groups:
-            own, rotaries, parts, blocks = self._of_group(params, cache, shared, group)
-            if blocks not in seen:
-                seen.add(blocks)
-                yield _run_group.lower(
-                    own, parts, hidden, rotaries, plan, blocks=blocks, attend=attend, taps=()
-                )
+            own, rotaries, parts = self._of_group(params, cache, shared, group)
+            program = self._group_program(group, attend, ())
+            calls.setdefault(program, Call(program, (own, parts, hidden, rotaries, plan)))
+        return list(calls.values())
+
+    def _group_program(
+        self, group: range, attend: Callable[..., Any], taps: tuple[int, ...]
+    ) -> Program:
+        key = group.start, attend, taps
+        found = self._group_programs.get(key)  # to hash modules takes as long as to call a program
+        if found is None:
+            blocks = tuple(self._blocks[layer] for layer in group)
+            found = _RUN_GROUP.of(blocks=blocks, attend=attend, taps=taps)
+            self._group_programs[key] = found
+        return found
 
     def _of_group(self, params: Any, cache: KVCache, shared: Any, group: range) -> Any:
-        """Parameters, rotations, caches and modules of some layers."""
+        """Parameters, rotations and caches of some layers."""
         return (
             [params[f"{_LAYER}{layer}"] for layer in group],
             [self._model.layer_rotary(shared, layer) for layer in group],
             [layer_of(cache, layer) for layer in group],
-            tuple(self._blocks[layer] for layer in group),
         )
 
 
-@functools.partial(jax.jit, static_argnames=("model",))
 def _begin_prefill(params: Any, layer: KVCache, inputs: PrefillInputs, *, model: Any) -> Any:
     plan, tokens, positions = step.plan_prefill(layer, inputs)
     return plan, *model.apply({"params": params}, tokens, positions, method="begin")
 
 
-@functools.partial(jax.jit, static_argnames=("model",))
 def _begin_decode(
     params: Any, layer: KVCache, tokens: Any, inputs: DecodeInputs, *, model: Any
 ) -> Any:
@@ -299,12 +305,6 @@ def _begin_decode(
     return plan, *model.apply({"params": params}, token, inputs.position, method="begin")
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("blocks", "attend", "taps"),
-    donate_argnames=("caches", "hidden"),
-    compiler_options=REORDERED,
-)
 def _run_group(
     params: list[Any],
     caches: list[KVCache],
@@ -330,30 +330,20 @@ def _run_group(
     return hidden, after, streams
 
 
-@functools.partial(jax.jit, static_argnames=("model",))
 def _end_prefill(params: Any, hidden: Any, inputs: PrefillInputs, *, model: Any) -> Any:
     hidden = model.apply({"params": params}, hidden, method="end")
     return step.last_and_all(hidden, inputs)
 
 
-@functools.partial(jax.jit, static_argnames=("model",))
 def _end_decode(params: Any, hidden: Any, *, model: Any) -> Any:
     return model.apply({"params": params}, hidden, method="end")
+
+
+_BEGIN_PREFILL, _BEGIN_DECODE = Programs(_begin_prefill), Programs(_begin_decode)
+_RUN_GROUP = Programs(_run_group, donate=(1, 2), compiler_options=REORDERED)
+_END_PREFILL, _END_DECODE = Programs(_end_prefill), Programs(_end_decode)
 
 
 def _outer(params: Any) -> Any:
     """The parameters outside the layers."""
     return {name: leaf for name, leaf in params.items() if not name.startswith(_LAYER)}
-
-
-def result_shapes(function: Callable[..., Any], *args: Any) -> Any:
-    """What a jitted function gives, as shapes of arrays that are committed to the device."""
-    sharding = SingleDeviceSharding(jax.devices()[0])
-
-    def result(leaf: Any) -> jax.ShapeDtypeStruct:
-        # A weak type is another type to the next program.
-        return jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=sharding, weak_type=leaf.weak_type
-        )
-
-    return jax.tree.map(result, jax.eval_shape(function, *args))

@@ -9,7 +9,7 @@ import functools
 import logging
 from pathlib import Path
 
-import jax
+from folojax.programs import clear_programs
 
 _LOG = logging.getLogger("folojax")
 
@@ -34,7 +34,7 @@ def share_of_areas() -> float:
 def make_room() -> None:
     """Drops all compiled programs if another might be one too many; they come back as needed."""
     if (share := share_of_areas()) >= _BRIM:
-        jax.clear_caches()
+        clear_programs()
         _LOG.warning(
             "compiled programs took %.0f %% of the memory areas that Linux grants a process, and "
             "were dropped: those in use are read from the compilation cache again. Raise "

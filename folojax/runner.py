@@ -332,9 +332,7 @@ class Runner(SamplerCalls):
         self.gate.check(
             Executable("score", len(targets), targets.shape[1], num_logprobs=num_logprobs)
         )
-        return step.score_tokens(
-            self._head_params, hidden, targets, model=self.model, num_logprobs=num_logprobs
-        )
+        return self.score_call(hidden, targets, num_logprobs).run()
 
     def _call_decode(self, inputs: DecodeInputs, shape: DecodeShape) -> tuple[Any, dict[int, Any]]:
         edits, is_on = self.batch.params.activation_edits(inputs.slot)
@@ -351,12 +349,12 @@ class Runner(SamplerCalls):
     def _call_decode_steps(
         self, inputs: DecodeInputs, shape: DecodeShape, num_steps: Any, spec: SamplingSpec
     ) -> tuple[StepOutput, dict[int, Any]]:
-        arguments, options, kept = self.decode_steps_arguments(inputs, num_steps, spec)
-        edits, taps = options["activation_edits"], options["taps"]
-        bans = 0 if arguments[4] is None else exceptional_bans(arguments[4])
-        self.gate.check(steps_executable(shape, self._max_decode_steps, spec, edits, taps, bans))
         head, tail = kv_cache.take_segments(self.state.cache, shape.segments)
-        head, slots, out, streams = step.decode_steps(self.params, head, *arguments, **options)
+        call, options, kept = self.decode_steps_call(head, inputs, num_steps, spec)
+        edits, taps, listed = options["activation_edits"], options["taps"], call.args[6]
+        bans = 0 if listed is None else exceptional_bans(listed)
+        self.gate.check(steps_executable(shape, self._max_decode_steps, spec, edits, taps, bans))
+        head, slots, out, streams = call.run()
         self.state = self.state._replace(cache=kv_cache.join_segments(head, tail))
         self._keep(slots, kept)
         return out, streams

@@ -11,11 +11,18 @@ from folojax import step
 from folojax.batch import Batch, ints
 from folojax.buckets import num_alternatives
 from folojax.compile_plan import Gate, sample_executable
+from folojax.kv_cache import KVCache
 from folojax.logit_edits import EditState, SlotEdits, init_edits, write_slot
+from folojax.models.row_sums import REORDERED
 from folojax.processor_states import ProcessorStates
+from folojax.programs import Call, Programs
 from folojax.row_params import RowParams, empty_slot_edits, exceptional_bans
 from folojax.sampling import SamplingClass, SamplingSpec
 from folojax.state import DecodeInputs, EngineState, SampleInputs, SlotState, StepOutput
+
+_SAMPLE = Programs(step.sample_tokens, donate=(1,))
+_SCORE = Programs(step.score_tokens)
+_STEPS = Programs(step.decode_steps, donate=(1, 2), compiler_options=REORDERED)
 
 
 class SamplerCalls:
@@ -26,6 +33,7 @@ class SamplerCalls:
     state: EngineState
     gate: Gate
     max_logprobs: int
+    _params: Any
     _head_params: Any
     _num_tokens: int | None
     _is_processed: bool
@@ -62,9 +70,18 @@ class SamplerCalls:
     def _sample_hidden(
         self, hidden: Any, slots: SlotState, inputs: SampleInputs, spec: SamplingSpec
     ) -> tuple[SlotState, StepOutput]:
-        return step.sample_tokens(
-            self._head_params, slots, hidden, inputs, model=self.model, spec=spec
-        )
+        return _SAMPLE.of(model=self.model, spec=spec)(self._head_params, slots, hidden, inputs)
+
+    def sample_call(self, hidden: Any, rows: int, spec: SamplingSpec) -> Call:
+        """The call that samples so many rows, of padding; `hidden` may be a shape."""
+        slots, _, inputs, full = self.sampling(ints(rows, self.batch.num_slots), ints(rows), spec)
+        program = _SAMPLE.of(model=self.model, spec=full)
+        return Call(program, (self._head_params, slots, hidden, inputs))
+
+    def score_call(self, hidden: Any, targets: Any, num_logprobs: int) -> Call:
+        """The call that scores given tokens; `hidden` may be a shape."""
+        program = _SCORE.of(model=self.model, num_logprobs=num_logprobs)
+        return Call(program, (self._head_params, hidden, targets))
 
     def _keep(self, slots: SlotState, edits: EditState | None) -> None:
         """Takes back what a call that samples returned, and the edits that it did not touch."""
@@ -92,10 +109,10 @@ class SamplerCalls:
         # Not an argument of the others, which would be compiled once with and once without it.
         return slots._replace(edits=None), slots.edits, inputs, spec
 
-    def decode_steps_arguments(
-        self, inputs: DecodeInputs, num_steps: Any, spec: SamplingSpec
-    ) -> tuple[tuple[Any, ...], dict[str, Any], EditState | None]:
-        """Those of `step.decode_steps` after the cache, and the edits that it is not to touch."""
+    def decode_steps_call(
+        self, cache: KVCache, inputs: DecodeInputs, num_steps: Any, spec: SamplingSpec
+    ) -> tuple[Call, dict[str, Any], EditState | None]:
+        """Several decode steps, their static arguments, and the edits that they do not touch."""
         count = self._max_decode_steps
         slots, kept, sampling, spec = self.sampling(inputs.slot, inputs.position + 1, spec)
         bans = None
@@ -112,7 +129,8 @@ class SamplerCalls:
             "activation_edits": edits,
             "taps": self.batch.params.taps(inputs.slot),
         }
-        return (slots, inputs, num_steps, sampling, bans, is_on), options, kept
+        args = self._params, cache, slots, inputs, num_steps, sampling, bans, is_on
+        return Call(_STEPS.of(**options), args), options, kept
 
     def _edits(self) -> EditState:
         """What is kept for edits of logits; allocated when a request first needs it."""

@@ -182,11 +182,12 @@ def _lower(
     prefills = largest_prefills(buckets, layout.num_pages)
     for prefill_shape in prefills:
         inputs = batch.prefill_inputs(prefill_shape, [])
-        yield from steps.lower_prefill(params, state.cache, inputs)
+        yield from (one.lower() for one in steps.prefill_calls(params, state.cache, inputs))
 
     shape, decode_shape = prefills[0], largest_decode(buckets, layout.num_pages)
     one = batch.decode_inputs(decode_shape, [])
-    yield from steps.lower_decode(params, state.cache, state.slots.tokens, one)
+    calls = steps.decode_calls(params, state.cache, state.slots.tokens, one)
+    yield from (call.lower() for call in calls)
 
     rows = max(shape.rows, decode_shape.rows)
     slot = batch.pad([], rows)

@@ -86,7 +86,8 @@ class Steps:
         inputs = self._on_device(batch.decode_inputs(shape, []))
         tokens = self._array((batch.num_slots,), jnp.int32)
         with tracing_for("gpu"):
-            (lowered,) = self._steps.lower_decode(self._params, self._cache, tokens, inputs)
+            (call,) = self._steps.decode_calls(self._params, self._cache, tokens, inputs)
+            lowered = call.lower()
         return self._compile(lowered)
 
     def prefill(self, shape: PrefillShape) -> Compiled:
@@ -94,7 +95,8 @@ class Steps:
         batch = self._batch(shape.rows, shape.table_pages)
         inputs = self._on_device(batch.prefill_inputs(shape, []))
         with tracing_for("gpu"):
-            (lowered,) = self._steps.lower_prefill(self._params, self._cache, inputs)
+            (call,) = self._steps.prefill_calls(self._params, self._cache, inputs)
+            lowered = call.lower()
         return self._compile(lowered)
 
     def _compile(self, lowered: Any) -> Compiled:

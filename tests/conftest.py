@@ -35,6 +35,7 @@ install_import_hook([f"folojax.{name}" for name in _ARRAY_MODULES], "beartype.be
 from folojax import LLM  # noqa: E402  (after the hook)
 from folojax.compilation_cache import enable_compilation_cache  # noqa: E402
 from folojax.models.checkpoint import build_module, load_params, open_checkpoint  # noqa: E402
+from folojax.programs import clear_programs  # noqa: E402
 from tests.reference import save_tiny  # noqa: E402
 from tests.text import make_letters_tokenizer  # noqa: E402
 
@@ -77,7 +78,7 @@ def room_for_programs() -> Iterator[None]:
     yield
     maps = Path("/proc/self/maps")
     if maps.is_file() and len(maps.read_text().splitlines()) > 20_000:
-        jax.clear_caches()
+        clear_programs()
         gc.collect()
 
 

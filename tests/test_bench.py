@@ -11,10 +11,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import jax
 import pytest
 
 from folojax import LLM, SamplingParams
+from folojax.programs import clear_programs
 from tests.stub_contender import StubContender
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
@@ -195,7 +195,7 @@ def test_a_run_reports_everything(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("COLUMNS", "120")  # large figures would break the lines of headings
-    jax.clear_caches()  # programs that another test of this process has compiled count for nothing
+    clear_programs()  # those that another test of this process has compiled count for nothing
     options = ("--num-requests", "6", "--scale", "0.1", "--profile", "--one-at-a-time")
     report = run(bench, text_directory, tmp_path / "out.json", "uniform", *options)
     tokens = sum(o for _, o in lengths(make(bench, "uniform", num_requests=6, scale=0.1)))

@@ -12,6 +12,7 @@ import pytest
 from folojax import LLM, ActivationEdit, LogitsProcessor, SamplingClass, SamplingParams
 from folojax.ahead import warm_up
 from folojax.compile_plan import COPIES, EDITS, Executable
+from folojax.programs import clear_programs
 
 OPTIONS: dict[str, Any] = {
     "page_size": 8,
@@ -27,7 +28,7 @@ OPTIONS: dict[str, Any] = {
 @pytest.fixture(autouse=True, scope="module")
 def room_for_plans() -> None:
     """Whole plans take half of the memory areas of a process: not beside all that came before."""
-    jax.clear_caches()
+    clear_programs()
     gc.collect()
 
 

@@ -23,6 +23,7 @@ PATH = (
         "row_attention",
         "attention",
         "residual",
+        "programs",
         "step",
         "layered",
         "rowwise",

@@ -263,13 +263,13 @@ def test_memory_is_measured_for_what_will_run(
 ) -> None:
     """Programs that are lowered on the way take the parameters that the engine has."""
     lowered = []
-    lower_decode = LayeredSteps.lower_decode
+    decode_calls = LayeredSteps.decode_calls
 
     def spy(steps: LayeredSteps, params: Any, *args: Any) -> list[Any]:
         lowered.append(params)
-        return lower_decode(steps, params, *args)
+        return decode_calls(steps, params, *args)
 
-    monkeypatch.setattr(LayeredSteps, "lower_decode", spy)
+    monkeypatch.setattr(LayeredSteps, "decode_calls", spy)
     fields = {name: value for name, value in LIMITS.items() if name != "num_pages"}
     llm = LLM(tiny_model, **fields, memory_fraction=0.01)
     assert llm.memory_plan.is_measured

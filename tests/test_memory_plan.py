@@ -238,14 +238,14 @@ def test_the_compiled_steps_of_an_engine_keep_to_its_plan(
     hidden = jnp.zeros((rows, module.config.hidden_size))
     spec = SamplingSpec(SamplingClass.TRUNCATED, 20)
     head, inputs = step.head_params(runner.params), batch.prefill_inputs(shape, [])
-    lowered = [
-        *runner.steps.lower_prefill(runner.params, state.cache, inputs),
-        *runner.steps.lower_decode(runner.params, state.cache, state.slots.tokens, one),
+    programs: list[Any] = [
+        *runner.steps.prefill_calls(runner.params, state.cache, inputs),
+        *runner.steps.decode_calls(runner.params, state.cache, state.slots.tokens, one),
         step.sample_tokens.lower(head, state.slots, hidden, sampled, model=module, spec=spec),
     ]
     # What a program is given is part of the plan but for its inputs and hidden states.
     given = nbytes(inputs) + nbytes(one) + nbytes(hidden)
-    for program in lowered:
+    for program in programs:
         found = program.compile().memory_analysis()
         peak = found.output_size_in_bytes + found.temp_size_in_bytes - found.alias_size_in_bytes
         planned_beside = planned - nbytes(runner.params) - nbytes(runner.state.cache)

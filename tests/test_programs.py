@@ -1,0 +1,130 @@
+"""Compiled programs: shared, found again by shape, and rid of what they were compiled from."""
+
+import gc
+import weakref
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from folojax.models.platforms import tracing_for
+from folojax.programs import Call, Programs, clear_programs
+
+
+class Counted:
+    """A function that counts how often it is traced."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self, x: Any, y: Any, *, factor: int = 1) -> Any:
+        self.count += 1
+        return {"sum": x + factor * y, "given": y}
+
+
+@pytest.fixture
+def counted() -> Any:
+    counter = Counted()
+
+    def add(x: Any, y: Any, *, factor: int) -> Any:
+        return counter(x, y, factor=factor)
+
+    return counter, Programs(add)
+
+
+def test_a_shape_is_compiled_once(counted: Any) -> None:
+    counter, programs = counted
+    program = programs.of(factor=2)
+    out = program(jnp.arange(3), np.arange(3, dtype=np.int32))
+    assert out["sum"].tolist() == [0, 3, 6]
+    assert program(np.ones(3, np.int32), jnp.arange(3))["sum"].tolist() == [1, 3, 5]
+    assert counter.count == 1
+    assert program(np.ones(2, np.int32), jnp.arange(2))["sum"].tolist() == [1, 3]
+    assert program(np.ones(2), jnp.arange(2))["sum"].tolist() == [1.0, 3.0]
+    assert counter.count == 3
+
+
+def test_static_arguments_choose_the_program(counted: Any) -> None:
+    counter, programs = counted
+    assert programs.of(factor=2) is programs.of(factor=2)
+    assert programs.of(factor=3)(np.ones(1), np.ones(1))["sum"].tolist() == [4.0]
+    assert programs.of(factor=2)(np.ones(1), np.ones(1))["sum"].tolist() == [3.0]
+    assert counter.count == 2
+
+
+def test_what_is_compiled_for_shapes_is_what_a_call_runs(counted: Any) -> None:
+    counter, programs = counted
+    shape = jax.ShapeDtypeStruct((4,), jnp.float32)
+    call = Call(programs.of(factor=1), (shape, shape))
+    assert call.result_shapes()["sum"].shape == (4,)
+    call.lower()
+    count = counter.count
+    compiled = call.compile()
+    assert compiled.memory_analysis() is not None
+    assert counter.count == count + 1
+    args = np.ones(4, np.float32), jnp.ones(4, jnp.float32)
+    assert Call(programs.of(factor=1), args).run()["sum"].tolist() == [2.0] * 4
+    assert call.compile() is compiled
+    assert counter.count == count + 1
+
+
+def test_a_weak_type_is_no_other_shape(counted: Any) -> None:
+    counter, programs = counted
+    weak = jnp.asarray(1.0) * jnp.asarray(2.0)
+    assert jnp.asarray(2.0).weak_type
+    for x in (weak, jnp.asarray(2.0), np.float32(2.0), jnp.full((), 2.0, jnp.float32)):
+        assert programs.of(factor=1)(x, jnp.ones(()))["sum"].tolist() == 3.0
+    assert counter.count == 1
+
+
+def test_donated_arguments_are_gone() -> None:
+    programs = Programs(jax.jit(lambda x, y: (x + y, y)), donate=(0,))
+    x, y = jnp.ones(8), jnp.ones(8)
+    total, same = programs.of()(x, y)
+    assert x.is_deleted()
+    assert not y.is_deleted()
+    assert (total.sum(), same.sum()) == (16, 8)
+
+
+def test_nothing_is_kept_of_a_trace() -> None:
+    """What is traced, and with it what JAX keeps for as long as that lives."""
+    traced = []
+
+    def function(x: Any) -> Any:
+        class Mark:
+            pass
+
+        mark = Mark()
+        traced.append(weakref.ref(mark))
+
+        @jax.custom_jvp
+        def inner(x: Any) -> Any:
+            return (x, mark)[0] + 1
+
+        inner.defjvp(lambda primals, tangents: (inner(*primals), tangents[0]))
+        return inner(x)
+
+    programs = Programs(function)
+    assert programs.of()(jnp.ones(2)).tolist() == [2.0, 2.0]
+    gc.collect()
+    assert [ref() for ref in traced] == [None]
+    assert programs.of()(jnp.ones(2)).tolist() == [2.0, 2.0]
+    assert len(traced) == 1
+
+
+def test_programs_are_forgotten_when_asked(counted: Any) -> None:
+    counter, programs = counted
+    programs.of(factor=1)(np.ones(1), np.ones(1))
+    clear_programs()
+    programs.of(factor=1)(np.ones(1), np.ones(1))
+    assert counter.count == 2
+
+
+def test_another_platform_has_programs_of_its_own(counted: Any) -> None:
+    counter, programs = counted
+    programs.of(factor=1)(np.ones(1), np.ones(1))
+    with tracing_for("gpu"):
+        programs.of(factor=1)(np.ones(1), np.ones(1))
+    assert counter.count == 2
