@@ -16,7 +16,7 @@ from folojax.batch import ints
 from folojax.buckets import DecodeShape, PrefillShape
 from folojax.compile_plan import COPIES, EDITS, CompilePlan, Executable, Planned, model_executable
 from folojax.deterministic import DeterministicRunner
-from folojax.memory_areas import FULL, share_of_areas
+from folojax.memory_areas import FULL, give_back_memory, share_of_areas
 from folojax.programs import Call
 from folojax.runner import Runner
 from folojax.sampling import SamplingClass, SamplingSpec
@@ -90,6 +90,7 @@ def warm_up(
     runner.state = runner.state._replace(cache=cache)
     done.append(Planned(COPIES, None, time.perf_counter() - start))
     runner.gate.set_compiled(done, left_out)
+    give_back_memory()
     return make_plan(runner, sampling, has_logprobs)
 
 

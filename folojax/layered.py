@@ -1,8 +1,9 @@
 """Ways to run `prefill` and `decode`: as one program, or a few layers at a time.
 
 On a GPU a step is one program: one CUDA graph, and one call of the host. On CPU the layers of a
-model are equal, so a group of some six is compiled once and called for each: compiling takes a
-fraction of the time. A call costs 0.2 ms on CPU, which is too much for a layer of 0.5 to 1.3.
+model are equal, so a group of some three is compiled once and called for each: compiling takes a
+fraction of the time, and the program a fraction of the memory, 1.5 MB a layer. A call costs 0.2 ms
+on CPU, half of it while the call before still computes: too much for each single layer.
 
     whole      prefill | decode
     layered    begin ──> group ──> group ──> ... ──> end      each with its own part of the cache
@@ -149,13 +150,13 @@ _WITH_TAPS = Programs(with_taps, donate=(1,), compiler_options=REORDERED)
 
 
 def split_layers(kinds: Sequence[Hashable]) -> list[range]:
-    """Cuts a stack of layers into groups of some six, of which as few as possible differ.
+    """Cuts a stack of layers into groups of some three, of which as few as possible differ.
 
     Args:
         kinds: What each layer is; layers of a kind share a program.
 
-    >>> split_layers(["a"] * 30)
-    [range(0, 6), range(6, 12), range(12, 18), range(18, 24), range(24, 30)]
+    >>> split_layers(["a"] * 9)
+    [range(0, 3), range(3, 6), range(6, 9)]
     >>> split_layers(["a", "b"] * 4)
     [range(0, 4), range(4, 8)]
     """
@@ -166,9 +167,9 @@ def split_layers(kinds: Sequence[Hashable]) -> list[range]:
 
     def cost(size: int) -> tuple[int, int]:
         programs = {tuple(kinds[layer] for layer in group) for group in split(size)}
-        return len(programs), abs(size - 6)
+        return len(programs), abs(size - 3)
 
-    return split(min(range(4, 9), key=cost))
+    return split(min(range(3, 9), key=cost))
 
 
 class LayeredSteps:

@@ -74,7 +74,8 @@ class Folojax:
             if self._warm_up == "rehearsal":
                 self._drive(workload)
             else:
-                self.llm.warm_up(_sampling_classes(workload))
+                # No request of a workload asks for log-probabilities.
+                self.llm.warm_up(_sampling_classes(workload), logprobs=False)
         warm_up_s = time.perf_counter() - start
         total = _sum(self._compilations, counts)
         if self._trace_path is not None:

@@ -2,6 +2,7 @@
 
 import logging
 import mmap
+import types
 from pathlib import Path
 from typing import Any
 
@@ -110,3 +111,17 @@ def test_an_engine_at_the_brim_goes_on(
         (output,) = LLM(tiny_model, **FEW_SHAPES).generate(PROMPT, PARAMS, use_tqdm=False)
     assert "were dropped" in caplog.text
     assert output.outputs[0].token_ids == expected.outputs[0].token_ids
+
+
+@pytest.mark.parametrize("system", ["linux", "darwin"])
+def test_freed_memory_goes_back_where_the_allocator_can(
+    system: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    library = types.SimpleNamespace(malloc_trim=asked.append)
+    monkeypatch.setattr(memory_areas.sys, "platform", system)
+    monkeypatch.setattr(memory_areas.ctypes, "CDLL", lambda name: library)
+    memory_areas.give_back_memory()
+    assert asked == ([0] if system == "linux" else [])
+    monkeypatch.setattr(memory_areas.ctypes, "CDLL", lambda name: object())  # another libc
+    memory_areas.give_back_memory()
