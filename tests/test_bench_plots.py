@@ -250,15 +250,17 @@ def test_growth_is_measured_printed_and_drawn(
 
 def test_padding_of_a_workload_that_is_counted_by_hand(bench: ModuleType) -> None:
     padding = module(bench, "bench_padding")
-    # Prefill: three rows of 16 tokens in four. Then two steps of three rows in four, one of two.
-    counts = padding.count_padding(make(bench, [(16, 3), (16, 3), (15, 4)]), 128, **LIMITS)
-    assert counts["prefill_tokens"] == 47
-    assert counts["prefill_padding_tokens"] == 17
-    assert counts["padding_tokens"] == 17 + 2
-    assert counts["scheduled_tokens"] == 47 + 7
-    assert counts["prefill_padding_waste"] == pytest.approx(17 / 64)
-    assert counts["decode_padding_waste"] == pytest.approx(2 / 9)
-    assert counts["padding_waste"] == pytest.approx(19 / 73)
+    # Prefill: five rows of 16 tokens in eight. Then two steps of five rows in six, one of one.
+    sizes = [(16, 3), (16, 3), (15, 4), (16, 3), (16, 3)]
+    limits = LIMITS | {"max_num_seqs": 8}
+    counts = padding.count_padding(make(bench, sizes), 128, **limits)
+    assert counts["prefill_tokens"] == 79
+    assert counts["prefill_padding_tokens"] == 49
+    assert counts["padding_tokens"] == 49 + 2
+    assert counts["scheduled_tokens"] == 79 + 11
+    assert counts["prefill_padding_waste"] == pytest.approx(49 / 128)
+    assert counts["decode_padding_waste"] == pytest.approx(2 / 13)
+    assert counts["padding_waste"] == pytest.approx(51 / 141)
 
 
 @pytest.mark.parametrize("num_samples", [1, 3])
