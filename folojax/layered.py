@@ -1,9 +1,11 @@
 """Ways to run `prefill` and `decode`: as one program, or a few layers at a time.
 
 On a GPU a step is one program: one CUDA graph, and one call of the host. On CPU the layers of a
-model are equal, so a group of some three is compiled once and called for each: compiling takes a
+model are equal, so a group of a few is compiled once and called for each: compiling takes a
 fraction of the time, and the program a fraction of the memory, 1.5 MB a layer. A call costs 0.2 ms
-on CPU, half of it while the call before still computes: too much for each single layer.
+on CPU, half of it while the call before still computes: too much for each single layer. And no
+more than 32 calls may be under way: with many a step the host would wait to hand over the next one
+instead of reading what the last one gave.
 
     whole      prefill | decode
     layered    begin ──> group ──> group ──> ... ──> end      each with its own part of the cache
@@ -26,6 +28,9 @@ from folojax.residual import ActivationEdit, with_taps
 from folojax.state import DecodeInputs, PrefillInputs
 
 _LAYER = "layers_"
+
+# Layers of a group. A decode program is larger, and there are more shapes of it.
+_PREFILL_LAYERS, _DECODE_LAYERS = 6, 3
 
 Streams: TypeAlias = dict[int, Any]
 """The residual streams [T, E] of all tokens of a call, padding included, by layer."""
@@ -149,15 +154,16 @@ _WHOLE = {
 _WITH_TAPS = Programs(with_taps, donate=(1,), compiler_options=REORDERED)
 
 
-def split_layers(kinds: Sequence[Hashable]) -> list[range]:
-    """Cuts a stack of layers into groups of some three, of which as few as possible differ.
+def split_layers(kinds: Sequence[Hashable], wanted: int) -> list[range]:
+    """Cuts a stack of layers into groups of some size, of which as few as possible differ.
 
     Args:
         kinds: What each layer is; layers of a kind share a program.
+        wanted: Layers of a group, if that makes no more programs than another size.
 
-    >>> split_layers(["a"] * 9)
+    >>> split_layers(["a"] * 9, 3)
     [range(0, 3), range(3, 6), range(6, 9)]
-    >>> split_layers(["a", "b"] * 4)
+    >>> split_layers(["a", "b"] * 4, 3)
     [range(0, 4), range(4, 8)]
     """
 
@@ -167,7 +173,7 @@ def split_layers(kinds: Sequence[Hashable]) -> list[range]:
 
     def cost(size: int) -> tuple[int, int]:
         programs = {tuple(kinds[layer] for layer in group) for group in split(size)}
-        return len(programs), abs(size - 3)
+        return len(programs), abs(size - wanted)
 
     return split(min(range(3, 9), key=cost))
 
@@ -182,7 +188,10 @@ class LayeredSteps:
         """`model` is a `Layered` Flax module."""
         self._model = model
         self._blocks = [model.alone(layer) for layer in range(model.config.num_layers)]
-        self._groups = split_layers(self._blocks)
+        self._groups = {
+            attend_chunks: split_layers(self._blocks, _PREFILL_LAYERS),
+            attend_tokens: split_layers(self._blocks, _DECODE_LAYERS),
+        }
         self._whole = WholeSteps(model)
         self._group_programs: dict[Any, Program] = {}
         self._begin_prefill = _BEGIN_PREFILL.of(model=model)
@@ -254,7 +263,7 @@ class LayeredSteps:
         plan, hidden, shared = begun
         layers: list[KVCache] = []
         streams: Streams = {}
-        for group in self._groups:
+        for group in self._groups[attend]:
             own, rotaries, parts = self._of_group(params, cache, shared, group)
             tapped = tuple(i for i, layer in enumerate(group) if layer in taps)
             run_group = self._group_program(group, attend, tapped)
@@ -268,7 +277,7 @@ class LayeredSteps:
     ) -> list[Call]:
         plan, hidden, shared = begun
         calls: dict[Program, Call] = {}
-        for group in self._groups:
+        for group in self._groups[attend]:
             own, rotaries, parts = self._of_group(params, cache, shared, group)
             program = self._group_program(group, attend, ())
             calls.setdefault(program, Call(program, (own, parts, hidden, rotaries, plan)))

@@ -97,17 +97,20 @@ def test_a_group_is_compiled_once_whatever_the_depth(
     close(*results)
 
 
-@given(kinds=st.lists(st.sampled_from("ab"), min_size=1, max_size=70))
-def test_groups_are_all_layers_in_order(kinds: list[str]) -> None:
-    groups = split_layers(kinds)
+WANTED = st.sampled_from([3, 6])
+
+
+@given(kinds=st.lists(st.sampled_from("ab"), min_size=1, max_size=70), wanted=WANTED)
+def test_groups_are_all_layers_in_order(kinds: list[str], wanted: int) -> None:
+    groups = split_layers(kinds, wanted)
     assert [layer for group in groups for layer in group] == list(range(len(kinds)))
     assert all(1 <= len(group) <= 8 for group in groups)
 
 
-@given(pattern=st.text("ab", min_size=4, max_size=8), times=st.integers(1, 12))
-def test_layers_that_repeat_are_few_programs(pattern: str, times: int) -> None:
+@given(pattern=st.text("ab", min_size=4, max_size=8), times=st.integers(1, 12), wanted=WANTED)
+def test_layers_that_repeat_are_few_programs(pattern: str, times: int, wanted: int) -> None:
     kinds = pattern * times
-    programs = {kinds[group.start : group.stop] for group in split_layers(kinds)}
+    programs = {kinds[group.start : group.stop] for group in split_layers(kinds, wanted)}
     assert len(programs) == 1, "the pattern itself would do"
 
 
