@@ -188,7 +188,7 @@ class LayeredSteps:
         """`model` is a `Layered` Flax module."""
         self._model = model
         self._blocks = [model.alone(layer) for layer in range(model.config.num_layers)]
-        self._groups = {
+        self._groups: dict[Callable[..., Any], list[range]] = {
             attend_chunks: split_layers(self._blocks, _PREFILL_LAYERS),
             attend_tokens: split_layers(self._blocks, _DECODE_LAYERS),
         }
