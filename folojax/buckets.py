@@ -23,8 +23,9 @@ _USUAL_LOGPROBS = 20
 _MOST_COPIED_TOKENS_ON_CPU = 10_240
 
 
-_FIRST_QUARTERED_ROWS = 16
-"""B from which a CPU's sizes are a quarter of a power of two apart, and half of one below it."""
+_FIRST_HALVED_ROWS, _FIRST_QUARTERED_ROWS = 4, 16
+"""B from which a CPU's sizes are a half, and a quarter of a power of two apart: below that a row
+more takes no longer."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +160,7 @@ def make_buckets(config: ResolvedConfig, backend: str = "cpu", min_decode_rows: 
         decode_rows = _powers(config.max_num_seqs, 2, min_decode_rows)
         return Buckets(
             # A batch that runs dry spends half of its steps between two powers of two.
-            decode_rows=_with_parts(decode_rows, _FIRST_QUARTERED_ROWS),
+            decode_rows=_with_parts(decode_rows, _FIRST_HALVED_ROWS, _FIRST_QUARTERED_ROWS),
             prefill_rows=_powers(most_rows, 2),
             prefill_columns=config.prefill_row_len,
             prefill_pages=_table_sizes(max_pages, 2),
@@ -245,15 +246,15 @@ def _table_sizes(last: int, first: int) -> tuple[int, ...]:
     return tuple(size for size in sizes if size == last or last > 4 / 3 * size)
 
 
-def _with_parts(sizes: tuple[int, ...], first_quartered: int) -> tuple[int, ...]:
-    """Ascending sizes, those half-way between two of them, and from one on those by quarters.
+def _with_parts(sizes: tuple[int, ...], first_halved: int, first_quartered: int) -> tuple[int, ...]:
+    """Ascending sizes, from one on also those half-way between two, from another on quarters.
 
-    >>> _with_parts((1, 2, 4, 8, 16, 32), first_quartered=16)
-    (1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 28, 32)
+    >>> _with_parts((1, 2, 4, 8, 16, 32), first_halved=4, first_quartered=16)
+    (1, 2, 4, 6, 8, 12, 16, 20, 24, 28, 32)
     """
     found = set(sizes)
     for low, high in itertools.pairwise(sizes):
-        count = 4 if low >= first_quartered else 2
+        count = 4 if low >= first_quartered else 2 if low >= first_halved else 1
         found |= {low + (high - low) * part // count for part in range(1, count)}
     return tuple(sorted(found))
 

@@ -30,7 +30,7 @@ from folojax.state import DecodeInputs, PrefillInputs
 _LAYER = "layers_"
 
 # Layers of a group. A decode program is larger, and there are more shapes of it.
-_PREFILL_LAYERS, _DECODE_LAYERS = 6, 3
+_PREFILL_LAYERS, _DECODE_LAYERS = 5, 3
 
 Streams: TypeAlias = dict[int, Any]
 """The residual streams [T, E] of all tokens of a call, padding included, by layer."""

@@ -122,7 +122,7 @@ def test_the_plan_of_a_small_engine() -> None:
         )
     )
     assert buckets == Buckets(
-        decode_rows=(1, 2, 3, 4, 5),
+        decode_rows=(1, 2, 4, 5),
         prefill_rows=(1, 2, 3),
         prefill_columns=16,
         prefill_pages=(2, 10),
@@ -132,7 +132,7 @@ def test_the_plan_of_a_small_engine() -> None:
         shared_rows=(),
         most_copied_pages=640,
     )
-    assert buckets.decode_shape(3, 8, 2) == DecodeShape(rows=3, segments=1, table_pages=10)
+    assert buckets.decode_shape(3, 8, 2) == DecodeShape(rows=4, segments=1, table_pages=10)
     assert buckets.prefill_shape(2, 7, 3) == PrefillShape(2, 16, table_pages=10, segments=1)
     assert buckets.prefill_shape(3, 17, 1) == PrefillShape(3, 16, table_pages=2, segments=1)
 

@@ -355,10 +355,10 @@ def test_padding_is_counted(llm: LLM) -> None:
     params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
     llm.generate(prompts, params, use_tqdm=False)
     both = llm.metrics()
-    # Prompts of a whole row in four rows, then three tokens in three rows.
+    # Prompts of a whole row in four rows, then three tokens in four rows.
     prefill = both.num_prefill_padding_tokens - after.num_prefill_padding_tokens
     assert prefill == 16
-    assert both.num_padding_tokens - after.num_padding_tokens == prefill
+    assert both.num_padding_tokens - after.num_padding_tokens == prefill + 1
     llm.generate([prompt(1)] * 5, params, use_tqdm=False)
     # Twice five tokens in six rows.
     assert llm.metrics().num_padding_tokens - both.num_padding_tokens == 2
