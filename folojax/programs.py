@@ -8,6 +8,7 @@ Programs are shared: engines of equal models and shapes in one process find the 
 """
 
 import functools
+import inspect
 import threading
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
@@ -92,7 +93,12 @@ class Program:
         def call(*args: Any) -> Any:
             return self._function(*args)
 
-        call.__name__ = self._function.func.__name__
+        named: Any = call
+        # JAX names arguments by these: in what it tells of errors, and in the compiled program.
+        named.__name__ = self._function.func.__name__
+        parameters = inspect.signature(self._function).parameters.values()
+        kept = [one for one in parameters if one.kind is not one.KEYWORD_ONLY]
+        named.__signature__ = inspect.Signature(kept)
         return call
 
     def compile(self, *args: Any) -> jax.stages.Compiled:

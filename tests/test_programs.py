@@ -79,6 +79,12 @@ def test_a_weak_type_is_no_other_shape(counted: Any) -> None:
     assert counter.count == 1
 
 
+def test_arguments_keep_their_names(counted: Any) -> None:
+    _, programs = counted
+    text = programs.of(factor=1).lower(np.ones(1), np.ones(1)).as_text("hlo")
+    assert "add(x.1, y.1)" in text
+
+
 def test_donated_arguments_are_gone() -> None:
     programs = Programs(jax.jit(lambda x, y: (x + y, y)), donate=(0,))
     x, y = jnp.ones(8), jnp.ones(8)
