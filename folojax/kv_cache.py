@@ -232,6 +232,16 @@ def write(
     return KVCache(tuple(keys), tuple(values))
 
 
+def places(
+    cache: KVCache, page_table: Int[Array, "B N"], position: Int[Array, " B"]
+) -> tuple[Int[Array, " B"], Int[Array, " B"]]:
+    """Page and offset of one token a row; that of a row of padding is the page out of range."""
+    size = page_size(cache)
+    index = jnp.minimum(position // size, page_table.shape[1] - 1)
+    page = jnp.take_along_axis(page_table, index[:, None], axis=1)[:, 0]
+    return page, position % size
+
+
 def layer_segments(
     cache: KVCache, layer: int, dtype: jnp.dtype
 ) -> list[tuple[Float[Array, "P K _ _"], Float[Array, "P K _ _"]]]:

@@ -42,15 +42,15 @@ def plan_pages(inputs: DecodeInputs, cache: KVCache) -> PagePlan:
     index = jnp.zeros(num_pages, jnp.int32).at[first_table].set(column, mode="drop")
     last_position = jnp.append(inputs.position, -1)
     key_position = index[:, None] * page_size + jnp.arange(page_size)[None, :]
-    last = jnp.minimum(inputs.position // page_size, table_pages - 1)
+    page, offset = kv_cache.places(cache, inputs.page_table, inputs.position)
     partial, shared_age = inputs.page_table, None
     if shared is not None:
         partial = jnp.where(is_first, partial, num_pages + shared.lane)
         shared_position = key_position.at[shared.page].get(mode="clip")
         shared_age = last_position[shared.owner][:, :, None] - shared_position[:, None, :]
     return PagePlan(
-        page=jnp.take_along_axis(inputs.page_table, last[:, None], axis=1)[:, 0],
-        offset=inputs.position % page_size,
+        page=page,
+        offset=offset,
         page_table=inputs.page_table,
         owner=owner,
         age=last_position[owner][:, None] - key_position,

@@ -53,15 +53,11 @@ class _Sums(NamedTuple):
 
 def plan_rows(inputs: DecodeInputs, cache: KVCache) -> RowPlan:
     """Finds the page of every token; `inputs.shared` is not read."""
-    page_size, pool = kv_cache.page_size(cache), kv_cache.num_pages(cache)
-    last = jnp.minimum(inputs.position // page_size, inputs.page_table.shape[1] - 1)
-    return RowPlan(
-        page=jnp.take_along_axis(inputs.page_table, last[:, None], axis=1)[:, 0],
-        offset=inputs.position % page_size,
-        page_table=inputs.page_table,
-        position=inputs.position,
-        num_pages=jnp.where(inputs.page_table[:, 0] < pool, last + 1, 0),
-    )
+    table, position = inputs.page_table, inputs.position
+    page, offset = kv_cache.places(cache, table, position)
+    num_pages = jnp.minimum(position // kv_cache.page_size(cache) + 1, table.shape[1])
+    is_row = table[:, 0] < kv_cache.num_pages(cache)
+    return RowPlan(page, offset, table, position, jnp.where(is_row, num_pages, 0))
 
 
 def attend_rows(
