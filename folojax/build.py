@@ -1,6 +1,7 @@
 """From what the user names (a model, a tokenizer, options) to an engine."""
 
 import dataclasses
+import math
 import os
 from typing import Any, NamedTuple
 
@@ -16,9 +17,9 @@ from folojax.engine import Engine
 from folojax.kv_cache import KVLayout
 from folojax.memory_plan import MemoryPlan, plan_fraction, plan_pages
 from folojax.models.checkpoint import Checkpoint, build_module, load_params, open_checkpoint
-from folojax.models.int8_kernels import has_int8_kernels, quantize_params
 from folojax.models.llama import Llama
 from folojax.models.params import num_params, params_bytes
+from folojax.models.quantize import is_quantized, quantization_of, quantize_params
 from folojax.runner import Runner
 from folojax.sampling_params import SamplingParams
 from folojax.sched.scheduler import Scheduler
@@ -68,33 +69,37 @@ def load_model(
 
     Limits and memory are settled before weights are read, which may take long or not fit.
     """
-    is_int8 = config.quantization == "int8"
+    quantization = config.quantization
     if isinstance(model, tuple):
         module, params = model
-        if is_int8 and not isinstance(module, Llama):
+        if quantization and not isinstance(module, Llama):
             raise ValueError(
-                f"quantization is 'int8' and the module a {type(module).__name__}: kernels in "
-                "eight bits are for the modules of folojax.models"
+                f"quantization is {quantization!r} and the module a {type(module).__name__}: "
+                "quantised kernels are for the modules of folojax.models"
             )
-        if has_int8_kernels(params) and not is_int8:
-            raise ValueError('params have kernels in eight bits: pass quantization="int8"')
-        # Floats that are put into eight bits remain the caller's.
-        kept = jax.eval_shape(quantize_params, params) if is_int8 else params
+        found = quantization_of(params)
+        if found not in (None, quantization):
+            raise ValueError(f'params have quantised kernels: pass quantization="{found}"')
+        kept = params
+        if quantization:
+            # Floats that are quantised remain the caller's.
+            kept = jax.eval_shape(lambda params: quantize_params(params, quantization), params)
         leaves = jax.tree.leaves(kept)
         here = sum(leaf.nbytes for leaf in leaves if isinstance(leaf, jax.Array))
         weights = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
-        num_weights = sum(leaf.size for leaf in leaves)
-        resolved, plan = plan_memory(config, module, weights, num_weights, here)
-        return LoadedModel(
-            module, quantize_params(params) if is_int8 else params, None, resolved, plan
+        num_weights = sum(
+            math.prod(leaf.shape) for leaf in jax.tree.leaves(params, is_leaf=is_quantized)
         )
+        resolved, plan = plan_memory(config, module, weights, num_weights, here)
+        params = quantize_params(params, quantization) if quantization else params
+        return LoadedModel(module, params, None, resolved, plan)
     compute_dtype = _resolve_dtype(dtype)
     checkpoint = open_checkpoint(model, revision)
     module = build_module(checkpoint.config, compute_dtype)
-    weights = params_bytes(checkpoint.config, compute_dtype, is_int8)
+    weights = params_bytes(checkpoint.config, compute_dtype, quantization)
     num_weights = num_params(checkpoint.config)
     resolved, plan = plan_memory(config, module, weights, num_weights)
-    params = load_params(checkpoint, compute_dtype, is_int8)
+    params = load_params(checkpoint, compute_dtype, quantization)
     return LoadedModel(module, params, checkpoint, resolved, plan)
 
 
@@ -117,7 +122,7 @@ def plan_memory(
     Raises:
         ValueError: the limits contradict each other or the model, or the memory is too little.
     """
-    backend, is_int8 = jax.default_backend(), config.quantization == "int8"
+    backend = jax.default_backend()
     resolved = config.resolve(
         module.config.max_position,
         backend,
@@ -128,7 +133,9 @@ def plan_memory(
 
     def measure(num_pages: int) -> int:
         buckets, layout = _shapes(module, dataclasses.replace(resolved, num_pages=num_pages))
-        return step_memory.measure(module, layout, buckets, num_slots, max_logprobs, is_int8)
+        return step_memory.measure(
+            module, layout, buckets, num_slots, max_logprobs, config.quantization
+        )
 
     buckets, layout = _shapes(module, resolved)
     plan = MemoryPlan(

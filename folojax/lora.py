@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Key, UInt32
 
-from folojax.models.int8_kernels import is_int8_kernel
+from folojax.models.quantize import is_quantized
 
 _PAIR = {"a", "b"}
-_IS_INT8 = (
-    "is in eight bits: take the parameters that it was made from; update_params puts what they "
-    "become into eight bits"
+_IS_QUANTIZED = (
+    "is quantised: take the parameters that it was made from; update_params quantises what they "
+    "become"
 )
 
 
@@ -37,7 +37,7 @@ def init_lora(
         names: Of two-dimensional kernels inside of layers.
 
     Raises:
-        ValueError: no kernel has one of the names, or what has it is no matrix, or in eight bits.
+        ValueError: no kernel has one of the names, or what has it is no matrix, or quantised.
     """
     lora: dict[str, Any] = {}
     for layer, block in params.items():
@@ -45,8 +45,8 @@ def init_lora(
             continue
         for name in names:
             if name in block:
-                if is_int8_kernel(block[name]):
-                    raise ValueError(f"{layer}/{name} {_IS_INT8}")
+                if is_quantized(block[name]):
+                    raise ValueError(f"{layer}/{name} {_IS_QUANTIZED}")
                 shape = block[name].shape
                 if len(shape) != 2:
                     raise ValueError(
@@ -102,8 +102,8 @@ def _merge(
             merged[name] = _merge(params[name], update, scale, f"{where}/", problems)
         elif not isinstance(update, Mapping) or set(update) != _PAIR:
             problems.append(f'{where} is no pair {{"a": ..., "b": ...}}')
-        elif is_int8_kernel(params[name]):
-            problems.append(f"{where} {_IS_INT8}")
+        elif is_quantized(params[name]):
+            problems.append(f"{where} {_IS_QUANTIZED}")
         else:
             kernel, a, b = params[name], update["a"], update["b"]
             if (*b.shape[:-1], *a.shape[1:]) != kernel.shape or b.shape[-1] != a.shape[0]:

@@ -28,8 +28,8 @@ from folojax.layered import make_steps
 from folojax.logit_edits import init_edits
 from folojax.memory_plan import DeviceMemory
 from folojax.models.dense_attend import dense_attend
-from folojax.models.int8_kernels import quantize_params
 from folojax.models.platforms import platform
+from folojax.models.quantize import quantize_params
 from folojax.sampling import SamplingClass, SamplingSpec
 from folojax.state import SampleInputs, init_state
 
@@ -74,7 +74,7 @@ def measure(
     buckets: Buckets,
     num_slots: int,
     max_logprobs: int,
-    is_int8: bool = False,
+    quantization: str | None = None,
 ) -> int:
     """Bytes beside weights and state that the largest calls need, as XLA has compiled them.
 
@@ -84,12 +84,12 @@ def measure(
         buckets: Which shapes exist.
         num_slots: M.
         max_logprobs: J, at most.
-        is_int8: Whether kernels are in eight bits.
+        quantization: Of the kernels.
     """
     num_layers = min(_NUM_LAYERS, module.config.num_layers)
     shallow = module.clone(config=dataclasses.replace(module.config, num_layers=num_layers))
     shallow_layout = dataclasses.replace(layout, num_layers=num_layers)
-    lowered = list(_lower(shallow, shallow_layout, buckets, num_slots, max_logprobs, is_int8))
+    lowered = list(_lower(shallow, shallow_layout, buckets, num_slots, max_logprobs, quantization))
     with ThreadPoolExecutor() as pool:  # XLA compiles without Python's lock
         compiled = list(pool.map(lambda one: one.compile(), lowered))
     found = [one.memory_analysis() for one in compiled]
@@ -161,7 +161,7 @@ def _lower(
     buckets: Buckets,
     num_slots: int,
     max_logprobs: int,
-    is_int8: bool,
+    quantization: str | None,
 ) -> Iterator[Any]:
     """Traces the largest call of every jitted step on padding, with arrays that are only shapes."""
     variables = jax.eval_shape(
@@ -169,8 +169,8 @@ def _lower(
         jax.ShapeDtypeStruct((1,), jnp.int32),
     )
     params = variables["params"]
-    if is_int8:
-        params = jax.eval_shape(quantize_params, params)
+    if quantization:
+        params = jax.eval_shape(lambda params: quantize_params(params, quantization), params)
     params = _on_device(params)
     head = step.head_params(params)
     state = _on_device(jax.eval_shape(functools.partial(init_state, layout, num_slots)))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from folojax.models.int8_kernels import has_int8_kernels, is_int8_kernel, quantize_kernel
+from folojax.models.quantize import is_quantized, quantization_of, quantize_like
 
 _NUM_PROBED = 256
 
@@ -18,7 +18,7 @@ def check_same_shapes(old: Any, new: Any) -> Any:
     """Returns new parameters as the jitted steps know the old ones.
 
     JAX arrays are taken as they are, with no copy; others go to the device. A kernel of floats that
-    takes the place of one in eight bits is put into eight bits.
+    takes the place of a quantised one is quantised likewise.
 
     Args:
         old: The parameters that the executables were compiled for.
@@ -27,25 +27,17 @@ def check_same_shapes(old: Any, new: Any) -> Any:
     Raises:
         ValueError: leaves are missing or new, or have another shape or dtype; all are named.
     """
-    if has_int8_kernels(old):
+    if quantization_of(old):
         new = _quantized_as(old, new)
-    expected, found = _leaves(old), _leaves(new)
-    problems = []
-    # Kernels that do not fit those in eight bits.
-    for name in [name for name in found if f"{name}/values" in expected]:
-        shape = list(expected.pop(f"{name}/values").shape)
-        del expected[f"{name}/scale"]
-        problems.append(
-            f"{name} is {_kind(found.pop(name))}, the model takes a float kernel {shape}"
-        )
-    problems += [f"{name} is missing" for name in expected if name not in found]
+    expected, found = _kernels(old), _kernels(new)
+    problems = [f"{name} is missing" for name in expected if name not in found]
     problems += [f"{name} is unknown" for name in found if name not in expected]
     for name, leaf in found.items():
         if name in expected:
-            wanted = f"{expected[name].dtype}{list(expected[name].shape)}"
-            got = _kind(leaf)
+            wanted, got = _kind(expected[name]), _kind(leaf)
             if got != wanted:
-                problems.append(f"{name} is {got}, the model has {wanted}")
+                takes = "takes a float kernel" if is_quantized(expected[name]) else "has"
+                problems.append(f"{name} is {got}, the model {takes} {wanted}")
     wanted_tree, tree = str(jax.tree.structure(old)), str(jax.tree.structure(new))
     if not problems and tree != wanted_tree:
         problems.append(f"the tree is {tree}, the model has {wanted_tree}")
@@ -55,16 +47,16 @@ def check_same_shapes(old: Any, new: Any) -> Any:
 
 
 def _quantized_as(old: Any, new: Any) -> Any:
-    """New parameters with eight bits wherever the old ones have them, as far as both agree."""
+    """New parameters with quantised kernels where the old ones have them, as far as both agree."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         return {
             name: _quantized_as(old[name], leaf) if name in old else leaf
             for name, leaf in new.items()
         }
-    if not is_int8_kernel(old) or not hasattr(new, "dtype"):
+    if not is_quantized(old) or is_quantized(new) or not hasattr(new, "dtype"):
         return new
-    is_kernel = jnp.issubdtype(new.dtype, jnp.floating) and new.shape == old.values.shape
-    return quantize_kernel(new) if is_kernel else new
+    is_kernel = jnp.issubdtype(new.dtype, jnp.floating) and new.shape == old.shape
+    return quantize_like(old, jnp.asarray(new)) if is_kernel else new
 
 
 def fingerprint(params: Any) -> str:
@@ -87,12 +79,20 @@ def _probe(leaf: Array) -> Array:
     return flat[:: max(1, flat.size // _NUM_PROBED)]
 
 
-def _leaves(params: Any) -> dict[str, Any]:
-    flat, _ = jax.tree_util.tree_flatten_with_path(params)
+def _kernels(params: Any) -> dict[str, Any]:
+    """By name, a quantised kernel as one."""
+    return _leaves(params, is_leaf=is_quantized)
+
+
+def _leaves(params: Any, is_leaf: Any = None) -> dict[str, Any]:
+    flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_leaf)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}
 
 
 def _kind(leaf: Any) -> str:
+    if is_quantized(leaf):
+        parts = " ".join(map(_kind, leaf))
+        return f"{list(leaf.shape)} (or {type(leaf).__name__} {parts})"
     if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
         return f"a {type(leaf).__name__}"
     return f"{leaf.dtype}{list(leaf.shape)}"

@@ -84,12 +84,14 @@ def open_checkpoint(
     )
 
 
-def load_params(checkpoint: Checkpoint, dtype: Any, is_int8: bool = False) -> dict[str, Any]:
+def load_params(
+    checkpoint: Checkpoint, dtype: Any, quantization: str | None = None
+) -> dict[str, Any]:
     """Reads a checkpoint's weights as the parameters of `build_module(checkpoint.config, dtype)`.
 
     See `read_params` for the arguments and errors.
     """
-    return read_params(checkpoint.directory, checkpoint.config, dtype, is_int8)
+    return read_params(checkpoint.directory, checkpoint.config, dtype, quantization)
 
 
 def build_module(config: ModelConfig, dtype: Any) -> nn.Module:

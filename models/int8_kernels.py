@@ -9,8 +9,7 @@ beside it.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +20,6 @@ from folojax.models.row_sums import sum_products
 
 # XLA makes of a division by a constant what this says.
 _STEP = np.float32(1 / 127)
-
-# Experts are multiplied by `lax.ragged_dot`, and a router's scores decide between experts.
-_KERNELS = frozenset({"qkv", "o", "gate_up", "up", "down", "embed", "lm_head"})
-
 
 _MOST_SUMMED_ROWS = 8
 """Rows up to which XLA on CPU is faster with a loop over the kernel than with a product."""
@@ -38,54 +33,21 @@ class Int8Kernel(NamedTuple):
     values: Int8[Array, "O I"]
     scale: Float32[Array, " O"]
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """O and I."""
+        return self.values.shape
+
 
 @jax.jit
-def quantize_kernel(kernel: Float[Array, "O I"]) -> Int8Kernel:
+def quantize_int8(kernel: Float[Array, "O I"]) -> Int8Kernel:
     """The nearest kernel in eight bits; every output's largest weight becomes 127 or -127."""
     values, scale = _round(kernel.astype(jnp.float32))
     return Int8Kernel(values, scale[:, 0])
 
 
-def is_quantizable(name: str) -> bool:
-    """Whether a parameter of that name in its block, or of the model, is kept in eight bits."""
-    return name in _KERNELS
-
-
-def quantize_params(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Parameters of a model with the kernels of its linear layers and its embeddings in eight bits.
-
-    Norms, biases, learned positions, routers and experts stay as they are, and so do kernels that
-    are in eight bits already.
-
-    Args:
-        params: As `init_params` and `load_params` give them.
-    """
-
-    def convert(name: str, leaf: Any) -> Any:
-        if isinstance(leaf, Mapping):
-            return quantize_params(leaf)
-        is_kernel = is_quantizable(name) and not isinstance(leaf, Int8Kernel)
-        return quantize_kernel(leaf) if is_kernel else leaf
-
-    return {name: convert(name, leaf) for name, leaf in params.items()}
-
-
-def is_int8_kernel(node: Any) -> bool:
-    """For `is_leaf` of `jax.tree.map`."""
-    return isinstance(node, Int8Kernel)
-
-
-def has_int8_kernels(params: Any) -> bool:
-    """Whether any kernel is in eight bits."""
-    return any(map(is_int8_kernel, jax.tree.leaves(params, is_leaf=is_int8_kernel)))
-
-
-@jax.custom_jvp
 def project_int8(x: Float[Array, "N I"], kernel: Int8Kernel) -> Float[Array, "N O"]:
-    """A linear layer in float32: `x`, rounded to eight bits row by row, times the kernel.
-
-    It has no derivative: to ask for one is a TypeError.
-    """
+    """A linear layer in float32: `x`, rounded to eight bits row by row, times the kernel."""
     values, scale = _round(x.astype(jnp.float32))
     num_rows = x.shape[0]
     if num_rows <= _MOST_SUMMED_ROWS:
@@ -96,15 +58,6 @@ def project_int8(x: Float[Array, "N I"], kernel: Int8Kernel) -> Float[Array, "N 
     else:
         sums = _multiply(values, kernel.values)
     return sums.astype(jnp.float32) * scale * kernel.scale[None, :]
-
-
-@project_int8.defjvp
-def _has_no_derivative(primals: Any, tangents: Any) -> Any:
-    # Without this rule there would be one, of the scales alone: finite and wrong.
-    raise TypeError(
-        "kernels in eight bits cannot be differentiated through: take the float parameters that "
-        "they were made from"
-    )
 
 
 def _multiply(left: Int8[Array, "A I"], right: Int8[Array, "B I"]) -> Int[Array, "A B"]:

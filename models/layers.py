@@ -12,8 +12,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from folojax.models.config import Activation, ModelConfig
-from folojax.models.int8_kernels import Int8Kernel, project_int8, take_int8
 from folojax.models.platforms import platform
+from folojax.models.quantize import (
+    QuantizedKernel,
+    project_quantized,
+    take_quantized,
+)
 from folojax.models.rope import attention_factor, frequencies
 
 
@@ -80,7 +84,7 @@ _FAST_ROWS = (4, 8, 16, 20, 24, 32)
 
 
 def project(
-    x: Float[Array, "N I"], kernel: Float[Array, "O I"] | Int8Kernel
+    x: Float[Array, "N I"], kernel: Float[Array, "O I"] | QuantizedKernel
 ) -> Float[Array, "N O"]:
     """A linear layer: `x` times the transposed kernel, in float32 whatever the operands' dtype.
 
@@ -88,8 +92,8 @@ def project(
     kernel in full every call. Callers cast: a product asked for in bfloat16 is several times slower
     there than a float32 one that is cast afterwards.
     """
-    if isinstance(kernel, Int8Kernel):
-        return project_int8(x, kernel)
+    if isinstance(kernel, QuantizedKernel):
+        return project_quantized(x, kernel)
     if _is_kernel_first(x):
         num_rows = x.shape[0]
         if x.dtype == jnp.float32 and num_rows < _FAST_ROWS[-1]:
@@ -112,11 +116,11 @@ def _contract_last(left: Float[Array, "A I"], right: Float[Array, "B I"]) -> Flo
 
 
 def embed_rows(
-    table: Float[Array, "V E"] | Int8Kernel, index: Int[Array, " N"]
+    table: Float[Array, "V E"] | QuantizedKernel, index: Int[Array, " N"]
 ) -> Float[Array, "N E"]:
-    """Rows of an embedding; an index outside reads the nearest one. Of eight bits in float32."""
-    if isinstance(table, Int8Kernel):
-        return take_int8(table, index)
+    """Rows of an embedding, float32 if it is quantised; an index outside reads the nearest one."""
+    if isinstance(table, QuantizedKernel):
+        return take_quantized(table, index)
     return jnp.take(table, index, axis=0, mode="clip")
 
 

@@ -11,7 +11,6 @@ from jaxtyping import Array, Float, Int, Key, UInt32
 
 from folojax.models.config import ModelConfig
 from folojax.models.dense_attend import dense_attend
-from folojax.models.int8_kernels import Int8Kernel
 from folojax.models.interface import Attend
 from folojax.models.layers import (
     activate,
@@ -24,6 +23,7 @@ from folojax.models.layers import (
     softcap,
 )
 from folojax.models.moe import mix_experts
+from folojax.models.quantize import is_quantized
 
 # As transformers initialises: a fresh model is only ever a stand-in of the right shapes.
 _KERNEL_INIT = nn.initializers.normal(0.02)
@@ -38,12 +38,12 @@ def _norm_init(config: ModelConfig) -> Any:
 
 
 def _kernel(module: nn.Module, name: str, *shape: int) -> Any:
-    """A module's kernel of that name and shape; in eight bits, if that is what it was given."""
+    """A module's kernel of that name and shape; quantised, if that is what it was given."""
     if module.has_variable("params", name):
         given: Any = module.get_variable("params", name)
-        if isinstance(given, Int8Kernel):
-            if given.values.shape != shape:
-                raise ValueError(f"{name} is {given.values.shape}, the model needs {shape}")
+        if is_quantized(given):
+            if given.shape != shape:
+                raise ValueError(f"{name} is {given.shape}, the model needs {shape}")
             return given
     return module.param(name, _KERNEL_INIT, shape, module.dtype)
 
@@ -56,7 +56,7 @@ class Block(nn.Module):
         qkv      [(H + 2K) * D, E]   queries | keys | values, head-major
         gate_up  [2F, E]             gate | up
     A layer of X experts has router [X, E], experts_gate_up [X, E, 2F] and experts_down [X, F, E].
-    `qkv`, `o`, `gate_up`, `up` and `down` may each be an `Int8Kernel` instead of an array.
+    `qkv`, `o`, `gate_up`, `up` and `down` may each be a `QuantizedKernel` instead of an array.
 
     `layer` says what the config asks of it; `cache_layer`, if given, its place in the cache.
     """
@@ -165,7 +165,7 @@ class Llama(nn.Module):
 
     Parameters, all in `dtype`: `embed` [V, E], `layers_<i>` (see Block), `final_norm` [E], and
     `lm_head` [V, E] unless the embedding is tied; `position_embed` where positions are learned.
-    `quantize_params` makes Int8Kernels of those that linear layers and the embedding read.
+    `quantize_params` makes quantised kernels of those that linear layers and the embedding read.
     Layers are a Python loop: under `lax.scan` XLA copies each layer's weights every step.
     """
 

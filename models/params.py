@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from folojax.models.config import ModelConfig
 from folojax.models.hf_names import Source, is_ignorable, parameter_sources
-from folojax.models.int8_kernels import is_quantizable, quantize_kernel
+from folojax.models.quantize import quantize, quantized_bytes
 from folojax.models.safetensors_files import DTYPES, TensorFiles, open_tensors
 
 _SILENT_SECONDS = 2.0
@@ -20,7 +20,7 @@ _MOST_PROBLEMS = 50
 
 
 def read_params(
-    directory: Path, config: ModelConfig, dtype: Any, is_int8: bool = False
+    directory: Path, config: ModelConfig, dtype: Any, quantization: str | None = None
 ) -> dict[str, Any]:
     """Reads a directory's weights into the parameter tree of the config's module.
 
@@ -32,7 +32,7 @@ def read_params(
         directory: In the Hugging Face layout.
         config: What the weights should look like.
         dtype: float32, bfloat16 or float16; weights of another float type are converted.
-        is_int8: Kernels are put into eight bits one by one, as `quantize_params` does.
+        quantization: Kernels are quantised one by one, as `quantize_params` does.
 
     Returns:
         Nested dict of JAX arrays on the default device.
@@ -63,9 +63,7 @@ def read_params(
             # Not `jnp.asarray`, which has NumPy transpose first, ten times slower. Waited for, or
             # several would be in memory twice.
             placed = jax.device_put(array).block_until_ready()
-            if is_int8 and is_quantizable(name):
-                return jax.block_until_ready(quantize_kernel(placed))
-            return placed
+            return jax.block_until_ready(quantize(name, placed, quantization))
 
         leaves, tree = jax.tree.flatten(sources)
         names_of = _last_names(sources)
@@ -83,17 +81,14 @@ def _empty(source: Source, dtype: np.dtype) -> np.ndarray:
     return np.empty((*stacked, width_out, width_in), dtype).swapaxes(-1, -2)
 
 
-def params_bytes(config: ModelConfig, dtype: Any, is_int8: bool = False) -> int:
+def params_bytes(config: ModelConfig, dtype: Any, quantization: str | None = None) -> int:
     """Bytes of the tree that `read_params` gives for this config, known before it is read."""
     sources = parameter_sources(config)
-    total = 0
-    for source, name in zip(jax.tree.leaves(sources), _last_names(sources), strict=True):
-        size = math.prod(source.shape)
-        if is_int8 and is_quantizable(name):
-            total += size + 4 * source.shape[0]
-        else:
-            total += size * np.dtype(dtype).itemsize
-    return total
+    itemsize = np.dtype(dtype).itemsize
+    return sum(
+        quantized_bytes(name, source.shape, itemsize, quantization)
+        for source, name in zip(jax.tree.leaves(sources), _last_names(sources), strict=True)
+    )
 
 
 def num_params(config: ModelConfig) -> int:

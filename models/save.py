@@ -16,7 +16,7 @@ import numpy as np
 from folojax.models.config import ModelConfig
 from folojax.models.hf_config import config_from_hf
 from folojax.models.hf_names import parameter_sources
-from folojax.models.int8_kernels import has_int8_kernels
+from folojax.models.quantize import quantization_of
 from folojax.models.safetensors_files import INDEX_FILE
 from folojax.models.safetensors_writer import SHARD_BYTES, ShardWriter
 
@@ -49,12 +49,12 @@ def save_pretrained(
         shard_bytes: Most of a file, unless a single tensor is larger.
 
     Raises:
-        ValueError: parameters are missing, unknown or misshapen (all are named), or in eight bits,
+        ValueError: parameters are missing, unknown or misshapen (all are named), or quantised,
             or the config is none that config.json says.
     """
-    if has_int8_kernels(params):
+    if quantization_of(params):
         raise ValueError(
-            "params have kernels in eight bits, for which transformers has no format: save the "
+            "params have quantised kernels, for which transformers has no format: save the "
             "parameters that they were made from"
         )
     mapping = _mapping(config, hf_config)

@@ -96,7 +96,7 @@ def _add_workload_options(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         nargs="+",
         default=["auto"],
-        help="of folojax, or int8 for quantised kernels; several compare",
+        help="of folojax, or int8 or int4 for quantised kernels; several compare",
     )
     parser.add_argument(
         "--option",

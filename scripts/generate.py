@@ -65,7 +65,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("model").add_argument
     add("--model", help="directory, .gguf file or Hub name; default: SmolLM2-135M-Instruct")
     add("--dtype", default="auto", help="auto, float32, bfloat16 or float16; default: auto")
-    add("--quantization", help="int8 keeps kernels in eight bits; only on CPU; default: none")
+    add("--quantization", help="int8 or int4: kernels in few bits; only on CPU; default: none")
     add("--max-num-seqs", type=int, default=32, help="most requests at once; default: 32")
     add("--max-num-batched-tokens", type=int, help="budget of a step; default: by device")
     add("--max-model-len", type=int, help="most tokens of a request; default: the model's limit")

@@ -43,7 +43,7 @@ BAD: list[tuple[str, Any]] = [
     *[("check_integrity", bad) for bad in (1, 0, None, "yes")],
     *[("watermark", bad) for bad in (-0.1, 1, 1.0, True, "0.1", math.nan, None)],
     *[("logprobs_mode", bad) for bad in ("", "RAW", "raw_logits", None, 3)],
-    *[("quantization", bad) for bad in ("", "INT8", "int4", "gptq", 8, True, ["int8"])],
+    *[("quantization", bad) for bad in ("", "INT8", "int2", "gptq", 8, True, ["int8"])],
     *[("scheduling_policy", bad) for bad in ("lifo", "", "FCFS", None, 3, ["fcfs"])],
 ]
 
