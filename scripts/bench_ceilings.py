@@ -1,7 +1,8 @@
 """What this machine can do at best, and how near to it an engine comes.
 
-The rates are those of XLA's own products and copies, at the shapes of the model, measured in the
-same run as the engine: in its rounds, in a process of its own.
+The rates are those of XLA's own products and copies, and of folojax's product with kernels of four
+bits, which XLA lacks; at the shapes of the model, measured in the same run as the engine: in its
+rounds, in a process of its own.
 """
 
 import functools
@@ -27,10 +28,15 @@ from bench_workloads import Workload
 
 from folojax import LLM, SamplingParams
 from folojax.models.config import ModelConfig
+from folojax.models.layers import project
+from folojax.models.quantize import quantize
 
 CEILINGS = "ceilings"
 
-DTYPES = ("float32", "bfloat16", "int8")
+WEIGHT_BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "int4": 0.625}
+"""By dtype of the weights; of "int4" those of layers, scales included: the head has more."""
+
+DTYPES = tuple(WEIGHT_BYTES)
 
 DECODE_ROWS, PREFILL_ROWS = 32, 512
 """Rows of the products that are timed."""
@@ -59,12 +65,12 @@ class Ceilings:
         """Makes the matrices and compiles."""
         products = layer_products(self._config, 0)
         for dtype in DTYPES:
-            size = num_weights(products) * jnp.dtype(dtype).itemsize
-            count = max(1, min(self._config.num_layers, _ENOUGH_BYTES // size))
-            for is_transposed in (False, True):
-                chain = _Products(products * count, dtype, is_transposed)
-                self._chains.append(chain)
-                self._head.append(_Products([head_product(self._config)], dtype, is_transposed))
+            size = num_weights(products) * WEIGHT_BYTES[dtype]
+            count = max(1, min(self._config.num_layers, int(_ENOUGH_BYTES // size)))
+            head = [head_product(self._config)]
+            for is_transposed in (False, True) if dtype != "int4" else (True,):
+                self._chains.append(_Products(products * count, dtype, is_transposed))
+                self._head.append(_Products(head, dtype, is_transposed, "lm_head"))
         self.run(workload)
         return {}
 
@@ -112,37 +118,54 @@ class Ceilings:
 class _Products:
     """Products that follow each other, each with a matrix of its own."""
 
-    def __init__(self, products: Sequence[Product], dtype: str, is_transposed: bool) -> None:
+    def __init__(
+        self, products: Sequence[Product], dtype: str, is_transposed: bool, name: str = "down"
+    ) -> None:
         rng = np.random.default_rng(0)
+        is_quantized = dtype == "int4"
         self.dtype = dtype
         self._shapes = products
-        self._run = jax.jit(functools.partial(_multiply, is_transposed=is_transposed))
-        self._matrices = []
+        multiply = _project if is_quantized else functools.partial(_multiply, axis=is_transposed)
+        self._run = jax.jit(multiply)
+        self._matrices: list[Any] = []
         for inner, outer in products:
             shape = (outer, inner) if is_transposed else (inner, outer)
             # About as large as their input: products of products neither vanish nor overflow.
             values = rng.uniform(-1, 1, shape).astype(np.float32) * (3 / inner) ** 0.5
             scale = 40 if dtype == "int8" else 1
-            self._matrices.append(jnp.asarray(scale * values, dtype))
+            matrix = jnp.asarray(scale * values, "float32" if is_quantized else dtype)
+            self._matrices.append(quantize(name, matrix, dtype if is_quantized else None))
 
     def gflops(self, num_rows: int) -> float:
         """The rate, compiled beforehand."""
-        x = jnp.ones((num_rows, self._shapes[0][0]), self.dtype)
+        x = jnp.ones(
+            (num_rows, self._shapes[0][0]), "float32" if self.dtype == "int4" else self.dtype
+        )
         seconds = best_s(lambda: self._run(x, self._matrices))
         return 2 * num_rows * num_weights(self._shapes) / seconds / 1e9
 
 
-def _multiply(x: jax.Array, matrices: Sequence[jax.Array], is_transposed: bool) -> jax.Array:
-    """What is too wide for the next product is cut, what is too narrow padded."""
+def _multiply(x: jax.Array, matrices: Sequence[jax.Array], axis: int) -> jax.Array:
+    """Contracts that axis of every matrix."""
     dtype = x.dtype
     wide = jnp.int32 if dtype == jnp.int8 else jnp.float32
     for matrix in matrices:
-        axis = 1 if is_transposed else 0
-        missing = matrix.shape[axis] - x.shape[1]
-        x = jnp.pad(x, ((0, 0), (0, max(missing, 0))))[:, : matrix.shape[axis]].astype(dtype)
+        x = _fit(x, matrix.shape[axis]).astype(dtype)
         dimensions = (((1,), (axis,)), ((), ()))
         x = jax.lax.dot_general(x, matrix, dimensions, preferred_element_type=wide)
     return x
+
+
+def _project(x: jax.Array, kernels: Sequence[Any]) -> jax.Array:
+    """As the engine multiplies with quantised kernels."""
+    for kernel in kernels:
+        x = project(_fit(x, kernel.shape[1]), kernel)
+    return x
+
+
+def _fit(x: jax.Array, width: int) -> jax.Array:
+    """What is too wide for the next product is cut, what is too narrow padded."""
+    return jnp.pad(x, ((0, 0), (0, max(width - x.shape[1], 0))))[:, :width]
 
 
 def copy_gb_s() -> float:
@@ -259,7 +282,7 @@ def compare(
     if figures.get("decode_step_ms") is None:
         return found
     rows, position = figures["decode_rows"], figures["decode_position"]
-    itemsize = jnp.dtype(dtype).itemsize
+    itemsize = WEIGHT_BYTES[dtype]
     kv_bytes = figures["kv_bytes_per_token"]
     reading = decode_bytes(config, itemsize, kv_bytes, rows, position) / ceilings["read_gb_s"]
     computing = decode_flops(config, rows, position) / gflops

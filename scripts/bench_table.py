@@ -90,7 +90,9 @@ def print_padding(console: Console, title: str, counts: Figures) -> None:
 
 def print_ceilings(console: Console, ceilings: Mapping[str, Any]) -> None:
     """Prints what the machine can do."""
-    table = _table("ceilings of this machine", ["", "GB/s", "GFLOP/s float32", "bfloat16", "int8"])
+    table = _table(
+        "ceilings of this machine", ["", "GB/s", *(f"GFLOP/s {dtype}" for dtype in DTYPES)]
+    )
     for text, key in (("copy, donated", "copy_gb_s"), ("matrix by vector", "read_gb_s")):
         table.add_row(text, f"{ceilings[key]:,.1f}", *[""] * len(DTYPES))
     for rows, key in (

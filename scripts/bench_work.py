@@ -83,7 +83,7 @@ def decode_flops(config: ModelConfig, num_rows: int, position: int) -> int:
 
 
 def decode_bytes(
-    config: ModelConfig, itemsize: int, kv_bytes_per_token: float, num_rows: int, position: int
+    config: ModelConfig, itemsize: float, kv_bytes_per_token: float, num_rows: int, position: int
 ) -> float:
     """That such a step has to read: every weight once, and the keys and values of each row.
 

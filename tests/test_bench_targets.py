@@ -155,7 +155,7 @@ def test_ceilings_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     figures = script("bench_metrics").medians([ceilings.run(nothing) for _ in range(2)])
     assert figures["copy_gb_s"] > 0
     assert figures["read_gb_s"] > 0
-    for dtype in ("float32", "bfloat16", "int8"):
+    for dtype in ("float32", "bfloat16", "int8", "int4"):
         decode, prefill = (figures[f"gemm_{kind}_gflops"][dtype] for kind in ("decode", "prefill"))
         assert min(decode, prefill) > 0
         assert figures["gemm_gflops"][dtype] > 0
@@ -169,6 +169,10 @@ def test_timed_products_are_those_of_the_shapes(monkeypatch: pytest.MonkeyPatch)
         traced = jax.make_jaxpr(products._run)(jnp.ones((5, 8)), products._matrices)
         assert count_products(traced.jaxpr) == 2 * 5 * sum(i * o for i, o in shapes)
         assert bool(jnp.isfinite(products._run(jnp.ones((5, 8)), products._matrices)).all())
+    four_bits = module._Products([(32, 64), (64, 128)], "int4", is_transposed=True)
+    assert [kernel.shape for kernel in four_bits._matrices] == [(64, 32), (128, 64)]
+    assert {kernel.bits for kernel in four_bits._matrices} == {4}
+    assert bool(jnp.isfinite(four_bits._run(jnp.ones((5, 32)), four_bits._matrices)).all())
 
 
 def test_a_donated_copy_makes_no_new_array() -> None:
@@ -219,12 +223,12 @@ def test_a_run_with_ceilings(
     out = tmp_path / "out.json"
     argv = ["uniform", "--model", str(text_directory), "--num-running", "4", "--rounds", "1"]
     argv += ["--num-requests", "4", "--scale", "0.1", "--warm-up", "rehearsal", "--ceilings"]
-    argv += ["--dtype", "float32", "int8"]
+    argv += ["--dtype", "float32", "int4"]
     peers = ["--peers", "transformers", "--peer-dtype", "float32"]
     assert script("bench").main([*argv, *peers, "--in-process", "--json", str(out)]) == 0
     report = json.loads(out.read_text())
     ours, small, theirs = report["results"].values()
-    assert (ours["dtype"], small["dtype"]) == ("float32", "int8")
+    assert (ours["dtype"], small["dtype"]) == ("float32", "int4")
     assert small["weights_gib"] < 0.3 * ours["weights_gib"]
     assert min(small["gemm_share"], small["decode_over_bound"]) > 0
     assert theirs["agreement"] == ours["agreement"] == 1
