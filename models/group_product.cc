@@ -22,12 +22,11 @@ namespace ffi = xla::ffi;
 
 namespace {
 
-constexpr int64_t kGroup = 32;              // inputs that share a scale
-constexpr int64_t kLanes = 8;               // outputs of a tile
-constexpr int64_t kTiles = 8;               // of a panel, while whose inputs stay in the L1 cache
+constexpr int64_t kGroup = 32;     // inputs that share a scale
+constexpr int64_t kLanes = 8;      // outputs of a tile
+constexpr int64_t kTiles = 8;      // of a panel
 constexpr int64_t kPanel = kTiles * kLanes;
-constexpr int64_t kMostRows = 16;           // of a block: a panel and a block are a piece of work
-constexpr int64_t kRowsToConvert = 4;       // a piece of the work before that
+constexpr int64_t kMostRows = 16;  // of a block: a group of so many stays in a core's L1 cache
 
 // A group of one row: each member is a register's content.
 struct Inputs {
@@ -45,10 +44,16 @@ struct Job {
   const uint16_t* scale;
   const uint16_t* offset;
   float* out;
-  Inputs* inputs;  // [block][group][row]
-  std::atomic<int64_t> next_rows{0}, rows_done{0}, next_piece{0}, pieces_done{0};
+  std::vector<std::atomic<int64_t>> next_panel;  // [block]
+  std::atomic<int64_t> next_thread{0}, panels_done{0};
+
+  explicit Job(int64_t num_rows)
+      : num_rows(num_rows),
+        num_blocks((num_rows + kMostRows - 1) / kMostRows),
+        next_panel(num_blocks) {}
 
   int64_t first_row(int64_t block) const { return block * num_rows / num_blocks; }
+  int64_t rows_of(int64_t block) const { return first_row(block + 1) - first_row(block); }
 };
 
 __m256i magnitudes(__m256 v) {
@@ -59,6 +64,7 @@ __m256i magnitudes(__m256 v) {
 void convert_group(const float* x, Inputs& to) {
   __m256 v[4];
   __m256i most = _mm256_setzero_si256();
+#pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
     v[i] = _mm256_loadu_ps(x + 8 * i);
     most = _mm256_max_epi32(most, magnitudes(v[i]));
@@ -70,6 +76,7 @@ void convert_group(const float* x, Inputs& to) {
   const __m256 is_zero = _mm256_cmp_ps(largest, _mm256_setzero_ps(), _CMP_EQ_OQ);
   const __m256 rate = _mm256_andnot_ps(is_zero, _mm256_div_ps(_mm256_set1_ps(127.f), largest));
   __m256i q[4];
+#pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) q[i] = _mm256_cvtps_epi32(_mm256_mul_ps(v[i], rate));
   __m256i sum = _mm256_add_epi32(_mm256_add_epi32(q[0], q[1]), _mm256_add_epi32(q[2], q[3]));
   sum = _mm256_add_epi32(sum, _mm256_permute2x128_si256(sum, sum, 1));
@@ -81,20 +88,25 @@ void convert_group(const float* x, Inputs& to) {
   const __m256i bytes = _mm256_permutevar8x32_epi32(
       _mm256_packs_epi16(_mm256_packs_epi32(q[0], q[1]), _mm256_packs_epi32(q[2], q[3])),
       _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
-  for (int j = 0; j < 8; ++j)
-    to.fours[j] = _mm256_permutevar8x32_epi32(bytes, _mm256_set1_epi32(j));
+  const __m256i first = _mm256_permute2x128_si256(bytes, bytes, 0x00);
+  const __m256i last = _mm256_permute2x128_si256(bytes, bytes, 0x11);
+  to.fours[0] = _mm256_shuffle_epi32(first, 0x00);
+  to.fours[1] = _mm256_shuffle_epi32(first, 0x55);
+  to.fours[2] = _mm256_shuffle_epi32(first, 0xaa);
+  to.fours[3] = _mm256_shuffle_epi32(first, 0xff);
+  to.fours[4] = _mm256_shuffle_epi32(last, 0x00);
+  to.fours[5] = _mm256_shuffle_epi32(last, 0x55);
+  to.fours[6] = _mm256_shuffle_epi32(last, 0xaa);
+  to.fours[7] = _mm256_shuffle_epi32(last, 0xff);
 }
 
-void convert_rows(Job& job, int64_t first, int64_t last) {
-  int64_t block = 0;
-  for (int64_t row = first; row < last; ++row) {
-    while (job.first_row(block + 1) <= row) ++block;
-    const int64_t start = job.first_row(block), num_rows = job.first_row(block + 1) - start;
-    Inputs* to = job.inputs + start * job.num_groups + row - start;
-    const float* from = job.x + row * job.num_groups * kGroup;
-    for (int64_t g = 0; g < job.num_groups; ++g)
-      convert_group(from + g * kGroup, to[g * num_rows]);
-  }
+// Fills inputs [group][row].
+void convert_block(const Job& job, int64_t block, Inputs* inputs) {
+  const int64_t num_rows = job.rows_of(block), width = job.num_groups * kGroup;
+  const float* x = job.x + job.first_row(block) * width;
+  for (int64_t g = 0; g < job.num_groups; ++g)
+    for (int64_t r = 0; r < num_rows; ++r)
+      convert_group(x + r * width + g * kGroup, inputs[g * num_rows + r]);
 }
 
 // Sums of codes times inputs, in int16: eight lanes of two.
@@ -143,13 +155,13 @@ void add_group(const uint8_t* codes, const uint16_t* scale, const uint16_t* offs
 }
 
 template <bool is_eight_bit>
-void multiply_panel(const Job& job, int64_t panel, int64_t block) {
+void multiply_panel(const Job& job, int64_t panel, int64_t block, const Inputs* inputs) {
   constexpr int64_t kBytes = kGroup * kLanes / (is_eight_bit ? 1 : 2);  // of a group of a tile
-  const int64_t row = job.first_row(block), num_rows = job.first_row(block + 1) - row;
+  const int64_t row = job.first_row(block), num_rows = job.rows_of(block);
   __m256 sums[kTiles][kMostRows];
   for (auto& tile : sums) std::fill_n(tile, num_rows, _mm256_setzero_ps());
   for (int64_t g = 0; g < job.num_groups; ++g) {
-    const Inputs* in = job.inputs + row * job.num_groups + g * num_rows;
+    const Inputs* in = inputs + g * num_rows;
     const int64_t first = (panel * job.num_groups + g) * kTiles;
     for (int64_t t = 0; t < kTiles; ++t) {
       const int64_t tile = first + t;
@@ -163,53 +175,47 @@ void multiply_panel(const Job& job, int64_t panel, int64_t block) {
   }
 }
 
-// A thread's share. Whoever comes late finds nothing to do; nobody waits for a thread that has not
-// begun, as the pool may be busy.
-void work(Job& job) {
-  for (;;) {
-    const int64_t first = job.next_rows.fetch_add(kRowsToConvert);
-    if (first >= job.num_rows) break;
-    const int64_t last = std::min(first + kRowsToConvert, job.num_rows);
-    convert_rows(job, first, last);
-    job.rows_done.fetch_add(last - first);
-  }
-  while (job.rows_done.load() < job.num_rows) _mm_pause();
-  for (;;) {
-    const int64_t piece = job.next_piece.fetch_add(1);
-    if (piece >= job.num_panels * job.num_blocks) return;
-    // Blocks of rows that share a panel come one after the other.
-    const int64_t panel = piece / job.num_blocks, block = piece % job.num_blocks;
-    if (job.is_eight_bit)
-      multiply_panel<true>(job, panel, block);
-    else
-      multiply_panel<false>(job, panel, block);
-    job.pieces_done.fetch_add(1);
+// A thread's share. Threads begin with blocks of their own, which only they convert, and then help
+// each other; who comes late finds nothing to do. Nobody waits for a thread that has not begun, as
+// the pool may be busy.
+void work(Job& job, int64_t num_threads) {
+  // Kept by the thread for the next call: memory that is new to the process is slow to write to.
+  thread_local std::vector<Inputs> inputs;
+  const int64_t own = job.next_thread.fetch_add(1) * job.num_blocks / num_threads;
+  for (int64_t i = 0; i < job.num_blocks; ++i) {
+    const int64_t block = (own + i) % job.num_blocks;
+    int64_t panel = job.next_panel[block].fetch_add(1);
+    if (panel >= job.num_panels) continue;
+    inputs.resize(std::max<size_t>(inputs.size(), kMostRows * job.num_groups));
+    convert_block(job, block, inputs.data());
+    for (; panel < job.num_panels; panel = job.next_panel[block].fetch_add(1)) {
+      if (job.is_eight_bit)
+        multiply_panel<true>(job, panel, block, inputs.data());
+      else
+        multiply_panel<false>(job, panel, block, inputs.data());
+      job.panels_done.fetch_add(1);
+    }
   }
 }
 
 ffi::Error group_product(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
                          ffi::Buffer<ffi::U8> codes, ffi::Buffer<ffi::F16> scale,
                          ffi::Buffer<ffi::F16> offset, ffi::ResultBuffer<ffi::F32> out) {
-  auto job = std::make_shared<Job>();
-  job->num_rows = x.dimensions()[0];
+  auto job = std::make_shared<Job>(x.dimensions()[0]);
   job->num_panels = codes.dimensions()[0];
   job->num_groups = codes.dimensions()[1];
-  job->num_blocks = (job->num_rows + kMostRows - 1) / kMostRows;
   job->is_eight_bit = codes.dimensions()[2] == kGroup * kPanel;
   job->x = x.typed_data();
   job->codes = codes.typed_data();
   job->scale = reinterpret_cast<const uint16_t*>(scale.untyped_data());
   job->offset = reinterpret_cast<const uint16_t*>(offset.untyped_data());
   job->out = out->typed_data();
-  // Kept by the thread for its next call: memory that is new to the process is slow to write to.
-  thread_local std::vector<Inputs> inputs;
-  inputs.resize(std::max<size_t>(inputs.size(), job->num_rows * job->num_groups));
-  job->inputs = inputs.data();
-  const int64_t num_pieces = job->num_panels * job->num_blocks;
-  const int64_t num_threads = std::min<int64_t>(pool.num_threads(), num_pieces);
-  for (int64_t i = 1; i < num_threads; ++i) pool.Schedule([job] { work(*job); });
-  work(*job);
-  while (job->pieces_done.load() < num_pieces) _mm_pause();
+  const int64_t num_panels = job->num_panels * job->num_blocks;
+  const int64_t num_threads = std::clamp<int64_t>(pool.num_threads(), 1, num_panels);
+  for (int64_t i = 1; i < num_threads; ++i)
+    pool.Schedule([job, num_threads] { work(*job, num_threads); });
+  work(*job, num_threads);
+  while (job->panels_done.load() < num_panels) _mm_pause();
   return ffi::Error::Success();
 }
 
