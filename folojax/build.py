@@ -78,7 +78,8 @@ def load_model(
                 "quantised kernels are for the modules of folojax.models"
             )
         found = quantization_of(params)
-        if found not in (None, quantization):
+        # What cannot be cut into groups is of eight bits with "int4", too.
+        if found not in (None, quantization) and (found, quantization) != ("int8", "int4"):
             raise ValueError(f'params have quantised kernels: pass quantization="{found}"')
         kept = params
         if quantization:

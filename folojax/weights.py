@@ -36,8 +36,11 @@ def check_same_shapes(old: Any, new: Any) -> Any:
         if name in expected:
             wanted, got = _kind(expected[name]), _kind(leaf)
             if got != wanted:
-                takes = "takes a float kernel" if is_quantized(expected[name]) else "has"
-                problems.append(f"{name} is {got}, the model {takes} {wanted}")
+                is_float = is_quantized(expected[name]) and not is_quantized(leaf)
+                has = (
+                    f"takes a float kernel {list(expected[name].shape)}, or" if is_float else "has"
+                )
+                problems.append(f"{name} is {got}, the model {has} {wanted}")
     wanted_tree, tree = str(jax.tree.structure(old)), str(jax.tree.structure(new))
     if not problems and tree != wanted_tree:
         problems.append(f"the tree is {tree}, the model has {wanted_tree}")
@@ -91,8 +94,8 @@ def _leaves(params: Any, is_leaf: Any = None) -> dict[str, Any]:
 
 def _kind(leaf: Any) -> str:
     if is_quantized(leaf):
-        parts = " ".join(map(_kind, leaf))
-        return f"{list(leaf.shape)} (or {type(leaf).__name__} {parts})"
+        parts = ", ".join(map(_kind, leaf))
+        return f"{type(leaf).__name__}{list(leaf.shape)} of {parts}"
     if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
         return f"a {type(leaf).__name__}"
     return f"{leaf.dtype}{list(leaf.shape)}"

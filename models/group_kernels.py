@@ -1,8 +1,9 @@
-"""Kernels in four or eight bits by groups: an eighth of float32's memory, and fast products on CPU.
+"""Kernels in four or eight bits by groups: a fifth of float32's memory, and fast products on CPU.
 
 A kernel [O, I] is cut into groups of 32 inputs of one output. A weight of a group is
 `scale * code + offset`, with a code of four bits (0 to 15) or eight (0 to 255): weights that were
-read from GGUF's Q4_1 and Q8_0 are of this kind, and come back exactly. A product rounds its inputs
+read from GGUF's Q4_1 and Q8_0 are of this kind, and come back exactly in float32 if a group uses
+both ends of its codes, as GGUF's own quantiser sees to. A product rounds its inputs
 to int8, each group of 32 with a scale of its own, and sums codes times inputs as integers within a
 group and in float32 over groups; a row's result has the same bits whatever the rows beside it. On
 x86-64 it is `group_product.cc`; elsewhere, and where nothing can compile that, XLA.
@@ -69,7 +70,8 @@ def quantize_groups(kernel: Float[Array, "O I"], *, bits: int) -> GroupKernel:
     """The kernel in so many bits.
 
     Codes of four go from a group's least weight to its largest one, codes of eight as far to either
-    side of zero as its largest magnitude.
+    side of zero as its largest magnitude. Scales and offsets are float16: of groups whose largest
+    magnitude is below 0.001 the codes of eight bits are no longer the nearest.
     """
     outputs, inputs = kernel.shape
     weights = kernel.astype(jnp.float32).reshape(outputs, inputs // GROUP, GROUP)
@@ -88,6 +90,15 @@ def quantize_groups(kernel: Float[Array, "O I"], *, bits: int) -> GroupKernel:
 
 def project_groups(x: Float[Array, "N I"], kernel: GroupKernel) -> Float[Array, "N O"]:
     """A linear layer in float32: `x`, rounded to eight bits by groups of 32, times the kernel."""
+    panels, groups, size = kernel.codes.shape
+    scales = (panels, groups, PANEL)
+    if (
+        (kernel.scale.shape, kernel.offset.shape) != (scales, scales)
+        or size not in (PANEL * GROUP // 2, PANEL * GROUP)
+        or x.shape[1] != groups * GROUP
+    ):
+        shapes = [list(one.shape) for one in kernel]
+        raise ValueError(f"x {list(x.shape)} does not fit a kernel in groups of {shapes}")
     x = x.astype(jnp.float32)
     if platform() != "cpu" or not has_group_product():
         return multiply_by_xla(x, kernel)

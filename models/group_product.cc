@@ -7,13 +7,14 @@
 // whatever else once a group. Codes of four bits by inputs of seven, 32 of each in two sums, are
 // just what an int16 has room for; codes of eight bits go in as two halves.
 
+#include <cpuid.h>
 #include <immintrin.h>
 
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
-#include <cstring>
 #include <memory>
+#include <thread>
 #include <vector>
 
 #include "xla/ffi/api/ffi.h"
@@ -175,11 +176,12 @@ void multiply_panel(const Job& job, int64_t panel, int64_t block, const Inputs* 
   }
 }
 
-// A thread's share. Threads begin with blocks of their own, which only they convert, and then help
-// each other; who comes late finds nothing to do. Nobody waits for a thread that has not begun, as
-// the pool may be busy.
+// A thread's share. Each converts the blocks that it works on for itself: it begins with its own, so
+// most are converted once, and then helps others. Who comes late finds nothing to do; nobody waits
+// for a thread that has not begun, as the pool may be busy.
 void work(Job& job, int64_t num_threads) {
-  // Kept by the thread for the next call: memory that is new to the process is slow to write to.
+  // Kept by the thread for the next call: memory that is new to the process is slow to write to. 160
+  // bytes for each input of the kernel.
   thread_local std::vector<Inputs> inputs;
   const int64_t own = job.next_thread.fetch_add(1) * job.num_blocks / num_threads;
   for (int64_t i = 0; i < job.num_blocks; ++i) {
@@ -198,6 +200,7 @@ void work(Job& job, int64_t num_threads) {
   }
 }
 
+// Shapes are those of `project_groups`, which has checked them.
 ffi::Error group_product(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
                          ffi::Buffer<ffi::U8> codes, ffi::Buffer<ffi::F16> scale,
                          ffi::Buffer<ffi::F16> offset, ffi::ResultBuffer<ffi::F32> out) {
@@ -211,19 +214,23 @@ ffi::Error group_product(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
   job->offset = reinterpret_cast<const uint16_t*>(offset.untyped_data());
   job->out = out->typed_data();
   const int64_t num_panels = job->num_panels * job->num_blocks;
+  if (num_panels == 0) return ffi::Error::Success();
   const int64_t num_threads = std::clamp<int64_t>(pool.num_threads(), 1, num_panels);
   for (int64_t i = 1; i < num_threads; ++i)
     pool.Schedule([job, num_threads] { work(*job, num_threads); });
   work(*job, num_threads);
-  while (job->panels_done.load() < num_panels) _mm_pause();
+  // Soon, unless the system has put a thread aside: it may need this core to go on.
+  for (int64_t i = 0; job->panels_done.load() < num_panels; ++i)
+    i < 1000 ? _mm_pause() : std::this_thread::yield();
   return ffi::Error::Success();
 }
 
 }  // namespace
 
 extern "C" int has_instructions() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-         __builtin_cpu_supports("f16c");
+  unsigned a, b, c = 0, d;  // not every compiler's __builtin_cpu_supports knows F16C
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C) && __builtin_cpu_supports("avx2") &&
+         __builtin_cpu_supports("fma");
 }
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(GroupProduct, group_product,

@@ -11,9 +11,10 @@ import functools
 import hashlib
 import os
 import platform
-import shlex
+import shutil
 import subprocess
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -36,13 +37,13 @@ def has_group_product() -> bool:
     If not, a RuntimeWarning says why, once.
     """
     try:
-        library = ctypes.CDLL(str(build_library()))
+        library = _load()
         if not library.has_instructions():
             raise OSError("this processor lacks AVX2, FMA or F16C")
     except OSError as error:
         warnings.warn(
-            f"products of four-bit kernels are computed by XLA, many times slower: {error}. With "
-            "g++ or clang++ installed, or CXX naming such a compiler, they are compiled for AVX2.",
+            f'products of kernels with quantization="int4" are left to XLA, which is many times '
+            f"slower: {error}",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -53,6 +54,16 @@ def has_group_product() -> bool:
     return True
 
 
+def _load() -> ctypes.CDLL:
+    path = build_library()
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError:
+        # Damaged, or made by a system that shares this cache.
+        shutil.rmtree(path.parent, ignore_errors=True)
+        return ctypes.CDLL(str(build_library()))
+
+
 def build_library() -> Path:
     """The compiled library of this machine and these versions.
 
@@ -60,28 +71,34 @@ def build_library() -> Path:
         OSError: there is no compiler, or it does not take the source.
     """
     machine = platform.machine()
-    if machine.lower() not in ("x86_64", "amd64"):
-        raise OSError(f"they are for x86-64, and this is {machine}")
-    compiler = shlex.split(os.environ.get("CXX") or "c++")
+    if os.name != "posix" or machine.lower() not in ("x86_64", "amd64"):
+        raise OSError(f"ours is for x86-64 and POSIX, and this is {platform.system()} on {machine}")
+    compiler = (os.environ.get("CXX") or "c++").split()
     command = [*compiler, *_FLAGS, "-isystem", jax.ffi.include_dir()]
-    parts = [*command, jaxlib.__version__, _SOURCE.read_text(encoding="utf-8")]
+    versions = (jaxlib.__version__, *platform.libc_ver())
+    parts = [*command, *versions, _SOURCE.read_text(encoding="utf-8")]
     digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+    directory = cache_root() / "native" / digest
+    name = _SOURCE.with_suffix(".so").name
+    return build_once(directory, lambda target: _compile(command, target / name)) / name
 
-    def build(directory: Path) -> None:
-        target = directory / _SOURCE.with_suffix(".so").name
-        try:
-            subprocess.run(
-                [*command, str(_SOURCE), "-o", str(target)],
-                check=True,
-                capture_output=True,
-                text=True,
-                timeout=_COMPILER_TIMEOUT_S,
-            )
-        except subprocess.CalledProcessError as error:
-            problem = error.stderr.strip().splitlines() or [f"status {error.returncode}"]
-            raise OSError(f"{shlex.join(compiler)} failed: {problem[0]}") from error
-        except subprocess.TimeoutExpired as error:
-            raise OSError(f"{shlex.join(compiler)} took too long") from error
 
-    directory = build_once(cache_root() / "native" / digest, build)
-    return directory / _SOURCE.with_suffix(".so").name
+def _compile(command: Sequence[str], target: Path) -> None:
+    how = "install g++ or clang++, or set CXX to such a compiler"
+    try:
+        subprocess.run(
+            [*command, str(_SOURCE), "-o", str(target)],
+            check=True,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_COMPILER_TIMEOUT_S,
+        )
+    except subprocess.CalledProcessError as error:
+        lines = error.stderr.splitlines()
+        problem = next((line for line in lines if "error" in line), f"status {error.returncode}")
+        raise OSError(f"{command[0]} failed ({problem}); {how}") from error
+    except subprocess.TimeoutExpired as error:
+        raise OSError(f"{command[0]} took longer than {_COMPILER_TIMEOUT_S} s; {how}") from error
+    except OSError as error:
+        raise OSError(f"{command[0]} cannot be run ({error.strerror}); {how}") from error

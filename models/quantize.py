@@ -77,6 +77,8 @@ def quantized_bytes(
 def _quantizer(
     name: str, shape: tuple[int, ...], quantization: str | None
 ) -> Callable[[Array], QuantizedKernel] | None:
+    if quantization not in (None, *QUANTIZATIONS):
+        raise ValueError(f"quantization is {quantization!r}, not one of {', '.join(QUANTIZATIONS)}")
     if quantization is None or name not in _LINEAR | _VOCABULARY:
         return None
     if quantization == "int8" or not fits_groups(shape):

@@ -1,10 +1,16 @@
 """Settings and engines that all tests share."""
 
 import gc
+import os
 import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+
+# Processes that share the cores, each with a thread for every core, wait for each other: torch then
+# takes twice as long. To be set before it is imported.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import jax
 import pytest

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from folojax.models.artefacts import build_once, cache_root
+
 EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 TINY: dict[str, Any] = {
@@ -50,13 +52,24 @@ def embedded_directory() -> Path:
 
 @functools.cache
 def embedded_model() -> Any:
-    """The packaged model in float32, read by transformers' own GGUF code; takes seconds once."""
-    import torch
-    from transformers import AutoModelForCausalLM
+    """The packaged model in float32, read by transformers' own GGUF code.
 
-    return AutoModelForCausalLM.from_pretrained(
-        embedded_directory(), gguf_file=EMBEDDED_FILE, dtype=torch.float32
-    ).eval()
+    That takes 20 seconds: what it gives is kept, for other processes and other runs.
+    """
+    import torch
+    import transformers
+
+    def convert(directory: Path) -> None:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            embedded_directory(), gguf_file=EMBEDDED_FILE, dtype=torch.float32
+        )
+        # Or transformers would refuse to save it: it is of floats by now.
+        model.hf_quantizer = None
+        del model.config.quantization_config
+        model.save_pretrained(directory)
+
+    name = f"{EMBEDDED_FILE}-transformers-{transformers.__version__}"
+    return load_model(build_once(cache_root() / "reference" / name, convert))
 
 
 @functools.cache

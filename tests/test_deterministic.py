@@ -226,7 +226,7 @@ def test_in_bfloat16(tiny_directory: Any, tiny_work: Workload) -> None:
     check_scores(LLM(model, **limits), tiny_work, expected)
 
 
-@pytest.mark.parametrize("family", ["gemma2", "gemma3"])
+@pytest.mark.parametrize("family", ["gemma2", pytest.param("gemma3", marks=pytest.mark.slow)])
 def test_windows_and_caps(tmp_path: Path, tiny_work: Workload, family: str) -> None:
     """Layers that see twelve tokens beside layers that see all, scores that are capped."""
     save_family(family, tmp_path)

@@ -55,9 +55,9 @@ def test_the_five_default_prompts(call: Callable, script: ModuleType, tmp_path: 
     assert report["outputs"][0]["outputs"][0]["finish_reason"] in ("stop", "length")
 
 
-def test_kernels_in_eight_bits(call: Callable) -> None:
+def test_kernels_in_few_bits(call: Callable) -> None:
     sizes = []
-    for options in ((), ("--quantization", "int8")):
+    for options in ((), ("--quantization", "int4")):
         code, _, log = call("--max-tokens", "2", *options)
         assert code == 0
         (size,) = re.findall(r"weights ([\d.]+) MiB", log)

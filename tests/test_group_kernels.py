@@ -164,7 +164,7 @@ def test_families_against_transformers_with_rounded_layers(tmp_path: Path, case:
 
 
 @pytest.mark.parametrize(
-    ("compiler", "problem"), [("no-such-compiler", "no-such-compiler"), ("false", "false failed")]
+    ("compiler", "problem"), [("no-such-compiler", "cannot be run"), ("false", "false failed")]
 )
 def test_without_a_compiler_xla_computes_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiler: str, problem: str
@@ -174,7 +174,7 @@ def test_without_a_compiler_xla_computes_the_same(
     monkeypatch.setenv("FOLOJAX_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("CXX", compiler)
     native.has_group_product.cache_clear()
-    with pytest.warns(RuntimeWarning, match=f"computed by XLA.*{problem}.*CXX"):
+    with pytest.warns(RuntimeWarning, match=f"left to XLA.*{problem}.*install g.*CXX"):
         assert not native.has_group_product()
     traced = jax.jit(lambda x: project_groups(x, kernel)).lower(x)
     assert group_kernels.GROUP_PRODUCT not in traced.as_text()
@@ -185,6 +185,24 @@ def test_without_a_compiler_xla_computes_the_same(
 def test_it_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FOLOJAX_CACHE_DIR", str(tmp_path))
     library = native.build_library()
+    assert library.is_relative_to(tmp_path)
+    library.write_bytes(b"damaged")
+    assert native._load().has_instructions() in (0, 1)
     monkeypatch.setattr(native.subprocess, "run", None)
     assert native.build_library() == library
-    assert library.is_relative_to(tmp_path)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    kernel = quantize_groups(jnp.ones((64, 64)), bits=4)
+    small = quantize_groups(jnp.ones((64, 32)), bits=4)
+    for x, wrong in (
+        (jnp.ones((2, 32)), kernel),
+        (jnp.ones((2, 96)), kernel),
+        (jnp.ones((2, 64)), kernel._replace(scale=small.scale)),
+        (jnp.ones((2, 64)), kernel._replace(codes=kernel.codes[:, :, :512])),
+    ):
+        with pytest.raises(ValueError, match=r"x \[2, \d+\] does not fit a kernel in groups"):
+            project_groups(x, wrong)
+    assert project_groups(jnp.ones((0, 64)), kernel).shape == (0, 64)
+    with pytest.raises(ValueError, match="quantization is 'int5', not one of int8, int4"):
+        quantize("o", jnp.ones((64, 64)), "int5")
