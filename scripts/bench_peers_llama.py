@@ -63,10 +63,6 @@ class Settings:
         )
 
 
-# The first of them decide on attention, the others on sizes for what has won.
-_ATTENTION = [
-    Settings(has_flash, is_unified) for has_flash in (True, False) for is_unified in (False, True)
-]
 _SIZES = [(512, 512), (128, 128), (2048, 2048)]
 
 
@@ -123,12 +119,14 @@ class LlamaCpp:
             self._serve(sample[:1])  # the first call is slower
             return self._serve(sample)[1]
 
-        attention = quickest(_ATTENTION, seconds)
-        sizes = [
-            dataclasses.replace(attention, most_tokens=tokens, most_at_once=at_once)
+        attention = quickest([Settings(True, False), Settings(False, False)], seconds)
+        # Together: which buffers are quicker depends on the sizes of calls.
+        caches = [
+            Settings(attention.has_flash, is_unified, tokens, at_once)
+            for is_unified in (False, True)
             for tokens, at_once in _SIZES
         ]
-        best = quickest(sizes, seconds)
+        best = quickest(caches, seconds)
         self._open(best, longest)
         return {
             "load_s": self._load_s,

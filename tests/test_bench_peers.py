@@ -212,7 +212,9 @@ def test_llama_cpp_tries_settings(llama: Any) -> None:
         (context.params.flash_attn_type, context.params.kv_unified)
         for context in stub_llama_cpp.Context.made
     }
-    assert tried == {(0, False), (0, True), (1, False), (1, True)}
+    # Without flash attention or with it, and then either buffer for the quicker one.
+    assert {(0, False), (1, False)} < tried
+    assert {is_unified for _, is_unified in tried} == {False, True}
     assert stub_llama_cpp.Context.made[-1].params.n_seq_max == 2
     assert stub_llama_cpp.Context.made[-1].params.n_ctx == 512
 
