@@ -27,8 +27,7 @@ constexpr int64_t kGroup = 32;     // inputs that share a scale
 constexpr int64_t kLanes = 8;      // outputs of a tile
 constexpr int64_t kTiles = 8;      // of a panel
 constexpr int64_t kPanel = kTiles * kLanes;
-constexpr int64_t kMostRows = 32;  // of a block: a group of so many stays in a core's L1 cache
-constexpr int64_t kFewRows = 16;   // that are worth a block of their own for another thread
+constexpr int64_t kMostRows = 16;  // of a block: a group of so many stays in a core's L1 cache
 
 // A group of one row: each member is a register's content.
 struct Inputs {
@@ -49,10 +48,9 @@ struct Job {
   std::vector<std::atomic<int64_t>> next_panel;  // [block]
   std::atomic<int64_t> next_thread{0}, panels_done{0};
 
-  Job(int64_t num_rows, int64_t num_threads)
+  explicit Job(int64_t num_rows)
       : num_rows(num_rows),
-        num_blocks(std::max((num_rows + kMostRows - 1) / kMostRows,
-                            std::min(num_threads, (num_rows + kFewRows - 1) / kFewRows))),
+        num_blocks((num_rows + kMostRows - 1) / kMostRows),
         next_panel(num_blocks) {}
 
   int64_t first_row(int64_t block) const { return block * num_rows / num_blocks; }
@@ -206,7 +204,7 @@ void work(Job& job, int64_t num_threads) {
 ffi::Error group_product(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
                          ffi::Buffer<ffi::U8> codes, ffi::Buffer<ffi::F16> scale,
                          ffi::Buffer<ffi::F16> offset, ffi::ResultBuffer<ffi::F32> out) {
-  auto job = std::make_shared<Job>(x.dimensions()[0], pool.num_threads());
+  auto job = std::make_shared<Job>(x.dimensions()[0]);
   job->num_panels = codes.dimensions()[0];
   job->num_groups = codes.dimensions()[1];
   job->is_eight_bit = codes.dimensions()[2] == kGroup * kPanel;
