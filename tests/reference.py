@@ -60,7 +60,7 @@ def embedded_model() -> Any:
     import transformers
 
     def convert(directory: Path) -> None:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
             embedded_directory(), gguf_file=EMBEDDED_FILE, dtype=torch.float32
         )
         # Or transformers would refuse to save it: it is of floats by now.
