@@ -13,11 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from folojax.models.config import Activation, ModelConfig
 from folojax.models.platforms import platform
-from folojax.models.quantize import (
-    QuantizedKernel,
-    project_quantized,
-    take_quantized,
-)
+from folojax.models.quantize import QuantizedKernel, project_quantized, take_quantized
 from folojax.models.rope import attention_factor, frequencies
 
 

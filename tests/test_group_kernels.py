@@ -1,5 +1,6 @@
 """Kernels in groups, against NumPy and against transformers with rounded layers."""
 
+import _ctypes
 from pathlib import Path
 
 import chex
@@ -182,14 +183,25 @@ def test_without_a_compiler_xla_computes_the_same(
     native.has_group_product.cache_clear()
 
 
-def test_it_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FOLOJAX_CACHE_DIR", str(tmp_path))
+def test_it_is_compiled_once_and_again_if_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a compiler that counts its calls and gives a library that loads."""
+    compiler, calls = tmp_path / "compiler", tmp_path / "calls"
+    compiler.write_text(
+        f'#!/bin/sh\nfor target; do :; done\necho >>{calls}\ncp {_ctypes.__file__} "$target"\n'
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setenv("FOLOJAX_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("CXX", str(compiler))
     library = native.build_library()
-    assert library.is_relative_to(tmp_path)
-    library.write_bytes(b"damaged")
-    assert native._load().has_instructions() in (0, 1)
-    monkeypatch.setattr(native.subprocess, "run", None)
+    assert library.is_relative_to(tmp_path / "cache")
     assert native.build_library() == library
+    assert len(calls.read_text()) == 1
+    library.write_bytes(b"damaged")
+    native._load()
+    assert len(calls.read_text()) == 2
+    assert library.read_bytes() == Path(_ctypes.__file__).read_bytes()
 
 
 def test_what_does_not_fit_is_refused() -> None:
