@@ -5,6 +5,7 @@ bound: they store the new keys and values, then attend to everything that is cac
 sees its own tokens by the same path as earlier ones. The plans hold what is the same for every
 layer and are computed once a step.
 
+    both          ──> native_attention        on CPU, in C++, where that can be compiled
     attend_chunks ──> gathered_attention      products, or a GPU's fused kernel
     attend_tokens ──┬> row_attention          on CPU: a loop over each row's pages
                     └> page_attention         elsewhere: all pages at once
@@ -20,6 +21,7 @@ from folojax.gathered_attention import attend_gathered
 from folojax.kv_cache import KVCache
 from folojax.models.interface import PLAIN, Scoring
 from folojax.models.platforms import platform
+from folojax.native_attention import attend_natively, is_native
 from folojax.page_attention import PagePlan, attend_pages, plan_pages
 from folojax.row_attention import RowPlan, attend_rows, plan_rows
 from folojax.state import DecodeInputs, PrefillInputs
@@ -70,10 +72,15 @@ def attend_chunks(
 ) -> tuple[KVCache, Float[Array, "T H D"]]:
     """Causal attention of every row's tokens to its request's pages, softmax in float32."""
     cache = kv_cache.write(cache, layer, plan.page, plan.offset, key, value)
-    keys, values = kv_cache.gather_pages(cache, layer, plan.page_table, query.dtype)
     rows, columns = plan.query_position.shape
     query = query.reshape(rows, columns, *query.shape[1:])
-    out = attend_gathered(query, keys, values, plan.query_position, plan.end, scoring)
+    if is_native(cache, scoring):
+        first = plan.query_position[:, 0]
+        length = plan.end - first
+        out = attend_natively(query, cache, layer, plan.page_table, first, length, scoring)
+    else:
+        keys, values = kv_cache.gather_pages(cache, layer, plan.page_table, query.dtype)
+        out = attend_gathered(query, keys, values, plan.query_position, plan.end, scoring)
     return cache, out.reshape(rows * columns, *out.shape[2:])
 
 
@@ -87,6 +94,12 @@ def attend_tokens(
     scoring: Scoring = PLAIN,
 ) -> tuple[KVCache, Float[Array, "B H D"]]:
     """Attention of one token of every row to its request's pages, in the way of the plan."""
-    if isinstance(plan, RowPlan):
+    if isinstance(plan, PagePlan):
+        return attend_pages(plan, cache, layer, query, key, value, scoring)
+    if not is_native(cache, scoring):
         return attend_rows(plan, cache, layer, query, key, value, scoring)
-    return attend_pages(plan, cache, layer, query, key, value, scoring)
+    cache = kv_cache.write(cache, layer, plan.page, plan.offset, key, value)
+    length = (plan.num_pages > 0).astype(plan.position.dtype)
+    table, position = plan.page_table, plan.position
+    out = attend_natively(query[:, None], cache, layer, table, position, length, scoring)
+    return cache, out[:, 0]

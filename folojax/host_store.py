@@ -107,8 +107,8 @@ def read_tokens(taken: Sequence[TakenPages], num_tokens: int, layout: KVLayout) 
     for place, arrays in jax.device_get([(pages.place, pages.arrays) for pages in taken]):
         is_wanted = (place >= 0) & (place < num_pages)
         for layer in range(num_layers):
-            keys[layer, place[is_wanted]] = kv_cache.turn(arrays[layer])[is_wanted]
-            values[layer, place[is_wanted]] = kv_cache.turn(arrays[num_layers + layer])[is_wanted]
+            keys[layer, place[is_wanted]] = kv_cache.turn_keys(arrays[layer])[is_wanted]
+            values[layer, place[is_wanted]] = arrays[num_layers + layer][is_wanted]
     # [L, N, K, D, S] and [L, N, K, S, D] to [L, N * S, K, D]
     by_token = (num_layers, -1, layout.num_kv_heads, layout.head_dim)
     dtype = np.dtype(layout.dtype)
@@ -125,11 +125,10 @@ def write_tokens(kv: TokenKV, layout: KVLayout) -> TakenPages:
     padding = ((0, 0), (0, num_pages * layout.page_size - kv.num_tokens), (0, 0), (0, 0))
     shape = (layout.num_layers, num_pages, layout.page_size, layout.num_kv_heads, layout.head_dim)
     keys, values = (np.pad(x.astype(storage), padding).reshape(shape) for x in (kv.keys, kv.values))
-    arrays = [*keys.transpose(0, 1, 3, 4, 2), *values.transpose(0, 1, 3, 2, 4)]
+    stored_keys = kv_cache.turn_keys(keys.transpose(0, 1, 3, 4, 2))
+    arrays = [*stored_keys, *values.transpose(0, 1, 3, 2, 4)]
     # One group: its size is its own, and so is what `put_pages` compiles for it.
-    return TakenPages(
-        np.arange(num_pages), [jax.numpy.asarray(kv_cache.turn(array)) for array in arrays]
-    )
+    return TakenPages(np.arange(num_pages), [jax.numpy.asarray(array) for array in arrays])
 
 
 def _to_host(pages: TakenPages) -> TakenPages:

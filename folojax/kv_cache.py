@@ -1,9 +1,9 @@
 """The paged KV cache: an immutable pytree whose layout is known only here and in attention.
 
-A page holds S tokens of one request for every layer. Inside it keys or values lie transposed, as
-suits the way in which the platform reads pages where they lie (`attention`):
+A page holds S tokens of one request for every layer. Inside it keys lie as suits the way in which
+the platform reads pages where they lie (`attention`):
 
-    on CPU      keys [P, K, S, D]       values [P, K, D, S]     summed along the last axis
+    on CPU      keys [P, K, S, D]       values [P, K, S, D]     a token's numbers are together
     elsewhere   keys [P, K, D, S]       values [P, K, S, D]     plain products of matrices
 
 with one array per layer and segment.
@@ -118,9 +118,10 @@ def init_cache(layout: KVLayout) -> KVCache:
         return tuple(jnp.zeros(shape, dtype) for _ in range(layout.num_layers))
 
     size, dim = layout.page_size, layout.head_dim
+    key_shape = (size, dim) if are_keys_upright() else (dim, size)
     return KVCache(
-        keys=tuple(segment(pages, *_as_stored(dim, size)) for pages in layout.segments),
-        values=tuple(segment(pages, *_as_stored(size, dim)) for pages in layout.segments),
+        keys=tuple(segment(pages, *key_shape) for pages in layout.segments),
+        values=tuple(segment(pages, size, dim) for pages in layout.segments),
     )
 
 
@@ -136,22 +137,17 @@ def dtype(cache: KVCache) -> jnp.dtype:
 
 def page_size(cache: KVCache) -> int:
     """S: tokens of a page."""
-    part = cache.keys if is_summed_last() else cache.values
-    return part[0][0].shape[2]
+    return cache.values[0][0].shape[2]
 
 
-def is_summed_last() -> bool:
-    """Whether the axis that attention sums over is a page's last one: D of keys, S of values."""
+def are_keys_upright() -> bool:
+    """Whether keys lie in a page as values do, token by token."""
     return platform() == "cpu"
 
 
-def turn(pages: _Pages) -> _Pages:
-    """Pages of keys [*, D, S] or of values [*, S, D] as they lie in the cache; also the inverse."""
-    return pages.swapaxes(-1, -2) if is_summed_last() else pages
-
-
-def _as_stored(*sizes: int) -> tuple[int, ...]:
-    return sizes[::-1] if is_summed_last() else sizes
+def turn_keys(pages: _Pages) -> _Pages:
+    """Pages of keys [*, D, S] as they lie in the cache; also the inverse."""
+    return pages.swapaxes(-1, -2) if are_keys_upright() else pages
 
 
 def take_segments(cache: KVCache, count: int) -> tuple[KVCache, KVCache]:
@@ -223,9 +219,9 @@ def write(
         local = jnp.where((page >= first) & (page < first + size), page - first, outside)
         options: dict[str, Any] = {"mode": "drop", "unique_indices": True}
         upright, turned = (local, slice(None), offset), (local, slice(None), slice(None), offset)
-        key_at, value_at = (upright, turned) if is_summed_last() else (turned, upright)
+        key_at = upright if are_keys_upright() else turned
         new_key = old_key.at[key_at].set(key.astype(old_key.dtype), **options)
-        new_value = old_value.at[value_at].set(value.astype(old_value.dtype), **options)
+        new_value = old_value.at[upright].set(value.astype(old_value.dtype), **options)
         keys[index] = _replace(segment_keys, layer, new_key)
         values[index] = _replace(segment_values, layer, new_value)
         first += size
@@ -245,7 +241,7 @@ def places(
 def layer_segments(
     cache: KVCache, layer: int, dtype: jnp.dtype
 ) -> list[tuple[Float[Array, "P K _ _"], Float[Array, "P K _ _"]]]:
-    """Keys and values of a layer, segment by segment, where and as they lie (`is_summed_last`)."""
+    """Keys and values of a layer, segment by segment, where and as they lie."""
     return [
         (keys[layer].astype(dtype), values[layer].astype(dtype))
         for keys, values in zip(*cache, strict=True)
@@ -258,7 +254,7 @@ def gather_pages(
     """Copies pages out of a layer; the content of padding entries is unspecified."""
     keys = _gather([segment[layer] for segment in cache.keys], page_table)
     values = _gather([segment[layer] for segment in cache.values], page_table)
-    return turn(keys.astype(dtype)), turn(values.astype(dtype))
+    return turn_keys(keys.astype(dtype)), values.astype(dtype)
 
 
 def _gather(arrays: Sequence[Array], pages: Int[Array, "..."]) -> Array:

@@ -5,7 +5,8 @@ read is known when the step runs, not when it is compiled: one program serves al
 a row gets does not depend on how long the others are. A page that several rows share is read by
 each of them, one right after the other: out of a processor's cache.
 
-It is the way of CPUs, and on every platform of deterministic mode, with a product of its own.
+It is the way of CPUs where `native_attention` is not to be had, and on every platform that of
+deterministic mode, with a product of its own.
 """
 
 from collections.abc import Callable
@@ -175,7 +176,7 @@ def _read(
 
 
 def _sum(rows: Float[Array, "BK G A"], pages: Float[Array, "BK A Z"]) -> Float[Array, "BK G Z"]:
-    """In a loop over the page: on CPU the axes lie that way, and the page is not even copied."""
+    """In a loop over the page, which on CPU is not even copied."""
     return sum_products(rows, pages.swapaxes(-1, -2))
 
 

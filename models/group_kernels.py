@@ -12,6 +12,8 @@ x86-64 it is `group_product.cc`; elsewhere, and where nothing can compile that, 
 from __future__ import annotations
 
 import functools
+import warnings
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -19,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float16, Int, Int8, UInt8
 
-from folojax.models.native import GROUP_PRODUCT, has_group_product
+from folojax.models import native
 from folojax.models.platforms import platform
 
 GROUP = 32
@@ -27,6 +29,9 @@ GROUP = 32
 
 PANEL = 64
 """Outputs whose groups lie side by side."""
+
+_SOURCE = Path(__file__).with_name("group_product.cc")
+_NAME = "folojax_group_product"
 
 _TILE, _FOURS = 8, 8
 """Outputs that a register has a lane for; fours of inputs in a group."""
@@ -100,11 +105,25 @@ def project_groups(x: Float[Array, "N I"], kernel: GroupKernel) -> Float[Array, 
         shapes = [list(one.shape) for one in kernel]
         raise ValueError(f"x {list(x.shape)} does not fit a kernel in groups of {shapes}")
     x = x.astype(jnp.float32)
-    if platform() != "cpu" or not has_group_product():
+    if platform() != "cpu" or not has_product():
         return multiply_by_xla(x, kernel)
     result = jax.ShapeDtypeStruct((x.shape[0], kernel.shape[0]), jnp.float32)
-    call = jax.ffi.ffi_call(GROUP_PRODUCT, result, vmap_method="sequential")
+    call = jax.ffi.ffi_call(_NAME, result, vmap_method="sequential")
     return call(x, *kernel)
+
+
+@functools.cache
+def has_product() -> bool:
+    """Whether programs on CPU may call `group_product.cc`; if not, a RuntimeWarning says why."""
+    problem = native.register(_SOURCE, _NAME, "GroupProduct")
+    if problem is not None:
+        warnings.warn(
+            f'products of kernels with quantization="int4" are left to XLA, which is many times '
+            f"slower: {problem}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return problem is None
 
 
 def multiply_by_xla(x: Float[Array, "N I"], kernel: GroupKernel) -> Float[Array, "N O"]:

@@ -7,17 +7,9 @@
 // whatever else once a group. Codes of four bits by inputs of seven, 32 of each in two sums, are
 // just what an int16 has room for; codes of eight bits go in as two halves.
 
-#include <cpuid.h>
-#include <immintrin.h>
-
-#include <algorithm>
-#include <atomic>
-#include <cstdint>
-#include <memory>
-#include <thread>
 #include <vector>
 
-#include "xla/ffi/api/ffi.h"
+#include "native.h"
 
 namespace ffi = xla::ffi;
 
@@ -46,7 +38,7 @@ struct Job {
   const uint16_t* offset;
   float* out;
   std::vector<std::atomic<int64_t>> next_panel;  // [block]
-  std::atomic<int64_t> next_thread{0}, panels_done{0};
+  std::atomic<int64_t> next_thread{0}, done{0};
 
   explicit Job(int64_t num_rows)
       : num_rows(num_rows),
@@ -177,12 +169,12 @@ void multiply_panel(const Job& job, int64_t panel, int64_t block, const Inputs* 
 }
 
 // A thread's share. Each converts the blocks that it works on for itself: it begins with its own, so
-// most are converted once, and then helps others. Who comes late finds nothing to do; nobody waits
-// for a thread that has not begun, as the pool may be busy.
-void work(Job& job, int64_t num_threads) {
+// most are converted once, and then helps others.
+int64_t work(Job& job, int64_t num_threads) {
   // Kept by the thread for the next call: memory that is new to the process is slow to write to. 160
   // bytes for each input of the kernel.
   thread_local std::vector<Inputs> inputs;
+  int64_t num_done = 0;
   const int64_t own = job.next_thread.fetch_add(1) * job.num_blocks / num_threads;
   for (int64_t i = 0; i < job.num_blocks; ++i) {
     const int64_t block = (own + i) % job.num_blocks;
@@ -190,18 +182,18 @@ void work(Job& job, int64_t num_threads) {
     if (panel >= job.num_panels) continue;
     inputs.resize(std::max<size_t>(inputs.size(), kMostRows * job.num_groups));
     convert_block(job, block, inputs.data());
-    for (; panel < job.num_panels; panel = job.next_panel[block].fetch_add(1)) {
+    for (; panel < job.num_panels; panel = job.next_panel[block].fetch_add(1), ++num_done) {
       if (job.is_eight_bit)
         multiply_panel<true>(job, panel, block, inputs.data());
       else
         multiply_panel<false>(job, panel, block, inputs.data());
-      job.panels_done.fetch_add(1);
     }
   }
+  return num_done;
 }
 
 // Shapes are those of `project_groups`, which has checked them.
-ffi::Error group_product(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
+ffi::Future group_product(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
                          ffi::Buffer<ffi::U8> codes, ffi::Buffer<ffi::F16> scale,
                          ffi::Buffer<ffi::F16> offset, ffi::ResultBuffer<ffi::F32> out) {
   auto job = std::make_shared<Job>(x.dimensions()[0]);
@@ -213,25 +205,10 @@ ffi::Error group_product(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
   job->scale = reinterpret_cast<const uint16_t*>(scale.untyped_data());
   job->offset = reinterpret_cast<const uint16_t*>(offset.untyped_data());
   job->out = out->typed_data();
-  const int64_t num_panels = job->num_panels * job->num_blocks;
-  if (num_panels == 0) return ffi::Error::Success();
-  const int64_t num_threads = std::clamp<int64_t>(pool.num_threads(), 1, num_panels);
-  for (int64_t i = 1; i < num_threads; ++i)
-    pool.Schedule([job, num_threads] { work(*job, num_threads); });
-  work(*job, num_threads);
-  // Soon, unless the system has put a thread aside: it may need this core to go on.
-  for (int64_t i = 0; job->panels_done.load() < num_panels; ++i)
-    i < 1000 ? _mm_pause() : std::this_thread::yield();
-  return ffi::Error::Success();
+  return share(pool, job, job->num_panels * job->num_blocks, work);
 }
 
 }  // namespace
-
-extern "C" int has_instructions() {
-  unsigned a, b, c = 0, d;  // not every compiler's __builtin_cpu_supports knows F16C
-  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C) && __builtin_cpu_supports("avx2") &&
-         __builtin_cpu_supports("fma");
-}
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(GroupProduct, group_product,
                               ffi::Ffi::Bind()

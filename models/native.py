@@ -13,7 +13,6 @@ import os
 import platform
 import shutil
 import subprocess
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,50 +21,46 @@ import jaxlib
 
 from folojax.models.artefacts import build_once, cache_root
 
-GROUP_PRODUCT = "folojax_group_product"
-"""The custom call of `group_product.cc`, once `has_group_product` has said that it is there."""
-
-_SOURCE = Path(__file__).with_name("group_product.cc")
+_HEADER = Path(__file__).with_name("native.h")
 _FLAGS = ("-std=c++17", "-O2", "-mavx2", "-mfma", "-mf16c", "-shared", "-fPIC")
 _COMPILER_TIMEOUT_S = 120
 
 
 @functools.cache
-def has_group_product() -> bool:
-    """Whether programs may call GROUP_PRODUCT; it is compiled if nobody has done so before.
+def register(source: Path, name: str, handler: str) -> str | None:
+    """Lets programs on CPU call a kernel; it is compiled if nobody has done so before.
 
-    If not, a RuntimeWarning says why, once.
+    Args:
+        source: In C++.
+        name: Of the custom call.
+        handler: Of the source, that the call goes to.
+
+    Returns:
+        None; or why programs have to do without.
     """
     try:
-        library = _load()
+        library = _load(source)
         if not library.has_instructions():
             raise OSError("this processor lacks AVX2, FMA or F16C")
     except OSError as error:
-        warnings.warn(
-            f'products of kernels with quantization="int4" are left to XLA, which is many times '
-            f"slower: {error}",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-        return False
-    jax.ffi.register_ffi_target(
-        GROUP_PRODUCT, jax.ffi.pycapsule(library.GroupProduct), platform="cpu"
-    )
-    return True
+        return str(error)
+    target = jax.ffi.pycapsule(getattr(library, handler))
+    jax.ffi.register_ffi_target(name, target, platform="cpu")
+    return None
 
 
-def _load() -> ctypes.CDLL:
-    path = build_library()
+def _load(source: Path) -> ctypes.CDLL:
+    path = build_library(source)
     try:
         return ctypes.CDLL(str(path))
     except OSError:
         # Damaged, or made by a system that shares this cache.
         shutil.rmtree(path.parent, ignore_errors=True)
-        return ctypes.CDLL(str(build_library()))
+        return ctypes.CDLL(str(build_library(source)))
 
 
-def build_library() -> Path:
-    """The compiled library of this machine and these versions.
+def build_library(source: Path) -> Path:
+    """The compiled library of a source, for this machine and these versions.
 
     Raises:
         OSError: there is no compiler, or it does not take the source.
@@ -74,12 +69,14 @@ def build_library() -> Path:
     if os.name != "posix" or machine.lower() not in ("x86_64", "amd64"):
         raise OSError(f"ours is for x86-64 and POSIX, and this is {platform.system()} on {machine}")
     compiler = (os.environ.get("CXX") or "c++").split()
-    command = [*compiler, *_FLAGS, "-isystem", jax.ffi.include_dir()]
+    includes = ("-I", str(_HEADER.parent), "-isystem", jax.ffi.include_dir())
+    command = [*compiler, *_FLAGS, *includes, str(source)]
     versions = (jaxlib.__version__, *platform.libc_ver())
-    parts = [*command, *versions, _SOURCE.read_text(encoding="utf-8")]
+    texts = [file.read_text(encoding="utf-8") for file in (source, _HEADER)]
+    parts = [*command, *versions, *texts]
     digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
     directory = cache_root() / "native" / digest
-    name = _SOURCE.with_suffix(".so").name
+    name = source.with_suffix(".so").name
     return build_once(directory, lambda target: _compile(command, target / name)) / name
 
 
@@ -87,7 +84,7 @@ def _compile(command: Sequence[str], target: Path) -> None:
     how = "install g++ or clang++, or set CXX to such a compiler"
     try:
         subprocess.run(
-            [*command, str(_SOURCE), "-o", str(target)],
+            [*command, "-o", str(target)],
             check=True,
             capture_output=True,
             text=True,

@@ -25,6 +25,7 @@ _ARRAY_MODULES = (
     "kv_cache",
     "logit_edits",
     "models",
+    "native_attention",
     "page_attention",
     "page_copies",
     "processors",

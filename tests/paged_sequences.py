@@ -210,8 +210,9 @@ def decode(
 
 HEADS = [Heads(1, 3), Heads(2, 1), Heads(3, 3)]
 LENGTHS = [1, 4, 5, 17, 30, 16]
-SEGMENTS = {4: (8, 8, 16), 16: (4, 4, 8)}
-TABLE_PAGES = {4: 8, 16: 2}
+# By page size. One segment of pages of 8 is what attention in C++ is for.
+SEGMENTS = {4: (8, 8, 16), 8: (16,), 16: (4, 4, 8)}
+TABLE_PAGES = {4: 8, 8: 4, 16: 2}
 
 
 class Case(NamedTuple):
@@ -237,7 +238,7 @@ def make_case(
 
 
 LAW_CASES = pytest.mark.parametrize(
-    ("heads", "page_size"), [(Heads(2, 3), 4), (Heads(3, 1), 16)], ids=str
+    ("heads", "page_size"), [(Heads(2, 3), 4), (Heads(3, 1), 16), (Heads(2, 3), 8)], ids=str
 )
 ALL = list(range(len(LENGTHS)))
 

@@ -25,10 +25,11 @@ from tests.paged_sequences import (
 )
 
 
-def test_attention_in_bfloat16() -> None:
-    heads, page_size = Heads(2, 3), 4
+@pytest.mark.parametrize("page_size", [4, 8])
+def test_attention_in_bfloat16(page_size: int) -> None:
+    heads = Heads(2, 3)
     sequences = random_sequences(LENGTHS, heads, dtype=jnp.bfloat16)
-    pages = place(LENGTHS, page_size, 32)
+    pages = place(LENGTHS, page_size, sum(SEGMENTS[page_size]))
     cache = make_cache(heads, page_size, SEGMENTS[page_size], jnp.bfloat16)
     chunks = [Chunk(index, 0, length) for index, length in enumerate(LENGTHS)]
     _, chunk_out = prefill(cache, sequences, pages, chunks, 32, 8)
@@ -41,8 +42,9 @@ def test_attention_in_bfloat16() -> None:
         np.testing.assert_allclose(token_out[index].astype(float), expected[-1], rtol=0, atol=0.05)
 
 
-def test_a_token_equals_a_chunk_of_one() -> None:
-    case = make_case(Heads(2, 3), 4)
+@pytest.mark.parametrize("page_size", [4, 8])
+def test_a_token_equals_a_chunk_of_one(page_size: int) -> None:
+    case = make_case(Heads(2, 3), page_size)
     _, token = decode(case.cache, case.sequences, case.pages, ALL)
     chunks = [Chunk(index, length - 1, length) for index, length in enumerate(LENGTHS)]
     _, chunk = prefill(case.cache, case.sequences, case.pages, chunks, 4, 8)
@@ -58,19 +60,23 @@ def broken(sequence: Tokens) -> Tokens:
 
 
 @pytest.mark.parametrize("name", ["cpu", "gpu"])
+@pytest.mark.parametrize("page_size", [4, 8])
 @pytest.mark.parametrize("step", ["chunk", "token"])
-def test_old_nans_in_a_page_do_not_reach_its_next_owner(step: str, name: str) -> None:
+def test_old_nans_in_a_page_do_not_reach_its_next_owner(
+    step: str, page_size: int, name: str
+) -> None:
     """In the layout of each platform."""
     with tracing_for(name):
-        check_old_nans(step)
+        check_old_nans(step, page_size)
 
 
-def check_old_nans(step: str) -> None:
-    heads, page_size = Heads(2, 3), 4
+def check_old_nans(step: str, page_size: int) -> None:
+    heads = Heads(2, 3)
     sequences = random_sequences(LENGTHS, heads)
-    pages = place(LENGTHS, page_size, 32)
+    pages = place(LENGTHS, page_size, sum(SEGMENTS[page_size]))
     clean = make_cache(heads, page_size, SEGMENTS[page_size])
-    every_page = [list(range(first, first + 16)) for first in (0, 16)]
+    half = 64 // page_size
+    every_page = [list(range(first, first + half)) for first in (0, half)]
     used = store(clean, [broken(one) for one in random_sequences([64, 64], heads)], every_page)
 
     def run(cache: KVCache) -> list[np.ndarray]:
@@ -83,11 +89,14 @@ def check_old_nans(step: str) -> None:
         np.testing.assert_array_equal(row, expected)
 
 
+@pytest.mark.parametrize("page_size", [4, 8])
 @pytest.mark.parametrize("step", ["chunk", "token"])
-def test_a_row_with_broken_numbers_shows_them_and_its_neighbours_do_not(step: str) -> None:
-    heads, page_size, bad = Heads(2, 3), 4, 3
+def test_a_row_with_broken_numbers_shows_them_and_its_neighbours_do_not(
+    step: str, page_size: int
+) -> None:
+    heads, bad = Heads(2, 3), 3
     sequences = random_sequences(LENGTHS, heads)
-    pages = place(LENGTHS, page_size, 32)
+    pages = place(LENGTHS, page_size, sum(SEGMENTS[page_size]))
 
     def run(sequences: list[Tokens]) -> list[np.ndarray]:
         cache = make_cache(heads, page_size, SEGMENTS[page_size])

@@ -29,7 +29,7 @@ from tests.paged_sequences import (
 
 
 @pytest.mark.parametrize("name", ["cpu", "gpu"])
-@pytest.mark.parametrize("page_size", [4, 16])
+@pytest.mark.parametrize("page_size", [4, 8, 16])
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 def test_chunks_attend_like_plain_attention(heads: Heads, page_size: int, name: str) -> None:
     """In the layout of each platform."""
@@ -66,7 +66,8 @@ def test_a_chunk_does_not_depend_on_its_row_or_its_pages(heads: Heads, page_size
     for order in ([5, 3, 1, 0, 2, 4], [1, None, 3, None, 4, 2]):
         assert_same(prefilled(heads, page_size, 32, [whole(order)])[1], expected)
     assert_same(prefilled(heads, page_size, 32, [whole()], placement=1)[1], expected)
-    more = (*SEGMENTS[page_size], 40)
+    *first, last = SEGMENTS[page_size]
+    more = (*first, last + 40)
     assert_same(prefilled(heads, page_size, 32, [whole()], segments=more)[1], expected)
 
 

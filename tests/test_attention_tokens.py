@@ -24,7 +24,7 @@ from tests.paged_sequences import (
 
 
 @pytest.mark.parametrize("name", ["cpu", "gpu"])
-@pytest.mark.parametrize("page_size", [4, 16])
+@pytest.mark.parametrize("page_size", [4, 8, 16])
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 def test_tokens_attend_like_plain_attention(heads: Heads, page_size: int, name: str) -> None:
     """In the layout of each platform."""
@@ -144,8 +144,14 @@ def test_a_token_does_not_depend_on_where_its_pages_lie(heads: Heads, page_size:
         np.testing.assert_array_equal(out, expected)
 
 
-@LAW_CASES
+@pytest.mark.parametrize(("heads", "page_size"), [(Heads(2, 3), 4), (Heads(3, 1), 16)], ids=str)
 def test_a_token_does_not_depend_on_the_segments(heads: Heads, page_size: int) -> None:
+    """Where there are several: a CPU's cache has one."""
+    with tracing_for("gpu"):
+        check_segments(heads, page_size)
+
+
+def check_segments(heads: Heads, page_size: int) -> None:
     usable = sum(SEGMENTS[page_size]) * 3 // 4
     first, *_ = SEGMENTS[page_size]
     case = make_case(heads, page_size, num_usable=usable)

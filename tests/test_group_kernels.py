@@ -1,6 +1,6 @@
 """Kernels in groups, against NumPy and against transformers with rounded layers."""
 
-import _ctypes
+import functools
 from pathlib import Path
 
 import chex
@@ -174,34 +174,14 @@ def test_without_a_compiler_xla_computes_the_same(
     expected = project_groups(x, kernel)
     monkeypatch.setenv("FOLOJAX_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("CXX", compiler)
-    native.has_group_product.cache_clear()
+    monkeypatch.setattr(native, "register", functools.cache(native.register.__wrapped__))
+    has_product = functools.cache(group_kernels.has_product.__wrapped__)
+    monkeypatch.setattr(group_kernels, "has_product", has_product)
     with pytest.warns(RuntimeWarning, match=f"left to XLA.*{problem}.*install g.*CXX"):
-        assert not native.has_group_product()
+        assert not has_product()
     traced = jax.jit(lambda x: project_groups(x, kernel)).lower(x)
-    assert group_kernels.GROUP_PRODUCT not in traced.as_text()
+    assert "custom_call" not in traced.as_text()
     np.testing.assert_allclose(project_groups(x, kernel), expected, rtol=1e-6, atol=1e-6)
-    native.has_group_product.cache_clear()
-
-
-def test_it_is_compiled_once_and_again_if_damaged(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With a compiler that counts its calls and gives a library that loads."""
-    compiler, calls = tmp_path / "compiler", tmp_path / "calls"
-    compiler.write_text(
-        f'#!/bin/sh\nfor target; do :; done\necho >>{calls}\ncp {_ctypes.__file__} "$target"\n'
-    )
-    compiler.chmod(0o755)
-    monkeypatch.setenv("FOLOJAX_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setenv("CXX", str(compiler))
-    library = native.build_library()
-    assert library.is_relative_to(tmp_path / "cache")
-    assert native.build_library() == library
-    assert len(calls.read_text()) == 1
-    library.write_bytes(b"damaged")
-    native._load()
-    assert len(calls.read_text()) == 2
-    assert library.read_bytes() == Path(_ctypes.__file__).read_bytes()
 
 
 def test_what_does_not_fit_is_refused() -> None:

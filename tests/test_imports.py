@@ -21,6 +21,7 @@ PATH = (
         "gathered_attention",
         "page_attention",
         "row_attention",
+        "native_attention",
         "attention",
         "residual",
         "programs",

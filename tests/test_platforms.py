@@ -27,7 +27,7 @@ def test_it_is_the_default_backend_unless_something_else_is_said() -> None:
 
 @pytest.mark.parametrize(
     ("name", "keys", "values", "dtype"),
-    [("cpu", (4, 8), (8, 4), jnp.float32), ("gpu", (8, 4), (4, 8), jnp.bfloat16)],
+    [("cpu", (4, 8), (4, 8), jnp.float32), ("gpu", (8, 4), (4, 8), jnp.bfloat16)],
 )
 def test_pages_lie_as_the_platform_multiplies_with_them(
     name: str, keys: tuple, values: tuple, dtype: jnp.dtype

@@ -1,0 +1,251 @@
+// Attention of rows to the pages of a cache, for processors with AVX2 and FMA; `native_attention.py`
+// says what is computed and how a page lies in memory. XLA calls it as a custom call (jax.ffi).
+//
+// A task is some tokens of a row and a head of keys, with all queries of its group. It goes through
+// the pages that its tokens see, with a running softmax. Numbers of a token are together in a page:
+// scores are sums within registers, eight of them at a time, and values are added in lanes.
+
+#include <limits>
+#include <vector>
+
+#include "native.h"
+
+namespace ffi = xla::ffi;
+
+namespace {
+
+constexpr int64_t kLanes = 8;
+constexpr int64_t kTokens = 8;  // of a task: what they need beside a page stays in a core's L1 cache
+constexpr float kMasked = -1e30f;
+
+struct Job {
+  int64_t num_rows, num_tokens, num_heads, num_kv_heads, dim, page_size, num_pages, table_size;
+  const float* query;     // [row, token, head, dim]
+  const float* keys;      // [page, kv head, page size, dim]
+  const float* values;    // likewise
+  const int32_t* table;   // [row, index]
+  const int32_t* first;   // [row]: position of its first token
+  const int32_t* length;  // [row]: tokens that are no padding
+  float* out;             // as `query`
+  float scale;
+  int64_t window;
+  std::atomic<int64_t> next{0}, done{0};
+
+  int64_t groups() const { return num_heads / num_kv_heads; }
+  int64_t blocks() const { return (num_tokens + kTokens - 1) / kTokens; }
+  int64_t num_tasks() const { return num_rows * blocks() * num_kv_heads; }
+};
+
+// Running maximum and sum of a query's softmax.
+struct Softmax {
+  float maximum, total;
+};
+
+// Sums of eight registers' lanes, one in each lane.
+inline __m256 sum_lanes(const __m256 (&v)[8]) {
+  const __m256 a = _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));
+  const __m256 b = _mm256_hadd_ps(_mm256_hadd_ps(v[4], v[5]), _mm256_hadd_ps(v[6], v[7]));
+  return _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+}
+
+// Products of a query with eight keys, summed.
+inline __m256 multiply_eight(const float* query, const float* keys, int64_t dim) {
+  __m256 sums[8];
+#pragma GCC unroll 8
+  for (int j = 0; j < 8; ++j) sums[j] = _mm256_setzero_ps();
+  for (int64_t d = 0; d < dim; d += kLanes) {
+    const __m256 lanes = _mm256_loadu_ps(query + d);
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; ++j)
+      sums[j] = _mm256_fmadd_ps(lanes, _mm256_loadu_ps(keys + j * dim + d), sums[j]);
+  }
+  return sum_lanes(sums);
+}
+
+// Multiplies some sums with `kept` and adds weighted values of tokens `begin` to `end`: N registers.
+template <int N>
+void add_values(float* sums, float kept, const float* weights, const float* values, int64_t dim,
+                int64_t begin, int64_t end) {
+  __m256 lanes[N];
+#pragma GCC unroll 8
+  for (int j = 0; j < N; ++j)
+    lanes[j] = _mm256_mul_ps(_mm256_loadu_ps(sums + j * kLanes), _mm256_set1_ps(kept));
+  for (int64_t i = begin; i < end; ++i) {
+    const __m256 weight = _mm256_broadcast_ss(weights + i);
+#pragma GCC unroll 8
+    for (int j = 0; j < N; ++j)
+      lanes[j] =
+          _mm256_fmadd_ps(weight, _mm256_loadu_ps(values + i * dim + j * kLanes), lanes[j]);
+  }
+#pragma GCC unroll 8
+  for (int j = 0; j < N; ++j) _mm256_storeu_ps(sums + j * kLanes, lanes[j]);
+}
+
+// exp(x) for x <= 0, to two units in the last place; NaN stays NaN, and below -87 it is 0.
+inline __m256 exp_of(__m256 x) {
+  const __m256 is_zero = _mm256_cmp_ps(x, _mm256_set1_ps(-87.f), _CMP_LT_OQ);
+  const __m256 n = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504f)),
+                                   _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  // ln 2 in two parts, so that what is left is exact; then its power series.
+  __m256 r = _mm256_fnmadd_ps(n, _mm256_set1_ps(0.693359375f), x);
+  r = _mm256_fnmadd_ps(n, _mm256_set1_ps(-2.12194440e-4f), r);
+  constexpr float kSeries[] = {1.f / 720, 1.f / 120, 1.f / 24, 1.f / 6, 0.5f, 1.f, 1.f};
+  __m256 p = _mm256_set1_ps(1.f / 5040);
+#pragma GCC unroll 7
+  for (int i = 0; i < 7; ++i) p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(kSeries[i]));
+  const __m256i power = _mm256_slli_epi32(
+      _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
+  return _mm256_andnot_ps(is_zero, _mm256_mul_ps(p, _mm256_castsi256_ps(power)));
+}
+
+inline float exp_of(float x) { return _mm256_cvtss_f32(exp_of(_mm256_set1_ps(x))); }
+
+inline float most_lane(__m256 v) {
+  __m128 m = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  m = _mm_max_ps(m, _mm_movehl_ps(m, m));
+  return _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)));
+}
+
+inline float sum_lane(__m256 v) {
+  __m128 m = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  m = _mm_add_ps(m, _mm_movehl_ps(m, m));
+  return _mm_cvtss_f32(_mm_add_ss(m, _mm_movehdup_ps(m)));
+}
+
+// Weights of a page's tokens from `begin` to `end`, eights of them as a whole, for a query; gives
+// back what the sums so far are to be multiplied with.
+float weigh(const Job& job, const float* query, const float* keys, int64_t begin, int64_t end,
+            Softmax& softmax, float* weights) {
+  const int64_t first = begin / kLanes * kLanes;
+  const __m256 scale = _mm256_set1_ps(job.scale), masked = _mm256_set1_ps(kMasked);
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  const auto is_seen = [&](int64_t i) {
+    const __m256i index = _mm256_add_epi32(lane, _mm256_set1_epi32(static_cast<int32_t>(i)));
+    return _mm256_castsi256_ps(
+        _mm256_and_si256(_mm256_cmpgt_epi32(index, _mm256_set1_epi32(static_cast<int32_t>(begin - 1))),
+                         _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int32_t>(end)), index)));
+  };
+  __m256 most = masked;
+  for (int64_t i = first; i < end; i += kLanes) {
+    const __m256 products = multiply_eight(query, keys + i * job.dim, job.dim);
+    // A token that is not seen may have a NaN of the page's last owner.
+    const __m256 scores = _mm256_blendv_ps(masked, _mm256_mul_ps(products, scale), is_seen(i));
+    _mm256_storeu_ps(weights + i, scores);
+    most = _mm256_max_ps(scores, most);
+  }
+  const float maximum = std::max(softmax.maximum, most_lane(most));
+  __m256 total = _mm256_setzero_ps();
+  for (int64_t i = first; i < end; i += kLanes) {
+    const __m256 scores = _mm256_loadu_ps(weights + i);
+    const __m256 weight = exp_of(_mm256_sub_ps(scores, _mm256_set1_ps(maximum)));
+    const __m256 seen = _mm256_and_ps(weight, is_seen(i));
+    _mm256_storeu_ps(weights + i, seen);
+    total = _mm256_add_ps(total, seen);
+  }
+  const float kept = exp_of(softmax.maximum - maximum);
+  softmax.total = softmax.total * kept + sum_lane(total);
+  softmax.maximum = maximum;
+  return kept;
+}
+
+void attend(const Job& job, int64_t task) {
+  const int64_t head = task % job.num_kv_heads, groups = job.groups(), size = job.page_size;
+  const int64_t block = task / job.num_kv_heads % job.blocks();
+  const int64_t row = task / job.num_kv_heads / job.blocks();
+  const int64_t begin = block * kTokens, end = std::min(begin + kTokens, job.num_tokens);
+  const int64_t valid = std::min<int64_t>(end, job.length[row]);
+  const auto place = [&](int64_t token) {
+    return ((row * job.num_tokens + token) * job.num_heads + head * groups) * job.dim;
+  };
+  for (int64_t token = begin; token < end; ++token)
+    std::fill_n(job.out + place(token), groups * job.dim, 0.f);
+  if (begin >= valid) return;
+
+  thread_local std::vector<float> weights;
+  thread_local std::vector<Softmax> softmax;
+  weights.resize(std::max<size_t>(weights.size(), size));
+  softmax.assign(kTokens * groups, {kMasked, 0.f});
+  // A token sees the positions from `oldest` to its own.
+  const auto oldest = [&](int64_t position) {
+    return std::max<int64_t>(position - job.window + 1, 0);
+  };
+  const int64_t most_pages = std::min(job.table_size, (job.first[row] + valid - 1) / size + 1);
+  for (int64_t index = oldest(job.first[row] + begin) / size; index < most_pages; ++index) {
+    const int64_t page = job.table[row * job.table_size + index];
+    if (page < 0 || page >= job.num_pages) continue;
+    const int64_t place_of_page = (page * job.num_kv_heads + head) * size * job.dim;
+    const float* keys = job.keys + place_of_page;
+    const float* values = job.values + place_of_page;
+    for (int64_t token = begin; token < valid; ++token) {
+      const int64_t position = job.first[row] + token - index * size;
+      const int64_t from = std::max<int64_t>(oldest(position + index * size) - index * size, 0);
+      const int64_t to = std::min(position + 1, size);
+      if (from >= to) continue;
+      for (int64_t g = 0; g < groups; ++g) {
+        const int64_t at = place(token) + g * job.dim;
+        const float kept = weigh(job, job.query + at, keys, from, to,
+                                 softmax[(token - begin) * groups + g], weights.data());
+        int64_t d = 0;
+        for (; d + 8 * kLanes <= job.dim; d += 8 * kLanes)
+          add_values<8>(job.out + at + d, kept, weights.data(), values + d, job.dim, from, to);
+        for (; d < job.dim; d += kLanes)
+          add_values<1>(job.out + at + d, kept, weights.data(), values + d, job.dim, from, to);
+      }
+    }
+  }
+  for (int64_t token = begin; token < valid; ++token)
+    for (int64_t g = 0; g < groups; ++g) {
+      const float total = softmax[(token - begin) * groups + g].total;
+      const float rate = 1 / std::max(std::numeric_limits<float>::min(), total);
+      float* sums = job.out + place(token) + g * job.dim;
+      for (int64_t d = 0; d < job.dim; ++d) sums[d] *= rate;
+    }
+}
+
+int64_t work(Job& job, int64_t) {
+  int64_t num_done = 0;
+  for (int64_t i; (i = job.next.fetch_add(1)) < job.num_tasks(); ++num_done) attend(job, i);
+  return num_done;
+}
+
+// Shapes are those of `attend_natively`, which has checked them.
+ffi::Future native_attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> query,
+                          ffi::Buffer<ffi::F32> keys, ffi::Buffer<ffi::F32> values,
+                          ffi::Buffer<ffi::S32> table, ffi::Buffer<ffi::S32> first,
+                          ffi::Buffer<ffi::S32> length, float scale, int64_t window,
+                          ffi::ResultBuffer<ffi::F32> out) {
+  auto job = std::make_shared<Job>();
+  job->num_rows = query.dimensions()[0];
+  job->num_tokens = query.dimensions()[1];
+  job->num_heads = query.dimensions()[2];
+  job->dim = query.dimensions()[3];
+  job->num_pages = keys.dimensions()[0];
+  job->num_kv_heads = keys.dimensions()[1];
+  job->page_size = keys.dimensions()[2];
+  job->table_size = table.dimensions()[1];
+  job->query = query.typed_data();
+  job->keys = keys.typed_data();
+  job->values = values.typed_data();
+  job->table = table.typed_data();
+  job->first = first.typed_data();
+  job->length = length.typed_data();
+  job->out = out->typed_data();
+  job->scale = scale;
+  job->window = window;
+  return share(pool, job, job->num_tasks(), work);
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(NativeAttention, native_attention,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Attr<float>("scale")
+                                  .Attr<int64_t>("window")
+                                  .Ret<ffi::Buffer<ffi::F32>>());

@@ -1,0 +1,219 @@
+"""Attention in C++ against the ways of XLA, and what it promises beside: the same bits."""
+
+import concurrent.futures
+import functools
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from folojax import kv_cache, native_attention
+from folojax.gathered_attention import attend_gathered
+from folojax.kv_cache import KVCache, KVLayout
+from folojax.models import native
+from folojax.models.interface import PLAIN, Scoring
+from folojax.native_attention import attend_natively, is_native
+
+
+class Shape(NamedTuple):
+    """Of an attention: heads, their size, and a page's."""
+
+    kv_heads: int = 2
+    groups: int = 3
+    dim: int = 64
+    page_size: int = 16
+
+
+def make_cache(shape: Shape, num_pages: int = 12, num_layers: int = 1) -> KVCache:
+    layout = KVLayout(
+        segments=(num_pages,),
+        page_size=shape.page_size,
+        num_layers=num_layers,
+        num_kv_heads=shape.kv_heads,
+        head_dim=shape.dim,
+        dtype=jnp.float32,
+    )
+    rng = np.random.default_rng(1)
+    empty = kv_cache.init_cache(layout)
+    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype), empty)
+
+
+def make_query(shape: Shape, rows: int, columns: int) -> jax.Array:
+    size = (rows, columns, shape.kv_heads * shape.groups, shape.dim)
+    return jnp.asarray(np.random.default_rng(2).normal(size=size), jnp.float32)
+
+
+TABLE = np.array([[5, 0, 11, 12], [3, 12, 12, 12], [7, 9, 12, 12], [12, 12, 12, 12]])
+# Three rows that begin in the first, at the end of the first and in the first page; and padding.
+FIRST, LENGTH = np.array([20, 0, 15, 0]), np.array([20, 1, 13, 0])
+COLUMNS = 20
+
+_attend = jax.jit(attend_natively, static_argnames=("layer", "scoring"))
+
+
+def attend(
+    cache: KVCache,
+    query: jax.Array,
+    table: np.ndarray = TABLE,
+    first: np.ndarray = FIRST,
+    length: np.ndarray = LENGTH,
+    scoring: Scoring = PLAIN,
+) -> np.ndarray:
+    assert is_native(cache, scoring)
+    arrays = map(jnp.asarray, (table, first, length))
+    return np.asarray(_attend(query, cache, 0, *arrays, scoring=scoring))
+
+
+def attend_by_xla(cache: KVCache, query: jax.Array, scoring: Scoring) -> np.ndarray:
+    keys, values = kv_cache.gather_pages(cache, 0, jnp.asarray(TABLE), query.dtype)
+    position = FIRST[:, None] + np.arange(COLUMNS)
+    end = jnp.asarray(FIRST + LENGTH)
+    out = attend_gathered(query, keys, values, jnp.asarray(position), end, scoring)
+    is_real = (np.arange(COLUMNS) < LENGTH[:, None])[:, :, None, None]
+    return np.where(is_real, out, 0)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [Shape(), Shape(1, 1, 8), Shape(3, 2, 40), Shape(1, 8, 96), Shape(2, 1, 136), Shape(4, 7, 32)],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    "scoring", [PLAIN, Scoring(scale=0.1), Scoring(window=7), Scoring(window=17)], ids=str
+)
+def test_it_is_what_xla_computes(shape: Shape, scoring: Scoring) -> None:
+    cache, query = make_cache(shape), make_query(shape, 4, COLUMNS)
+    got = attend(cache, query, scoring=scoring)
+    np.testing.assert_allclose(got, attend_by_xla(cache, query, scoring), rtol=0, atol=3e-6)
+
+
+def test_large_scores_and_tiny_weights() -> None:
+    """Weights from 1 to below the least float32."""
+    cache, query = make_cache(Shape()), make_query(Shape(), 4, COLUMNS) * 30
+    np.testing.assert_allclose(
+        attend(cache, query), attend_by_xla(cache, query, PLAIN), rtol=0, atol=3e-5
+    )
+
+
+def test_a_token_has_the_same_bits_alone_in_any_chunk_and_any_row() -> None:
+    shape = Shape()
+    cache, query = make_cache(shape), make_query(shape, 4, COLUMNS)
+    whole = attend(cache, query)
+    for row, token in [(0, 0), (0, 7), (0, 19), (1, 0), (2, 12)]:
+        place = FIRST[row : row + 1] + token
+        one = attend(
+            cache, query[row, token][None, None], TABLE[row : row + 1], place, np.array([1])
+        )
+        np.testing.assert_array_equal(one[0, 0], whole[row, token])
+    order = [2, 3, 0, 1]
+    turned = attend(cache, query[jnp.asarray(order)], TABLE[order], FIRST[order], LENGTH[order])
+    np.testing.assert_array_equal(turned, whole[order])
+    wide = np.pad(TABLE, ((0, 0), (0, 9)), constant_values=12)
+    np.testing.assert_array_equal(attend(cache, query, wide), whole)
+
+
+def test_what_lies_behind_a_row_is_not_read() -> None:
+    """Behind its tokens in a page, in later pages of its table, and in pages of others."""
+    shape = Shape()
+    cache, query = make_cache(shape), make_query(shape, 4, COLUMNS)
+    expected = attend(cache, query)
+    seen = np.zeros((12, shape.page_size), bool)
+    for row in range(4):
+        for position in range(FIRST[row] + LENGTH[row]):
+            seen[TABLE[row, position // shape.page_size], position % shape.page_size] = True
+    mask = jnp.asarray(seen)[:, None, :, None]
+    stale = KVCache(
+        keys=((jnp.where(mask, cache.keys[0][0], jnp.nan),),),
+        values=((jnp.where(mask, cache.values[0][0], 1e30),),),
+    )
+    table = np.where(TABLE == 12, 1, TABLE)  # of pages that nobody has
+    table[3] = 12
+    np.testing.assert_array_equal(attend(stale, query, table), expected)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_broken_numbers_are_seen_in_their_row(value: float) -> None:
+    shape = Shape()
+    cache, query = make_cache(shape), make_query(shape, 4, COLUMNS)
+    expected = attend(cache, query)
+    page = TABLE[2, 0]
+    broken = cache._replace(keys=((cache.keys[0][0].at[page, :, 3].set(value),),))
+    got = attend(broken, query)
+    assert np.isnan(got[2, : LENGTH[2]]).all()
+    np.testing.assert_array_equal(got[[0, 1, 3]], expected[[0, 1, 3]])
+
+
+def test_many_at_once_do_not_disturb_each_other() -> None:
+    """Calls of several programs share the threads of XLA's pool."""
+    shape = Shape()
+    cache, query = make_cache(shape), make_query(shape, 4, COLUMNS)
+    queries = [query * (1 + i / 8) for i in range(8)]
+    expected = [attend(cache, one) for one in queries]
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        for _ in range(20):
+            got = list(pool.map(functools.partial(attend, cache), queries))
+            for one, other in zip(got, expected, strict=True):
+                np.testing.assert_array_equal(one, other)
+
+
+def test_in_a_loop_of_steps_and_without_rows() -> None:
+    shape = Shape()
+    cache, query = make_cache(shape), make_query(shape, 4, COLUMNS)
+    table, first, length = (jnp.asarray(one) for one in (TABLE, FIRST, LENGTH))
+
+    def step(x: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
+        out = attend_natively(x, cache, 0, table, first, length, PLAIN)
+        return out, out
+
+    _, found = jax.jit(lambda x: jax.lax.scan(step, x, None, 3))(query)
+    expected = np.asarray(query)
+    for one in found:
+        expected = attend(cache, jnp.asarray(expected))
+        np.testing.assert_array_equal(one, expected)
+    none = attend(cache, query[:0], TABLE[:0], FIRST[:0], LENGTH[:0])
+    assert none.shape == (0, *query.shape[1:])
+
+
+@pytest.mark.parametrize(
+    ("shape", "scoring"),
+    [
+        (Shape(page_size=12), PLAIN),
+        (Shape(dim=20), PLAIN),
+        (Shape(), Scoring(softcap=30.0)),
+    ],
+    ids=str,
+)
+def test_what_is_left_to_xla(shape: Shape, scoring: Scoring) -> None:
+    assert not is_native(make_cache(shape), scoring)
+
+
+def test_nothing_is_copied() -> None:
+    """A program that stores a token and attends reads the cache where it lies."""
+    shape = Shape()
+    cache, query = make_cache(shape, 64), make_query(shape, 4, 1)
+
+    def step(cache: KVCache, query: jax.Array) -> tuple[KVCache, jax.Array]:
+        row = jnp.arange(4)
+        new = query[:, 0, : shape.kv_heads]
+        cache = kv_cache.write(cache, 0, row, row, new, new)
+        table = jnp.broadcast_to(row[:, None], (4, 4))
+        return cache, attend_natively(query, cache, 0, table, row, row * 0 + 1, PLAIN)
+
+    compiled = jax.jit(step, donate_argnums=0).lower(cache, query).compile()
+    analysis: Any = compiled.memory_analysis()
+    assert analysis.alias_size_in_bytes >= sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
+    assert analysis.temp_size_in_bytes < cache.keys[0][0].nbytes / 4
+
+
+def test_without_a_compiler_attention_is_xlas(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = make_cache(Shape())
+    monkeypatch.setattr(native, "register", functools.cache(native.register.__wrapped__))
+    monkeypatch.setenv("FOLOJAX_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("CXX", str(tmp_path / "no-such-compiler"))
+    assert not native_attention.has_native_attention()
+    assert not is_native(cache, PLAIN)
