@@ -144,7 +144,13 @@ class Buckets:
         return 1 + bisect.bisect_left(tuple(itertools.accumulate(self.segments)), extent)
 
 
-def make_buckets(config: ResolvedConfig, backend: str = "cpu", min_decode_rows: int = 1) -> Buckets:
+def make_buckets(
+    config: ResolvedConfig,
+    backend: str = "cpu",
+    min_decode_rows: int = 1,
+    *,
+    is_in_place: bool = False,
+) -> Buckets:
     """Buckets of an engine.
 
     Args:
@@ -153,6 +159,8 @@ def make_buckets(config: ResolvedConfig, backend: str = "cpu", min_decode_rows: 
             by the bytes of weights and pages, and an executable takes it 10 s or more to compile:
             so it has fewer sizes of everything but segments.
         min_decode_rows: Smallest B; 2 where products with a single row are slow.
+        is_in_place: Chunks read pages where they lie (`native_attention`), as single tokens do:
+            one size of tables will do, as only pages with tokens are read.
     """
     most_rows = pages_for(config.max_num_batched_tokens, config.prefill_row_len)
     max_pages = pages_for(config.max_model_len, config.page_size)
@@ -163,14 +171,16 @@ def make_buckets(config: ResolvedConfig, backend: str = "cpu", min_decode_rows: 
             decode_rows=_with_parts(decode_rows, _FIRST_HALVED_ROWS, _FIRST_QUARTERED_ROWS),
             prefill_rows=_powers(most_rows, 2),
             prefill_columns=config.prefill_row_len,
-            prefill_pages=_table_sizes(max_pages, 2),
+            prefill_pages=(max_pages,) if is_in_place else _table_sizes(max_pages, 2),
             # A step reads as many pages as its rows have, whatever it was compiled for, and shared
             # ones again for every row (`row_attention`).
             prefill_segments=(1,),
             decode_pages=(max_pages,),
             segments=(config.num_pages,),
             shared_rows=(),
-            most_copied_pages=_MOST_COPIED_TOKENS_ON_CPU // config.page_size,
+            most_copied_pages=(
+                None if is_in_place else _MOST_COPIED_TOKENS_ON_CPU // config.page_size
+            ),
         )
     segments = split_segments(config.num_pages, head=(128, 384))
     decode_rows = _powers(config.max_num_seqs, 8, min(8, config.max_num_seqs))

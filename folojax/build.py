@@ -20,6 +20,7 @@ from folojax.models.checkpoint import Checkpoint, build_module, load_params, ope
 from folojax.models.llama import Llama
 from folojax.models.params import num_params, params_bytes
 from folojax.models.quantize import is_quantized, quantization_of, quantize_params
+from folojax.native_attention import suits
 from folojax.runner import Runner
 from folojax.sampling_params import SamplingParams
 from folojax.sched.scheduler import Scheduler
@@ -225,7 +226,9 @@ def _shapes(module: nn.Module, config: ResolvedConfig) -> tuple[Buckets, KVLayou
     backend = jax.default_backend()
     is_half_on_cpu = module.dtype != jnp.float32 and backend == "cpu"
     # A product with a single row converts all weights to float32 there, in every call.
-    buckets = make_buckets(config, backend, 2 if is_half_on_cpu else 1)
+    is_in_place = not config.deterministic and suits(module.config, config.page_size)
+    min_rows = 2 if is_half_on_cpu else 1
+    buckets = make_buckets(config, backend, min_rows, is_in_place=is_in_place)
     if config.deterministic:
         # Pages are picked by table there, never read where they lie: cuts would only cost.
         buckets = dataclasses.replace(buckets, segments=(config.num_pages,), prefill_segments=(1,))

@@ -18,8 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from folojax import kv_cache
 from folojax.kv_cache import KVCache
 from folojax.models import native
+from folojax.models.config import ModelConfig
 from folojax.models.interface import Scoring
 from folojax.models.platforms import platform
 
@@ -34,12 +36,22 @@ def has_native_attention() -> bool:
     return native.register(_SOURCE, _NAME, "NativeAttention") is None
 
 
+def suits(config: ModelConfig, page_size: int) -> bool:
+    """Whether this attention is for all layers of a model."""
+    return _suits(page_size, config.head_dim, config.attention_softcap)
+
+
 def is_native(cache: KVCache, scoring: Scoring) -> bool:
-    """Whether this attention is for a cache: pages in whole registers, and no cap on scores."""
-    if platform() != "cpu" or len(cache.keys) != 1 or scoring.softcap is not None:
+    """Whether this attention is for a cache, and what is to be done with scores."""
+    *_, dim = cache.values[0][0].shape
+    return len(cache.keys) == 1 and _suits(kv_cache.page_size(cache), dim, scoring.softcap)
+
+
+def _suits(page_size: int, dim: int, softcap: float | None) -> bool:
+    """Pages are read in whole registers, and scores have no cap."""
+    if platform() != "cpu" or softcap is not None or page_size % _LANES or dim % _LANES:
         return False
-    *_, size, dim = cache.keys[0][0].shape
-    return size % _LANES == 0 and dim % _LANES == 0 and has_native_attention()
+    return has_native_attention()
 
 
 def attend_natively(

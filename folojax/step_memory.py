@@ -30,6 +30,7 @@ from folojax.memory_plan import DeviceMemory
 from folojax.models.dense_attend import dense_attend
 from folojax.models.platforms import platform
 from folojax.models.quantize import quantize_params
+from folojax.native_attention import suits
 from folojax.sampling import SamplingClass, SamplingSpec
 from folojax.state import SampleInputs, init_state
 
@@ -109,11 +110,12 @@ def estimate(module: nn.Module, layout: KVLayout, buckets: Buckets, max_logprobs
     heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
     inner = 2 * config.intermediate_size + 3 * config.hidden_size + (heads + 2 * kv_heads) * dim
     page = layout.bytes_per_page // layout.num_layers
-    # Prefill: the pages of every row copied out, scores and weights; then the MLP.
+    # Prefill: the pages of every row copied out, scores and weights, if they are not read where
+    # they lie; then the MLP.
     rows, columns = buckets.prefill_rows[-1], buckets.prefill_columns
     tokens, prefill = rows * columns, 0
     for one in largest_prefills(buckets, layout.num_pages):
-        seen = one.rows * one.table_pages
+        seen = 0 if suits(config, size) else one.rows * one.table_pages
         parts = seen * page + 8 * columns * heads * seen * size + 4 * one.rows * columns * inner
         prefill = max(prefill, parts)
     # Decode: scores and partial values of a page for each row at a time; elsewhere than on CPU of

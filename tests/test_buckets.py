@@ -137,6 +137,14 @@ def test_the_plan_of_a_small_engine() -> None:
     assert buckets.prefill_shape(3, 17, 1) == PrefillShape(3, 16, table_pages=2, segments=1)
 
 
+def test_where_pages_are_read_in_place_a_prefill_shape_is_a_number_of_rows() -> None:
+    config = resolve(max_num_seqs=32, max_model_len=4096, num_pages=2000)
+    buckets = make_buckets(config, is_in_place=True)
+    found = [shape for shape in buckets.shapes() if isinstance(shape, PrefillShape)]
+    assert [shape.rows for shape in found] == list(buckets.prefill_rows)
+    assert buckets.most_prefill_rows(buckets.prefill_pages[-1]) == buckets.prefill_rows[-1]
+
+
 def test_a_decode_shape_of_a_cpu_is_a_number_of_rows() -> None:
     """Its steps read as many pages as rows have, shared or not, and need no shapes for that."""
     buckets = make_buckets(resolve(max_num_seqs=32, max_model_len=4096, num_pages=2000))
