@@ -15,6 +15,7 @@ from folojax.config import EngineConfig, ResolvedConfig
 from folojax.deterministic import DeterministicRunner
 from folojax.engine import Engine
 from folojax.kv_cache import KVLayout
+from folojax.memory_areas import give_back_memory
 from folojax.memory_plan import MemoryPlan, plan_fraction, plan_pages
 from folojax.models.checkpoint import Checkpoint, build_module, load_params, open_checkpoint
 from folojax.models.llama import Llama
@@ -102,6 +103,7 @@ def load_model(
     num_weights = num_params(checkpoint.config)
     resolved, plan = plan_memory(config, module, weights, num_weights)
     params = load_params(checkpoint, compute_dtype, quantization)
+    give_back_memory()
     return LoadedModel(module, params, checkpoint, resolved, plan)
 
 

@@ -6,6 +6,7 @@
 // scores are sums within registers, eight of them at a time, and values are added in lanes.
 
 #include <limits>
+#include <utility>
 #include <vector>
 
 #include "native.h"
@@ -36,9 +37,9 @@ struct Job {
   int64_t num_tasks() const { return num_rows * blocks() * num_kv_heads; }
 };
 
-// Running maximum and sum of a query's softmax.
-struct Softmax {
-  float maximum, total;
+// A query's softmax so far, and what its earlier part is to be multiplied with.
+struct Query {
+  float maximum, total, kept;
 };
 
 // Sums of eight registers' lanes, one in each lane.
@@ -112,10 +113,9 @@ inline float sum_lane(__m256 v) {
   return _mm_cvtss_f32(_mm_add_ss(m, _mm_movehdup_ps(m)));
 }
 
-// Weights of a page's tokens from `begin` to `end`, eights of them as a whole, for a query; gives
-// back what the sums so far are to be multiplied with.
-float weigh(const Job& job, const float* query, const float* keys, int64_t begin, int64_t end,
-            Softmax& softmax, float* weights) {
+// Weights of a page's tokens from `begin` to `end`, eights of them as a whole, for a query.
+void weigh(const Job& job, const float* query, const float* keys, int64_t begin, int64_t end,
+           Query& state, float* weights) {
   const int64_t first = begin / kLanes * kLanes;
   const __m256 scale = _mm256_set1_ps(job.scale), masked = _mm256_set1_ps(kMasked);
   const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
@@ -133,7 +133,7 @@ float weigh(const Job& job, const float* query, const float* keys, int64_t begin
     _mm256_storeu_ps(weights + i, scores);
     most = _mm256_max_ps(scores, most);
   }
-  const float maximum = std::max(softmax.maximum, most_lane(most));
+  const float maximum = std::max(state.maximum, most_lane(most));
   __m256 total = _mm256_setzero_ps();
   for (int64_t i = first; i < end; i += kLanes) {
     const __m256 scores = _mm256_loadu_ps(weights + i);
@@ -142,10 +142,9 @@ float weigh(const Job& job, const float* query, const float* keys, int64_t begin
     _mm256_storeu_ps(weights + i, seen);
     total = _mm256_add_ps(total, seen);
   }
-  const float kept = exp_of(softmax.maximum - maximum);
-  softmax.total = softmax.total * kept + sum_lane(total);
-  softmax.maximum = maximum;
-  return kept;
+  state.kept = exp_of(state.maximum - maximum);
+  state.total = state.total * state.kept + sum_lane(total);
+  state.maximum = maximum;
 }
 
 void attend(const Job& job, int64_t task) {
@@ -161,10 +160,12 @@ void attend(const Job& job, int64_t task) {
     std::fill_n(job.out + place(token), groups * job.dim, 0.f);
   if (begin >= valid) return;
 
-  thread_local std::vector<float> weights;
-  thread_local std::vector<Softmax> softmax;
-  weights.resize(std::max<size_t>(weights.size(), size));
-  softmax.assign(kTokens * groups, {kMasked, 0.f});
+  const int64_t num_queries = (valid - begin) * groups;  // token by token
+  thread_local std::vector<Query> queries;
+  thread_local std::vector<float> weights;  // [query, page size]
+  queries.assign(num_queries, {kMasked, 0.f, 1.f});
+  weights.resize(std::max<size_t>(weights.size(), num_queries * size));
+  const auto at = [&](int64_t i) { return place(begin + i / groups) + i % groups * job.dim; };
   // A token sees the positions from `oldest` to its own.
   const auto oldest = [&](int64_t position) {
     return std::max<int64_t>(position - job.window + 1, 0);
@@ -176,30 +177,33 @@ void attend(const Job& job, int64_t task) {
     const int64_t place_of_page = (page * job.num_kv_heads + head) * size * job.dim;
     const float* keys = job.keys + place_of_page;
     const float* values = job.values + place_of_page;
-    for (int64_t token = begin; token < valid; ++token) {
-      const int64_t position = job.first[row] + token - index * size;
-      const int64_t from = std::max<int64_t>(oldest(position + index * size) - index * size, 0);
-      const int64_t to = std::min(position + 1, size);
+    // Of the page's tokens, those that a query sees.
+    const auto seen = [&](int64_t i) {
+      const int64_t position = job.first[row] + begin + i / groups;
+      return std::pair(std::max<int64_t>(oldest(position) - index * size, 0),
+                       std::min(position + 1 - index * size, size));
+    };
+    // First all keys, then all values: each half of a page fits into L1, and both do not.
+    for (int64_t i = 0; i < num_queries; ++i) {
+      const auto [from, to] = seen(i);
+      if (from < to)
+        weigh(job, job.query + at(i), keys, from, to, queries[i], weights.data() + i * size);
+    }
+    for (int64_t i = 0; i < num_queries; ++i) {
+      const auto [from, to] = seen(i);
       if (from >= to) continue;
-      for (int64_t g = 0; g < groups; ++g) {
-        const int64_t at = place(token) + g * job.dim;
-        const float kept = weigh(job, job.query + at, keys, from, to,
-                                 softmax[(token - begin) * groups + g], weights.data());
-        int64_t d = 0;
-        for (; d + 8 * kLanes <= job.dim; d += 8 * kLanes)
-          add_values<8>(job.out + at + d, kept, weights.data(), values + d, job.dim, from, to);
-        for (; d < job.dim; d += kLanes)
-          add_values<1>(job.out + at + d, kept, weights.data(), values + d, job.dim, from, to);
-      }
+      const float* own = weights.data() + i * size;
+      int64_t d = 0;
+      for (; d + 8 * kLanes <= job.dim; d += 8 * kLanes)
+        add_values<8>(job.out + at(i) + d, queries[i].kept, own, values + d, job.dim, from, to);
+      for (; d < job.dim; d += kLanes)
+        add_values<1>(job.out + at(i) + d, queries[i].kept, own, values + d, job.dim, from, to);
     }
   }
-  for (int64_t token = begin; token < valid; ++token)
-    for (int64_t g = 0; g < groups; ++g) {
-      const float total = softmax[(token - begin) * groups + g].total;
-      const float rate = 1 / std::max(std::numeric_limits<float>::min(), total);
-      float* sums = job.out + place(token) + g * job.dim;
-      for (int64_t d = 0; d < job.dim; ++d) sums[d] *= rate;
-    }
+  for (int64_t i = 0; i < num_queries; ++i) {
+    const float rate = 1 / std::max(std::numeric_limits<float>::min(), queries[i].total);
+    for (int64_t d = 0; d < job.dim; ++d) job.out[at(i) + d] *= rate;
+  }
 }
 
 int64_t work(Job& job, int64_t) {
