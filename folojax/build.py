@@ -103,7 +103,6 @@ def load_model(
     num_weights = num_params(checkpoint.config)
     resolved, plan = plan_memory(config, module, weights, num_weights)
     params = load_params(checkpoint, compute_dtype, quantization)
-    give_back_memory()
     return LoadedModel(module, params, checkpoint, resolved, plan)
 
 
@@ -198,6 +197,7 @@ def make_engine(
     vocab_size = module.config.vocab_size
     # Rows of the vocabulary beyond the tokenizer's are padding, and no token.
     num_tokens = min(vocab_size, tokenizer.num_tokens) if tokenizer else vocab_size
+    give_back_memory()  # of what loading has left, before the pool is allocated
     runner = (DeterministicRunner if config.deterministic else Runner)(
         module,
         model.params,
