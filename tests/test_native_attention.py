@@ -127,7 +127,7 @@ def test_what_lies_behind_a_row_is_not_read() -> None:
     mask = jnp.asarray(seen)[:, None, :, None]
     stale = KVCache(
         keys=((jnp.where(mask, cache.keys[0][0], jnp.nan),),),
-        values=((jnp.where(mask, cache.values[0][0], 1e30),),),
+        values=((jnp.where(mask, cache.values[0][0], jnp.nan),),),
     )
     table = np.where(TABLE == 12, 1, TABLE)  # of pages that nobody has
     table[3] = 12
