@@ -164,6 +164,16 @@ def check_segments(heads: Heads, page_size: int) -> None:
             np.testing.assert_array_equal(out, expected)
 
 
+@LAW_CASES
+def test_a_token_does_not_depend_on_the_size_of_the_pool(heads: Heads, page_size: int) -> None:
+    usable = sum(SEGMENTS[page_size])
+    small = make_case(heads, page_size, (usable,))
+    large = make_case(heads, page_size, (usable + 40,), num_usable=usable)
+    _, expected = decode(small.cache, small.sequences, small.pages, ALL)
+    _, out = decode(large.cache, large.sequences, large.pages, ALL)
+    np.testing.assert_array_equal(out, expected)
+
+
 def test_pages_beyond_the_new_token_are_not_read() -> None:
     case = make_case(Heads(2, 3), 4)
     _, expected = decode(case.cache, case.sequences, case.pages, ALL)
