@@ -137,7 +137,13 @@ def plan_memory(
     def measure(num_pages: int) -> int:
         buckets, layout = _shapes(module, dataclasses.replace(resolved, num_pages=num_pages))
         return step_memory.measure(
-            module, layout, buckets, num_slots, max_logprobs, config.quantization
+            module,
+            layout,
+            buckets,
+            num_slots,
+            max_logprobs,
+            config.quantization,
+            is_deterministic=resolved.deterministic,
         )
 
     buckets, layout = _shapes(module, resolved)

@@ -20,9 +20,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import SingleDeviceSharding
 
-from folojax import page_copies, step
+from folojax import page_copies, rowwise, step
 from folojax.batch import Batch, ints
 from folojax.buckets import Buckets, DecodeShape, PrefillShape
+from folojax.deterministic import num_rows
 from folojax.kv_cache import KVLayout
 from folojax.layered import make_steps
 from folojax.logit_edits import init_edits
@@ -32,7 +33,7 @@ from folojax.models.platforms import platform
 from folojax.models.quantize import quantize_params
 from folojax.native_attention import suits
 from folojax.sampling import SamplingClass, SamplingSpec
-from folojax.state import SampleInputs, init_state
+from folojax.state import DecodeInputs, SampleInputs, init_state
 
 _NUM_LAYERS = 2
 
@@ -76,6 +77,8 @@ def measure(
     num_slots: int,
     max_logprobs: int,
     quantization: str | None = None,
+    *,
+    is_deterministic: bool = False,
 ) -> int:
     """Bytes beside weights and state that the largest calls need, as XLA has compiled them.
 
@@ -86,11 +89,22 @@ def measure(
         num_slots: M.
         max_logprobs: J, at most.
         quantization: Of the kernels.
+        is_deterministic: With the program of such an engine (`folojax.rowwise`) beside the others.
     """
     num_layers = min(_NUM_LAYERS, module.config.num_layers)
     shallow = module.clone(config=dataclasses.replace(module.config, num_layers=num_layers))
     shallow_layout = dataclasses.replace(layout, num_layers=num_layers)
-    lowered = list(_lower(shallow, shallow_layout, buckets, num_slots, max_logprobs, quantization))
+    lowered = list(
+        _lower(
+            shallow,
+            shallow_layout,
+            buckets,
+            num_slots,
+            max_logprobs,
+            quantization,
+            is_deterministic,
+        )
+    )
     with ThreadPoolExecutor() as pool:  # XLA compiles without Python's lock
         compiled = list(pool.map(lambda one: one.compile(), lowered))
     found = [one.memory_analysis() for one in compiled]
@@ -164,6 +178,7 @@ def _lower(
     num_slots: int,
     max_logprobs: int,
     quantization: str | None,
+    is_deterministic: bool,
 ) -> Iterator[Any]:
     """Traces the largest call of every jitted step on padding, with arrays that are only shapes."""
     variables = jax.eval_shape(
@@ -190,6 +205,13 @@ def _lower(
     one = batch.decode_inputs(decode_shape, [])
     calls = steps.decode_calls(params, state.cache, state.slots.tokens, one)
     yield from (call.lower() for call in calls)
+
+    if is_deterministic:
+        size = num_rows(jax.default_backend())
+        slot = batch.pad([], size)
+        one = DecodeInputs(slot, ints(size), ints(size), batch.page_tables(slot))
+        tokens = state.slots.tokens
+        yield rowwise.forward.lower(params, state.cache, tokens, one, None, model=module, edits=())
 
     rows = max(shape.rows, decode_shape.rows)
     slot = batch.pad([], rows)

@@ -166,7 +166,7 @@ def small_device(
     pages = (NUM_PAGES + 0.5) * shapes[0].bytes_per_page
     device = DeviceMemory(limit_bytes=int(2 * (fixed + pages + measured)))
     monkeypatch.setattr(step_memory, "device_memory", lambda own_bytes=0: device)
-    monkeypatch.setattr(step_memory, "measure", lambda *args: measured)
+    monkeypatch.setattr(step_memory, "measure", lambda *args, **options: measured)
     return device
 
 
@@ -278,6 +278,23 @@ def test_the_bound_from_shapes_is_above_what_is_measured(
     found = step_memory.measure(module, layout, buckets, 32, 20)
     bound = step_memory.estimate(module, layout, buckets, 20)
     assert found <= bound
+
+
+def test_a_deterministic_step_is_measured(tiny_model: tuple) -> None:
+    """It copies a page of every row: more than other programs need that read pages in place."""
+    config = dataclasses.replace(
+        tiny_model[0].config, num_heads=32, num_kv_heads=32, head_dim=64, num_layers=1
+    )
+    module = tiny_model[0].clone(config=config)
+    limits: dict[str, Any] = {"max_num_seqs": 1, "max_model_len": 128, "page_size": 64}
+    options = EngineConfig(
+        **limits, max_num_batched_tokens=64, num_pages=32, deterministic=True
+    ).resolve(128)
+    buckets, layout = build._shapes(module, options)
+    copied = 32 * layout.bytes_per_page // 2  # keys, or values
+    others = step_memory.measure(module, layout, buckets, 32, 1)
+    all_of_them = step_memory.measure(module, layout, buckets, 32, 1, is_deterministic=True)
+    assert max(others, copied) < all_of_them <= step_memory.estimate(module, layout, buckets, 1)
 
 
 def test_a_pool_by_memory_begins_with_one_request() -> None:
