@@ -7,7 +7,7 @@ it, for programs that thread the state themselves: `prefill`, `decode`, `sample_
 
 from folojax.arrays import OutputArrays, RecordArrays, outputs_to_arrays
 from folojax.config import EngineConfig
-from folojax.kv_cache import KVLayout
+from folojax.kv import KVLayout
 from folojax.likelihood import log_likelihood
 from folojax.llm import LLM
 from folojax.lora import init_lora, merge_lora

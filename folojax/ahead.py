@@ -10,16 +10,17 @@ from typing import Any
 
 import jax
 from jax.sharding import SingleDeviceSharding
+from tqdm.auto import tqdm
 
-from folojax import kv_cache, page_copies
 from folojax.batch import ints
-from folojax.buckets import DecodeShape, PrefillShape
-from folojax.compile_plan import COPIES, EDITS, CompilePlan, Executable, Planned, model_executable
+from folojax.compile_plan import COPIES, EDITS, CompilePlan, Executable, Planned
 from folojax.deterministic import DeterministicRunner
+from folojax.layered import WholeSteps
 from folojax.memory_areas import FULL, give_back_memory, share_of_areas
 from folojax.programs import Call
 from folojax.runner import Runner
 from folojax.sampling import SamplingClass, SamplingSpec
+from folojax.shapes import DecodeShape, PrefillShape
 
 _LOG = logging.getLogger("folojax")
 
@@ -39,8 +40,14 @@ def warm_up(
     sampling: Collection[SamplingClass],
     has_logprobs: bool,
     num_threads: int | None = None,
+    *,
+    is_shown: bool = False,
 ) -> CompilePlan:
     """Compiles all that `make_plan` lists; a call then finds the same program.
+
+    Programs with their sampling in them (`WholeSteps`) are also run once, on padding: on a GPU a
+    program is loaded and its graph recorded at its first run, and that of every other program
+    is dropped whenever one is loaded.
 
     XLA compiles without Python's lock, so that threads help; programs that an earlier process has
     compiled come from the cache on disk.
@@ -50,6 +57,7 @@ def warm_up(
         sampling: Classes of sampling parameters that will be used.
         has_logprobs: Whether log-probabilities will be asked for.
         num_threads: None: one for each processor, at most eight.
+        is_shown: Whether there is a progress bar, on a terminal.
 
     Raises:
         RuntimeError: the process has no room for all programs, and the engine is strict. Another
@@ -72,8 +80,13 @@ def warm_up(
         return Planned(executable, temporaries, time.perf_counter() - start)
 
     jobs = list(_jobs(runner, sampling, has_logprobs))
-    with ThreadPoolExecutor(num_threads or min(os.cpu_count() or 1, _MOST_THREADS)) as pool:
-        compiled = list(pool.map(compile_one, jobs))
+    num_threads = num_threads or min(os.cpu_count() or 1, _MOST_THREADS)
+    bar = tqdm(total=len(jobs), desc="compiling", disable=None if is_shown else True)
+    with bar, ThreadPoolExecutor(num_threads) as pool:
+        compiled = []
+        for found in pool.map(compile_one, jobs):
+            compiled.append(found)
+            bar.update()
     done += [one for one in compiled if one is not None]
     left_out = [job[0] for job, one in zip(jobs, compiled, strict=True) if one is None]
     if left_out:
@@ -86,10 +99,13 @@ def warm_up(
             raise RuntimeError(f"{text}, or set strict to False")
         _LOG.warning("%s. The rest are compiled when they are needed.", text)
     start = time.perf_counter()
-    cache, _ = page_copies.compile_copies(runner.state.cache)
+    cache = runner.copies.compile(runner.state.cache)
     runner.state = runner.state._replace(cache=cache)
     done.append(Planned(COPIES, None, time.perf_counter() - start))
     runner.gate.set_compiled(done, left_out)
+    if isinstance(runner.steps, WholeSteps) and not isinstance(runner, DeterministicRunner):
+        for one in done:
+            runner.run_once(one.executable)
     give_back_memory()
     return make_plan(runner, sampling, has_logprobs)
 
@@ -103,13 +119,11 @@ def _jobs(
             if one not in (COPIES, EDITS):
                 yield one, functools.partial(runner.lower, one)
         return
-    shapes = {model_executable(shape): shape for shape in runner.buckets.shapes()}
     for one in runner.list_executables(sampling, has_logprobs):
         if one.kind in ("prefill", "decode"):
-            yield one, functools.partial(_model_calls, runner, shapes[one])
+            yield one, functools.partial(_model_calls, runner, one)
         elif one.kind == "decode_steps":
-            model = one._replace(kind="decode", tokens=1, sampling=None, num_logprobs=None)
-            yield one, functools.partial(_steps_call, runner, shapes[model], _spec(one))
+            yield one, functools.partial(_steps_call, runner, one)
         elif one.kind == "sample":
             yield one, functools.partial(_sampler_call, runner, one)
         elif one.kind == "score":
@@ -121,20 +135,24 @@ def _spec(one: Executable) -> SamplingSpec:
     return SamplingSpec(one.sampling, one.num_logprobs)
 
 
-def _model_calls(runner: Runner, shape: PrefillShape | DecodeShape) -> list[Call]:
-    head, _ = kv_cache.take_segments(runner.state.cache, shape.segments)
-    if isinstance(shape, PrefillShape):
-        inputs = runner.batch.prefill_inputs(shape, [])
-        return runner.steps.prefill_calls(runner.params, head, inputs)
-    row_inputs = runner.batch.decode_inputs(shape, [])
-    tokens = runner.state.slots.tokens
-    return runner.steps.decode_calls(runner.params, head, tokens, row_inputs)
+def _model_calls(runner: Runner, one: Executable) -> list[Call]:
+    state, steps = runner.state, runner.steps
+    if one.kind == "prefill":
+        inputs = runner.batch.prefill_inputs(PrefillShape(one.rows, one.tokens), [])
+        return steps.prefill_calls(runner.params, state.cache, inputs)
+    row_inputs = runner.batch.decode_inputs(DecodeShape(one.rows), [])
+    if one.sampling is not None and isinstance(steps, WholeSteps):
+        slot, position = row_inputs.slot, row_inputs.position
+        slots, _, sampling, spec = runner.sampling(slot, position, _spec(one))
+        both = row_inputs, sampling
+        return steps.sampled_calls(runner.params, state.cache, slots, both, spec)
+    return steps.decode_calls(runner.params, state.cache, state.slots.tokens, row_inputs)
 
 
-def _steps_call(runner: Runner, shape: Any, spec: SamplingSpec) -> list[Call]:
-    head, _ = kv_cache.take_segments(runner.state.cache, shape.segments)
-    inputs = runner.batch.decode_inputs(shape, [])
-    call, _, _ = runner.decode_steps_call(head, inputs, ints(shape.rows), spec)
+def _steps_call(runner: Runner, one: Executable) -> list[Call]:
+    inputs = runner.batch.decode_inputs(DecodeShape(one.rows), [])
+    cache = runner.state.cache
+    call, _, _ = runner.decode_steps_call(cache, inputs, ints(one.rows), _spec(one))
     return [call]
 
 

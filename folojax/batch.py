@@ -6,16 +6,15 @@ indexing operations, however many requests run.
 
 import dataclasses
 import heapq
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from folojax.buckets import Buckets, DecodeShape, PrefillShape
 from folojax.row_params import RowParams, RowTable
-from folojax.sched.pages import pages_for
 from folojax.sched.plan import NewRequest, SchedulerOutput
-from folojax.state import DecodeInputs, PrefillInputs, SharedPages
+from folojax.shapes import DecodeShape, PrefillShape
+from folojax.state import DecodeInputs, PrefillInputs
 from folojax.user_functions import NO_FUNCTIONS, UserFunctions
 
 
@@ -57,7 +56,6 @@ class Batch:
         rows: By request id.
         num_computed: By slot, tokens whose K/V are in the cache before the next step.
         num_row_pages: By slot, how many pages it has.
-        extent: By slot, one more than its highest page.
         num_scored_rows: Rows that report log-probabilities of their prompts.
     """
 
@@ -86,11 +84,9 @@ class Batch:
         # One entry more than slots: what padding rows read.
         size = num_slots + 1
         self.num_computed, self._num_known = ints(size), ints(size)
-        self.num_row_pages, self.extent = ints(size), ints(size)
+        self.num_row_pages = ints(size)
         self._row_at: list[Row | None] = [None] * size
         self._page_table = np.full((size, max_pages), num_pages, np.int32)
-        self._num_owners = np.zeros(num_pages + 1, np.int32)
-        self._num_shared_pages = 0
         self.num_scored_rows = 0
 
     def update(self, plan: SchedulerOutput) -> list[Row]:
@@ -109,29 +105,24 @@ class Batch:
             self._leave(request_id)
 
     def check(self, page_ids: Mapping[str, Sequence[int]]) -> None:
-        """Raises AssertionError unless tables and counts of owners are those of these requests."""
-        owners = np.zeros_like(self._num_owners)
+        """Raises AssertionError unless the page tables are those of these requests."""
         for request_id, row in self.rows.items():
             count = self.num_row_pages[row.slot]
             table = self._page_table[row.slot]
             assert self._row_at[row.slot] is row, f"slot {row.slot} belongs to two requests"
             assert (table[count:] == self.num_pages).all(), f"{request_id}: pages behind the last"
-            owners[table[:count]] += 1
             wanted = page_ids.get(request_id)
             is_same = wanted is None or table[:count].tolist() == list(wanted)
             assert is_same, f"{request_id} has pages {table[:count].tolist()}, not {wanted}"
-        assert (owners == self._num_owners).all(), "pages with a wrong count of owners"
-        assert self._num_shared_pages == (owners > 1).sum(), "shared pages are counted wrong"
 
     def check_is_empty(self) -> None:
         """Asserts that no request is remembered and every slot is free."""
         assert not self.rows, f"rows are left: {sorted(self.rows)}"
         assert sorted(self._free_slots) == list(range(self.num_slots)), "slots are missing"
-        assert not self._num_owners.any(), "pages have owners"
         assert (self._page_table == self.num_pages).all(), "page tables are not empty"
 
     def longest_first(self, request_ids: Iterable[str]) -> list[Row]:
-        """Rows by their number of pages: rows of similar lengths attend together, on CPU."""
+        """Rows by their number of pages: threads that share the work end together then."""
         rows = [self.rows[request_id] for request_id in request_ids]
         num_pages = self.num_row_pages[[row.slot for row in rows]]
         return [rows[i] for i in np.argsort(-num_pages, kind="stable").tolist()]
@@ -144,7 +135,7 @@ class Batch:
         for i, chunk in enumerate(chunks):
             start[i], length[i] = chunk.start, chunk.end - chunk.start
             tokens[i, : length[i]] = chunk.row.token_ids[chunk.start : chunk.end]
-        return PrefillInputs(tokens, start, length, self._table(slot, shape.table_pages))
+        return PrefillInputs(tokens, start, length, self.page_tables(slot))
 
     def decode_inputs(self, shape: DecodeShape, slots: Sequence[int]) -> DecodeInputs:
         """Packs the rows of slots into a shape; each computes its next token."""
@@ -154,9 +145,7 @@ class Batch:
             row = self._row_at[slot[i]]
             assert row is not None, f"slot {slot[i]} is empty"
             token[i] = row.token_ids[position[i]]
-        table = self._table(slot, shape.table_pages)
-        shared = self._shared_pages(table, shape) if shape.shared_items else None
-        return DecodeInputs(slot, token, position, table, shared)
+        return DecodeInputs(slot, token, position, self.page_tables(slot))
 
     def advance(self, slots: Sequence[int], num_tokens: Sequence[int]) -> None:
         """Notes that a step computes the next tokens of slots."""
@@ -171,38 +160,6 @@ class Batch:
     def page_tables(self, slot: np.ndarray) -> Any:
         """Whole tables of slots; that of slot M is padding."""
         return self._page_table[slot]
-
-    def num_shared_items(self, slots: Sequence[int], lanes: int) -> int:
-        """How many work items of `lanes` owners the pages with several owners need."""
-        if not self._num_shared_pages:
-            return 0
-        slot = self.pad(slots, len(slots))
-        table = self._table(slot, self.num_row_pages[slot].max())
-        counts = np.bincount(table.ravel(), minlength=self.num_pages + 1)[: self.num_pages]
-        return int((-(-np.maximum(counts - 1, 0) // lanes)).sum())
-
-    def _shared_pages(self, table: np.ndarray, shape: DecodeShape) -> SharedPages:
-        """Groups the entries of a page behind its first one into items of Q lanes."""
-        rows, lanes = len(table), shape.shared_lanes
-        flat = table.ravel()
-        order = np.argsort(flat, kind="stable")  # by page, then by row
-        pages = flat[order]
-        is_start = np.append(True, pages[1:] != pages[:-1])
-        start = np.maximum.accumulate(np.where(is_start, np.arange(len(pages)), 0))
-        place = np.arange(len(pages)) - start - 1  # among the page's further owners, from 0
-        is_further = (place >= 0) & (pages < self.num_pages)
-        begins_item = is_further & (place % lanes == 0)
-        item = np.cumsum(begins_item) - 1
-        lane = ints(flat.shape[0], -1)
-        lane[order[is_further]] = (item * lanes + place % lanes)[is_further]
-        page: Any = ints(shape.shared_items, self.num_pages)
-        page[: begins_item.sum()] = pages[begins_item]
-        owner = ints(shape.shared_items * lanes, rows)
-        owner[lane[order[is_further]]] = order[is_further] // table.shape[1]
-        return SharedPages(page, owner.reshape(-1, lanes), lane.reshape(table.shape))
-
-    def _table(self, slot: np.ndarray, num_pages: int) -> Any:
-        return self._page_table[slot, :num_pages]
 
     def _join(self, new: NewRequest) -> Row:
         assert isinstance(new.params, RowParams), f"{new.request_id} has no row parameters"
@@ -225,37 +182,15 @@ class Batch:
         first = self.num_row_pages[row.slot]
         self.num_row_pages[row.slot] = last = first + len(page_ids)
         self._page_table[row.slot, first:last] = page_ids
-        pages = list(page_ids)
-        self._num_shared_pages += int((self._num_owners[pages] == 1).sum())
-        self._num_owners[pages] += 1
-        self.extent[row.slot] = max(self.extent[row.slot], 1 + max(page_ids, default=-1))
 
     def _leave(self, request_id: str) -> None:
         row = self.rows.pop(request_id)
         self.num_scored_rows -= row.params.num_prompt_logprobs is not None
-        pages = self._page_table[row.slot, : self.num_row_pages[row.slot]]
-        self._num_shared_pages -= int((self._num_owners[pages] == 2).sum())
-        self._num_owners[pages] -= 1
         self._page_table[row.slot] = self.num_pages
-        for array in (self.num_computed, self._num_known, self.num_row_pages, self.extent):
+        for array in (self.num_computed, self._num_known, self.num_row_pages):
             array[row.slot] = 0
         self._row_at[row.slot] = None
         heapq.heappush(self._free_slots, row.slot)
-
-
-def by_call(chunks: Sequence[Chunk], buckets: Buckets, page_size: int) -> Iterator[list[Chunk]]:
-    """Cuts chunks into those of one prefill call each; long tables leave room for few rows."""
-    some: list[Chunk] = []
-    most_pages = 0
-    for chunk in chunks:
-        num_pages = pages_for(chunk.end, page_size)
-        most_pages = max(most_pages, num_pages)
-        if some and len(some) + 1 > buckets.most_prefill_rows(most_pages):
-            yield some
-            some, most_pages = [], num_pages
-        some.append(chunk)
-    if some:
-        yield some
 
 
 def ints(shape: int | tuple[int, ...], value: int = 0) -> Any:

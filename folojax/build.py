@@ -10,22 +10,22 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from folojax import step_memory
-from folojax.buckets import Buckets, make_buckets, slots_for
+from folojax.backend import Backend, choose_backend
 from folojax.config import EngineConfig, ResolvedConfig
 from folojax.deterministic import DeterministicRunner
 from folojax.engine import Engine
-from folojax.kv_cache import KVLayout
+from folojax.kv import KVLayout
 from folojax.memory_areas import give_back_memory
 from folojax.memory_plan import MemoryPlan, plan_fraction, plan_pages
 from folojax.models.checkpoint import Checkpoint, build_module, load_params, open_checkpoint
 from folojax.models.llama import Llama
 from folojax.models.params import num_params, params_bytes
 from folojax.models.quantize import is_quantized, quantization_of, quantize_params
-from folojax.native_attention import suits
 from folojax.runner import Runner
 from folojax.sampling_params import SamplingParams
 from folojax.sched.scheduler import Scheduler
-from folojax.swap_cost import CPU_RATES, GPU_RATES, min_swap_tokens
+from folojax.shapes import Shapes, slots_for
+from folojax.swap_cost import min_swap_tokens
 from folojax.tokenizer import Tokenizer
 from folojax.tokenizer_files import load_tokenizer
 from folojax.user_functions import NO_FUNCTIONS, UserFunctions
@@ -41,6 +41,7 @@ class LoadedModel(NamedTuple):
     checkpoint: Checkpoint | None
     config: ResolvedConfig
     memory_plan: MemoryPlan
+    backend: Backend
 
 
 def make_config(config: EngineConfig | None, fields: dict[str, Any]) -> EngineConfig:
@@ -71,6 +72,7 @@ def load_model(
 
     Limits and memory are settled before weights are read, which may take long or not fit.
     """
+    backend = choose_backend()
     quantization = config.quantization
     if isinstance(model, tuple):
         module, params = model
@@ -93,17 +95,17 @@ def load_model(
         num_weights = sum(
             math.prod(leaf.shape) for leaf in jax.tree.leaves(params, is_leaf=is_quantized)
         )
-        resolved, plan = plan_memory(config, module, weights, num_weights, here)
+        resolved, plan = plan_memory(config, module, weights, num_weights, backend, here)
         params = quantize_params(params, quantization) if quantization else params
-        return LoadedModel(module, params, None, resolved, plan)
-    compute_dtype = _resolve_dtype(dtype)
+        return LoadedModel(module, params, None, resolved, plan, backend)
+    compute_dtype = _resolve_dtype(dtype, backend)
     checkpoint = open_checkpoint(model, revision)
     module = build_module(checkpoint.config, compute_dtype)
     weights = params_bytes(checkpoint.config, compute_dtype, quantization)
     num_weights = num_params(checkpoint.config)
-    resolved, plan = plan_memory(config, module, weights, num_weights)
+    resolved, plan = plan_memory(config, module, weights, num_weights, backend)
     params = load_params(checkpoint, compute_dtype, quantization)
-    return LoadedModel(module, params, checkpoint, resolved, plan)
+    return LoadedModel(module, params, checkpoint, resolved, plan, backend)
 
 
 def plan_memory(
@@ -111,6 +113,7 @@ def plan_memory(
     module: nn.Module,
     weights_bytes: int,
     num_weights: int,
+    backend: Backend,
     resident_bytes: int = 0,
 ) -> tuple[ResolvedConfig, MemoryPlan]:
     """Settles an engine's limits, and the memory that it takes within them.
@@ -120,12 +123,12 @@ def plan_memory(
         module: The model.
         weights_bytes: Of its parameters.
         num_weights: How many these are.
+        backend: That the engine runs on.
         resident_bytes: Of those parameters that are on the device already.
 
     Raises:
         ValueError: the limits contradict each other or the model, or the memory is too little.
     """
-    backend = jax.default_backend()
     resolved = config.resolve(
         module.config.max_position,
         backend,
@@ -135,18 +138,20 @@ def plan_memory(
     max_logprobs = _num_alternatives(module, resolved)
 
     def measure(num_pages: int) -> int:
-        buckets, layout = _shapes(module, dataclasses.replace(resolved, num_pages=num_pages))
+        sized = dataclasses.replace(resolved, num_pages=num_pages)
+        shapes, layout = _shapes(module, sized, backend)
         return step_memory.measure(
             module,
             layout,
-            buckets,
+            shapes,
             num_slots,
             max_logprobs,
+            backend,
             config.quantization,
             is_deterministic=resolved.deterministic,
         )
 
-    buckets, layout = _shapes(module, resolved)
+    shapes, layout = _shapes(module, resolved, backend)
     plan = MemoryPlan(
         weights_bytes=weights_bytes,
         slots_bytes=step_memory.slot_bytes(module, num_slots),
@@ -154,7 +159,7 @@ def plan_memory(
         num_pages=resolved.num_pages,
         page_size=resolved.page_size,
         max_model_len=resolved.max_model_len,
-        temporaries_bytes=step_memory.estimate(module, layout, buckets, max_logprobs),
+        temporaries_bytes=step_memory.estimate(module, layout, shapes, max_logprobs),
         is_measured=False,
         device=step_memory.device_memory(resident_bytes),
     )
@@ -199,7 +204,7 @@ def make_engine(
     functions.check_layers(model.module.config.num_layers)
     module, config = model.module, model.config
     functions.check_results(module.config.vocab_size, module.config.hidden_size, module.dtype)
-    buckets, layout = _shapes(module, config)
+    shapes, layout = _shapes(module, config, model.backend)
     vocab_size = module.config.vocab_size
     # Rows of the vocabulary beyond the tokenizer's are padding, and no token.
     num_tokens = min(vocab_size, tokenizer.num_tokens) if tokenizer else vocab_size
@@ -208,8 +213,9 @@ def make_engine(
         module,
         model.params,
         layout,
-        buckets,
+        shapes,
         config.max_num_seqs,
+        backend=model.backend,
         max_logprobs=_num_alternatives(module, config),
         num_tokens=None if num_tokens == vocab_size else num_tokens,
         is_processed=config.logprobs_mode == "processed",
@@ -230,23 +236,20 @@ def make_engine(
     )
 
 
-def _shapes(module: nn.Module, config: ResolvedConfig) -> tuple[Buckets, KVLayout]:
-    backend = jax.default_backend()
-    is_half_on_cpu = module.dtype != jnp.float32 and backend == "cpu"
-    # A product with a single row converts all weights to float32 there, in every call.
-    is_in_place = not config.deterministic and suits(module.config, config.page_size)
-    min_rows = 2 if is_half_on_cpu else 1
-    buckets = make_buckets(config, backend, min_rows, is_in_place=is_in_place)
-    if config.deterministic:
-        # Pages are picked by table there, never read where they lie: cuts would only cost.
-        buckets = dataclasses.replace(buckets, segments=(config.num_pages,), prefill_segments=(1,))
-    return buckets, KVLayout.of(module.config, module.dtype, buckets.segments, config.page_size)
+def _shapes(module: nn.Module, config: ResolvedConfig, backend: Backend) -> tuple[Shapes, KVLayout]:
+    layout = backend.kv_layout(
+        module.config,
+        module.dtype,
+        config.num_pages,
+        config.page_size,
+        is_deterministic=config.deterministic,
+    )
+    return backend.shapes(config, module.dtype), layout
 
 
-def _min_swap_tokens(module: nn.Module, num_weights: int, backend: str) -> int:
-    layout = KVLayout.of(module.config, module.dtype, segments=(1,), page_size=1)
-    rates = CPU_RATES if backend == "cpu" else GPU_RATES
-    return min_swap_tokens(num_weights, layout.bytes_per_page, rates)
+def _min_swap_tokens(module: nn.Module, num_weights: int, backend: Backend) -> int:
+    layout = backend.kv_layout(module.config, module.dtype, num_pages=1, page_size=1)
+    return min_swap_tokens(num_weights, layout.bytes_per_page, backend.swap_rates)
 
 
 def _num_alternatives(module: nn.Module, config: ResolvedConfig) -> int:
@@ -263,9 +266,9 @@ def _end_tokens(checkpoint: Checkpoint | None, tokenizer: Tokenizer | None) -> t
     return () if eos_token_id is None else (eos_token_id,)
 
 
-def _resolve_dtype(dtype: str) -> Any:
+def _resolve_dtype(dtype: str, backend: Backend) -> Any:
     if dtype == "auto":
-        return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+        return backend.default_dtype
     if dtype not in _DTYPES:
         raise ValueError(f"dtype is {dtype!r}; it must be 'auto' or one of {sorted(_DTYPES)}")
     return _DTYPES[dtype]

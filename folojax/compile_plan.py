@@ -7,10 +7,10 @@ import logging
 from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 
-from folojax.buckets import Buckets, DecodeShape, PrefillShape
 from folojax.memory_areas import make_room
 from folojax.residual import ActivationEdit
 from folojax.sampling import SamplingClass, SamplingSpec
+from folojax.shapes import DecodeShape, PrefillShape, Shapes
 
 _LOG = logging.getLogger("folojax")
 
@@ -23,10 +23,7 @@ class Executable(NamedTuple):
             the model's step in deterministic mode.
         rows: Of the batch.
         tokens: Of a row.
-        table_pages: Of a row's page table.
-        segments: Of the cache.
-        shared_items: Work items of pages with several owners.
-        sampling: The most demanding row's needs.
+        sampling: The most demanding row's needs; also of a "decode" that samples.
         num_logprobs: Alternatives reported with a token; None reports no ranks either.
         functions: Names of the user's functions that some row asks for, and "record" or
             "activations" where one asks for those; plans list none with any.
@@ -36,9 +33,6 @@ class Executable(NamedTuple):
     kind: str
     rows: int = 0
     tokens: int = 1
-    table_pages: int = 0
-    segments: int = 0
-    shared_items: int = 0
     sampling: SamplingClass | None = None
     num_logprobs: int | None = None
     functions: tuple[str, ...] = ()
@@ -66,11 +60,10 @@ def model_executable(
     taps: tuple[int, ...] = (),
 ) -> Executable:
     """That of a model's step, with the edits and taps of activations that some row asks for."""
-    sizes = shape.table_pages, shape.segments
     if isinstance(shape, PrefillShape):
-        found = Executable("prefill", shape.rows, shape.columns, *sizes)
+        found = Executable("prefill", shape.rows, shape.columns)
     else:
-        found = Executable("decode", shape.rows, 1, *sizes, shape.shared_items)
+        found = Executable("decode", shape.rows)
     return found._replace(functions=layer_functions(edits, taps))
 
 
@@ -86,6 +79,23 @@ def sample_executable(rows: int, spec: SamplingSpec, bans: int = 0) -> Executabl
     )
 
 
+def sampled_executable(
+    shape: DecodeShape,
+    spec: SamplingSpec,
+    edits: tuple[ActivationEdit, ...] = (),
+    taps: tuple[int, ...] = (),
+    bans: int = 0,
+) -> Executable:
+    """That of a decode step and its sampling in one program."""
+    found = model_executable(shape, edits, taps)
+    return found._replace(
+        sampling=spec.needed,
+        num_logprobs=spec.num_logprobs,
+        functions=found.functions + _names(spec),
+        bans=bans,
+    )
+
+
 def steps_executable(
     shape: DecodeShape,
     most_steps: int,
@@ -95,15 +105,8 @@ def steps_executable(
     bans: int = 0,
 ) -> Executable:
     """That of several decode steps in one call."""
-    found = model_executable(shape, edits, taps)
-    return found._replace(
-        kind="decode_steps",
-        tokens=most_steps,
-        sampling=spec.needed,
-        num_logprobs=spec.num_logprobs,
-        functions=found.functions + _names(spec),
-        bans=bans,
-    )
+    found = sampled_executable(shape, spec, edits, taps, bans)
+    return found._replace(kind="decode_steps", tokens=most_steps)
 
 
 def layer_functions(edits: tuple[ActivationEdit, ...], taps: tuple[int, ...]) -> tuple[str, ...]:
@@ -117,34 +120,44 @@ def _names(spec: SamplingSpec) -> tuple[str, ...]:
 
 
 def list_executables(
-    buckets: Buckets,
+    shapes: Shapes,
     sampling: Collection[SamplingClass],
     logprobs: Sequence[int],
     most_steps: int,
+    is_whole: bool,
 ) -> Iterator[Executable]:
     """Every executable of an engine.
 
     Args:
-        buckets: Which shapes exist.
+        shapes: Which shapes exist.
         sampling: Classes that will be used.
         logprobs: How many alternatives may be reported with a token; that samples have no
             log-probabilities is always possible.
         most_steps: Decode steps of one call, where they are several.
+        is_whole: Whether a decode step and its sampling are one program.
     """
-    shapes = list(buckets.shapes())
-    yield from map(model_executable, shapes)
     specs = [
         SamplingSpec(needed, count)
         for needed, count in itertools.product(sorted(sampling), (None, *logprobs))
     ]
-    for shape, spec in itertools.product(shapes, specs):
-        if isinstance(shape, DecodeShape) and most_steps > 1:
-            yield steps_executable(shape, most_steps, spec)
-    rows = sorted({*buckets.decode_rows, *buckets.shared_rows, *buckets.prefill_rows})
-    for spec, size in itertools.product(specs, rows):
-        yield sample_executable(size, spec)
-    for count, size in itertools.product(logprobs, buckets.prefill_rows):
-        yield Executable("score", size, buckets.prefill_columns, num_logprobs=count)
+    for rows in shapes.prefill_rows:
+        yield model_executable(PrefillShape(rows, shapes.prefill_columns))
+    for spec in specs:
+        is_greedy = spec == SamplingSpec(SamplingClass.GREEDY)
+        if is_whole:
+            for rows in shapes.decode_rows if is_greedy else shapes.sampled_rows:
+                yield sampled_executable(DecodeShape(rows), spec)
+    if not is_whole:
+        for rows in shapes.decode_rows:
+            yield model_executable(DecodeShape(rows))
+    for spec, rows in itertools.product(specs, shapes.decode_rows):
+        if most_steps > 1:
+            yield steps_executable(DecodeShape(rows), most_steps, spec)
+    sampled = {*shapes.prefill_rows, *(() if is_whole else shapes.decode_rows)}
+    for spec, rows in itertools.product(specs, sorted(sampled)):
+        yield sample_executable(rows, spec)
+    for count, rows in itertools.product(logprobs, shapes.prefill_rows):
+        yield Executable("score", rows, shapes.prefill_columns, num_logprobs=count)
     yield COPIES
     if SamplingClass.EDITED in sampling:
         yield EDITS

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import TypedDict
 
+from folojax.backend import Backend
 from folojax.models.quantize import QUANTIZATIONS
 from folojax.sched.config import SchedulerConfig
 from folojax.sched.pages import pages_for
@@ -17,10 +18,10 @@ class EngineConfig:
 
     Attributes:
         max_model_len: Most tokens of one request, prompt and output; None takes the model's limit.
-        max_num_seqs: Most requests that run at once.
+        max_num_seqs: Most requests that run at once. None is 32 on CPU, 256 elsewhere.
         max_num_batched_tokens: Most tokens computed in one step; longer prompts are cut in chunks.
             None is 512 on CPU, 4,096 elsewhere.
-        page_size: Tokens in a KV page. None is 64 on CPU, 128 elsewhere.
+        page_size: Tokens in a KV page. None is 64.
         num_pages: Pages in the pool. None: as many as `memory_fraction` has room for. If that is
             None too, on CPU, room for `max_num_seqs` requests of 512 tokens and for one request
             of `max_model_len`.
@@ -68,13 +69,16 @@ class EngineConfig:
             `LLM.score` gives the bits that sampling gave. Every call then has one fixed shape,
             which costs time.
         seed: Of the seeds that requests without one are given.
+        warm_up: Whether an engine compiles, when it is made, what greedy and random sampling need.
+            None: on a GPU, where a program takes 10 s to compile, and a step would wait for each.
+            `LLM.warm_up` compiles more, such as for penalties and log-probabilities.
         strict: A step that needs an executable outside the compile plan raises a RuntimeError, and
             its requests are aborted. Otherwise it waits for the compiler; after a warm-up the
             first such step is told in the log. For tests and measurements.
     """
 
     max_model_len: int | None = None
-    max_num_seqs: int = 32
+    max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
     page_size: int | None = None
     num_pages: int | None = None
@@ -95,6 +99,7 @@ class EngineConfig:
     logprobs_mode: str = "raw"
     deterministic: bool = False
     seed: int = 0
+    warm_up: bool | None = None
     strict: bool = False
 
     def __post_init__(self) -> None:
@@ -116,7 +121,8 @@ class EngineConfig:
                 "the pool: give one of them"
             )
         for name in _SWITCHES:
-            if not isinstance(getattr(self, name), bool):
+            is_open = name == "warm_up" and self.warm_up is None
+            if not isinstance(getattr(self, name), bool) and not is_open:
                 problems.append(f"{name} is {getattr(self, name)!r}; it must be True or False")
         if not _is_fraction(self.watermark, 0) or self.watermark >= 1:
             problems.append(
@@ -145,16 +151,16 @@ class EngineConfig:
         if problems:
             raise ValueError("EngineConfig: " + "; ".join(problems))
 
-    def pool_fraction(self, backend: str = "cpu") -> float | None:
+    def pool_fraction(self, backend: Backend) -> float | None:
         """Share of the device's memory that sizes the pool; None: it is not sized by memory."""
         if self.num_pages is not None:
             return None
-        if self.memory_fraction is None and backend != "cpu":
-            return _GPU_MEMORY_FRACTION
+        if self.memory_fraction is None:
+            return backend.memory_fraction
         return self.memory_fraction
 
     def resolve(
-        self, max_position: int, backend: str = "cpu", min_swap_tokens: int = 1
+        self, max_position: int, backend: Backend, min_swap_tokens: int = 1
     ) -> "ResolvedConfig":
         """Fills in what depends on the model and the device, but for its memory.
 
@@ -163,21 +169,25 @@ class EngineConfig:
 
         Args:
             max_position: Longest sequence the model was made for, in tokens.
-            backend: JAX's name of the platform.
+            backend: That the engine runs on.
             min_swap_tokens: What takes the place of None.
 
         Raises:
             ValueError: `max_model_len` is beyond it, the limits contradict each other, or the
                 quantisation is not for this platform.
         """
-        if self.quantization is not None and backend != "cpu":
+        if self.quantization is not None and backend.name != "cpu":
             raise ValueError(
-                f"quantization is {self.quantization!r}, which is for CPU; this is {backend}: "
-                "leave it out"
+                f"quantization is {self.quantization!r}, which is for CPU; this is "
+                f"{backend.name}: leave it out"
             )
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        defaults = dict(_CPU_DEFAULTS if backend == "cpu" else _GPU_DEFAULTS)
-        defaults |= {"max_model_len": max_position, "min_swap_tokens": min_swap_tokens}
+        if self.warm_up is None:
+            fields["warm_up"] = backend.warms_up
+        defaults = backend.defaults | {
+            "max_model_len": max_position,
+            "min_swap_tokens": min_swap_tokens,
+        }
         for name, default in defaults.items():
             if fields[name] is None:
                 fields[name] = default
@@ -193,7 +203,7 @@ class EngineConfig:
             if self.pool_fraction(backend) is None:
                 # Whole pages for each, or all of them running would not fit.
                 usual = pages_for(min(max_model_len, 512), page_size)
-                num_pages = max(num_pages, self.max_num_seqs * usual)
+                num_pages = max(num_pages, fields["max_num_seqs"] * usual)
             fields["num_pages"] = num_pages
         resolved = ResolvedConfig(**{**fields, "memory_fraction": None})
         resolved.scheduler()  # its checks
@@ -205,6 +215,7 @@ class ResolvedConfig(EngineConfig):
     """An EngineConfig in which nothing is left open; a fraction has become pages."""
 
     max_model_len: int
+    max_num_seqs: int
     max_num_batched_tokens: int
     page_size: int
     num_pages: int
@@ -235,7 +246,7 @@ class EngineOptions(TypedDict, total=False):
     """The fields of EngineConfig as keywords, so that a type checker knows those of `LLM`."""
 
     max_model_len: int | None
-    max_num_seqs: int
+    max_num_seqs: int | None
     max_num_batched_tokens: int | None
     page_size: int | None
     num_pages: int | None
@@ -256,6 +267,7 @@ class EngineOptions(TypedDict, total=False):
     logprobs_mode: str
     deterministic: bool
     seed: int
+    warm_up: bool | None
     strict: bool
     gpu_memory_utilization: float  # vLLM's name of memory_fraction
     tensor_parallel_size: int  # of other engines; only 1
@@ -263,6 +275,7 @@ class EngineOptions(TypedDict, total=False):
 
 _OPTIONAL = (
     "max_model_len",
+    "max_num_seqs",
     "num_pages",
     "max_num_batched_tokens",
     "page_size",
@@ -276,15 +289,9 @@ _SWITCHES = (
     "async_scheduling",
     "deterministic",
     "check_integrity",
+    "warm_up",
     "strict",
 )
-
-# Measured: docs/log.md and docs/gpu.md.
-_CPU_DEFAULTS = {"max_num_batched_tokens": 512, "page_size": 64, "prefill_row_len": 16}
-_GPU_DEFAULTS = {"max_num_batched_tokens": 4096, "page_size": 128, "prefill_row_len": 128}
-
-# As vLLM; what is left is for what XLA and CUDA keep beside their arrays.
-_GPU_MEMORY_FRACTION = 0.9
 
 _LOWEST = {
     "max_model_len": 2,

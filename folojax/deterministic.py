@@ -12,11 +12,8 @@ import itertools
 from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
-import jax
-
 from folojax import rowwise
 from folojax.batch import Chunk, Row, ints
-from folojax.buckets import num_alternatives
 from folojax.compile_plan import COPIES, EDITS, Executable, layer_functions, sample_executable
 from folojax.programs import result_shapes
 from folojax.residual import with_taps
@@ -24,7 +21,7 @@ from folojax.results import Pending, is_scored, tokens_after
 from folojax.runner import Runner
 from folojax.sampling import SamplingClass, SamplingSpec
 from folojax.sched.plan import SchedulerOutput
-from folojax.state import DecodeInputs, SampleInputs, SlotState, StepOutput, TokenScores
+from folojax.state import DecodeInputs, SampleInputs, SlotState, TokenScores
 from folojax.taps import Span, Tapped
 
 
@@ -39,11 +36,6 @@ class _Token(NamedTuple):
     def chunk(self) -> Chunk:
         """The same as a chunk of one token."""
         return Chunk(self.row, self.position, self.position + 1, self.has_sample)
-
-
-def num_rows(backend: str) -> int:
-    """T: tokens of a call, the same in every engine of a platform."""
-    return 32 if backend == "cpu" else 128
 
 
 class DeterministicRunner(Runner):
@@ -65,7 +57,7 @@ class DeterministicRunner(Runner):
                 _Token(row, position, position + 1 == end and request_id in sampled)
                 for position in range(start, end)
             ]
-        size = num_rows(jax.default_backend())
+        size = self.backend.rows_per_call
         pending: list[Pending] = []
         for first in range(0, len(tokens), size):
             pending += self._run(tokens[first : first + size])
@@ -78,7 +70,7 @@ class DeterministicRunner(Runner):
         self, sampling: Collection[SamplingClass], has_logprobs: bool
     ) -> Iterator[Executable]:
         """As `Runner`: one for all steps of the model, and the samplers and scorers behind it."""
-        size = num_rows(jax.default_backend())
+        size = self.backend.rows_per_call
         yield Executable("rows", size)
         sizes = self._list_logprobs(has_logprobs)
         for needed, count in itertools.product(sorted(sampling), (None, *sizes)):
@@ -144,7 +136,7 @@ class DeterministicRunner(Runner):
 
     def _forward(self, tokens: list[_Token]) -> tuple[tuple[Any, Any], dict[int, Any]]:
         """Caches tokens; returns logits with the logarithms of their mass, and tapped streams."""
-        size = num_rows(jax.default_backend())
+        size = self.backend.rows_per_call
         slot = self.batch.pad([token.row.slot for token in tokens], size)
         token_ids, position = ints(size, -1), ints(size)
         for i, (row, place, _) in enumerate(tokens):
@@ -172,7 +164,7 @@ class DeterministicRunner(Runner):
 
     def _sample_hidden(
         self, hidden: Any, slots: SlotState, inputs: SampleInputs, spec: SamplingSpec
-    ) -> tuple[SlotState, StepOutput]:
+    ) -> tuple[SlotState, Any]:
         logits, log_mass = hidden
         return rowwise.sample_logits(slots, logits, log_mass, inputs, spec=spec)
 
@@ -187,6 +179,6 @@ class DeterministicRunner(Runner):
             if is_scored(token.row, token.position):
                 (targets[i],) = tokens_after(token.chunk)
         wanted = [token.row.params.num_prompt_logprobs or 0 for token in scored]
-        num_logprobs = num_alternatives(max(wanted), self.max_logprobs) or 0
+        num_logprobs = self.shapes.num_alternatives(max(wanted), self.max_logprobs) or 0
         self.gate.check(Executable("score", size, num_logprobs=num_logprobs))
         return rowwise.score_logits(*both, targets, num_logprobs=num_logprobs)

@@ -13,9 +13,8 @@ import jax
 import numpy as np
 from jaxtyping import Num
 
-from folojax import kv_cache, page_copies
-from folojax.kv_cache import KVCache, KVLayout
-from folojax.page_copies import TakenPages
+from folojax.kv.cache import KVCache, KVLayout
+from folojax.kv.page_copies import PageCopies, TakenPages
 from folojax.sched.host_pages import PageLoad, PageSave
 
 
@@ -44,8 +43,10 @@ class TokenKV:
 class HostStore:
     """Pages by key, in the memory of the host."""
 
-    def __init__(self, layout: KVLayout) -> None:
+    def __init__(self, layout: KVLayout, copies: PageCopies) -> None:
+        """An empty one; `copies` moves the pages."""
         self._layout = layout
+        self._copies = copies
         self._taken: dict[int, list[TakenPages]] = {}
 
     def __len__(self) -> int:
@@ -54,7 +55,7 @@ class HostStore:
     def save(self, cache: KVCache, saves: Iterable[PageSave]) -> None:
         """Copies pages out of the cache. Does not wait for the device."""
         for save in saves:
-            taken = page_copies.take_pages(cache, save.page_ids)
+            taken = self._copies.take(cache, save.page_ids)
             self._taken[save.key] = [_to_host(pages) for pages in taken]
 
     def load(self, cache: KVCache, loads: Iterable[PageLoad]) -> KVCache:
@@ -62,7 +63,7 @@ class HostStore:
         for load in loads:
             targets = {load.first + place: page for place, page in enumerate(load.page_ids)}
             taken = [_to_device(pages) for pages in self._taken.pop(load.key)]
-            cache = page_copies.put_pages(cache, taken, targets)
+            cache = self._copies.put(cache, taken, targets)
         return cache
 
     def drop(self, keys: Iterable[int]) -> None:
@@ -99,49 +100,42 @@ class HostStore:
 def read_tokens(taken: Sequence[TakenPages], num_tokens: int, layout: KVLayout) -> TokenKV:
     """Waits for pages, and lays out the first tokens in them one behind the other."""
     num_pages = -(-num_tokens // layout.page_size)
-    num_layers = layout.num_layers
-    shape = (num_layers, num_pages, layout.num_kv_heads, layout.head_dim, layout.page_size)
-    storage = kv_cache.storage_dtype(layout.dtype)
-    keys: np.ndarray = np.zeros(shape, storage)
-    values: np.ndarray = np.zeros((*shape[:3], *shape[:2:-1]), storage)
-    for place, arrays in jax.device_get([(pages.place, pages.arrays) for pages in taken]):
+    heads, dim = layout.num_kv_heads, layout.head_dim
+    shape = (layout.num_layers, num_pages, 2, layout.page_size, heads, dim)
+    pages: np.ndarray = np.zeros(shape, np.dtype(layout.storage_dtype))
+    for place, layers in jax.device_get([(one.place, one.layers) for one in taken]):
         is_wanted = (place >= 0) & (place < num_pages)
-        for layer in range(num_layers):
-            keys[layer, place[is_wanted]] = kv_cache.turn_keys(arrays[layer])[is_wanted]
-            values[layer, place[is_wanted]] = arrays[num_layers + layer][is_wanted]
-    # [L, N, K, D, S] and [L, N, K, S, D] to [L, N * S, K, D]
-    by_token = (num_layers, -1, layout.num_kv_heads, layout.head_dim)
-    dtype = np.dtype(layout.dtype)
-    return TokenKV(
-        keys.transpose(0, 1, 4, 2, 3).reshape(by_token)[:, :num_tokens].astype(dtype),
-        values.transpose(0, 1, 3, 2, 4).reshape(by_token)[:, :num_tokens].astype(dtype),
-    )
+        for layer, found in enumerate(layers):
+            pages[layer, place[is_wanted]] = layout.format.by_token(found)[is_wanted]
+    # [L, N, 2, S, K, D] to [2, L, N * S, K, D]
+    tokens = pages.transpose(2, 0, 1, 3, 4, 5).reshape(2, layout.num_layers, -1, heads, dim)
+    keys, values = tokens[:, :, :num_tokens].astype(np.dtype(layout.dtype))
+    return TokenKV(keys, values)
 
 
 def write_tokens(kv: TokenKV, layout: KVLayout) -> TakenPages:
     """The inverse of `read_tokens`: the pages that hold these tokens."""
     num_pages = -(-kv.num_tokens // layout.page_size)
-    storage = kv_cache.storage_dtype(layout.dtype)
-    padding = ((0, 0), (0, num_pages * layout.page_size - kv.num_tokens), (0, 0), (0, 0))
-    shape = (layout.num_layers, num_pages, layout.page_size, layout.num_kv_heads, layout.head_dim)
-    keys, values = (np.pad(x.astype(storage), padding).reshape(shape) for x in (kv.keys, kv.values))
-    stored_keys = kv_cache.turn_keys(keys.transpose(0, 1, 3, 4, 2))
-    arrays = [*stored_keys, *values.transpose(0, 1, 3, 2, 4)]
-    # One group: its size is its own, and so is what `put_pages` compiles for it.
-    return TakenPages(np.arange(num_pages), [jax.numpy.asarray(array) for array in arrays])
+    both = np.stack((kv.keys, kv.values)).astype(np.dtype(layout.storage_dtype))
+    missing = num_pages * layout.page_size - kv.num_tokens
+    both = np.pad(both, ((0, 0), (0, 0), (0, missing), (0, 0), (0, 0)))
+    shape = (2, layout.num_layers, num_pages, layout.page_size, *both.shape[3:])
+    layers = layout.format.by_token(both.reshape(shape).transpose(1, 2, 0, 3, 4, 5))
+    # One group: its size is its own, and so is what `PageCopies.put` compiles for it.
+    return TakenPages(np.arange(num_pages), [jax.numpy.asarray(layer) for layer in layers])
 
 
 def _to_host(pages: TakenPages) -> TakenPages:
-    return pages._replace(arrays=[_move(array, "pinned_host") for array in pages.arrays])
+    return pages._replace(layers=[_move(array, "pinned_host") for array in pages.layers])
 
 
 def _to_device(pages: TakenPages) -> TakenPages:
-    return pages._replace(arrays=[_move(array, "device") for array in pages.arrays])
+    return pages._replace(layers=[_move(array, "device") for array in pages.layers])
 
 
 def _move(array: jax.Array, memory_kind: str) -> jax.Array:
     """Between the memories of an accelerator and its host; a CPU has only the one."""
-    device = jax.devices()[0]
+    (device,) = array.devices()
     if device.platform == "cpu":
         return array
     sharding = jax.sharding.SingleDeviceSharding(device, memory_kind=memory_kind)

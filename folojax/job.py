@@ -1,7 +1,6 @@
 """A user's request: its `n` samples, each a request of the scheduler, and what becomes of them."""
 
 import dataclasses
-import itertools
 import math
 import time
 from collections.abc import Sequence
@@ -335,14 +334,15 @@ def make_job(
 
 def as_logprobs(entry: TokenLogprob, tokenizer: Tokenizer | None) -> dict[int, Logprob]:
     """The token itself, then the likeliest ones by rank."""
-    ranked = zip(entry.top_tokens, entry.top_logprobs, itertools.count(1), strict=False)
+    # Spelled out: it goes through every alternative of every row in every step.
     found = {entry.token: (entry.logprob, entry.rank)}
-    for token, logprob, rank in ranked:
-        found.setdefault(token, (logprob, rank))
-    return {
-        token: Logprob(logprob, rank, tokenizer.token_text(token) if tokenizer else None)
-        for token, (logprob, rank) in found.items()
-    }
+    for rank, token in enumerate(entry.top_tokens, start=1):
+        if token not in found:
+            found[token] = (entry.top_logprobs[rank - 1], rank)
+    if tokenizer is None:
+        return {token: Logprob(*pair) for token, pair in found.items()}
+    text = tokenizer.token_text
+    return {token: Logprob(*pair, text(token)) for token, pair in found.items()}
 
 
 def _make_detokenizer(

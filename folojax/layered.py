@@ -12,25 +12,31 @@ instead of reading what the last one gave.
 """
 
 import functools
-from collections.abc import Callable, Hashable, Sequence
-from typing import Any, Protocol, TypeAlias
+import inspect
+from collections.abc import Hashable, Sequence
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from folojax import step
-from folojax.attention import attend_chunks, attend_tokens
-from folojax.kv_cache import KVCache, layer_of, with_layers
+from folojax.attention import attend
+from folojax.kv.cache import KVCache, join_layers
 from folojax.models.interface import Layered
 from folojax.models.row_sums import REORDERED
-from folojax.programs import Call, Program, Programs
-from folojax.residual import ActivationEdit, with_taps
-from folojax.state import DecodeInputs, PrefillInputs
+from folojax.packing import PackedReport, Packing, pack_report, report_packing
+from folojax.programs import IN_GRAPH, Call, Program, Programs
+from folojax.residual import ActivationEdit, read_layers
+from folojax.sampling import SamplingSpec
+from folojax.state import DecodeInputs, PrefillInputs, SampleInputs, SlotState
 
 _LAYER = "layers_"
 
 # Layers of a group. A decode program is larger, and there are more shapes of it.
 _PREFILL_LAYERS, _DECODE_LAYERS = 5, 3
+
+_Kind: TypeAlias = Literal["prefill", "decode"]
 
 Streams: TypeAlias = dict[int, Any]
 """The residual streams [T, E] of all tokens of a call, padding included, by layer."""
@@ -78,18 +84,35 @@ class Steps(Protocol):
         ...
 
 
-def make_steps(model: nn.Module, backend: str) -> Steps:
-    """The way that suits a platform, by JAX's name of it."""
-    if backend == "cpu" and isinstance(model, Layered):
+def make_steps(model: nn.Module, is_layered: bool) -> "WholeSteps | LayeredSteps":
+    """Some layers at a time where that is wanted and the model can be run so."""
+    if is_layered and isinstance(model, Layered):
         return LayeredSteps(model)
     return WholeSteps(model)
 
 
+class _Ready(NamedTuple):
+    """What is known of the calls of one kind and shape.
+
+    Attributes:
+        packing: Of their inputs.
+        program: That they run.
+        report: Packing of what they report; None where they report nothing.
+    """
+
+    packing: Packing
+    program: Program
+    report: Packing | None = None
+
+
 class WholeSteps:
-    """A step is one program."""
+    """A step is one program; on request one that samples, too."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
+        # By what tells calls apart, cheaply: on a GPU the host has less than a millisecond a step.
+        self._kinds: dict[Hashable, _Ready] = {}
+        self._compiled: dict[Hashable, jax.stages.Compiled] = {}
 
     def prefill(
         self,
@@ -101,9 +124,7 @@ class WholeSteps:
         taps: tuple[int, ...] = (),
     ) -> tuple[Any, Any, Any, Streams]:
         """As `step.prefill`."""
-        args = params, cache, inputs, is_edited
-        result, streams = self._run(step.prefill, taps, edits, *args)
-        return *result, streams
+        return self._run(*self._prefill_call(params, cache, inputs, edits, is_edited, taps))
 
     def decode(
         self,
@@ -116,42 +137,186 @@ class WholeSteps:
         taps: tuple[int, ...] = (),
     ) -> tuple[Any, Any, Streams]:
         """As `step.decode`."""
-        args = params, cache, tokens, inputs, is_edited
-        result, streams = self._run(step.decode, taps, edits, *args)
-        return *result, streams
+        return self._run(*self._decode_call(params, cache, tokens, inputs, edits, is_edited, taps))
 
-    def _run(
+    def decode_and_sample(
         self,
-        function: Any,
-        taps: tuple[int, ...],
-        edits: tuple[ActivationEdit, ...],
-        *args: Any,
-    ) -> tuple[Any, Streams]:
-        if taps:
-            options = {"function": function, "taps": taps}
-            return _WITH_TAPS.of(model=self._model, edits=edits, **options)(*args)
-        return self._program(function, edits)(*args), {}
+        params: Any,
+        cache: KVCache,
+        slots: SlotState,
+        inputs: tuple[DecodeInputs, SampleInputs],
+        spec: SamplingSpec,
+        edits: tuple[ActivationEdit, ...] = (),
+        is_edited: Any = None,
+        taps: tuple[int, ...] = (),
+    ) -> tuple[KVCache, SlotState, PackedReport, Streams]:
+        """As `step.decode_and_sample`; the report is on its way to the host."""
+        found = self._sampled_call(params, cache, slots, inputs, spec, edits, is_edited, taps)
+        cache, slots, packed, streams = self._run(*found)
+        report = self._kinds[found[0]].report
+        assert report is not None, "this kind of call reports"
+        packed.copy_to_host_async()
+        return cache, slots, PackedReport(packed, report), streams
 
     def prefill_calls(self, params: Any, cache: KVCache, inputs: PrefillInputs) -> list[Call]:
         """One program."""
-        return [Call(self._program(step.prefill), (params, cache, inputs, None))]
+        return [self._prefill_call(params, cache, inputs, (), None, ())[1]]
 
     def decode_calls(
         self, params: Any, cache: KVCache, tokens: Any, inputs: DecodeInputs
     ) -> list[Call]:
         """One program."""
-        return [Call(self._program(step.decode), (params, cache, tokens, inputs, None))]
+        return [self._decode_call(params, cache, tokens, inputs, (), None, ())[1]]
 
-    def _program(self, function: Any, edits: tuple[ActivationEdit, ...] = ()) -> Program:
-        return _WHOLE[function].of(model=self._model, edits=edits)
+    def sampled_calls(
+        self,
+        params: Any,
+        cache: KVCache,
+        slots: SlotState,
+        inputs: tuple[DecodeInputs, SampleInputs],
+        spec: SamplingSpec,
+    ) -> list[Call]:
+        """One program: that of `decode_and_sample`."""
+        return [self._sampled_call(params, cache, slots, inputs, spec, (), None, ())[1]]
+
+    def _prefill_call(
+        self, params: Any, cache: KVCache, inputs: Any, edits: Any, is_edited: Any, taps: Any
+    ) -> tuple[Hashable, Call]:
+        key = "prefill", inputs.tokens.shape, edits, taps
+        static = {"edits": edits, "taps": taps}
+        ready = self._kind(key, _PREFILL, inputs, len(inputs.start), static)
+        args = params, cache, *ready.packing.pack(inputs), is_edited
+        return key, Call(ready.program, args)
+
+    def _decode_call(
+        self,
+        params: Any,
+        cache: KVCache,
+        tokens: Any,
+        inputs: Any,
+        edits: Any,
+        is_edited: Any,
+        taps: Any,
+    ) -> tuple[Hashable, Call]:
+        rows = len(inputs.slot)
+        key = "decode", rows, edits, taps
+        ready = self._kind(key, _DECODE, inputs, rows, {"edits": edits, "taps": taps})
+        args = params, cache, tokens, *ready.packing.pack(inputs), is_edited
+        return key, Call(ready.program, args)
+
+    def _sampled_call(
+        self,
+        params: Any,
+        cache: KVCache,
+        slots: SlotState,
+        inputs: tuple[DecodeInputs, SampleInputs],
+        spec: SamplingSpec,
+        edits: Any,
+        is_edited: Any,
+        taps: Any,
+    ) -> tuple[Hashable, Call]:
+        rows, sampling = len(inputs[0].slot), inputs[1]
+        num_bans = 0 if sampling.edits is None else len(sampling.edits.bans)
+        key = "sampled", rows, spec, num_bans, edits, taps
+        static = {"spec": spec, "edits": edits, "taps": taps}
+        ready = self._kind(key, _DECODE_AND_SAMPLE, inputs, rows, static)
+        args = params, cache, slots, *ready.packing.pack(inputs), is_edited
+        return key, Call(ready.program, args)
+
+    def _kind(
+        self,
+        key: Hashable,
+        programs: Programs,
+        inputs: Any,
+        rows: int,
+        static: dict[str, Any],
+    ) -> _Ready:
+        ready = self._kinds.get(key)
+        if ready is None:
+            packing, report = Packing.of(inputs, rows), None
+            program = programs.of(model=self._model, packing=packing, **static)
+            if "spec" in static:
+                report = report_packing(step.report_shapes(static["spec"], rows))
+            ready = self._kinds[key] = _Ready(packing, program, report)
+        return ready
+
+    def _run(self, key: Hashable, call: Call) -> Any:
+        """Calls what the key stands for, compiled at the first time."""
+        compiled = self._compiled.get(key)
+        if compiled is None:
+            compiled = self._compiled[key] = call.compile()
+        return compiled(*call.args)
 
 
-# With the options of a group of layers: as fast, and rounding alike.
-_WHOLE = {
-    function: Programs(function, donate=(1,), compiler_options=REORDERED)
-    for function in (step.prefill, step.decode)
-}
-_WITH_TAPS = Programs(with_taps, donate=(1,), compiler_options=REORDERED)
+def _prefill_packed(
+    params: Any,
+    cache: KVCache,
+    packed: Any,
+    rest: list[Any],
+    is_edited: Any,
+    *,
+    model: nn.Module,
+    packing: Packing,
+    edits: tuple[ActivationEdit, ...],
+    taps: tuple[int, ...],
+) -> tuple[KVCache, Any, Any, Streams]:
+    """`step.prefill` with its inputs as one array, and taps. DONATES `cache`."""
+    inputs = packing.unpack(packed, rest)
+    with read_layers(taps) as found:
+        prefill = inspect.unwrap(step.prefill)
+        cache, last, hidden = prefill(params, cache, inputs, is_edited, model=model, edits=edits)
+    return cache, last, hidden, found
+
+
+def _decode_packed(
+    params: Any,
+    cache: KVCache,
+    tokens: Any,
+    packed: Any,
+    rest: list[Any],
+    is_edited: Any,
+    *,
+    model: nn.Module,
+    packing: Packing,
+    edits: tuple[ActivationEdit, ...],
+    taps: tuple[int, ...],
+) -> tuple[KVCache, Any, Streams]:
+    """`step.decode` with its inputs as one array, and taps. DONATES `cache`."""
+    inputs = packing.unpack(packed, rest)
+    with read_layers(taps) as found:
+        decode = inspect.unwrap(step.decode)
+        cache, hidden = decode(params, cache, tokens, inputs, is_edited, model=model, edits=edits)
+    return cache, hidden, found
+
+
+def _decode_and_sample_packed(
+    params: Any,
+    cache: KVCache,
+    slots: SlotState,
+    packed: Any,
+    rest: list[Any],
+    is_edited: Any,
+    *,
+    model: nn.Module,
+    packing: Packing,
+    spec: SamplingSpec,
+    edits: tuple[ActivationEdit, ...],
+    taps: tuple[int, ...],
+) -> tuple[KVCache, SlotState, Any, Streams]:
+    """`step.decode_and_sample` with inputs and report as one array. DONATES `cache`, `slots`."""
+    inputs, sampling = packing.unpack(packed, rest)
+    run = inspect.unwrap(step.decode_and_sample)
+    options = {"model": model, "spec": spec, "activation_edits": edits, "taps": taps}
+    cache, slots, out, found = run(params, cache, slots, inputs, sampling, is_edited, **options)
+    return cache, slots, pack_report(out), found
+
+
+# On CPU with the options of a group of layers: as fast, and rounding alike.
+_PREFILL = Programs(_prefill_packed, donate=(1,), compiler_options=REORDERED | IN_GRAPH)
+_DECODE = Programs(_decode_packed, donate=(1,), compiler_options=REORDERED | IN_GRAPH)
+_DECODE_AND_SAMPLE = Programs(
+    _decode_and_sample_packed, donate=(1, 2), compiler_options=REORDERED | IN_GRAPH
+)
 
 
 def split_layers(kinds: Sequence[Hashable], wanted: int) -> list[range]:
@@ -188,9 +353,9 @@ class LayeredSteps:
         """`model` is a `Layered` Flax module."""
         self._model = model
         self._blocks = [model.alone(layer) for layer in range(model.config.num_layers)]
-        self._groups: dict[Callable[..., Any], list[range]] = {
-            attend_chunks: split_layers(self._blocks, _PREFILL_LAYERS),
-            attend_tokens: split_layers(self._blocks, _DECODE_LAYERS),
+        self._groups: dict[_Kind, list[range]] = {
+            "prefill": split_layers(self._blocks, _PREFILL_LAYERS),
+            "decode": split_layers(self._blocks, _DECODE_LAYERS),
         }
         self._whole = WholeSteps(model)
         self._group_programs: dict[Any, Program] = {}
@@ -212,8 +377,8 @@ class LayeredSteps:
         if edits:
             return self._whole.prefill(params, cache, inputs, edits, is_edited, taps)
         outer = _outer(params)
-        begun = self._begin_prefill(outer, layer_of(cache, 0), inputs)
-        cache, hidden, streams = self._run_layers(params, cache, begun, attend_chunks, taps)
+        begun = self._begin_prefill(outer, cache.layer(0), inputs)
+        cache, hidden, streams = self._run_layers(params, cache, begun, "prefill", taps)
         return cache, *self._end_prefill(outer, hidden, inputs), streams
 
     def decode(
@@ -230,16 +395,16 @@ class LayeredSteps:
         if edits:
             return self._whole.decode(params, cache, tokens, inputs, edits, is_edited, taps)
         outer = _outer(params)
-        begun = self._begin_decode(outer, layer_of(cache, 0), tokens, inputs)
-        cache, hidden, streams = self._run_layers(params, cache, begun, attend_tokens, taps)
+        begun = self._begin_decode(outer, cache.layer(0), tokens, inputs)
+        cache, hidden, streams = self._run_layers(params, cache, begun, "decode", taps)
         return cache, self._end_decode(outer, hidden), streams
 
     def prefill_calls(self, params: Any, cache: KVCache, inputs: PrefillInputs) -> list[Call]:
         """One program before the layers, one of each kind of group, one after them."""
         outer = _outer(params)
-        begin = Call(self._begin_prefill, (outer, layer_of(cache, 0), inputs))
+        begin = Call(self._begin_prefill, (outer, cache.layer(0), inputs))
         _, hidden, _ = begun = begin.result_shapes()
-        layers = self._layer_calls(params, cache, begun, attend_chunks)
+        layers = self._layer_calls(params, cache, begun, "prefill")
         return [begin, *layers, Call(self._end_prefill, (outer, hidden, inputs))]
 
     def decode_calls(
@@ -247,9 +412,9 @@ class LayeredSteps:
     ) -> list[Call]:
         """One program before the layers, one of each kind of group, one after them."""
         outer = _outer(params)
-        begin = Call(self._begin_decode, (outer, layer_of(cache, 0), tokens, inputs))
+        begin = Call(self._begin_decode, (outer, cache.layer(0), tokens, inputs))
         _, hidden, _ = begun = begin.result_shapes()
-        layers = self._layer_calls(params, cache, begun, attend_tokens)
+        layers = self._layer_calls(params, cache, begun, "decode")
         return [begin, *layers, Call(self._end_decode, (outer, hidden))]
 
     def _run_layers(
@@ -257,40 +422,38 @@ class LayeredSteps:
         params: Any,
         cache: KVCache,
         begun: tuple[Any, Any, Any],
-        attend: Callable[..., Any],
+        kind: _Kind,
         taps: tuple[int, ...],
     ) -> tuple[KVCache, Any, Streams]:
-        plan, hidden, shared = begun
+        placement, hidden, shared = begun
         layers: list[KVCache] = []
         streams: Streams = {}
-        for group in self._groups[attend]:
+        for group in self._groups[kind]:
             own, rotaries, parts = self._of_group(params, cache, shared, group)
             tapped = tuple(i for i, layer in enumerate(group) if layer in taps)
-            run_group = self._group_program(group, attend, tapped)
-            hidden, parts, found = run_group(own, parts, hidden, rotaries, plan)
+            run_group = self._group_program(group, kind, tapped)
+            hidden, parts, found = run_group(own, parts, hidden, rotaries, placement)
             layers += parts
             streams |= {group[i]: stream for i, stream in found.items()}
-        return with_layers(layers), hidden, streams
+        return join_layers(layers), hidden, streams
 
     def _layer_calls(
-        self, params: Any, cache: KVCache, begun: tuple[Any, Any, Any], attend: Callable[..., Any]
+        self, params: Any, cache: KVCache, begun: tuple[Any, Any, Any], kind: _Kind
     ) -> list[Call]:
-        plan, hidden, shared = begun
+        placement, hidden, shared = begun
         calls: dict[Program, Call] = {}
-        for group in self._groups[attend]:
+        for group in self._groups[kind]:
             own, rotaries, parts = self._of_group(params, cache, shared, group)
-            program = self._group_program(group, attend, ())
-            calls.setdefault(program, Call(program, (own, parts, hidden, rotaries, plan)))
+            program = self._group_program(group, kind, ())
+            calls.setdefault(program, Call(program, (own, parts, hidden, rotaries, placement)))
         return list(calls.values())
 
-    def _group_program(
-        self, group: range, attend: Callable[..., Any], taps: tuple[int, ...]
-    ) -> Program:
-        key = group.start, attend, taps
+    def _group_program(self, group: range, kind: _Kind, taps: tuple[int, ...]) -> Program:
+        key = group.start, kind, taps
         found = self._group_programs.get(key)  # to hash modules takes as long as to call a program
         if found is None:
             blocks = tuple(self._blocks[layer] for layer in group)
-            found = _RUN_GROUP.of(blocks=blocks, attend=attend, taps=taps)
+            found = _RUN_GROUP.of(blocks=blocks, taps=taps)
             self._group_programs[key] = found
         return found
 
@@ -299,20 +462,20 @@ class LayeredSteps:
         return (
             [params[f"{_LAYER}{layer}"] for layer in group],
             [self._model.layer_rotary(shared, layer) for layer in group],
-            [layer_of(cache, layer) for layer in group],
+            [cache.layer(layer) for layer in group],
         )
 
 
 def _begin_prefill(params: Any, layer: KVCache, inputs: PrefillInputs, *, model: Any) -> Any:
-    plan, tokens, positions = step.plan_prefill(layer, inputs)
-    return plan, *model.apply({"params": params}, tokens, positions, method="begin")
+    placement, tokens, positions = step.place_prefill(layer, inputs)
+    return placement, *model.apply({"params": params}, tokens, positions, method="begin")
 
 
 def _begin_decode(
     params: Any, layer: KVCache, tokens: Any, inputs: DecodeInputs, *, model: Any
 ) -> Any:
-    plan, token = step.plan_decode(layer, tokens, inputs)
-    return plan, *model.apply({"params": params}, token, inputs.position, method="begin")
+    placement, token = step.place_decode(layer, tokens, inputs)
+    return placement, *model.apply({"params": params}, token, inputs.position, method="begin")
 
 
 def _run_group(
@@ -320,14 +483,13 @@ def _run_group(
     caches: list[KVCache],
     hidden: Any,
     rotaries: list[Any],
-    plan: Any,
+    placement: Any,
     *,
     blocks: tuple[nn.Module, ...],
-    attend: Callable[..., Any],
     taps: tuple[int, ...],
 ) -> tuple[Any, list[KVCache], Streams]:
     """DONATES `caches`, one of each layer, and `hidden`; `taps` are places in the group."""
-    bound = functools.partial(attend, plan)
+    bound = functools.partial(attend, placement)
     after: list[Any] = []
     streams: Streams = {}
     for place, (own, cache, rotary, block) in enumerate(

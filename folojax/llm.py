@@ -34,6 +34,9 @@ from folojax.validation import CheckedRequest
 
 _LOG = logging.getLogger("folojax")
 
+_USUAL_SAMPLING = (SamplingClass.GREEDY, SamplingClass.RANDOM, SamplingClass.TRUNCATED)
+"""What is compiled when an engine is made, if anything is."""
+
 Params: TypeAlias = SamplingParams | Sequence[SamplingParams] | None
 Message: TypeAlias = Mapping[str, Any]
 
@@ -100,6 +103,8 @@ class LLM(RequestLoop):
         super().__init__(engine, default_params(loaded.checkpoint))
         self._generation_config = loaded.checkpoint.generation_config if loaded.checkpoint else {}
         self._numbers = itertools.count()
+        if self.config.warm_up:
+            warm_up(engine.runner, _USUAL_SAMPLING, has_logprobs=False, is_shown=True)
 
     def generate(
         self,
@@ -378,7 +383,7 @@ class LLM(RequestLoop):
             RuntimeError: the engine sleeps, or is strict and there is no room for the whole plan.
         """
         self.engine.check_is_awake()
-        return len(warm_up(self.engine.runner, sampling, logprobs))
+        return len(warm_up(self.engine.runner, sampling, logprobs, is_shown=True))
 
     def _check_all(
         self, prompts: Prompt | Sequence[Prompt], sampling_params: Params, kind: str = "generate"

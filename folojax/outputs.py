@@ -1,12 +1,12 @@
 """What comes back: completions, their log-probabilities and their times."""
 
 import dataclasses
+from typing import NamedTuple
 
 import numpy as np
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Logprob:
+class Logprob(NamedTuple):
     """One token's log-probability at one place.
 
     Attributes:

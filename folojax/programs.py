@@ -18,6 +18,18 @@ from jax.sharding import SingleDeviceSharding
 
 from folojax.models.platforms import platform
 
+IN_GRAPH: dict[str, Any] = {
+    "xla_gpu_enable_command_buffer": (
+        "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
+    ),
+    "xla_gpu_experimental_enable_fusion_autotuner": False,
+}
+"""`compiler_options` of programs with loops, which XLA on a GPU then keeps in the CUDA graph.
+
+By default a loop ends the graph, and the host waits for the device to learn whether to go on.
+Autotuning of fusions takes longer than it gains. Other platforms pass over both.
+"""
+
 _LOCK = threading.Lock()
 _ALL: list["Programs"] = []
 

@@ -5,8 +5,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
+import numpy as np
 
 from folojax.batch import Chunk, Row
+from folojax.packing import PackedReport
 from folojax.state import StepOutput, TokenScores
 from folojax.taps import StreamPiece, Tapped, sort_streams
 
@@ -60,7 +62,7 @@ class Pending(NamedTuple):
     """
 
     rows: list[Row | None]
-    out: StepOutput | None
+    out: StepOutput | PackedReport | None
     chunks: list[Chunk]
     scores: TokenScores | None
     num_steps: list[int] | None = None
@@ -89,11 +91,19 @@ def tokens_after(chunk: Chunk) -> list[int]:
 def read(pending: list[Pending]) -> StepResult:
     """Waits for the device and sorts its rows by request."""
     result = StepResult()
+    if len(pending) == 1 and isinstance(pending[0].out, PackedReport):
+        (item,) = pending
+        if item.scores is None and item.tapped is None:  # most steps
+            array, packing = pending[0].out
+            _read_samples(item, packing.unpack(np.asarray(array), []), result)
+            return result
     streams = [item.tapped and item.tapped.streams for item in pending]
-    arrays = jax.device_get(
-        [(item.out, item.scores, one) for item, one in zip(pending, streams, strict=True)]
-    )
+    outs = [item.out.array if isinstance(item.out, PackedReport) else item.out for item in pending]
+    scored = [item.scores for item in pending]
+    arrays = jax.device_get(list(zip(outs, scored, streams, strict=True)))
     for item, (out, scores, tapped) in zip(pending, arrays, strict=True):
+        if isinstance(item.out, PackedReport):
+            out = item.out.packing.unpack(out, [])
         if out is not None:
             _read_samples(item, out, result)
         if scores is not None:
@@ -125,6 +135,7 @@ def _read_samples(item: Pending, out: StepOutput, result: StepResult) -> None:
 def _read_step(rows: list[Row | None], out: StepOutput, result: StepResult) -> None:
     logprobs, ranks = out.logprobs.tolist(), out.ranks.tolist()
     is_valid = out.is_valid.tolist()
+    tops = out.top_tokens.tolist(), out.top_logprobs.tolist()
     # Spelled out: it goes through every row in every step.
     sampled, make = result.sampled, TokenLogprob
     for i, (row, token) in enumerate(zip(rows, out.tokens.tolist(), strict=False)):
@@ -135,8 +146,8 @@ def _read_step(rows: list[Row | None], out: StepOutput, result: StepResult) -> N
             continue
         count = row.params.num_logprobs
         if count:
-            top = out.top_tokens[i, :count].tolist(), out.top_logprobs[i, :count].tolist()
-            entry = make(token, logprobs[i], ranks[i], tuple(top[0]), tuple(top[1]))
+            top_tokens, top_logprobs = (tuple(top[i][:count]) for top in tops)
+            entry = make(token, logprobs[i], ranks[i], top_tokens, top_logprobs)
         else:
             entry = make(token, logprobs[i], ranks[i])
         if out.record is not None and row.params.params.record:

@@ -7,8 +7,8 @@
 What changes the last bits of a row is the shape of the call that computes it, and how many terms a
 sum has. Here neither depends on the batch. All calls have T rows, a row is a token of any request,
 in prefill, decode and scoring alike; it reads its own pages one after the other, in the order of
-its table, with a product of one shape a page. Pages behind its last one leave its sums as they are
-(exp(0) = 1, and a weight of 0), so the longest row may decide how many are looked at.
+its table. The kernels of such an engine (`PageFormat.kernels`) are those whose sums depend on
+nothing but the row: C++ on CPU, or products of one shape a page.
 
 The raw log-probability is made of two numbers, a logit and the logarithm of the row's mass. Both
 come from one program, `row_logits`, whoever asks.
@@ -17,19 +17,17 @@ come from one program, `row_logits`, whoever asks.
 import functools
 from typing import Any
 
-import chex
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from folojax.kv_cache import KVCache
+from folojax.attention import attend
+from folojax.kv import KVCache
 from folojax.residual import ActivationEdit, intercept
-from folojax.row_attention import attend_rows_alike, plan_rows
 from folojax.sampling import SamplingSpec, log_sum_exp, token_logprobs
 from folojax.state import DecodeInputs, SampleInputs, SlotState, StepOutput, TokenScores
-from folojax.step import draw_and_note
+from folojax.step import draw_and_note, place_decode
 
 
 @functools.partial(jax.jit, static_argnames=("model", "edits"), donate_argnames="cache")
@@ -45,20 +43,17 @@ def forward(
 ) -> tuple[KVCache, Float[Array, "B E"]]:
     """Caches one token of every row; several rows may be tokens of one request, in order.
 
-    DONATES `cache`. Arguments and results as of `folojax.decode`; `inputs.shared` is not read. A
-    padding row has a table of padding alone.
+    DONATES `cache`. Arguments and results as of `folojax.decode`. A padding row has a table of
+    padding alone.
     """
-    rows = inputs.slot.shape[0]
-    chex.assert_shape([inputs.token, inputs.position], (rows,))
-    plan = plan_rows(inputs, cache)
-    sampled = tokens.at[inputs.slot].get(mode="clip")
+    placement, token = place_decode(cache, tokens, inputs)
     with intercept(edits, is_edited):
         result: Any = model.apply(
             {"params": params},
-            jnp.where(inputs.token < 0, sampled, inputs.token),
+            token,
             inputs.position,
             cache,
-            functools.partial(attend_rows_alike, plan),
+            functools.partial(attend, placement),
         )
     hidden, cache = result
     return cache, hidden

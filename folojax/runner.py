@@ -16,12 +16,13 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from folojax import kv_cache, page_copies, step
-from folojax.batch import Batch, Chunk, Row, by_call, ints
-from folojax.buckets import Buckets, DecodeShape, num_alternatives, slots_for
+from folojax import step
+from folojax.backend import Backend
+from folojax.batch import Batch, Chunk, Row, ints
 from folojax.compile_plan import (
     COPIES,
     EDITS,
@@ -29,17 +30,21 @@ from folojax.compile_plan import (
     Gate,
     list_executables,
     model_executable,
+    sampled_executable,
     steps_executable,
 )
 from folojax.host_store import HostStore, TokenKV, read_tokens
-from folojax.layered import make_steps
+from folojax.kv import KVLayout
+from folojax.kv.page_copies import PageCopies
+from folojax.layered import WholeSteps, make_steps
+from folojax.packing import PackedReport
 from folojax.processor_states import ProcessorStates
 from folojax.results import Pending, StepResult, is_scored, read, tokens_after
 from folojax.row_params import exceptional_bans
 from folojax.sampler_calls import SamplerCalls, place
 from folojax.sampling import SamplingClass, SamplingSpec
-from folojax.sched.pages import pages_for
 from folojax.sched.plan import PageMoves, SchedulerOutput
+from folojax.shapes import DecodeShape, PrefillShape, Shapes, slots_for, split_calls
 from folojax.state import (
     DecodeInputs,
     EngineState,
@@ -75,6 +80,9 @@ class RunnerStats:
         self.num_computed_tokens += num_computed_tokens
 
 
+_GREEDY = SamplingSpec(SamplingClass.GREEDY)
+
+
 class Runner(SamplerCalls):
     """Runs plans on the device; owns the state and the parameters."""
 
@@ -82,10 +90,11 @@ class Runner(SamplerCalls):
         self,
         model: nn.Module,
         params: Any,
-        layout: kv_cache.KVLayout,
-        buckets: Buckets,
+        layout: KVLayout,
+        shapes: Shapes,
         max_num_seqs: int,
         *,
+        backend: Backend,
         max_logprobs: int = 20,
         num_tokens: int | None = None,
         is_processed: bool = False,
@@ -99,8 +108,9 @@ class Runner(SamplerCalls):
             model: A module of `folojax.models`.
             params: Its parameters.
             layout: Of the cache.
-            buckets: Which shapes exist.
+            shapes: Which shapes exist.
             max_num_seqs: Most requests in a plan.
+            backend: That the layout and the shapes are of.
             max_logprobs: J wherever a request wants alternatives.
             num_tokens: Ids from here on are padding of the vocabulary; None: there are none.
             is_processed: Sampled tokens are reported as in `SamplingSpec`; prompts always raw.
@@ -109,20 +119,23 @@ class Runner(SamplerCalls):
             functions: The user's.
         """
         self.model = model
-        self.buckets = buckets
+        self.shapes = shapes
+        self.backend = backend
         self.stats = RunnerStats()
         self.max_logprobs = min(max_logprobs, model.config.vocab_size)
         self._num_tokens = num_tokens
         self._is_processed = is_processed
         self._layout = layout
         self._max_decode_steps = max_decode_steps
-        self.host = HostStore(layout)
-        self.steps = make_steps(model, jax.default_backend())
+        self.copies = PageCopies(backend.arrays_per_copy)
+        self.host = HostStore(layout, self.copies)
+        self.steps = make_steps(model, backend.is_layered)
+        self._sample_programs = {}
         self.gate = Gate(list(self.list_executables(tuple(SamplingClass), True)), is_strict)
         num_slots = slots_for(max_num_seqs)
         self.batch = Batch(
             num_slots,
-            buckets.decode_pages[-1],
+            shapes.table_pages,
             layout.num_pages,
             model.config.vocab_size,
             functions,
@@ -168,7 +181,7 @@ class Runner(SamplerCalls):
     def read_kv(self, page_ids: Sequence[int], num_tokens: int) -> TokenKV:
         """Waits for the K/V of the first tokens in some pages."""
         num_pages = -(-num_tokens // self._layout.page_size)
-        taken = page_copies.take_pages(self.state.cache, page_ids[:num_pages])
+        taken = self.copies.take(self.state.cache, page_ids[:num_pages])
         return read_tokens(taken, num_tokens, self._layout)
 
     def reset(self) -> None:
@@ -220,7 +233,7 @@ class Runner(SamplerCalls):
         if moves.saves:
             self.host.save(cache, moves.saves)
         if moves.copies:
-            cache = page_copies.copy_pages(cache, moves.copies)
+            cache = self.copies.copy(cache, moves.copies)
         if moves.loads:
             cache = self.host.load(cache, moves.loads)
             self.stats.num_loaded_pages += sum(len(load.page_ids) for load in moves.loads)
@@ -232,7 +245,7 @@ class Runner(SamplerCalls):
         """Chunks of prompts, and beside them the rows that have a single token to compute."""
         chunks: list[Chunk] = []
         singles: list[Row] = []
-        columns = self.buckets.prefill_columns
+        columns = self.shapes.prefill_columns
         for row, count in zip(rows, num_tokens, strict=True):
             start = int(self.batch.num_computed[row.slot])
             if count == 1 and not is_scored(row, start):
@@ -244,26 +257,23 @@ class Runner(SamplerCalls):
                 last = min(first + columns, end)
                 has_sample = last == end and row.request_id in sampled
                 chunks.append(Chunk(row, first, last, has_sample))
-        size = self._layout.page_size
-        pending = [self._prefill(some) for some in by_call(chunks, self.buckets, size)]
+        calls = split_calls(chunks, self.shapes.prefill_rows[-1])
+        pending = [self._prefill(some) for some in calls]
         if singles:
             pending.append(self._decode(singles, [row.slot for row in singles], sampled))
         return pending
 
-    def _prefill(self, chunks: list[Chunk]) -> Pending:
-        most_pages = max(pages_for(chunk.end, self._layout.page_size) for chunk in chunks)
-        extent = int(self.batch.extent[[chunk.row.slot for chunk in chunks]].max())
-        shape = self.buckets.prefill_shape(len(chunks), extent, most_pages)
+    def _prefill(self, chunks: Sequence[Chunk]) -> Pending:
+        shape = self.shapes.prefill_shape(len(chunks))
         inputs = self.batch.prefill_inputs(shape, chunks)
         every = self.batch.pad([chunk.row.slot for chunk in chunks], shape.rows)
         edits, is_on = self.batch.params.activation_edits(every)
         taps = self.batch.params.taps(every)
         self.gate.check(model_executable(shape, edits, taps))
-        head, tail = kv_cache.take_segments(self.state.cache, shape.segments)
-        head, last, hidden, streams = self.steps.prefill(
-            self.params, head, inputs, edits, is_on, taps
+        cache, last, hidden, streams = self.steps.prefill(
+            self.params, self.state.cache, inputs, edits, is_on, taps
         )
-        self.state = self.state._replace(cache=kv_cache.join_segments(head, tail))
+        self.state = self.state._replace(cache=cache)
         self.stats.count_prefill(int(inputs.length.sum()), inputs.tokens.size)
         rows = [chunk.row if chunk.has_sample else None for chunk in chunks]
         out = None
@@ -274,52 +284,48 @@ class Runner(SamplerCalls):
             out = self._sample(last, slot, inputs.start + inputs.length)
         spans = [Span(chunk.row, chunk.start, chunk.end - chunk.start) for chunk in chunks]
         tapped = Tapped(streams, spans, shape.columns) if taps else None
-        return Pending(rows, out, chunks, self._score(hidden, chunks), tapped=tapped)
+        return Pending(rows, out, list(chunks), self._score(hidden, chunks), tapped=tapped)
 
     def _decode(self, rows: list[Row], slots: list[int], sampled: set[str] | None) -> Pending:
         """One token of each row; `sampled` are the ids of those that sample, None is all."""
-        inputs, shape = self._decode_inputs(slots)
-        hidden, streams = self._call_decode(inputs, shape)
         sampling: list[Row | None] = list(rows)
-        slot = inputs.slot
+        drawing = slots
         if sampled is not None:
             sampling = [row if row.request_id in sampled else None for row in rows]
             nowhere = self.batch.num_slots
-            some = [nowhere if row is None else row.slot for row in sampling]
-            slot = self.batch.pad(some, len(slot))
-        self.stats.num_computed_tokens += len(slot)
-        out = self._sample(hidden, slot, inputs.position + 1)
+            drawing = [nowhere if row is None else row.slot for row in sampling]
+        if isinstance(self.steps, WholeSteps):
+            inputs, out, streams = self._call_sampled(self.steps, slots, drawing)
+        else:
+            inputs = self._decode_inputs(slots)
+            hidden, streams = self._call_decode(inputs)
+            slot = self.batch.pad(drawing, len(inputs.slot))
+            out = self._sample(hidden, slot, inputs.position + 1)
+        self.stats.num_computed_tokens += len(inputs.slot)
         tapped = _tapped(streams, rows, inputs, [1] * len(rows))
         return Pending(sampling, out, [], None, tapped=tapped)
 
     def _decode_steps(self, rows: list[Row], slots: list[int], num_tokens: list[int]) -> Pending:
         """Several tokens of each row, one after the other."""
-        inputs, shape = self._decode_inputs(slots)
+        inputs = self._decode_inputs(slots)
         num_steps = ints(len(inputs.slot))
         num_steps[: len(num_tokens)] = num_tokens
         last = inputs.position + num_steps  # of the tokens to be drawn
         spec = self._spec(inputs.slot, np.stack([inputs.position + 1, last]))
         self.stats.num_computed_tokens += len(inputs.slot) * self._max_decode_steps
-        out, streams = self._call_decode_steps(inputs, shape, num_steps, spec)
+        out, streams = self._call_decode_steps(inputs, num_steps, spec)
         tapped = _tapped(streams, rows, inputs, num_tokens, self._max_decode_steps)
         return Pending(list(rows), out, [], None, num_tokens, tapped)
 
-    def _decode_inputs(self, slots: list[int]) -> tuple[DecodeInputs, DecodeShape]:
-        """The inputs, and their shape."""
-        batch, buckets = self.batch, self.buckets
-        shape = buckets.decode_shape(
-            len(slots),
-            int(batch.extent[slots].max()),
-            int(batch.num_row_pages[slots].max()),
-            batch.num_shared_items(slots, buckets.shared_lanes) if buckets.shared_rows else 0,
-        )
+    def _decode_inputs(self, slots: list[int], is_greedy: bool = True) -> DecodeInputs:
         self.stats.num_decode_calls += 1
-        return batch.decode_inputs(shape, slots), shape
+        shape = self.shapes.decode_shape(len(slots), is_greedy)
+        return self.batch.decode_inputs(shape, slots)
 
-    def _sample(self, hidden: Any, slot: Any, position: Any) -> StepOutput:
+    def _sample(self, hidden: Any, slot: Any, position: Any) -> Any:
         return self._call_sample(hidden, slot, position, self._spec(slot, position[None]))
 
-    def _score(self, hidden: Any, chunks: list[Chunk]) -> TokenScores | None:
+    def _score(self, hidden: Any, chunks: Sequence[Chunk]) -> TokenScores | None:
         scored = [chunk for chunk in chunks if is_scored(chunk.row, chunk.start)]
         if not scored:
             return None
@@ -328,36 +334,87 @@ class Runner(SamplerCalls):
             following = tokens_after(chunk)
             targets[i, : len(following)] = following
         wanted = [chunk.row.params.num_prompt_logprobs or 0 for chunk in scored]
-        num_logprobs = num_alternatives(max(wanted), self.max_logprobs) or 0
+        num_logprobs = self.shapes.num_alternatives(max(wanted), self.max_logprobs) or 0
         self.gate.check(
             Executable("score", len(targets), targets.shape[1], num_logprobs=num_logprobs)
         )
         return self.score_call(hidden, targets, num_logprobs).run()
 
-    def _call_decode(self, inputs: DecodeInputs, shape: DecodeShape) -> tuple[Any, dict[int, Any]]:
+    def _call_decode(self, inputs: DecodeInputs) -> tuple[Any, dict[int, Any]]:
         edits, is_on = self.batch.params.activation_edits(inputs.slot)
         taps = self.batch.params.taps(inputs.slot)
-        self.gate.check(model_executable(shape, edits, taps))
-        head, tail = kv_cache.take_segments(self.state.cache, shape.segments)
-        tokens = self.state.slots.tokens
-        head, hidden, streams = self.steps.decode(
-            self.params, head, tokens, inputs, edits, is_on, taps
+        self.gate.check(model_executable(DecodeShape(len(inputs.slot)), edits, taps))
+        cache, hidden, streams = self.steps.decode(
+            self.params, self.state.cache, self.state.slots.tokens, inputs, edits, is_on, taps
         )
-        self.state = self.state._replace(cache=kv_cache.join_segments(head, tail))
+        self.state = self.state._replace(cache=cache)
         return hidden, streams
 
+    def _call_sampled(
+        self, steps: WholeSteps, slots: list[int], drawing: list[int]
+    ) -> tuple[DecodeInputs, PackedReport, dict[int, Any]]:
+        """A decode step and its sampling in one call."""
+        position = self.batch.num_computed[slots] + 1
+        spec = self._spec(np.asarray(drawing), position[None])
+        inputs = self._decode_inputs(slots, spec == _GREEDY)
+        slot = self.batch.pad(drawing, len(inputs.slot))
+        state, kept, sampling, spec = self.sampling(slot, inputs.position + 1, spec)
+        edits, is_on = self.batch.params.activation_edits(inputs.slot)
+        taps = self.batch.params.taps(inputs.slot)
+        bans = 0 if sampling.edits is None else exceptional_bans(sampling.edits.bans)
+        shape = DecodeShape(len(slot))
+        self.gate.check(sampled_executable(shape, spec, edits, taps, bans))
+        cache, state, out, streams = steps.decode_and_sample(
+            self.params, self.state.cache, state, (inputs, sampling), spec, edits, is_on, taps
+        )
+        self.state = self.state._replace(cache=cache)
+        self._keep(state, kept)
+        return inputs, out, streams
+
     def _call_decode_steps(
-        self, inputs: DecodeInputs, shape: DecodeShape, num_steps: Any, spec: SamplingSpec
+        self, inputs: DecodeInputs, num_steps: Any, spec: SamplingSpec
     ) -> tuple[StepOutput, dict[int, Any]]:
-        head, tail = kv_cache.take_segments(self.state.cache, shape.segments)
-        call, options, kept = self.decode_steps_call(head, inputs, num_steps, spec)
+        call, options, kept = self.decode_steps_call(self.state.cache, inputs, num_steps, spec)
         edits, taps, listed = options["activation_edits"], options["taps"], call.args[6]
         bans = 0 if listed is None else exceptional_bans(listed)
+        shape = DecodeShape(len(inputs.slot))
         self.gate.check(steps_executable(shape, self._max_decode_steps, spec, edits, taps, bans))
-        head, slots, out, streams = call.run()
-        self.state = self.state._replace(cache=kv_cache.join_segments(head, tail))
+        cache, slots, out, streams = call.run()
+        self.state = self.state._replace(cache=cache)
         self._keep(slots, kept)
         return out, streams
+
+    def run_once(self, one: Executable) -> None:
+        """Runs an executable of the plan on padding; waits for it."""
+        nowhere = ints(one.rows, self.batch.num_slots)
+        width = self.model.config.hidden_size
+        out: Any = None
+        if one.kind == "prefill":
+            inputs = self.batch.prefill_inputs(PrefillShape(one.rows, one.tokens), [])
+            cache, out, *_ = self.steps.prefill(self.params, self.state.cache, inputs)
+            self.state = self.state._replace(cache=cache)
+        elif one.kind == "decode" and isinstance(self.steps, WholeSteps):
+            assert one.sampling is not None, f"{one} samples"
+            spec = SamplingSpec(one.sampling, one.num_logprobs)
+            rows = self.batch.decode_inputs(DecodeShape(one.rows), [])
+            slots, kept, sampling, spec = self.sampling(nowhere, rows.position, spec)
+            cache, slots, out, _ = self.steps.decode_and_sample(
+                self.params, self.state.cache, slots, (rows, sampling), spec
+            )
+            self.state = self.state._replace(cache=cache)
+            self._keep(slots, kept)
+        elif one.kind == "sample":
+            assert one.sampling is not None, f"{one} samples"
+            hidden = place(jnp.zeros((one.rows, width), self.model.dtype))
+            spec = SamplingSpec(one.sampling, one.num_logprobs)
+            slots, kept, sampling, spec = self.sampling(nowhere, ints(one.rows), spec)
+            slots, out = self._sample_hidden(hidden, slots, sampling, spec)
+            self._keep(slots, kept)
+        elif one.kind == "score":
+            hidden = place(jnp.zeros((one.rows, one.tokens, width), self.model.dtype))
+            assert one.num_logprobs is not None, f"{one} reports log-probabilities"
+            out = self.score_call(hidden, ints((one.rows, one.tokens)), one.num_logprobs).run()
+        jax.block_until_ready(out.array if isinstance(out, PackedReport) else out)
 
     def list_executables(
         self, sampling: Collection[SamplingClass], has_logprobs: bool
@@ -367,7 +424,9 @@ class Runner(SamplerCalls):
         Those of records, taps and of the user's functions are not among them.
         """
         sizes = self._list_logprobs(has_logprobs)
-        return list_executables(self.buckets, sampling, sizes, self._max_decode_steps)
+        is_whole = isinstance(self.steps, WholeSteps)
+        sampling = {self.shapes.sampling_class(needed) for needed in sampling}
+        return list_executables(self.shapes, sampling, sizes, self._max_decode_steps, is_whole)
 
 
 def _tapped(

@@ -9,18 +9,37 @@ import numpy as np
 
 from folojax import step
 from folojax.batch import Batch, ints
-from folojax.buckets import num_alternatives
 from folojax.compile_plan import Gate, sample_executable
-from folojax.kv_cache import KVCache
+from folojax.kv import KVCache
 from folojax.logit_edits import EditState, SlotEdits, init_edits, write_slot
 from folojax.models.row_sums import REORDERED
+from folojax.packing import PackedReport, Packing, pack_report, report_packing
 from folojax.processor_states import ProcessorStates
-from folojax.programs import Call, Programs
+from folojax.programs import IN_GRAPH, Call, Program, Programs
 from folojax.row_params import RowParams, empty_slot_edits, exceptional_bans
 from folojax.sampling import SamplingClass, SamplingSpec
-from folojax.state import DecodeInputs, EngineState, SampleInputs, SlotState, StepOutput
+from folojax.shapes import Shapes
+from folojax.state import DecodeInputs, EngineState, SampleInputs, SlotState
 
-_SAMPLE = Programs(step.sample_tokens, donate=(1,))
+
+def _sample_packed(
+    head_params: Any,
+    slots: SlotState,
+    hidden: Any,
+    packed: Any,
+    rest: list[Any],
+    *,
+    model: nn.Module,
+    spec: SamplingSpec,
+    packing: Packing,
+) -> tuple[SlotState, Any]:
+    """`step.sample_tokens` with inputs and report as one array each. DONATES `slots`."""
+    inputs = packing.unpack(packed, rest)
+    slots, out = step.sample_hidden(head_params, slots, hidden, inputs, model, spec)
+    return slots, pack_report(out)
+
+
+_SAMPLE = Programs(_sample_packed, donate=(1,), compiler_options=IN_GRAPH)
 _SCORE = Programs(step.score_tokens)
 _STEPS = Programs(step.decode_steps, donate=(1, 2), compiler_options=REORDERED)
 
@@ -32,6 +51,7 @@ class SamplerCalls:
     batch: Batch
     state: EngineState
     gate: Gate
+    shapes: Shapes
     max_logprobs: int
     _params: Any
     _head_params: Any
@@ -39,14 +59,15 @@ class SamplerCalls:
     _is_processed: bool
     _max_decode_steps: int
     _processors: ProcessorStates
+    _sample_programs: dict[Any, Program]
 
     def _spec(self, slot: Any, positions: Any) -> SamplingSpec:
         """What slots need that draw tokens at some positions, [K, B]."""
         params = self.batch.params
         needed = max(params.sampling_class(slot, position) for position in positions)
         return SamplingSpec(
-            needed,
-            num_alternatives(params.most_logprobs(slot), self.max_logprobs),
+            self.shapes.sampling_class(SamplingClass(needed)),
+            self.shapes.num_alternatives(params.most_logprobs(slot), self.max_logprobs),
             has_record=params.has_record(slot),
             processors=params.processors(slot),
         )
@@ -56,10 +77,10 @@ class SamplerCalls:
         if not has_logprobs:
             return []
         most = self.max_logprobs
-        found = (num_alternatives(wanted, most) for wanted in (0, min(1, most), most))
+        found = (self.shapes.num_alternatives(wanted, most) for wanted in (0, min(1, most), most))
         return sorted({size for size in found if size is not None})
 
-    def _call_sample(self, hidden: Any, slot: Any, position: Any, spec: SamplingSpec) -> StepOutput:
+    def _call_sample(self, hidden: Any, slot: Any, position: Any, spec: SamplingSpec) -> Any:
         slots, kept, inputs, full = self.sampling(slot, position, spec)
         bans = 0 if inputs.edits is None else exceptional_bans(inputs.edits.bans)
         self.gate.check(sample_executable(len(slot), spec, bans))
@@ -69,14 +90,25 @@ class SamplerCalls:
 
     def _sample_hidden(
         self, hidden: Any, slots: SlotState, inputs: SampleInputs, spec: SamplingSpec
-    ) -> tuple[SlotState, StepOutput]:
-        return _SAMPLE.of(model=self.model, spec=spec)(self._head_params, slots, hidden, inputs)
+    ) -> tuple[SlotState, Any]:
+        slots, packed = self._sample_call(hidden, slots, inputs, spec).run()
+        packed.copy_to_host_async()
+        return slots, PackedReport(packed, report_packing(step.report_shapes(spec, len(packed))))
+
+    def _sample_call(
+        self, hidden: Any, slots: SlotState, inputs: SampleInputs, spec: SamplingSpec
+    ) -> Call:
+        packing = Packing.of(inputs, len(inputs.slot))
+        program = self._sample_programs.get((spec, packing))
+        if program is None:  # to hash a module takes as long as to call a program
+            program = _SAMPLE.of(model=self.model, spec=spec, packing=packing)
+            self._sample_programs[spec, packing] = program
+        return Call(program, (self._head_params, slots, hidden, *packing.pack(inputs)))
 
     def sample_call(self, hidden: Any, rows: int, spec: SamplingSpec) -> Call:
         """The call that samples so many rows, of padding; `hidden` may be a shape."""
         slots, _, inputs, full = self.sampling(ints(rows, self.batch.num_slots), ints(rows), spec)
-        program = _SAMPLE.of(model=self.model, spec=full)
-        return Call(program, (self._head_params, slots, hidden, inputs))
+        return self._sample_call(hidden, slots, inputs, full)
 
     def score_call(self, hidden: Any, targets: Any, num_logprobs: int) -> Call:
         """The call that scores given tokens; `hidden` may be a shape."""

@@ -4,7 +4,7 @@ One axis dictionary for the whole project, in shapes, einsums and comments:
 
     B  rows of a decode step        R  rows of a prefill step     C  tokens of a prefill row
     M  request slots                P  pages                      S  tokens in a page
-    N  pages of one row             X  work items of shared pages Q  owners of such an item
+    N  pages of one row             T  tokens of a step, R * C    Q  queries of a row and kv head
     H  query heads                  K  key/value heads            G  query heads per kv head
     D  head dim                     E  hidden size                V  vocabulary
     L  layers                       J  alternatives reported with a token
@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt
 
-from folojax.kv_cache import KVCache, KVLayout, init_cache
+from folojax.kv.cache import KVCache, KVLayout, init_cache
 from folojax.logit_edits import EditRows, EditState
 from folojax.processors import ProcessorRows, ProcessorSlots
 from folojax.record import TokenRecord
@@ -53,18 +53,6 @@ class PrefillInputs(NamedTuple):
     page_table: Int[Array, "R N"]  # the request's pages in order; P is padding
 
 
-class SharedPages(NamedTuple):
-    """Further owners of pages that several rows of a decode step have in common.
-
-    The first owner of a page is served where the page lies; the others are grouped into work items
-    of one page and Q owners, so a page is read once more for every Q of them.
-    """
-
-    page: Int[Array, " X"]  # P is padding
-    owner: Int[Array, "X Q"]  # rows of the step; B is padding
-    lane: Int[Array, "B N"]  # by table entry: item * Q + place in the item; -1 where it is first
-
-
 class DecodeInputs(NamedTuple):
     """One token for every running row."""
 
@@ -72,7 +60,6 @@ class DecodeInputs(NamedTuple):
     token: Int[Array, " B"]  # the input token where the host knows it; -1: the slot's last sample
     position: Int[Array, " B"]  # of the input token: how many tokens of the row are cached
     page_table: Int[Array, "B N"]  # the row's pages in order; P is padding
-    shared: SharedPages | None = None  # None: every page has one owner
 
 
 class SamplingRows(NamedTuple):
@@ -120,7 +107,7 @@ def init_state(layout: KVLayout, max_num_seqs: int) -> EngineState:
     """Allocates an empty cache and `max_num_seqs` slots.
 
     Args:
-        layout: Shape of the cache: segments, page size, layers, heads, dtype.
+        layout: Shape of the cache: pages, page size, layers, heads, dtype.
         max_num_seqs: M, how many requests may hold a slot at once.
     """
     return EngineState(init_cache(layout), SlotState(jnp.zeros(max_num_seqs, jnp.int32)))

@@ -10,8 +10,9 @@ has an error path: that a row has room in its pages is decided on the host (`fol
 
 Model and sampler are separate calls because each has its own axes of variation. The shapes of the
 inputs choose the executable of the model; the number of rows and a static `SamplingSpec` choose
-that of the sampler, which is small. Together they would need the product of both. (`decode_steps`
-is such a product: both, several times over.) Parameters of a request are arrays and choose nothing.
+that of the sampler, which is small. Together they need the product of both; `decode_and_sample` is
+that, for devices that are done before the host could hand them a second program, and `decode_steps`
+is both several times over. Parameters of a request are arrays and choose nothing.
 
 Shapes that do not fit together fail while tracing, with an AssertionError that names them.
 """
@@ -27,19 +28,12 @@ from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from folojax import kv_cache
-from folojax.attention import (
-    ChunkPlan,
-    TokenPlan,
-    attend_chunks,
-    attend_tokens,
-    plan_chunks,
-    plan_tokens,
-)
-from folojax.kv_cache import KVCache
+from folojax.attention import attend
+from folojax.kv import KVCache, Placement, place_tokens
 from folojax.logit_edits import note_tokens
 from folojax.models.row_sums import REORDERED
 from folojax.processors import apply_processors, note_outputs
+from folojax.record import TokenRecord
 from folojax.residual import ActivationEdit, intercept, read_layers
 from folojax.sampling import SamplingSpec, sample, token_logprobs
 from folojax.state import (
@@ -78,12 +72,12 @@ def prefill(
     Returns:
         The new cache, the hidden state of each row's last valid token, and those of all tokens.
     """
-    plan, tokens, positions = plan_prefill(cache, inputs)
+    placement, tokens, positions = place_prefill(cache, inputs)
     columns = inputs.tokens.shape[1]
     is_on = None if is_edited is None else jnp.repeat(is_edited, columns, axis=0)
     with intercept(edits, is_on):
         result: Any = model.apply(
-            {"params": params}, tokens, positions, cache, functools.partial(attend_chunks, plan)
+            {"params": params}, tokens, positions, cache, functools.partial(attend, placement)
         )
     hidden, cache = result
     return cache, *last_and_all(hidden, inputs)
@@ -123,6 +117,49 @@ def decode(
     """
     with intercept(edits, is_edited):
         return _decode(params, cache, tokens, inputs, model, None)
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("model", "spec", "activation_edits", "taps"),
+    donate_argnames=("cache", "slots"),
+)
+def decode_and_sample(
+    params: Any,
+    cache: KVCache,
+    slots: SlotState,
+    inputs: DecodeInputs,
+    sampling: SampleInputs,
+    is_edited: Bool[Array, "B _"] | None = None,
+    *,
+    model: nn.Module,
+    spec: SamplingSpec,
+    activation_edits: tuple[ActivationEdit, ...] = (),
+    taps: tuple[int, ...] = (),
+) -> tuple[KVCache, SlotState, StepOutput, dict[int, Float[Array, "B E"]]]:
+    """`decode`, and `sample_tokens` of what it gives.
+
+    DONATES `cache` and `slots`.
+
+    Args:
+        params: The module's parameters.
+        cache: Holds the rows' earlier tokens.
+        slots: Of all requests.
+        inputs: B rows.
+        sampling: Of the same rows; one with slot M samples nothing.
+        is_edited: Which rows the activation edits are on for; None without them.
+        model: A module of `folojax.models`.
+        spec: At least as demanding as every row.
+        activation_edits: Of the residual stream.
+        taps: Layers behind which the stream is read.
+
+    Returns:
+        The new cache and slots, the report, and by layer the streams of each row's token.
+    """
+    with read_layers(taps) as found, intercept(activation_edits, is_edited):
+        cache, hidden = _decode(params, cache, slots.tokens, inputs, model, None)
+    slots, out = sample_hidden(params, slots, hidden, sampling, model, spec)
+    return cache, slots, out, found
 
 
 @functools.partial(
@@ -199,7 +236,7 @@ def decode_steps(
             position=sampling.position + behind,
             edits=edits,
         )
-        slots, out = _sample(params, slots, hidden, drawn, model, spec)
+        slots, out = sample_hidden(params, slots, hidden, drawn, model, spec)
         return (cache, slots), (out, found)
 
     steps = jnp.arange(most_steps), bans
@@ -230,7 +267,7 @@ def sample_tokens(
         model: A module of `folojax.models`.
         spec: At least as demanding as every row.
     """
-    return _sample(params, slots, hidden, inputs, model, spec)
+    return sample_hidden(params, slots, hidden, inputs, model, spec)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "num_logprobs"))
@@ -270,15 +307,17 @@ def head_params(params: Any) -> Any:
     return {name: value for name, value in params.items() if not isinstance(value, Mapping)}
 
 
-def plan_prefill(
+def place_prefill(
     cache: KVCache, inputs: PrefillInputs
-) -> tuple[ChunkPlan, Int[Array, " T"], Int[Array, " T"]]:
-    """What the layers of a prefill need: the plan of attention, tokens, their positions."""
-    rows = inputs.tokens.shape[0]
+) -> tuple[Placement, Int[Array, " T"], Int[Array, " T"]]:
+    """What the layers of a prefill need: where tokens lie, the tokens, their positions."""
+    rows, columns = inputs.tokens.shape
     chex.assert_shape([inputs.start, inputs.length], (rows,))
     chex.assert_shape(inputs.page_table, (rows, None))
-    plan = plan_chunks(inputs, cache)
-    return plan, inputs.tokens.reshape(-1), plan.query_position.reshape(-1)
+    placement, position = place_tokens(
+        cache, inputs.page_table, inputs.start, inputs.length, columns
+    )
+    return placement, inputs.tokens.reshape(-1), position
 
 
 def last_and_all(
@@ -290,15 +329,19 @@ def last_and_all(
     return hidden[last], hidden.reshape(rows, columns, -1)
 
 
-def plan_decode(
+def place_decode(
     cache: KVCache, tokens: Int[Array, " M"], inputs: DecodeInputs
-) -> tuple[TokenPlan, Int[Array, " B"]]:
-    """What the layers of a decode step need: the plan of attention, and each row's token."""
+) -> tuple[Placement, Int[Array, " B"]]:
+    """What the layers of a decode step need: where each row's token lies, and the token."""
     rows = inputs.slot.shape[0]
     chex.assert_shape([inputs.token, inputs.position], (rows,))
     chex.assert_shape(inputs.page_table, (rows, None))
     sampled = tokens.at[inputs.slot].get(mode="clip")
-    return plan_tokens(inputs, cache), jnp.where(inputs.token < 0, sampled, inputs.token)
+    is_row = inputs.page_table[:, 0] < cache.num_pages
+    placement, _ = place_tokens(
+        cache, inputs.page_table, inputs.position, is_row.astype(jnp.int32), 1
+    )
+    return placement, jnp.where(inputs.token < 0, sampled, inputs.token)
 
 
 def _decode(
@@ -310,12 +353,15 @@ def _decode(
     is_active: Bool[Array, " B"] | None,
 ) -> tuple[KVCache, Float[Array, "B E"]]:
     """See `decode`; rows that are not active store nothing."""
-    plan, token = plan_decode(cache, tokens, inputs)
+    placement, token = place_decode(cache, tokens, inputs)
     if is_active is not None:
-        nowhere = kv_cache.num_pages(cache)
-        plan = plan._replace(page=jnp.where(is_active, plan.page, nowhere))
+        page = jnp.where(is_active, placement.page, cache.num_pages)
+        placement = placement._replace(page=page)
+    # Computed here and nowhere else. Otherwise every layer's kernels read the inputs themselves,
+    # and a GPU's graph has them all to change when the next step's inputs lie elsewhere.
+    placement, token, position = lax.optimization_barrier((placement, token, inputs.position))
     result: Any = model.apply(
-        {"params": params}, token, inputs.position, cache, functools.partial(attend_tokens, plan)
+        {"params": params}, token, position, cache, functools.partial(attend, placement)
     )
     hidden, cache = result
     return cache, hidden
@@ -326,7 +372,7 @@ def _by_row(stream: Float[Array, "K B E"]) -> Float[Array, "T E"]:
     return jnp.swapaxes(stream, 0, 1).reshape(-1, stream.shape[-1])
 
 
-def _sample(
+def sample_hidden(
     params: Any,
     slots: SlotState,
     hidden: Float[Array, "B E"],
@@ -334,7 +380,7 @@ def _sample(
     model: nn.Module,
     spec: SamplingSpec,
 ) -> tuple[SlotState, StepOutput]:
-    """See `sample_tokens`."""
+    """`sample_tokens`, inside of a jitted function."""
     chex.assert_shape([inputs.slot, inputs.position], (hidden.shape[0],))
     logits: Any = model.apply({"params": params}, hidden, method="logits")
     return draw_and_note(slots, logits, inputs, spec)
@@ -362,3 +408,25 @@ def draw_and_note(
         processors = note_outputs(processors, inputs.processors, out.tokens)
     tokens = slots.tokens.at[inputs.slot].set(out.tokens, mode="drop")
     return SlotState(tokens, edits, processors), out
+
+
+def report_shapes(spec: SamplingSpec, num_rows: int) -> StepOutput:
+    """The report of a step that samples so, as shapes."""
+    one: dict[str, Any] = {
+        kind: jax.ShapeDtypeStruct((num_rows,), dtype)
+        for kind, dtype in (("int", jnp.int32), ("float", jnp.float32), ("bool", jnp.bool_))
+    }
+    most = spec.num_logprobs or 0
+    record = None
+    if spec.has_record:
+        kinds = ("int" if name == "rank" else "float" for name in TokenRecord._fields)
+        record = TokenRecord(*(one[kind] for kind in kinds))
+    return StepOutput(
+        tokens=one["int"],
+        logprobs=one["float"],
+        ranks=one["int"],
+        is_valid=one["bool"],
+        top_tokens=jax.ShapeDtypeStruct((num_rows, most), jnp.int32),
+        top_logprobs=jax.ShapeDtypeStruct((num_rows, most), jnp.float32),
+        record=record,
+    )

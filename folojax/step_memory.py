@@ -20,19 +20,18 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import SingleDeviceSharding
 
-from folojax import page_copies, rowwise, step
+from folojax import rowwise, step
+from folojax.backend import Backend
 from folojax.batch import Batch, ints
-from folojax.buckets import Buckets, DecodeShape, PrefillShape
-from folojax.deterministic import num_rows
-from folojax.kv_cache import KVLayout
+from folojax.kv import KVLayout
+from folojax.kv.page_copies import COPY_SIZES
 from folojax.layered import make_steps
 from folojax.logit_edits import init_edits
 from folojax.memory_plan import DeviceMemory
 from folojax.models.dense_attend import dense_attend
-from folojax.models.platforms import platform
 from folojax.models.quantize import quantize_params
-from folojax.native_attention import suits
 from folojax.sampling import SamplingClass, SamplingSpec
+from folojax.shapes import DecodeShape, PrefillShape, Shapes
 from folojax.state import DecodeInputs, SampleInputs, init_state
 
 _NUM_LAYERS = 2
@@ -54,7 +53,7 @@ def device_memory(own_bytes: int = 0) -> DeviceMemory | None:
     if stats and "bytes_limit" in stats:
         used = stats.get("bytes_in_use", 0) - own_bytes
         return DeviceMemory(limit_bytes=stats["bytes_limit"], used_bytes=max(used, 0))
-    if jax.default_backend() != "cpu" or not hasattr(os, "sysconf"):
+    if jax.devices()[0].platform != "cpu" or not hasattr(os, "sysconf"):
         return None
     limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for path in map(Path, _CGROUP_LIMITS):
@@ -73,9 +72,10 @@ def slot_bytes(module: nn.Module, num_slots: int) -> int:
 def measure(
     module: nn.Module,
     layout: KVLayout,
-    buckets: Buckets,
+    shapes: Shapes,
     num_slots: int,
     max_logprobs: int,
+    backend: Backend,
     quantization: str | None = None,
     *,
     is_deterministic: bool = False,
@@ -85,9 +85,10 @@ def measure(
     Args:
         module: Of `folojax.models`.
         layout: Of the cache; nothing is allocated.
-        buckets: Which shapes exist.
+        shapes: Which shapes exist.
         num_slots: M.
         max_logprobs: J, at most.
+        backend: That the engine runs on.
         quantization: Of the kernels.
         is_deterministic: With the program of such an engine (`folojax.rowwise`) beside the others.
     """
@@ -98,9 +99,10 @@ def measure(
         _lower(
             shallow,
             shallow_layout,
-            buckets,
+            shapes,
             num_slots,
             max_logprobs,
+            backend,
             quantization,
             is_deterministic,
         )
@@ -110,73 +112,42 @@ def measure(
     found = [one.memory_analysis() for one in compiled]
     # One call after the other uses the same memory, but their results wait to be read.
     results = sum(one.output_size_in_bytes - one.alias_size_in_bytes for one in found)
-    copies = page_copies.COPY_SIZES[-1] * layout.bytes_per_page
+    copies = COPY_SIZES[-1] * layout.bytes_per_page
     return results + max(copies, *(one.temp_size_in_bytes for one in found))
 
 
-def estimate(module: nn.Module, layout: KVLayout, buckets: Buckets, max_logprobs: int) -> int:
+def estimate(module: nn.Module, layout: KVLayout, shapes: Shapes, max_logprobs: int) -> int:
     """A bound on what `measure` finds, from shapes alone: generous, and nothing is compiled.
 
     Three times what stands in the largest arrays, as every one of them has a predecessor that it
     was made from and a successor.
     """
-    config, size = module.config, layout.page_size
+    config = module.config
     heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
     inner = 2 * config.intermediate_size + 3 * config.hidden_size + (heads + 2 * kv_heads) * dim
     page = layout.bytes_per_page // layout.num_layers
-    # Prefill: the pages of every row copied out, scores and weights, if they are not read where
-    # they lie; then the MLP.
-    rows, columns = buckets.prefill_rows[-1], buckets.prefill_columns
-    tokens, prefill = rows * columns, 0
-    for one in largest_prefills(buckets, layout.num_pages):
-        seen = 0 if suits(config, size) else one.rows * one.table_pages
-        parts = seen * page + 8 * columns * heads * seen * size + 4 * one.rows * columns * inner
-        prefill = max(prefill, parts)
-    # Decode: scores and partial values of a page for each row at a time; elsewhere than on CPU of
-    # every page, shared ones as well, and rows combine theirs.
-    shape = largest_decode(buckets, layout.num_pages)
-    lanes = shape.shared_items * shape.shared_lanes
-    parts = shape.rows
-    if platform() != "cpu":
-        parts = layout.num_pages + lanes + shape.rows * shape.table_pages
-    decode = 4 * parts * heads * (size + dim + 4)
-    decode += shape.shared_items * page
-    decode += 4 * shape.rows * inner
+    # The MLP of all tokens of a call; and attention, which in plain XLA has a few pages and the
+    # scores of them for each row.
+    rows, columns = shapes.prefill_rows[-1], shapes.prefill_columns
+    tokens = rows * columns
+    seen = max(layout.page_size, 128)
+    attention = max(rows, shapes.decode_rows[-1]) * (2 * page + 8 * columns * heads * seen)
+    model = attention + 4 * max(tokens, shapes.decode_rows[-1]) * inner
     # Sampling: logits, sorted copies, noise; and the alternatives that are reported.
-    most_rows = max(rows, shape.rows, columns)
+    most_rows = max(rows, shapes.decode_rows[-1], columns)
     sample = 4 * most_rows * (4 * config.vocab_size + 2 * max_logprobs)
     scores = 8 * tokens * (max_logprobs + 1)
-    copies = page_copies.COPY_SIZES[-1] * layout.bytes_per_page
-    return 3 * max(prefill, decode, sample, copies) + scores
-
-
-def largest_decode(buckets: Buckets, num_pages: int) -> DecodeShape:
-    """The decode shape that needs most: all rows, the whole pool, pages with several owners."""
-    rows = buckets.decode_rows[-1]
-    is_shared = rows > 1 and bool(buckets.shared_rows)
-    return buckets.decode_shape(rows, num_pages, buckets.decode_pages[-1], int(is_shared))
-
-
-def largest_prefills(buckets: Buckets, num_pages: int) -> list[PrefillShape]:
-    """The prefill shapes that may need most: of each number of rows that with the longest tables.
-
-    The first one has the most rows.
-    """
-    longest: dict[int, int] = {}
-    for pages in buckets.prefill_pages:
-        longest[buckets.most_prefill_rows(pages)] = pages
-    return [
-        buckets.prefill_shape(rows, num_pages, pages)
-        for rows, pages in sorted(longest.items(), reverse=True)
-    ]
+    copies = COPY_SIZES[-1] * layout.bytes_per_page
+    return 3 * max(model, sample, copies) + scores
 
 
 def _lower(
     module: nn.Module,
     layout: KVLayout,
-    buckets: Buckets,
+    shapes: Shapes,
     num_slots: int,
     max_logprobs: int,
+    backend: Backend,
     quantization: str | None,
     is_deterministic: bool,
 ) -> Iterator[Any]:
@@ -193,21 +164,20 @@ def _lower(
     state = _on_device(jax.eval_shape(functools.partial(init_state, layout, num_slots)))
     vocab_size = module.config.vocab_size
     edits = _on_device(jax.eval_shape(functools.partial(init_edits, num_slots, vocab_size)))
-    batch = Batch(num_slots, buckets.decode_pages[-1], layout.num_pages, vocab_size)
+    batch = Batch(num_slots, shapes.table_pages, layout.num_pages, vocab_size)
 
-    steps = make_steps(module, jax.default_backend())
-    prefills = largest_prefills(buckets, layout.num_pages)
-    for prefill_shape in prefills:
-        inputs = batch.prefill_inputs(prefill_shape, [])
-        yield from (one.lower() for one in steps.prefill_calls(params, state.cache, inputs))
+    steps = make_steps(module, backend.is_layered)
+    shape = PrefillShape(shapes.prefill_rows[-1], shapes.prefill_columns)
+    inputs = batch.prefill_inputs(shape, [])
+    yield from (one.lower() for one in steps.prefill_calls(params, state.cache, inputs))
 
-    shape, decode_shape = prefills[0], largest_decode(buckets, layout.num_pages)
+    decode_shape = DecodeShape(shapes.decode_rows[-1])
     one = batch.decode_inputs(decode_shape, [])
     calls = steps.decode_calls(params, state.cache, state.slots.tokens, one)
     yield from (call.lower() for call in calls)
 
     if is_deterministic:
-        size = num_rows(jax.default_backend())
+        size = backend.rows_per_call
         slot = batch.pad([], size)
         one = DecodeInputs(slot, ints(size), ints(size), batch.page_tables(slot))
         tokens = state.slots.tokens

@@ -19,10 +19,6 @@ class SwapRates:
     overhead_s: float
 
 
-# Measured: docs/log.md. A copy here faults its pages in; on a GPU it goes over PCIe.
-CPU_RATES = SwapRates(flops_per_s=1e11, bytes_per_s=4e9, overhead_s=5e-3)
-GPU_RATES = SwapRates(flops_per_s=3e14, bytes_per_s=2e10, overhead_s=5e-3)
-
 NEVER = sys.maxsize
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from folojax.models.config import Activation, ModelConfig
@@ -80,13 +81,19 @@ _FAST_ROWS = (4, 8, 16, 20, 24, 32)
 
 
 def project(
-    x: Float[Array, "N I"], kernel: Float[Array, "O I"] | QuantizedKernel
+    x: Float[Array, "N I"], kernel: Float[Array, "O I"] | QuantizedKernel, is_rounded: bool = False
 ) -> Float[Array, "N O"]:
-    """A linear layer: `x` times the transposed kernel, in float32 whatever the operands' dtype.
+    """A linear layer: `x` times the transposed kernel, summed in float32 whatever the dtype.
 
     Contracts the kernel's last axis where it lies: for `kernel.T`, XLA on CPU copies a bfloat16
-    kernel in full every call. Callers cast: a product asked for in bfloat16 is several times slower
-    there than a float32 one that is cast afterwards.
+    kernel in full every call.
+
+    Args:
+        x: The inputs.
+        kernel: Of the layer.
+        is_rounded: Whether the result may come in the dtype of `x`, which halves what an
+            accelerator has to write; else, and on CPU, it is float32. There a product asked for in
+            bfloat16 is several times slower than a float32 one that is cast afterwards.
     """
     if isinstance(kernel, QuantizedKernel):
         return project_quantized(x, kernel)
@@ -97,6 +104,8 @@ def project(
             x = jnp.pad(x, ((0, more), (0, 0)))
         # The barrier, or XLA makes of it the other order again.
         return jax.lax.optimization_barrier(_contract_last(kernel, x)).T[:num_rows]
+    if is_rounded and platform() != "cpu":
+        return _contract_last(x, kernel, x.dtype)
     return _contract_last(x, kernel)
 
 
@@ -106,9 +115,11 @@ def _is_kernel_first(x: Float[Array, "N I"]) -> bool:
     return platform() == "cpu" and least <= x.shape[0] <= 64
 
 
-def _contract_last(left: Float[Array, "A I"], right: Float[Array, "B I"]) -> Float[Array, "A B"]:
+def _contract_last(
+    left: Float[Array, "A I"], right: Float[Array, "B I"], dtype: DTypeLike = jnp.float32
+) -> Float[Array, "A B"]:
     dims = (((1,), (1,)), ((), ()))
-    return jax.lax.dot_general(left, right, dims, preferred_element_type=jnp.float32)
+    return jax.lax.dot_general(left, right, dims, preferred_element_type=dtype)
 
 
 def embed_rows(

@@ -132,21 +132,22 @@ class Block(nn.Module):
             return mix_experts(normed, router, gate_up, down, config)
         if config.is_gated:
             both = self._linear("gate_up", normed, 2 * config.intermediate_size, config.mlp_bias)
-            inner = gated(both, config.activation)
+            inner = gated(both.astype(jnp.float32), config.activation)
         else:
             up = self._linear("up", normed, config.intermediate_size, config.mlp_bias)
-            inner = activate(up, config.activation)
+            inner = activate(up.astype(jnp.float32), config.activation)
         update = self._linear("down", inner.astype(self.dtype), width, config.mlp_bias)
         return update.astype(self.dtype)
 
     def _linear(
         self, name: str, x: Float[Array, "N I"], width_out: int, has_bias: bool
     ) -> Float[Array, "N O"]:
-        """A product with the kernel of that name in float32, its bias added.
+        """A product with the kernel of that name; with a bias it is float32.
 
-        Before the cast, as a fused linear layer does: one rounding instead of two.
+        The bias is added before the cast, as a fused linear layer does: one rounding, not two.
         """
-        out = project(x, _kernel(self, name, width_out, x.shape[-1]))
+        kernel = _kernel(self, name, width_out, x.shape[-1])
+        out = project(x, kernel, is_rounded=not has_bias)
         if has_bias:
             bias = self.param(f"{name}_bias", _ZEROS, (width_out,), self.dtype)
             out = out + bias.astype(jnp.float32)[None, :]

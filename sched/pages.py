@@ -11,8 +11,7 @@
        `----------------------------------------------------------'
 """
 
-import heapq
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from folojax.sched.prefix_cache import PrefixCache
 
@@ -29,9 +28,7 @@ def pages_for(num_tokens: int, page_size: int) -> int:
 class PageAllocator:
     """Hands out pages 0 … num_pages - 1, counts their owners, and keeps cached ones meanwhile.
 
-    The lowest page without an owner always goes first: a decode step costs what the highest
-    active page makes it cost, so active pages are kept in the low part of the pool. If that page
-    is idle, what it holds is copied to the highest free page first.
+    Pages are read where they lie, so one is as good as another: the one freed last goes first.
 
     Copies are collected for the step that is being planned, as one parallel copy: every source is
     read before any target is written, and no page is a target twice. So a page may be handed out,
@@ -50,19 +47,12 @@ class PageAllocator:
         self._ref_counts = [0] * num_pages
         self._num_used = 0
         self._copies: dict[int, int] = {}  # target -> source, as of before the step
-        self._lowest_inactive = _PageHeap(num_pages, lambda page: not self._ref_counts[page])
-        self._highest_free = _PageHeap(num_pages, self._is_free, is_reversed=True)
-        self._highest_active = _PageHeap(
-            num_pages, lambda page: self._ref_counts[page] > 0, is_reversed=True
-        )
-        for page in range(num_pages):
-            self._lowest_inactive.push(page)
-            self._highest_free.push(page)
+        self._free = list(range(num_pages))[::-1]
 
     @property
     def num_free(self) -> int:
         """Pages that hold nothing anyone could use."""
-        return self.num_pages - self._num_used - self._cache.num_idle
+        return len(self._free)
 
     @property
     def num_idle(self) -> int:
@@ -80,12 +70,6 @@ class PageAllocator:
         return self.num_pages - self._num_used
 
     @property
-    def extent(self) -> int:
-        """One more than the highest active page, 0 when none is; amortised O(log num_pages)."""
-        page = self._highest_active.peek()
-        return 0 if page is None else page + 1
-
-    @property
     def page_copies(self) -> tuple[tuple[int, int], ...]:
         """The parallel copy to be done before the step being planned: (source, target) pairs."""
         return tuple((source, target) for target, source in self._copies.items())
@@ -95,10 +79,9 @@ class PageAllocator:
         return self._ref_counts[page]
 
     def allocate(self, num_pages: int) -> list[int] | None:
-        """Takes the lowest pages that nobody owns, in rising order, with one owner each.
+        """Takes pages that nobody owns, with one owner each.
 
-        Idle pages among them move to the highest free pages. Where too few pages are free, the
-        least recently used idle pages are evicted first.
+        Where too few are free, the least recently used idle pages are evicted.
 
         Returns:
             The pages; or None, with nothing changed, when fewer than `num_pages` are available.
@@ -108,15 +91,9 @@ class PageAllocator:
             return None
         for _ in range(num_pages - self.num_free):
             self._set_free(self._cache.evict())
-        pages = [self._lowest_inactive.pop() for _ in range(num_pages)]
+        pages = [self._free.pop() for _ in range(num_pages)]
         for page in pages:
             self._set_active(page)
-        for page in pages:
-            if self._cache.holds(page):
-                target = self._highest_free.pop()
-                self._cache.move(page, target)
-                self._add_copy(page, target)
-            self._copies.pop(page, None)
         return pages
 
     def share(self, pages: Iterable[int]) -> None:
@@ -139,7 +116,6 @@ class PageAllocator:
             self._ref_counts[page] -= 1
             if self._ref_counts[page] == 0:
                 self._num_used -= 1
-                self._lowest_inactive.push(page)
                 if self._cache.holds(page):
                     self._cache.set_idle(page)
                 else:
@@ -173,9 +149,8 @@ class PageAllocator:
             f"{len(free)} pages are free, {len(inactive) - len(free)} idle and {len(active)} "
             f"active of {self.num_pages}, but counted as {counts}"
         )
-        self._lowest_inactive.check(inactive)
-        self._highest_free.check(free)
-        self._highest_active.check(active)
+        assert len(set(self._free)) == len(self._free), "a page is free twice"
+        assert set(self._free) == free, f"pages missing or surplus: {sorted(free ^ {*self._free})}"
         assert not self._copies.keys() & free, "a copy is planned that nobody needs"
 
     def _is_free(self, page: int) -> bool:
@@ -184,64 +159,12 @@ class PageAllocator:
     def _set_active(self, page: int) -> None:
         self._ref_counts[page] = 1
         self._num_used += 1
-        self._highest_active.push(page)
 
     def _set_free(self, page: int) -> None:
         """Notes a page that holds nothing any more; it is inactive already."""
-        self._highest_free.push(page)
+        self._free.append(page)
         self._copies.pop(page, None)
 
     def _add_copy(self, source: int, target: int) -> None:
         # The source may itself be the target of a copy of this step.
-        source = self._copies.get(source, source)
-        if source == target:  # moved away and back again
-            self._copies.pop(target, None)
-        else:
-            self._copies[target] = source
-
-
-class _PageHeap:
-    """The lowest (or highest) of the pages that belong here.
-
-    Pages come in by `push`. Those that have ceased to belong meanwhile are dropped when they come
-    up; a page is inside at most once, so the heap can't outgrow the pool.
-    """
-
-    def __init__(
-        self, num_pages: int, belongs: Callable[[int], bool], is_reversed: bool = False
-    ) -> None:
-        self._belongs = belongs
-        self._sign = -1 if is_reversed else 1
-        self._heap: list[int] = []
-        self._is_inside = [False] * num_pages
-
-    def push(self, page: int) -> None:
-        """Adds a page that belongs here now."""
-        if not self._is_inside[page]:
-            self._is_inside[page] = True
-            heapq.heappush(self._heap, self._sign * page)
-
-    def peek(self) -> int | None:
-        """Returns the first page, or None when there is none."""
-        while self._heap:
-            page = self._sign * self._heap[0]
-            if self._belongs(page):
-                return page
-            heapq.heappop(self._heap)
-            self._is_inside[page] = False
-        return None
-
-    def pop(self) -> int:
-        """Takes the first page out; there must be one."""
-        page = self.peek()
-        assert page is not None, "no page is left"
-        heapq.heappop(self._heap)
-        self._is_inside[page] = False
-        return page
-
-    def check(self, pages: set[int]) -> None:
-        """Raises AssertionError unless exactly these pages belong here and are inside."""
-        inside = [self._sign * key for key in self._heap]
-        assert len(inside) == len(set(inside)) == sum(self._is_inside), "a page is inside twice"
-        found = {page for page in inside if self._belongs(page)}
-        assert found == pages, f"pages missing or surplus: {sorted(found ^ pages)}"
+        self._copies[target] = self._copies.get(source, source)

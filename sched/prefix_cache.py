@@ -60,7 +60,6 @@ class PrefixCache:
     def __init__(self) -> None:
         self.root = PrefixNode(None, ())
         self._nodes: dict[int, PrefixNode] = {}  # by page
-        # By node and not by page: a page that is moved keeps its turn.
         self._idle: OrderedDict[PrefixNode, None] = OrderedDict()
 
     @property
@@ -131,14 +130,6 @@ class PrefixCache:
     def set_active(self, page: int) -> None:
         """Says that an idle page has an owner again."""
         del self._idle[self._nodes[page]]
-
-    def move(self, source: int, target: int) -> None:
-        """Says that what an idle page holds is now to be found in page `target`."""
-        node = self._nodes.pop(source)
-        assert node in self._idle, f"page {source} has owners: it can't be moved"
-        assert target not in self._nodes, f"page {target} holds something else"
-        node.page = target
-        self._nodes[target] = node
 
     def evict(self) -> int:
         """Forgets the page that has been idle longest, and returns it."""

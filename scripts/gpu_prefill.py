@@ -9,10 +9,10 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+from folojax.gathered_attention import Way, choose_way
 from gpu_common import Report, make_model, seconds
 
 from folojax import KVLayout, gathered_attention, kv_cache, prefill
-from folojax.gathered_attention import Way, choose_way
 from folojax.models.interface import PLAIN
 from folojax.state import PrefillInputs
 

@@ -14,14 +14,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from folojax.buckets import DecodeShape, PrefillShape, slots_for
+from folojax.kv_cache import KVLayout
 from hlo_read import Program, Thunk, read_thunks
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from folojax import kv_cache
 from folojax.batch import Batch
-from folojax.buckets import DecodeShape, PrefillShape, slots_for
-from folojax.kv_cache import KVLayout
 from folojax.layered import WholeSteps
 from folojax.models.llama import Llama, init_params
 from folojax.models.platforms import tracing_for

@@ -22,14 +22,14 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+from folojax.buckets import DecodeShape, PrefillShape
+from folojax.kv_cache import split_segments
 from gpu_common import SHAPES, Pages
 from hlo_compile import TARGET, Compiled, Steps, target_device
 from hlo_read import count_kernels, num_command_buffers, outside_buffers
 from rich.console import Console
 from rich.table import Table
 
-from folojax.buckets import DecodeShape, PrefillShape
-from folojax.kv_cache import split_segments
 from folojax.models.config import ModelConfig
 from folojax.models.llama import Llama
 

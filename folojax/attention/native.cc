@@ -1,4 +1,4 @@
-// Attention of rows to the pages of a cache, for processors with AVX2 and FMA; `native_attention.py`
+// Attention of rows to the pages of a cache, for processors with AVX2 and FMA; `native.py`
 // says what is computed and how a page lies in memory. XLA calls it as a custom call (jax.ffi).
 //
 // A task is some tokens of a row and a head of keys, with all queries of its group. It goes through
@@ -22,8 +22,7 @@ constexpr float kMasked = -1e30f;
 struct Job {
   int64_t num_rows, num_tokens, num_heads, num_kv_heads, dim, page_size, num_pages, table_size;
   const float* query;     // [row, token, head, dim]
-  const float* keys;      // [page, kv head, page size, dim]
-  const float* values;    // likewise
+  const float* pages;     // [page, keys and values, kv head, page size, dim]
   const int32_t* table;   // [row, index]
   const int32_t* first;   // [row]: position of its first token
   const int32_t* length;  // [row]: tokens that are no padding
@@ -174,9 +173,9 @@ void attend(const Job& job, int64_t task) {
   for (int64_t index = oldest(job.first[row] + begin) / size; index < most_pages; ++index) {
     const int64_t page = job.table[row * job.table_size + index];
     if (page < 0 || page >= job.num_pages) continue;
-    const int64_t place_of_page = (page * job.num_kv_heads + head) * size * job.dim;
-    const float* keys = job.keys + place_of_page;
-    const float* values = job.values + place_of_page;
+    const int64_t numbers = size * job.dim;
+    const float* keys = job.pages + (2 * page * job.num_kv_heads + head) * numbers;
+    const float* values = keys + job.num_kv_heads * numbers;
     // Of the page's tokens, those that a query sees.
     const auto seen = [&](int64_t i) {
       const int64_t position = job.first[row] + begin + i / groups;
@@ -212,9 +211,9 @@ int64_t work(Job& job, int64_t) {
   return num_done;
 }
 
-// Shapes are those of `attend_natively`, which has checked them.
+// Shapes are those of `native.py`, which has checked them.
 ffi::Future native_attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> query,
-                          ffi::Buffer<ffi::F32> keys, ffi::Buffer<ffi::F32> values,
+                          ffi::Buffer<ffi::F32> pages,
                           ffi::Buffer<ffi::S32> table, ffi::Buffer<ffi::S32> first,
                           ffi::Buffer<ffi::S32> length, float scale, int64_t window,
                           ffi::ResultBuffer<ffi::F32> out) {
@@ -223,13 +222,12 @@ ffi::Future native_attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> query,
   job->num_tokens = query.dimensions()[1];
   job->num_heads = query.dimensions()[2];
   job->dim = query.dimensions()[3];
-  job->num_pages = keys.dimensions()[0];
-  job->num_kv_heads = keys.dimensions()[1];
-  job->page_size = keys.dimensions()[2];
+  job->num_pages = pages.dimensions()[0];
+  job->num_kv_heads = pages.dimensions()[2];
+  job->page_size = pages.dimensions()[3];
   job->table_size = table.dimensions()[1];
   job->query = query.typed_data();
-  job->keys = keys.typed_data();
-  job->values = values.typed_data();
+  job->pages = pages.typed_data();
   job->table = table.typed_data();
   job->first = first.typed_data();
   job->length = length.typed_data();
@@ -244,7 +242,6 @@ ffi::Future native_attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> query,
 XLA_FFI_DEFINE_HANDLER_SYMBOL(NativeAttention, native_attention,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()

@@ -1,0 +1,59 @@
+"""Stores the keys and values of a step's tokens, and attends with the kernel that takes them."""
+
+from jaxtyping import Array, Float
+
+from folojax.attention import cudnn, native, reference
+from folojax.attention.interface import AttentionSpec, Kernel
+from folojax.kv.cache import KVCache, write
+from folojax.kv.placement import Placement
+from folojax.models.interface import PLAIN, Scoring
+
+KERNELS: dict[str, Kernel] = {
+    "cudnn": cudnn.KERNEL,
+    "native": native.KERNEL,
+    "reference": reference.KERNEL,
+    "alike": reference.ALIKE,
+}
+"""By the names that `PageFormat.kernels` holds."""
+
+
+def attend(
+    placement: Placement,
+    cache: KVCache,
+    layer: int,
+    query: Float[Array, "T H D"],
+    key: Float[Array, "T K D"],
+    value: Float[Array, "T K D"],
+    scoring: Scoring = PLAIN,
+) -> tuple[KVCache, Float[Array, "T H D"]]:
+    """Attention of every token to all of its request so far, in the shape that models ask for.
+
+    With the placement bound it is a `folojax.models.interface.Attend`. New keys and values are
+    stored first, so a chunk sees its own tokens and those of earlier rows of the same call.
+    """
+    cache = write(cache, layer, placement.page, placement.offset, key, value)
+    spec = AttentionSpec(query.dtype, cache.dtype, query.shape[-1], cache.format, scoring)
+    rows = placement.first.shape[0]
+
+    def by_row(x: Array) -> Array:
+        return x.reshape(rows, -1, *x.shape[1:])
+
+    _, kernel = choose_kernel(spec)
+    pages = cache.layers[layer]
+    out = kernel.attend(by_row(query), by_row(key), by_row(value), pages, placement, spec)
+    return cache, out.reshape(query.shape)
+
+
+def choose_kernel(spec: AttentionSpec) -> tuple[str, Kernel]:
+    """The first kernel of the format that takes such layers, and its name.
+
+    Raises:
+        ValueError: none does; the text has the reason of each.
+    """
+    reasons = []
+    for name in spec.page_format.kernels:
+        reason = KERNELS[name].refusal(spec)
+        if reason is None:
+            return name, KERNELS[name]
+        reasons.append(f"{name} {reason}")
+    raise ValueError("no attention kernel takes this layer: " + "; ".join(reasons))

@@ -1,0 +1,219 @@
+"""Attention to pages by cuDNN, through the custom call that JAX has for it: NVIDIA GPUs.
+
+JAX's own functions for paged attention want a pool of exactly rows times pages of a row; the call
+below them takes any pool, and any page anywhere in it. It is private to JAX: all that is used of it
+is in this file, and `TRIED` names the versions that it was tried with.
+
+A token that continues a row is one call over the row's pages. Causal masks of the call are aligned
+to the first query and the first key, so a chunk behind cached tokens is two, whose softmaxes are
+joined by the logarithms of their sums:
+
+    own keys       causal among the chunk's own tokens
+    pages before   without a mask, up to the chunk's first token
+
+A layer with a window reads no page outside of it: the table begins with the page of the oldest
+token that a row sees, and what lies before that token in the page gets a bias.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Num
+
+from folojax.attention.interface import AttentionSpec
+from folojax.kv.placement import Placement
+
+TRIED = ("0.10", "0.11", "0.12")
+"""Minor versions of JAX whose call has these arguments."""
+
+# For what a window hides. Finite, also times log2(e): cuDNN makes NaN of a block that is all -inf.
+_HIDDEN = -1e30
+
+_LEAST_CAPABILITY = 8  # Ampere
+
+
+@functools.cache
+def problem() -> str | None:
+    """Why no program of this process can call cuDNN, as the rest of a sentence; None: it can."""
+    version = ".".join(jax.__version__.split(".")[:2])
+    if version not in TRIED:
+        return f"was tried with JAX {', '.join(TRIED)}, and this is {jax.__version__}"
+    try:
+        from jax._src.cudnn import fused_attention_stablehlo as fused
+
+        fused.check_cudnn_version()
+    except (ImportError, AttributeError, RuntimeError) as error:
+        return f"is not to be had: {error}"
+    device = jax.devices()[0]
+    capability = getattr(device, "compute_capability", "0.0")  # AMD's are names
+    major = str(capability).partition(".")[0]
+    if device.platform != "gpu" or not major.isdigit() or int(major) < _LEAST_CAPABILITY:
+        return "needs an NVIDIA GPU of the Ampere generation or later"
+    return None
+
+
+@functools.cache
+def _most_dims() -> int:
+    """The largest head dim: 256 from Hopper on."""
+    return 256 if float(jax.devices()[0].compute_capability) >= 9 else 128
+
+
+class _CuDNN:
+    """The kernel; see `folojax.attention.interface.Kernel`."""
+
+    def refusal(self, spec: AttentionSpec) -> str | None:
+        """Half precision, no cap on scores, head dims that are multiples of 8."""
+        if spec.page_format.order != "tokens":
+            return "reads pages in the order of tokens"
+        if spec.dtype not in (jnp.bfloat16, jnp.float16) or spec.storage_dtype != spec.dtype:
+            return "takes bfloat16 and float16"
+        if spec.scoring.softcap is not None:
+            return "does not cap scores"
+        if (reason := problem()) is not None:
+            return reason
+        if spec.head_dim % 8 or spec.head_dim > _most_dims():
+            return f"takes head dims that are multiples of 8 up to {_most_dims()} here"
+        return None
+
+    def attend(
+        self,
+        query: Float[Array, "R C H D"],
+        key: Float[Array, "R C K D"],
+        value: Float[Array, "R C K D"],
+        pages: Num[Array, "P 2 S K D"],
+        placement: Placement,
+        spec: AttentionSpec,
+    ) -> Float[Array, "R C H D"]:
+        """As `Kernel.attend`."""
+        scale = spec.scoring.scale
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        window = spec.scoring.window
+        if query.shape[1] == 1:
+            return _attend_pages(query, pages, placement, 1, window, scale)
+        return _attend_chunk(query, key, value, pages, placement, window, scale)
+
+
+KERNEL = _CuDNN()
+
+
+def _attend_pages(
+    query: Float[Array, "R C H D"],
+    pages: Num[Array, "P 2 S K D"],
+    placement: Placement,
+    num_own: int,
+    window: int | None,
+    scale: float,
+    **options: Any,
+) -> Any:
+    """Attention to all positions before a row's first token, and to `num_own` from there on."""
+    num_pages, _, size, kv_heads, dim = pages.shape
+    columns = query.shape[1]
+    is_row, first = placement.length > 0, placement.first
+    table, end, bias = placement.page_table, first + num_own, None
+    if window is not None:
+        oldest = jnp.maximum(first - window + 1, 0)  # that the row's first token sees
+        skipped = oldest // size
+        # As many pages as a window can touch, wherever in a page it begins.
+        table = _shift(table, skipped, min((window + size - 2) // size + 1, table.shape[1]))
+        position = skipped[:, None] * size + jnp.arange(table.shape[1] * size)[None, :]
+        token = first[:, None] + jnp.arange(columns)[None, :]
+        is_hidden = token[:, :, None] - position[:, None, :] >= window
+        bias = jnp.where(is_hidden, _HIDDEN, 0.0).astype(query.dtype)[:, None]
+        end = end - skipped * size
+    # Keys and values of a page follow each other: twice as many pages, of one or the other.
+    halves = pages.reshape(2 * num_pages, size, kv_heads, dim)
+    table = 2 * table[:, None, :, None]
+    # A single query is always there, if only to see nothing.
+    own = jnp.ones_like(first) if columns == 1 else placement.length
+    lengths = (own, jnp.where(is_row, end, 0))
+    return _call(query, halves, halves, lengths, (table, table + 1), bias, scale, **options)
+
+
+def _attend_chunk(
+    query: Float[Array, "R C H D"],
+    key: Float[Array, "R C K D"],
+    value: Float[Array, "R C K D"],
+    pages: Num[Array, "P 2 S K D"],
+    placement: Placement,
+    window: int | None,
+    scale: float,
+) -> Float[Array, "R C H D"]:
+    columns = query.shape[1]
+    own, own_mass = _call(
+        query,
+        key,
+        value,
+        (placement.length, placement.length),
+        None,
+        None,
+        scale,
+        is_causal=True,
+        window=window if window is not None and window < columns else None,
+        has_mass=True,
+    )
+    before, mass = _attend_pages(query, pages, placement, 0, window, scale, has_mass=True)
+    # [R, H, C] to [R, C, H, 1]
+    own_mass, mass = (one.swapaxes(1, 2)[..., None] for one in (own_mass, mass))
+
+    def wide(x: Array) -> Array:
+        return x[:, None, None, None]
+
+    mass = jnp.where(wide(placement.first > 0), mass, -jnp.inf)
+    most = jnp.maximum(own_mass, mass)
+    own_weight, weight = jnp.exp(own_mass - most), jnp.exp(mass - most)
+    # Of no pages there is no result, of padding neither; 0 times whatever stands there may be NaN.
+    before = jnp.where(weight > 0, before.astype(jnp.float32), 0.0)
+    out = (own.astype(jnp.float32) * own_weight + before * weight) / (own_weight + weight)
+    is_real = jnp.arange(columns)[None, :] < placement.length[:, None]
+    return jnp.where(is_real[:, :, None, None], out, 0.0).astype(query.dtype)
+
+
+def _shift(table: Int[Array, "R N"], skipped: Int[Array, " R"], width: int) -> Int[Array, "R W"]:
+    """Tables without so many pages of each row."""
+    index = skipped[:, None] + jnp.arange(width)[None, :]
+    return jnp.take_along_axis(table, jnp.minimum(index, table.shape[1] - 1), axis=1)
+
+
+def _call(
+    query: Float[Array, "R C H D"],
+    keys: Float[Array, "_ S K D"],
+    values: Float[Array, "_ S K D"],
+    lengths: tuple[Int[Array, " R"], Int[Array, " R"]],
+    tables: tuple[Int[Array, "R 1 N 1"], Int[Array, "R 1 N 1"]] | None,
+    bias: Float[Array, "R 1 C T"] | None,
+    scale: float,
+    *,
+    is_causal: bool = False,
+    window: int | None = None,
+    has_mass: bool = False,
+) -> Any:
+    """JAX's call of cuDNN; with `has_mass` also [R, H, C], logarithms of the sums of weights."""
+    from jax._src.cudnn import fused_attention_stablehlo as fused
+
+    nothing = jnp.zeros(0, query.dtype)
+    key_table, value_table = (nothing, nothing) if tables is None else tables
+    kind = fused.MaskType.PADDING_CAUSAL if is_causal else fused.MaskType.PADDING
+    query_length, length = (one.astype(jnp.int32) for one in lengths)
+    return fused._dot_product_attention(
+        query,
+        keys,
+        values,
+        nothing if bias is None else bias,
+        query_length,
+        length,
+        nothing,  # offsets of packed sequences
+        nothing,
+        key_table,
+        value_table,
+        scale,
+        42,  # seed of no dropout
+        0.0,
+        (bias is not None, False),
+        kind,
+        fused.AttentionLayout.BTNH.value,
+        window,
+        fused.check_cudnn_version(),
+        has_mass,
+    )

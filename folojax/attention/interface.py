@@ -1,0 +1,63 @@
+"""What an attention kernel is: a reason to refuse, and a function from queries and pages."""
+
+import dataclasses
+from typing import Protocol
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Num
+
+from folojax.kv.cache import PageFormat
+from folojax.kv.placement import Placement
+from folojax.models.interface import Scoring
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionSpec:
+    """What decides whether a kernel takes a layer.
+
+    Attributes:
+        dtype: Of queries, keys and values.
+        storage_dtype: Of the pages.
+        head_dim: D.
+        page_format: How pages lie.
+        scoring: What becomes of the products of queries and keys.
+    """
+
+    dtype: jnp.dtype
+    storage_dtype: jnp.dtype
+    head_dim: int
+    page_format: PageFormat
+    scoring: Scoring
+
+
+class Kernel(Protocol):
+    """A way to attend."""
+
+    def refusal(self, spec: AttentionSpec) -> str | None:
+        """Why it is not for such layers, as the rest of a sentence; None: it is."""
+        ...
+
+    def attend(
+        self,
+        query: Float[Array, "R C H D"],
+        key: Float[Array, "R C K D"],
+        value: Float[Array, "R C K D"],
+        pages: Num[Array, "P 2 _ _ D"],
+        placement: Placement,
+        spec: AttentionSpec,
+    ) -> Float[Array, "R C H D"]:
+        """Causal attention of every row's tokens to its pages, softmax in float32.
+
+        Args:
+            query: In any dtype, which is that of the result.
+            key: Of the tokens themselves; stored in the pages already.
+            value: Likewise.
+            pages: One layer of a cache. Behind a row's last token and in pages of padding, keys
+                may be NaN; all values are finite.
+            placement: Of the rows.
+            spec: That the kernel does not refuse.
+
+        Returns:
+            The result for each token; finite and of no meaning for one of padding.
+        """
+        ...

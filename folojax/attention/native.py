@@ -1,0 +1,79 @@
+"""Attention to pages in C++: on x86-64 CPUs, where a compiler is found.
+
+A query goes through the pages that it sees, one after the other, with a running softmax in float32;
+nothing is copied out of them and no scores are kept. What a token gets has the same bits whatever
+the rows and tokens beside it, and in a chunk of whatever size.
+"""
+
+import functools
+from pathlib import Path
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Num
+
+from folojax.attention.interface import AttentionSpec
+from folojax.kv.placement import Placement
+from folojax.models import native
+
+_SOURCE = Path(__file__).with_suffix(".cc")
+_NAME = "folojax_native_attention"
+_LANES = 8
+_UNBOUNDED = np.iinfo(np.int64).max // 2
+
+
+@functools.cache
+def problem() -> str | None:
+    """Why programs on CPU cannot call the kernel; it is compiled if nobody has done so before."""
+    return native.register(_SOURCE, _NAME, "NativeAttention")
+
+
+class _Native:
+    """The kernel; see `folojax.attention.interface.Kernel`."""
+
+    def refusal(self, spec: AttentionSpec) -> str | None:
+        """Pages are read in whole registers, and scores have no cap."""
+        if spec.page_format.order != "heads" or spec.storage_dtype != jnp.float32:
+            return "reads pages of float32 in the order of heads"
+        if spec.scoring.softcap is not None:
+            return "does not cap scores"
+        if spec.page_format.page_size % _LANES or spec.head_dim % _LANES:
+            return f"takes page sizes and head dims that are multiples of {_LANES}"
+        reason = problem()
+        return None if reason is None else f"cannot be compiled: {reason}"
+
+    def attend(
+        self,
+        query: Float[Array, "R C H D"],
+        key: Float[Array, "R C K D"],
+        value: Float[Array, "R C K D"],
+        pages: Num[Array, "P 2 K S D"],
+        placement: Placement,
+        spec: AttentionSpec,
+    ) -> Float[Array, "R C H D"]:
+        """As `Kernel.attend`; zeros for tokens of padding."""
+        del key, value
+        rows, _, heads, dim = query.shape
+        num_pages, _, kv_heads, size, _ = pages.shape
+        chex.assert_shape(pages, (num_pages, 2, kv_heads, size, dim))
+        chex.assert_shape(placement.page_table, (rows, None))
+        chex.assert_shape([placement.first, placement.length], (rows,))
+        chex.assert_is_divisible(heads, kv_heads)
+        call = jax.ffi.ffi_call(
+            _NAME, jax.ShapeDtypeStruct(query.shape, jnp.float32), vmap_method="sequential"
+        )
+        of_rows = placement.page_table, placement.first, placement.length
+        scoring = spec.scoring
+        out = call(
+            query.astype(jnp.float32),
+            pages,
+            *(one.astype(jnp.int32) for one in of_rows),
+            scale=np.float32(dim**-0.5 if scoring.scale is None else scoring.scale),
+            window=np.int64(_UNBOUNDED if scoring.window is None else scoring.window),
+        )
+        return out.astype(query.dtype)
+
+
+KERNEL = _Native()

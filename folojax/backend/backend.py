@@ -1,0 +1,157 @@
+"""The backend of an engine: all that depends on the platform, as one value.
+
+It is chosen where the engine is built (`choose_backend`) and handed down. Nothing else asks for the
+platform; two things ask what programs are traced for: products of matrices (`models.platforms`) and
+whether a device can run a kernel (`attention.cudnn`).
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from folojax.kv.cache import KVLayout, PageFormat, PageOrder
+from folojax.models.config import ModelConfig
+from folojax.sched.pages import pages_for
+from folojax.shapes import Shapes, powers, up_to, with_parts
+from folojax.swap_cost import SwapRates
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Backend:
+    """A platform, as far as the engine minds.
+
+    Attributes:
+        name: JAX's name of the platform.
+        default_dtype: Of a model whose user has no wish.
+        defaults: Fields of `EngineConfig` that are None unless they are given.
+        memory_fraction: Share of the device that weights, pages and temporaries take by default;
+            None: the pool is not sized by memory unless that is asked for.
+        page_order: How pages lie.
+        kernels: Of attention, the preferred one first.
+        exact_kernels: Likewise, of an engine in deterministic mode.
+        stores_float32: Whether pages are of float32 whatever the model's dtype. On CPU XLA sends an
+            array of half precision through float32 on every write and most reads.
+        is_layered: Whether a step is run some layers at a time (`folojax.layered`): one after the
+            other, or as one program and then with its sampling in it.
+        warms_up: Whether an engine compiles what it will need when it is made.
+        rows_per_call: T, tokens of a call in deterministic mode.
+        arrays_per_copy: How many layers' arrays a copy of pages moves in one call; None is all.
+        swap_rates: What moving K/V to the host and computing them again cost.
+    """
+
+    name: str
+    default_dtype: DTypeLike
+    defaults: dict[str, int] = dataclasses.field(hash=False)
+    memory_fraction: float | None
+    page_order: PageOrder
+    kernels: tuple[str, ...]
+    exact_kernels: tuple[str, ...]
+    stores_float32: bool
+    is_layered: bool
+    warms_up: bool
+    rows_per_call: int
+    arrays_per_copy: int | None
+    swap_rates: SwapRates
+
+    def kv_layout(
+        self,
+        config: ModelConfig,
+        dtype: DTypeLike,
+        num_pages: int,
+        page_size: int,
+        *,
+        is_deterministic: bool = False,
+    ) -> KVLayout:
+        """The layout of a cache for a model."""
+        kernels = self.exact_kernels if is_deterministic else self.kernels
+        page_format = PageFormat(page_size, self.page_order, kernels)
+        storage = jnp.float32 if self.stores_float32 else dtype
+        return KVLayout.of(config, dtype, num_pages, page_format, storage)
+
+    def shapes(self, config: Any, dtype: DTypeLike) -> Shapes:
+        """The shapes of an engine's calls.
+
+        Args:
+            config: A `ResolvedConfig`.
+            dtype: Of the model.
+        """
+        most_rows = pages_for(config.max_num_batched_tokens, config.prefill_row_len)
+        table_pages = pages_for(config.max_model_len, config.page_size)
+        most = config.max_num_seqs
+        if self.is_layered:
+            # A product with a single row of half precision converts all weights, in every call.
+            least = 1 if jnp.dtype(dtype) == jnp.float32 else 2
+            # A batch that runs dry spends half of its steps between two powers of two; below 4 rows
+            # one more takes no longer.
+            decode_rows = with_parts(powers(most, 2, least), first_halved=4, first_quartered=16)
+            prefill_rows = powers(most_rows, 2)
+            sampled_rows = decode_rows
+        else:
+            # An executable takes 10 s to compile, and up to 64 rows a step takes as long as its
+            # kernels take to start; beyond that every row reads its own pages.
+            sizes = with_parts(powers(most, 2, min(8, most)), first_halved=64, first_quartered=128)
+            decode_rows = tuple(sorted({1, *sizes}))
+            sampled_rows = up_to((8, 32, 64, 128), most) if most <= 256 else decode_rows
+            prefill_rows = up_to((1, 8), most_rows)
+        return Shapes(
+            decode_rows=decode_rows,
+            sampled_rows=sampled_rows,
+            prefill_rows=prefill_rows,
+            prefill_columns=config.prefill_row_len,
+            table_pages=table_pages,
+            is_coarse=not self.is_layered,
+        )
+
+
+# Measured: docs/log.md and docs/gpu.md. A copy to the host faults its pages in on CPU, and goes
+# over PCIe on a GPU.
+CPU = Backend(
+    name="cpu",
+    default_dtype=jnp.float32,
+    defaults={
+        "max_num_seqs": 32,
+        "max_num_batched_tokens": 512,
+        "page_size": 64,
+        "prefill_row_len": 16,
+    },
+    memory_fraction=None,
+    page_order="heads",
+    kernels=("native", "reference"),
+    exact_kernels=("native", "alike"),
+    stores_float32=True,
+    is_layered=True,
+    warms_up=False,
+    rows_per_call=32,
+    arrays_per_copy=1,
+    swap_rates=SwapRates(flops_per_s=1e11, bytes_per_s=4e9, overhead_s=5e-3),
+)
+
+GPU = Backend(
+    name="gpu",
+    default_dtype=jnp.bfloat16,
+    defaults={
+        "max_num_seqs": 256,
+        "max_num_batched_tokens": 4096,
+        "page_size": 64,
+        "prefill_row_len": 128,
+    },
+    memory_fraction=0.9,
+    page_order="tokens",
+    kernels=("cudnn", "reference"),
+    exact_kernels=("alike",),
+    stores_float32=False,
+    is_layered=False,
+    warms_up=True,
+    rows_per_call=128,
+    arrays_per_copy=None,
+    swap_rates=SwapRates(flops_per_s=3e14, bytes_per_s=2e10, overhead_s=5e-3),
+)
+
+
+def choose_backend() -> Backend:
+    """The backend of JAX's default platform; platforms nobody has measured are as a GPU."""
+    name = jax.default_backend()
+    return CPU if name == "cpu" else dataclasses.replace(GPU, name=name)

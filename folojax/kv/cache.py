@@ -1,0 +1,188 @@
+"""The paged KV cache: an immutable pytree of one array a layer.
+
+A page holds the keys and then the values of S tokens of one request, for one layer. The order of
+the numbers inside of it suits whoever reads pages where they lie (`folojax.attention`):
+
+    order "heads"    [P, 2, K, S, D]    what one head reads lies together: C++ on CPU
+    order "tokens"   [P, 2, S, K, D]    what one token writes lies together: cuDNN
+
+A page is handed on with its old content, which nobody may see: positions behind a request's last
+token are masked, and no value is ever NaN, which a weight of zero would not hide (`write`).
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Literal, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, Num
+
+from folojax.models.config import ModelConfig
+
+PageOrder: TypeAlias = Literal["heads", "tokens"]
+
+
+@dataclasses.dataclass(frozen=True)
+class PageFormat:
+    """How pages lie in memory and who reads them; hashable, static under jit.
+
+    Attributes:
+        page_size: S, tokens of a page.
+        order: Of the numbers in a page.
+        kernels: Names of the attention kernels that may read them, the preferred one first
+            (`folojax.attention.KERNELS`).
+    """
+
+    page_size: int
+    order: PageOrder
+    kernels: tuple[str, ...]
+
+    def shape(self, num_pages: int, num_kv_heads: int, head_dim: int) -> tuple[int, ...]:
+        """Of a layer's array."""
+        inner = (num_kv_heads, self.page_size)
+        if self.order == "tokens":
+            inner = (self.page_size, num_kv_heads)
+        return (num_pages, 2, *inner, head_dim)
+
+    def by_token(self, pages: Any) -> Any:
+        """Pages [*, 2, _, _, D] of either order as [*, 2, S, K, D], and such pages as they lie."""
+        return pages if self.order == "tokens" else pages.swapaxes(-2, -3)
+
+
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """Keys and values of all layers.
+
+    Attributes:
+        layers: An array [P, 2, _, _, D] for each layer.
+        format: How they lie; static.
+    """
+
+    layers: tuple[Num[Array, "P 2 _ _ D"], ...]
+    format: PageFormat
+
+    @property
+    def num_pages(self) -> int:
+        """P."""
+        return self.layers[0].shape[0]
+
+    @property
+    def page_size(self) -> int:
+        """S."""
+        return self.format.page_size
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Of the arrays."""
+        return self.layers[0].dtype
+
+    def layer(self, index: int) -> "KVCache":
+        """The cache of one layer, which has index 0 in it; copies nothing."""
+        return KVCache((self.layers[index],), self.format)
+
+
+jax.tree_util.register_dataclass(KVCache, data_fields=["layers"], meta_fields=["format"])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KVLayout:
+    """Shape of a cache.
+
+    Attributes:
+        num_pages: P.
+        num_layers: L.
+        num_kv_heads: K.
+        head_dim: D.
+        dtype: Of the keys and values that go in.
+        storage_dtype: Of the arrays that keep them.
+        format: How a page lies in memory.
+    """
+
+    num_pages: int
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: DTypeLike
+    storage_dtype: DTypeLike
+    format: PageFormat
+
+    @classmethod
+    def of(
+        cls,
+        config: ModelConfig,
+        dtype: DTypeLike,
+        num_pages: int,
+        page_format: PageFormat,
+        storage_dtype: DTypeLike | None = None,
+    ) -> "KVLayout":
+        """The layout for a model; the storage dtype is `dtype` unless it is given."""
+        return cls(
+            num_pages=num_pages,
+            num_layers=config.num_layers,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            dtype=dtype,
+            storage_dtype=dtype if storage_dtype is None else storage_dtype,
+            format=page_format,
+        )
+
+    @property
+    def page_size(self) -> int:
+        """S, tokens of a page."""
+        return self.format.page_size
+
+    @property
+    def bytes_per_page(self) -> int:
+        """Bytes of one page over all layers, keys and values."""
+        elements = 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.page_size
+        return elements * jnp.dtype(self.storage_dtype).itemsize
+
+
+def init_cache(layout: KVLayout) -> KVCache:
+    """A cache of zeros."""
+    shape = layout.format.shape(layout.num_pages, layout.num_kv_heads, layout.head_dim)
+    layers = tuple(jnp.zeros(shape, layout.storage_dtype) for _ in range(layout.num_layers))
+    return KVCache(layers, layout.format)
+
+
+def join_layers(layers: Sequence[KVCache]) -> KVCache:
+    """The inverse of `KVCache.layer`: caches of single layers as one."""
+    return KVCache(tuple(one.layers[0] for one in layers), layers[0].format)
+
+
+def write(
+    cache: KVCache,
+    layer: int,
+    page: Int[Array, " T"],
+    offset: Int[Array, " T"],
+    key: Float[Array, "T K D"],
+    value: Float[Array, "T K D"],
+) -> KVCache:
+    """Stores one token per row at (page, offset) of a layer; page P drops its token.
+
+    In place where the cache is donated to the jitted function that calls this.
+
+    Later owners of a page give its old tokens a weight of zero, which does not hide a value of NaN
+    or infinity. So no such value is ever stored: it becomes zero and the key's number in its place
+    NaN, which the token's own request cannot miss and which nobody else reads.
+    """
+    pages = cache.layers[layer]
+    is_finite = jnp.isfinite(value)
+    pair = jnp.where(is_finite, key, jnp.nan), jnp.where(is_finite, value, 0)
+    both = jnp.stack(pair, axis=1).astype(pages.dtype)
+    if page.shape[0] == 1:
+        # Never a single write: XLA on CPU makes it a slice update and copies the array for that.
+        page, offset = jnp.append(page, cache.num_pages), jnp.append(offset, offset)
+        both = jnp.concatenate((both, both))
+    # What is to be dropped goes past the end (a negative index would wrap around), each to a place
+    # of its own: no two writes meet, and saying so spares a GPU an atomic operation an element.
+    outside = cache.num_pages + jnp.arange(page.shape[0])
+    page = jnp.where(page < cache.num_pages, page, outside)
+    whole = slice(None)
+    in_heads, in_tokens = (page, whole, whole, offset), (page, whole, offset)
+    place: Any = in_tokens if cache.format.order == "tokens" else in_heads
+    written = pages.at[place].set(both, mode="drop", unique_indices=True)
+    layers = (*cache.layers[:layer], written, *cache.layers[layer + 1 :])
+    return KVCache(layers, cache.format)

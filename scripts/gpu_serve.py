@@ -1,0 +1,202 @@
+"""How fast an engine of true shapes is ready and generates, as a user meets it: default options.
+
+    python scripts/gpu_serve.py qwen3-0.6b                     everything below
+    python scripts/gpu_serve.py qwen3-8b --parts ready nano rows
+
+Parts: `ready` (seconds until the engine is made, which is warm by then), `nano` (256 requests of
+100-1,024 tokens in and out, three runs), `rows` (1, 8 and 64 requests of 128 tokens in and out),
+`sampling` (64 requests of 128 in and out for each kind of sampling), `profile` (where a run's time
+goes: seconds of the host by part of a step). Weights are random, prompts too, and no prefix is
+seen twice. `--small` shrinks everything, to try the script on a CPU.
+"""
+
+import argparse
+import collections
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import jax
+import numpy as np
+from gpu_common import SHAPES, Report, make_model, nano_requests
+
+from folojax import LLM, SamplingParams
+
+_COMPILED = "/jax/core/compile/backend_compile_duration"
+_CACHE_HIT = "/jax/compilation_cache/cache_hits"
+
+KINDS: dict[str, dict[str, Any]] = {
+    "greedy": {"temperature": 0},
+    "temperature": {"temperature": 0.8},
+    "top-p": {"temperature": 0.8, "top_p": 0.9},
+    "top-k, min-p": {"temperature": 0.8, "top_k": 50, "min_p": 0.05},
+    "penalties": {"temperature": 0.8, "top_p": 0.9, "repetition_penalty": 1.1},
+    "log-probabilities": {"temperature": 0, "logprobs": 5},
+}
+
+
+class Serving:
+    """One engine, and prompts that it has not seen."""
+
+    def __init__(self, name: str, small: bool, report: Report, **options: Any) -> None:
+        self.name, self.small, self.report = name, small, report
+        self.compiles: list[float] = []
+        self.hits: list[str] = []
+        jax.monitoring.register_event_duration_secs_listener(self._on_duration)
+        jax.monitoring.register_event_listener(self._on_event)
+        model = make_model(name, small)
+        self.vocab_size = model[0].config.vocab_size
+        start = time.perf_counter()
+        limits = {"max_model_len": 128, "max_num_seqs": 16} if small else {}
+        self.llm = LLM(model, **({"max_model_len": 2048, "max_num_seqs": 256} | limits | options))
+        self.rng = np.random.default_rng(0)
+        self._add(
+            part="ready",
+            seconds=time.perf_counter() - start,
+            compiled=len(self.compiles) - len(self.hits),
+            from_disk=len(self.hits),
+            compile_s=sum(self.compiles),
+            memory=str(self.llm.memory_plan),
+        )
+
+    def _on_duration(self, event: str, seconds: float, **_: Any) -> None:
+        if event == _COMPILED:
+            self.compiles.append(seconds)
+
+    def _on_event(self, event: str, **_: Any) -> None:
+        if event == _CACHE_HIT:
+            self.hits.append(event)
+
+    def _add(self, **figures: Any) -> None:
+        self.report.add(model=self.name, **figures)
+
+    def run(self, lengths: list[tuple[int, int]], **sampling: Any) -> float:
+        """Seconds to generate for random prompts of these lengths, in and out."""
+        prompts = [self.rng.integers(3, self.vocab_size, n).tolist() for n, _ in lengths]
+        seeds = {} if sampling.get("temperature") == 0 else {"seed": 1}
+        params = [
+            SamplingParams(max_tokens=most, ignore_eos=True, **seeds, **sampling)
+            for _, most in lengths
+        ]
+        start = time.perf_counter()
+        outputs = self.llm.generate(prompts, params, use_tqdm=False)
+        seconds = time.perf_counter() - start
+        given = [len(output.outputs[0].token_ids) for output in outputs]
+        assert given == [most for _, most in lengths], "a request has other tokens than asked for"
+        return seconds
+
+    def check_nano(self, runs: int = 3) -> None:
+        """The mix, as often as is said."""
+        lengths = [(len(p), n) for p, n in nano_requests(self.small, self.vocab_size, seed=0)]
+        for number in range(runs):
+            self.compiles.clear()
+            before = self.llm.metrics()
+            seconds = self.run(lengths, temperature=0)
+            after = self.llm.metrics()
+            self._add(
+                part="nano",
+                run=number,
+                seconds=seconds,
+                tokens_per_s=sum(n for _, n in lengths) / seconds,
+                steps=after.num_steps - before.num_steps,
+                prefills=after.num_prefill_calls - before.num_prefill_calls,
+                preemptions=after.num_preemptions - before.num_preemptions,
+                compiles=len(self.compiles),
+            )
+
+    def check_rows(self, runs: int = 3) -> None:
+        """Few requests."""
+        size = 16 if self.small else 128
+        for rows in (1, 8) if self.small else (1, 8, 64):
+            times = [self.run([(size, size)] * rows, temperature=0) for _ in range(runs)]
+            best = float(np.median(times))
+            self._add(part="rows", rows=rows, seconds=best, tokens_per_s=rows * size / best)
+
+    def check_sampling(self, runs: int = 3) -> None:
+        """Each kind of sampling, interleaved."""
+        size, rows = (16, 4) if self.small else (128, 64)
+        times = collections.defaultdict(list)
+        for _ in range(runs + 1):
+            for kind, sampling in KINDS.items():
+                times[kind].append(self.run([(size, size)] * rows, **sampling))
+        greedy = float(np.median(times["greedy"][1:]))
+        for kind, found in times.items():
+            best = float(np.median(found[1:]))
+            figures = {"tokens_per_s": rows * size / best, "of_greedy": greedy / best}
+            self._add(part="sampling", kind=kind, **figures, first_s=found[0])
+
+    def check_profile(self) -> None:
+        """Where the host's time goes in the mix."""
+        lengths = [(len(p), n) for p, n in nano_requests(self.small, self.vocab_size, seed=0)]
+        with _clocks(self.llm) as clocks:
+            seconds = self.run(lengths, temperature=0)
+        clocks["rest"] = seconds - sum(clocks.values())
+        self._add(part="profile", **{f"{part}_s": value for part, value in clocks.items()})
+
+
+@contextmanager
+def _clocks(llm: LLM) -> Iterator[dict[str, float]]:
+    """Seconds of the host by part of a step; `wait` is for the device."""
+    times: dict[str, float] = collections.defaultdict(float)
+
+    def clocked(label: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return call(*args, **kwargs)
+            finally:
+                times[label] += time.perf_counter() - start
+
+        return run
+
+    scheduler, runner = llm.engine.scheduler, llm.engine.runner
+    parts = [
+        ("schedule", scheduler, "schedule"),
+        ("update", scheduler, "update_from_output"),
+        ("prefill", runner.steps, "prefill"),
+        ("decode", runner.steps, "decode_and_sample"),
+        ("sample", runner, "_sample_hidden"),
+        ("wait", jax, "device_get"),
+    ]
+    present = [(label, owner, name) for label, owner, name in parts if hasattr(owner, name)]
+    patches = [
+        mock.patch.object(owner, name, clocked(label, getattr(owner, name)))
+        for label, owner, name in present
+    ]
+    for patch in patches:
+        patch.start()
+    try:
+        yield times
+    finally:
+        for patch in patches:
+            patch.stop()
+
+
+def main() -> None:
+    """Measures the parts that are asked for."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parts = ["nano", "rows", "sampling", "profile"]
+    parser.add_argument("model", choices=list(SHAPES))
+    parser.add_argument("--parts", nargs="+", choices=["ready", *parts], default=parts)
+    parser.add_argument("--small", action="store_true", help="shrink everything")
+    parser.add_argument("--set", nargs=2, action="append", default=[], metavar=("FIELD", "VALUE"))
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write the figures to this file")
+    args = parser.parse_args()
+    report = Report(device=jax.devices()[0].device_kind, jax=jax.__version__)
+    print(report.about, flush=True)
+    options = {field: float(v) if "." in v else int(v) for field, v in args.set}
+    serving = Serving(args.model, args.small, report, **options)
+    for part in args.parts:
+        if part != "ready":
+            getattr(serving, f"check_{part}")()
+    if args.json is not None:
+        report.write(args.json)
+
+
+if __name__ == "__main__":
+    main()
