@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from folojax.kv_cache import KVCache, KVLayout
 
 from folojax import kv_cache
 from folojax.attention import attend_chunks, attend_tokens, plan_chunks, plan_tokens
-from folojax.kv_cache import KVCache, KVLayout
 from folojax.models.row_sums import REORDERED
 from folojax.state import DecodeInputs, PrefillInputs
 

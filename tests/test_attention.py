@@ -3,8 +3,8 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from folojax.kv_cache import KVCache
+
 from folojax.models.platforms import tracing_for
 from tests.paged_sequences import (
     ALL,

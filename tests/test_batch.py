@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from folojax.buckets import DecodeShape
+from folojax.kv_cache import KVCache, KVLayout
 
 from folojax import SamplingParams, kv_cache
 from folojax.attention import attend_tokens, plan_tokens
 from folojax.batch import Batch
-from folojax.buckets import DecodeShape
-from folojax.kv_cache import KVCache, KVLayout
 from folojax.models.platforms import tracing_for
 from folojax.row_params import RowParams
 from folojax.sched.plan import NewRequest, SchedulerOutput

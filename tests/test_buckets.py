@@ -5,10 +5,10 @@ import itertools
 from typing import Any
 
 import pytest
+from folojax.buckets import Buckets, DecodeShape, PrefillShape, make_buckets, round_up
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from folojax.buckets import Buckets, DecodeShape, PrefillShape, make_buckets, round_up
 from folojax.config import EngineConfig, ResolvedConfig
 from folojax.sched.pages import pages_for
 

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from folojax.gathered_attention import attend_gathered, choose_way
 
 from folojax import gathered_attention
-from folojax.gathered_attention import attend_gathered, choose_way
 from folojax.models.interface import PLAIN, Scoring
 
 ROWS, COLUMNS, PAGES, SIZE = 3, 8, 4, 8

@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from folojax.kv_cache import KVCache, KVLayout, split_segments
 from hypothesis import given
 from hypothesis import strategies as st
 
 from folojax import kv_cache, page_copies
 from folojax.host_store import read_tokens, write_tokens
-from folojax.kv_cache import KVCache, KVLayout, split_segments
 from folojax.models.platforms import platform, tracing_for
 
 SEGMENTS = (3, 3, 5)

@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from folojax.kv_cache import KVCache, KVLayout
 from hypothesis import given
 from hypothesis import strategies as st
 
 from folojax import kv_cache
 from folojax.batch import ints
-from folojax.kv_cache import KVCache, KVLayout
 from folojax.layered import LayeredSteps, WholeSteps, make_steps, split_layers
 from folojax.models.llama import Llama, init_params
 from folojax.models.row_sums import REORDERED

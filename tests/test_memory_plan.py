@@ -8,10 +8,10 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import pytest
-
-from folojax import LLM, EngineConfig, build, step, step_memory
 from folojax.buckets import Buckets, slots_for
 from folojax.kv_cache import KVLayout
+
+from folojax import LLM, EngineConfig, build, step, step_memory
 from folojax.logit_edits import init_edits
 from folojax.memory_plan import DeviceMemory, MemoryPlan, plan_fraction, plan_pages
 from folojax.sampling import SamplingClass, SamplingSpec

@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-from folojax import kv_cache, native_attention
 from folojax.gathered_attention import attend_gathered
 from folojax.kv_cache import KVCache, KVLayout
+from folojax.native_attention import attend_natively, is_native
+
+from folojax import kv_cache, native_attention
 from folojax.models import native
 from folojax.models.interface import PLAIN, Scoring
-from folojax.native_attention import attend_natively, is_native
 
 
 class Shape(NamedTuple):

@@ -3,9 +3,9 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from folojax.kv_cache import KVLayout
 
 from folojax import kv_cache
-from folojax.kv_cache import KVLayout
 from folojax.models.platforms import platform, tracing_for
 
 LAYOUT = KVLayout(

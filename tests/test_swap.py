@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from folojax.kv_cache import KVLayout
 
 from folojax import RequestOutput, SamplingParams, kv_cache
 from folojax.host_store import HostStore, TokenKV
-from folojax.kv_cache import KVLayout
 from folojax.sched.host_pages import PageLoad, PageSave
 from folojax.swap_cost import CPU_RATES, NEVER, SwapRates, min_swap_tokens
 from tests.conftest import check_is_empty
