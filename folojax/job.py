@@ -356,6 +356,7 @@ def _make_detokenizer(
         tuple(params.stop or ()),
         min_tokens=max(params.min_tokens, num_given),  # what was given does not end it
         is_stop_included=params.include_stop_str_in_output,
+        prompt_token_ids=checked.prompt_token_ids,
         skip_special_tokens=params.skip_special_tokens,
         spaces_between_special_tokens=params.spaces_between_special_tokens,
     )
