@@ -15,11 +15,10 @@ Streamed text is the committed one, less an end that could be the start of a sto
 """
 
 import codecs
-import os.path
 import re
 from collections.abc import Sequence
 
-from folojax.prompt_end import PromptEnd, read_run
+from folojax.prompt_end import PromptEnd, num_alike, read_run
 from folojax.tokenizer import INCOMPLETE, Tokenizer
 
 _LONG_WINDOW = 32
@@ -143,7 +142,9 @@ class Detokenizer:
         start = self._num_context
         if self._tokenizer.is_cleaning_up:
             first = max(0, start - _LONG_WINDOW)
-            while start > first and not self._tokenizer.token_text(self._window[start])[-1:].isalpha():
+            while (
+                start > first and not self._tokenizer.token_text(self._window[start])[-1:].isalpha()
+            ):
                 start -= 1
         return self._window[start:]
 
@@ -273,8 +274,7 @@ class _ByteRun:
             return
         self._decode(bytes([byte]))
         if self.is_valid:
-            num_shown = len(os.path.commonprefix([self._shown, self._whole])) if self._shown else 0
-            self.text = self._before + self._whole[num_shown:]
+            self.text = self._before + self._whole[num_alike(self._shown, self._whole) :]
         else:
             self.text = self._before + INCOMPLETE * self._num_bytes
 

@@ -13,7 +13,6 @@ where `?` stands for a character's first bytes. A few tokens of the prompt are e
 """
 
 import codecs
-import os.path
 from collections.abc import Callable, Sequence
 
 from folojax.tokenizer import INCOMPLETE, Tokenizer
@@ -44,8 +43,11 @@ class PromptEnd:
         is_special_skipped: bool,
         decode: Callable[[Sequence[int]], str],
     ) -> None:
-        hidden = tokenizer.special_ids if is_special_skipped and token_ids else frozenset()
         byte_values = tokenizer.byte_values if token_ids else {}
+        # Rows of the vocabulary that the tokenizer does not know leave no text either.
+        hidden = {token for token in token_ids if token >= tokenizer.num_tokens}
+        if is_special_skipped and token_ids:
+            hidden |= tokenizer.special_ids
         self.token_ids: list[int] = []
         self.text = ""
         start = len(token_ids)
@@ -68,7 +70,7 @@ class PromptEnd:
         """The output's part of the text of these tokens and an output."""
         if text.startswith(self.text):
             return text[len(self.text) :]
-        num_shared = len(os.path.commonprefix([self.text, text]))
+        num_shared = num_alike(self.text, text)
         if self.run and num_shared < len(self.text.rstrip(INCOMPLETE)):
             # A byte of the output has made the whole run invalid: one INCOMPLETE for each byte,
             # and those of the prompt's bytes are no output.
@@ -82,3 +84,9 @@ def read_run(run: bytes) -> str:
         return codecs.decode(run, "utf-8")
     except UnicodeDecodeError:
         return INCOMPLETE * len(run)
+
+
+def num_alike(one: str, other: str) -> int:
+    """How many characters two texts have in common at their start."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))

@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from folojax.chat_content import Message, read_messages, render
 from folojax.time_limit import call_within
 
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
@@ -74,7 +75,9 @@ class Tokenizer:
             return self._source.encode(text, add_special_tokens=add_special_tokens)
         # The library has no better word for it: a text with such a letter is no text to it.
         except (TypeError, UnicodeEncodeError) as error:
-            place = next((i for i, letter in enumerate(text) if "\ud800" <= letter <= "\udfff"), None)
+            place = next(
+                (i for i, letter in enumerate(text) if "\ud800" <= letter <= "\udfff"), None
+            )
             if place is None:
                 raise
             raise ValueError(
@@ -101,6 +104,8 @@ class Tokenizer:
     @functools.cached_property
     def _has_dummy_prefix(self) -> bool:
         """Whether a text that begins with a letter is encoded as if a space stood before it."""
+        if not hasattr(self._source, "decode"):
+            return False
         token_ids = self.encode("a", add_special_tokens=False)
         return "".join(map(self.token_text, token_ids)).startswith(" ")
 
@@ -151,31 +156,28 @@ class Tokenizer:
     ) -> str:
         """The text of a conversation, rendered in transformers' sandbox and in bounded time.
 
+        Content may be a list of parts; see `folojax.chat_content`.
+
         Raises:
-            ValueError: neither the model nor the call has a template, a message has no role, or
-                the template fails or takes too long.
+            ValueError: neither the model nor the call has a template, a message has no role or
+                a content that is no text, or the template fails or takes too long.
         """
         if chat_template is None and self.hf.chat_template is None:
             raise ValueError(
                 "the tokenizer has no chat template: pass chat_template=, or use generate() with "
                 "a prompt that you formatted yourself"
             )
-        for message in messages:
-            if not isinstance(message, Mapping) or "role" not in message:
-                raise ValueError(
-                    f'messages holds {message!r}; a message must be {{"role": ..., "content": ...}}'
-                )
-        render = functools.partial(
-            self.hf.apply_chat_template,
-            [dict(message) for message in messages],
-            chat_template=chat_template,
-            tokenize=False,
-            **options,
-        )
+        read = read_messages(messages)
+
+        def apply(messages: list[Message]) -> str:
+            return self.hf.apply_chat_template(
+                messages, chat_template=chat_template, tokenize=False, **options
+            )
+
         # Templates may fail in any way; to the caller all of them are one. They come with models,
         # from anywhere, and the sandbox bounds a single range but not loops inside of loops.
         try:
-            return call_within(_TEMPLATE_SECONDS, render)
+            return call_within(_TEMPLATE_SECONDS, functools.partial(render, read, apply))
         except Exception as error:
             raise ValueError(f"the chat template failed: {error}") from error
 
