@@ -267,7 +267,7 @@ def make_job(
     Args:
         checked: The request.
         seed: Of the first sample; None for greedy.
-        eos_token_ids: The model's end tokens.
+        eos_token_ids: The model's end tokens, the one first that is no `stop_reason`.
         tokenizer: None: there is no text.
         is_streamed: Whether every step is to report it.
         progress: What every sample has already.
@@ -282,10 +282,12 @@ def make_job(
             f"logprobs is {params.logprobs!r}, and the {len(progress.token_ids)} tokens that are "
             "there already came without: leave logprobs out, or ask for them from the start"
         )
+    ends = () if params.ignore_eos else tuple(eos_token_ids)
     stop = StopRule(
         max_tokens=checked.max_tokens,
-        eos_token_ids=frozenset() if params.ignore_eos else frozenset(eos_token_ids),
-        stop_token_ids=frozenset(params.stop_token_ids or ()),
+        # Only the first goes without a reason, as in vLLM; a further one is named as the reason.
+        eos_token_ids=frozenset(ends[:1]),
+        stop_token_ids=frozenset([*(params.stop_token_ids or ()), *ends[1:]]),
         min_tokens=params.min_tokens,
     )
     banned = tuple(sorted(stop.eos_token_ids | stop.stop_token_ids)) if params.min_tokens else ()

@@ -105,7 +105,8 @@ class CompletionOutput:
             the likeliest ones by rank; None if not asked for. Later outputs of the same request
             share the dicts.
         finish_reason: "stop", "length", "abort" or "error"; None while it goes on.
-        stop_reason: The stop id or stop string; None for EOS; the reason after an error.
+        stop_reason: The stop id or stop string; None for EOS, and the id for further end tokens of
+            the model; the reason after an error.
         seed: Gives the same tokens again in any batch; None for greedy.
         record: How each token was drawn; None if not asked for.
         weights_versions: For each token, how often the parameters had been updated when it was
