@@ -55,8 +55,9 @@ class SamplingParams:
     Attributes:
         n: Samples of the prompt, 1 to 16384; sample i of seed s has seed s + i.
         temperature: 0 to 1e38; below 1e-5 is greedy: exact argmax, lowest id wins a tie.
-        top_p: In (0, 1]: smallest set of tokens that holds this mass. 1 is off.
-        top_k: Most tokens to choose from. 0 or -1 is off.
+        top_p: In (0, 1]: smallest set of tokens that holds this mass, the likeliest first, and of
+            equally likely ones the lowest ids. 1 is off.
+        top_k: Most tokens to choose from; equals of the last are kept. 0 or -1 is off.
         min_p: In [0, 1]: drops tokens below this share of the likeliest one's probability.
         presence_penalty: In [-2, 2]: taken from the logit of every token sampled before.
         frequency_penalty: In [-2, 2]: taken from it once for each time it was sampled.
