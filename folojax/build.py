@@ -186,10 +186,14 @@ def default_params(checkpoint: Checkpoint | None) -> SamplingParams:
         "repetition_penalty": "repetition_penalty",
         "max_new_tokens": "max_tokens",
     }
-    fields = {ours: recommended[name] for name, ours in names.items() if recommended.get(name)}
+    stated = {name: recommended.get(name) for name in names}
+    fields = {names[name]: value for name, value in stated.items() if value is not None}
     if recommended.get("do_sample") is False:
         fields["temperature"] = 0.0
-    return SamplingParams(**fields)
+    try:
+        return SamplingParams(**fields)
+    except ValueError as error:
+        raise ValueError(f"generation_config.json of the model: {error}") from error
 
 
 def make_engine(
