@@ -20,7 +20,7 @@ def read_messages(messages: Sequence[Any]) -> list[Message]:
             )
             continue
         copy = dict(message)
-        content = copy.get("content")
+        content: Any = copy.get("content")
         if _is_list(content) and not _is_result(copy):
             parts = [_read_part(part) for part in content]
             problems += [

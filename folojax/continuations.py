@@ -70,7 +70,7 @@ class _Joiner(NamedTuple):
     """Encodes a prompt and a continuation as one text."""
 
     tokenizer: Tokenizer
-    index: int
+    place: int
 
     def join(
         self, prompt: ParsedPrompt, continuation: ParsedPrompt
@@ -80,7 +80,7 @@ class _Joiner(NamedTuple):
         whole = self.tokenizer.encode(before + after, add_special_tokens=False)
         if len(whole) <= num_before:
             raise ValueError(
-                f"continuation {self.index} is {continuation.text!r}, which has no token behind "
+                f"continuation {self.place} is {continuation.text!r}, which has no token behind "
                 f"the {num_before} of the prompt: the border lies inside a token, which counts to "
                 "the prompt. End the prompt between two words, or give token ids"
             )

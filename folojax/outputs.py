@@ -12,7 +12,8 @@ class Logprob:
     Attributes:
         logprob: Natural logarithm, in the distribution that EngineConfig.logprobs_mode names.
         rank: How many tokens are at least as likely, itself included: 1 is the likeliest.
-        decoded_token: The token's text on its own; None without a tokenizer.
+        decoded_token: The token's text where others stand before it (so " hi" for SentencePiece's
+            "\u2581hi", also as a first word); None without a tokenizer.
     """
 
     logprob: float
@@ -169,9 +170,10 @@ class ScoreOutput:
     Attributes:
         request_id: Drawn by `score`.
         prompt: The text; None where token ids were given.
-        prompt_token_ids: What comes before.
+        prompt_token_ids: What comes before. Of two texts that were encoded together, as many tokens
+            as the prompt has by itself, less spaces at its end.
         continuation: The text; None where token ids were given.
-        token_ids: Of the continuation.
+        token_ids: Of the continuation: the tokens behind those.
         logprobs: Log-probability of each of them, given all before it.
         ranks: Of each of them: 1 is the token that a greedy request would have taken, ties aside.
         finish_reason: "length", or "error" or "abort"; the numbers are there after "length".

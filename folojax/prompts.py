@@ -1,13 +1,16 @@
 """The forms in which a prompt may come."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from typing import Any, NamedTuple, SupportsIndex, TypeAlias, TypeVar
+
+import jax
+import numpy as np
 
 from folojax.plain import is_array, plain
 from folojax.sampling_params import SamplingParams
 from folojax.tokenizer import Tokenizer
 
-Prompt: TypeAlias = str | Mapping[str, Any] | Sequence[int]
+Prompt: TypeAlias = str | Mapping[str, Any] | Sequence[SupportsIndex] | np.ndarray | jax.Array
 """Text, token ids (a list or an array), {"prompt": text}, {"prompt_token_ids": ids}."""
 
 
@@ -48,7 +51,7 @@ def parse_prompts(
     return [parser.parse(prompt, index) for index, prompt in enumerate(as_list(prompts, name))]
 
 
-def as_list(prompts: Prompt | Sequence[Prompt], name: str = "prompt") -> Sequence[Any]:
+def as_list(prompts: Any, name: str = "prompt") -> Sequence[Any]:
     """The prompts, of which one may stand alone; ValueError as in `parse_prompts`."""
     if isinstance(prompts, str | Mapping) or _is_token_ids(prompts):
         return [prompts]

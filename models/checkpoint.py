@@ -182,7 +182,6 @@ def _token_ids(value: Any, vocab_size: int, path: Path) -> tuple[int, ...]:
         raise ValueError(f"eos_token_id of {path} is {value!r}: not token ids")
     if not all(0 <= item < vocab_size for item in values):
         raise ValueError(
-            f"eos_token_id of {path} is {value!r}; the model has ids from 0 to "
-            f"{vocab_size - 1}"
+            f"eos_token_id of {path} is {value!r}; the model has ids from 0 to {vocab_size - 1}"
         )
     return tuple(values)

@@ -173,12 +173,11 @@ def _contradictions(architecture: str, mapping: Mapping[str, Any], family: Famil
             "correct the one that is wrong"
         )
     kinds = mapping.get("layer_types") or ()
-    if family.has_layer_types and kinds:
-        if len(kinds) != mapping["num_hidden_layers"]:
-            found.append(
-                f"layer_types has {len(kinds)} entries for num_hidden_layers "
-                f"{mapping['num_hidden_layers']}"
-            )
+    if family.has_layer_types and kinds and len(kinds) != mapping["num_hidden_layers"]:
+        found.append(
+            f"layer_types has {len(kinds)} entries for num_hidden_layers "
+            f"{mapping['num_hidden_layers']}"
+        )
     return found + _rope_contradictions(mapping, family)
 
 
@@ -235,7 +234,7 @@ def _rope(mapping: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _warn_of_lost_theta(mapping: Mapping[str, Any], theta: float) -> None:
-    """Says so where `rope_scaling` makes transformers lose the base that the model was made with."""
+    """Says so where `rope_scaling` makes transformers lose the base that a model was made with."""
     lost = (mapping.get("rope_parameters") or {}).get("rope_theta")
     if mapping.get("rope_scaling") and lost not in (None, theta):
         _LOG.warning(

@@ -94,7 +94,6 @@ class TensorFiles:
         except OSError as error:
             raise ValueError(f"{place.path}: tensor {name!r} cannot be read: {error}") from error
 
-
     def blocks(self, name: str) -> Iterator[np.ndarray]:
         """The bytes of a tensor, block by block, whatever its dtype.
 

@@ -79,10 +79,10 @@ def test_other_content_is_refused_by_name(tokenizer: Tokenizer, content: Any, me
 
 def test_what_tools_call_and_return_is_left_alone(tokenizer: Tokenizer) -> None:
     call = {"role": "assistant", "tool_calls": [{"name": "f"}]}
-    result = {"role": "tool", "content": [{"degrees": 5}]}
+    result: dict[str, Any] = {"role": "tool", "content": [{"degrees": 5}]}
     template = "{{ 'content' in messages[0] }}{{ messages[1].content | tojson }}"
     assert tokenizer.render_chat([call, result], template) == 'False[{"degrees": 5}]'
-    result = {"role": "tool", "content": {"degrees": 5}}
+    result["content"] = {"degrees": 5}
     assert tokenizer.render_chat([call, result], template) == 'False{"degrees": 5}'
     messages = [{"role": "assistant", "content": None, "tool_calls": []}, *user(HI)]
     assert tokenizer.render_chat(messages, "{{ messages[0].content or '' }}|") == "|"
@@ -90,7 +90,7 @@ def test_what_tools_call_and_return_is_left_alone(tokenizer: Tokenizer) -> None:
 
 def test_the_packaged_template_reads_parts_as_text() -> None:
     tokenizer = load_tokenizer(open_checkpoint(None).directory)
-    options = {"add_generation_prompt": True}
+    options: dict[str, Any] = {"add_generation_prompt": True}
     wanted = tokenizer.render_chat(user("hi"), **options)
     assert tokenizer.render_chat(user(HI), **options) == wanted
     assert "'text'" not in wanted
@@ -99,7 +99,7 @@ def test_the_packaged_template_reads_parts_as_text() -> None:
 def test_a_final_message_of_parts_is_gone_on_with(tokenizer: Tokenizer) -> None:
     messages = [*user("hi"), {"role": "assistant", "content": [{"type": "text", "text": "Well"}]}]
     for template in (PRINTING, WALKING.replace("[", "").replace("]", "")):
-        options = {"continue_final_message": True, "add_generation_prompt": False}
+        options: dict[str, Any] = {"continue_final_message": True, "add_generation_prompt": False}
         text = tokenizer.render_chat(messages, template, **options)
         assert text == "<user>hi<assistant>Well"
 

@@ -20,7 +20,7 @@ from tests.text import make_letters_tokenizer
 
 SPACE = "\u2581"
 PIECES = ["hi", "hello", "a", "b", "x", "=", "1", "\n", "[", "]", "|", "user", "assistant"]
-LIMITS = {"page_size": 16, "num_pages": 32, "max_model_len": 64, "max_num_seqs": 4}
+LIMITS: dict[str, Any] = {"page_size": 16, "num_pages": 32, "max_model_len": 64, "max_num_seqs": 4}
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +133,7 @@ def test_samples_and_forks_go_on_from_the_prompt(shared_llm: LLM, force: Force) 
     while not any(len(one.outputs[0].token_ids) == 2 for one in shared_llm.step()):
         pass
     shared_llm.fork("trunk", "branch", force("▁hi", 4))
-    texts = {}
+    texts: dict[str, str] = {}
     while shared_llm.has_unfinished_requests():
         texts |= {one.request_id: one.outputs[0].text for one in shared_llm.step()}
     assert texts == {"trunk": " hi" * 4, "branch": " hi" * 4}

@@ -1,6 +1,7 @@
 """Rows of the vocabulary that the tokenizer does not know: never sampled, and never reported."""
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,18 +15,19 @@ from tests.text import make_letters_tokenizer
 NUM_TOKENS = 98
 """Of the letters tokenizer; the tiny model has 128 rows."""
 
-LIMITS = {"page_size": 16, "num_pages": 32, "max_model_len": 64, "max_num_seqs": 4}
+LIMITS: dict[str, Any] = {"page_size": 16, "num_pages": 32, "max_model_len": 64, "max_num_seqs": 4}
 PROMPT = "The sea is blue"
 PARAMS = SamplingParams(temperature=1.0, top_p=0.9, seed=3, max_tokens=6)
 
 
 @pytest.fixture(scope="module", params=["raw", "processed", "deterministic"])
 def llm(request: pytest.FixtureRequest, tiny_model: tuple) -> LLM:
-    options = {
+    kinds: dict[str, dict[str, Any]] = {
         "raw": {},
         "processed": {"logprobs_mode": "processed"},
         "deterministic": {"deterministic": True},
-    }[request.param]
+    }
+    options = kinds[request.param]
     return LLM(tiny_model, make_letters_tokenizer(), max_logprobs=-1, **LIMITS, **options)
 
 

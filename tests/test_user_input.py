@@ -22,7 +22,7 @@ LONE = ("\ud83d", "a\ude00b", "hello \ud800 world", "\udbc0" * 3)
 """As in tiktoken 82, transformers 43459: halves of surrogate pairs."""
 
 IDS = [5, 6, 7]
-SAME_IDS = [
+SAME_IDS: list[Any] = [
     [np.int64(5), np.int64(6), np.int64(7)],
     (np.int32(5), 6, np.uint8(7)),
     np.array(IDS),
@@ -44,23 +44,25 @@ def test_token_ids_are_numbers_of_any_library(ids: Any) -> None:
         assert all(type(token) is int for token in found)
     params = SamplingParams(stop_token_ids=ids, allowed_token_ids=ids)
     assert params.stop_token_ids == params.allowed_token_ids == (5, 6, 7)
-    assert SamplingParams(logit_bias={np.int64(5): np.float32(2)}).logit_bias == {5: 2.0}
+    bias: Any = {np.int64(5): np.float32(2)}
+    assert SamplingParams(logit_bias=bias).logit_bias == {5: 2.0}
 
 
 def test_rows_of_an_array_are_prompts() -> None:
     wanted = [ParsedPrompt(None, [5, 6]), ParsedPrompt(None, [7, 8])]
     rows = [[5, 6], [7, 8]]
-    for array in (np.array(rows), jnp.array(rows), torch.tensor(rows)):
+    arrays: list[Any] = [np.array(rows), jnp.array(rows), torch.tensor(rows)]
+    for array in arrays:
         assert parse_prompts(array, None) == wanted
         assert parse_prompts(list(array), None) == wanted
 
 
 def test_parameters_are_numbers_of_any_library() -> None:
     params = SamplingParams(
-        temperature=jnp.float32(0.5),  # type: ignore[arg-type]
+        temperature=jnp.float32(0.5),
         top_k=np.int64(3),  # type: ignore[arg-type]
         top_p=np.float32(0.5),  # type: ignore[arg-type]
-        max_tokens=jnp.int32(4),  # type: ignore[arg-type]
+        max_tokens=jnp.int32(4),
         seed=np.uint64(2**63),  # type: ignore[arg-type]
         ignore_eos=np.True_,  # type: ignore[arg-type]
     )
@@ -101,9 +103,10 @@ def test_half_of_a_surrogate_pair_is_refused_by_place(kind: str, text: str) -> N
 
 @pytest.mark.parametrize("text", LONE)
 def test_half_of_a_surrogate_pair_harms_no_other_request(letters_llm: LLM, text: str) -> None:
+    mixed: list[Any] = ["ab", {"prompt": text}]
     refused = [
         lambda: letters_llm.generate(["ab", text], GREEDY),
-        lambda: letters_llm.generate(["ab", {"prompt": text}], GREEDY),
+        lambda: letters_llm.generate(mixed, GREEDY),
         lambda: letters_llm.chat(
             [[{"role": "user", "content": one}] for one in ("ab", text)], GREEDY
         ),
