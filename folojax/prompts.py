@@ -1,16 +1,25 @@
 """The forms in which a prompt may come."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, SupportsIndex, TypeAlias, TypeVar
-
-import jax
-import numpy as np
+from typing import Any, NamedTuple, Protocol, SupportsIndex, TypeAlias, TypeVar
 
 from folojax.plain import is_array, plain
 from folojax.sampling_params import SamplingParams
 from folojax.tokenizer import Tokenizer
 
-Prompt: TypeAlias = str | Mapping[str, Any] | Sequence[SupportsIndex] | np.ndarray | jax.Array
+
+class IdArray(Protocol):
+    """An array of token ids: of NumPy, JAX or PyTorch."""
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes: 1 for a prompt, 2 for prompts of the same length."""
+
+    def __array__(self) -> Any:
+        """The same for NumPy."""
+
+
+Prompt: TypeAlias = str | Mapping[str, Any] | Sequence[SupportsIndex] | IdArray
 """Text, token ids (a list or an array), {"prompt": text}, {"prompt_token_ids": ids}."""
 
 
