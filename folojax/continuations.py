@@ -43,15 +43,12 @@ def pair_continuations(
             f"continuations has {len(after)} entries for {len(before)} prompts: give one for each "
             "prompt, or one prompt for all"
         )
-    kinds = zip(has_ids, map(_has_ids, as_list(continuations, "continuation")), strict=True)
+    are_ids = list(map(_has_ids, as_list(continuations, "continuation")))
     pairs = []
-    for index, (pair, (is_fixed, is_apart)) in enumerate(
-        zip(zip(before, after, strict=True), kinds, strict=True)
-    ):
-        prompt, continuation = pair
-        if tokenizer is None or is_apart or not continuation.text:
-            pairs.append(pair)
-        elif is_fixed:
+    for index, (prompt, continuation) in enumerate(zip(before, after, strict=True)):
+        if tokenizer is None or are_ids[index] or not continuation.text:
+            pairs.append((prompt, continuation))
+        elif has_ids[index]:
             token_ids = _after_tokens(tokenizer, prompt, continuation.text)
             pairs.append((prompt, continuation._replace(token_ids=token_ids)))
         else:
@@ -103,6 +100,8 @@ class _Joiner(NamedTuple):
         """
         plain = self.tokenizer.encode(text, add_special_tokens=False)
         full = self.tokenizer.encode(text)
+        if not plain:
+            return full, 0
         for start in range(len(full) - len(plain) + 1):
             if full[start : start + len(plain)] == plain:
                 return full[:start], len(plain)

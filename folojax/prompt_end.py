@@ -44,19 +44,21 @@ class PromptEnd:
         decode: Callable[[Sequence[int]], str],
     ) -> None:
         byte_values = tokenizer.byte_values if token_ids else {}
-        # Rows of the vocabulary that the tokenizer does not know leave no text either.
-        hidden = {token for token in token_ids if token >= tokenizer.num_tokens}
-        if is_special_skipped and token_ids:
-            hidden |= tokenizer.special_ids
+
+        def is_hidden(token: int) -> bool:
+            # Rows of the vocabulary that the tokenizer does not know leave no text either.
+            is_skipped = is_special_skipped and token in tokenizer.special_ids
+            return is_skipped or token >= tokenizer.num_tokens
+
         self.token_ids: list[int] = []
         self.text = ""
         start = len(token_ids)
         while start:
             start = max(0, start - max(_FEWEST, len(token_ids) - start))
             # A run of byte tokens is decoded as a whole, so it is not to be cut.
-            while start and (token_ids[start] in hidden or token_ids[start] in byte_values):
+            while start and (is_hidden(token_ids[start]) or token_ids[start] in byte_values):
                 start -= 1
-            self.token_ids = [token for token in token_ids[start:] if token not in hidden]
+            self.token_ids = [token for token in token_ids[start:] if not is_hidden(token)]
             self.text = decode(self.token_ids)
             # A decoder that drops spaces at the start must have dropped what it drops.
             if len(self.token_ids) >= _FEWEST and self.text.strip(INCOMPLETE + " \n\t"):

@@ -77,13 +77,16 @@ def each_named(
     """What a function makes of each item of a user's list.
 
     Raises:
-        ValueError: one that the function raised, with the name and the index of its item before it.
+        ValueError: one that the function raised; where there are several items, with the name and
+            the index of its item before it.
     """
     results = []
     for index, item in enumerate(items):
         try:
             results.append(function(item))
         except ValueError as error:
+            if len(items) == 1:
+                raise
             raise ValueError(f"{name} {index}: {error}") from error
     return results
 

@@ -107,6 +107,16 @@ def test_text_after_token_ids_is_encoded_as_inside_of_a_text(kind: str, word: st
     assert tokenizer.decode([*ids, *continuation.token_ids]) == before + word
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_empty_prompt_is_what_the_tokenizer_begins_a_text_with(kind: str) -> None:
+    tokenizer = make_tokenizer(kind)
+    for before in ("", " ", "\n"):
+        ((prompt, continuation),) = pair_continuations(before, "The sea", tokenizer)
+        whole = tokenizer.encode(before + "The sea")
+        assert [*prompt.token_ids, *continuation.token_ids] == whole
+        assert prompt.token_ids[0] == tokenizer.hf.bos_token_id
+
+
 def test_a_prompt_of_nothing_but_spaces_keeps_them() -> None:
     tokenizer = make_tokenizer("bpe-no-prefix")
     tokenizer = Tokenizer(_without_bos(tokenizer))
