@@ -58,7 +58,16 @@ class Tokenizer:
     @functools.cached_property
     def is_cleaning_up(self) -> bool:
         """Whether transformers takes spaces out of a whole text once more when it is decoded."""
-        return bool(getattr(self._source, "clean_up_tokenization_spaces", False))
+        if not getattr(self._source, "clean_up_tokenization_spaces", False):
+            return False
+        backend = getattr(self._source, "backend_tokenizer", None)
+        if backend is None:
+            return True
+        # It does not for all that say so: for BPE it would be wrong.
+        token_ids = self.encode("a . a , a ? a ' a", add_special_tokens=False)
+        return self._source.decode(token_ids) != backend.decode(
+            token_ids, skip_special_tokens=False
+        )
 
     @functools.cached_property
     def eos_token_id(self) -> int | None:

@@ -169,6 +169,16 @@ def test_spaces_that_transformers_takes_out_are_taken_out_of_streams_too() -> No
         assert read(tokenizer, prompt, output) == expected_text(tokenizer, prompt, output)
 
 
+def test_only_tokenizers_that_are_cleaned_up_hold_spaces_back() -> None:
+    assert [kind for kind in KINDS if make_tokenizer(kind).is_cleaning_up] == ["word-piece-cleaned"]
+    bpe = make_tokenizer("byte-level").hf
+    bpe = type(bpe)(tokenizer_object=bpe.backend_tokenizer, clean_up_tokenization_spaces=True)
+    tokenizer = Tokenizer(bpe)  # transformers does not clean up what BPE has decoded
+    detokenizer = Detokenizer(tokenizer, prompt_token_ids=tokenizer.encode("a"))
+    detokenizer.read(tokenizer.encode(" ."))
+    assert detokenizer.text == " ."
+
+
 def test_only_the_end_of_a_long_prompt_is_decoded() -> None:
     tokenizer = Tokenizer(make_tokenizer("bpe").hf)
     prompt = tokenizer.encode("The sea is blue. " * 500)

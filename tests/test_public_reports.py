@@ -221,6 +221,15 @@ def test_windows_of_qwen_are_those_of_transformers(
     assert list(found) == wanted or (not found and not any(wanted))
 
 
+def test_a_letter_of_several_tokens_may_begin_in_the_prompt(real_llm: LLM) -> None:
+    *prompt, last = real_llm.get_tokenizer().encode("Hello world 🌶")
+    params = SamplingParams(temperature=0, max_tokens=1, allowed_token_ids=[last], logprobs=0)
+    (output,) = real_llm.generate([prompt], params, use_tqdm=False)
+    assert output.outputs[0].text == "🌶"
+    *_, streamed = real_llm.stream([prompt], params)
+    assert streamed.outputs[0].text == "🌶"
+
+
 def test_a_score_of_a_text_is_that_of_its_tokens(real_llm: LLM) -> None:
     """As in lm-evaluation-harness 644: encoded by itself a continuation scores otherwise."""
     context, word = "The capital of France is", " Paris"
