@@ -191,10 +191,14 @@ def default_params(checkpoint: Checkpoint | None) -> SamplingParams:
         "repetition_penalty": "repetition_penalty",
         "max_new_tokens": "max_tokens",
     }
-    fields = {ours: recommended[name] for name, ours in names.items() if recommended.get(name)}
+    stated = {name: recommended.get(name) for name in names}
+    fields = {names[name]: value for name, value in stated.items() if value is not None}
     if recommended.get("do_sample") is False:
         fields["temperature"] = 0.0
-    return SamplingParams(**fields)
+    try:
+        return SamplingParams(**fields)
+    except ValueError as error:
+        raise ValueError(f"generation_config.json of the model: {error}") from error
 
 
 def make_engine(
@@ -227,7 +231,7 @@ def make_engine(
         Scheduler(config.scheduler()),
         runner,
         tokenizer,
-        _end_tokens(model.checkpoint, tokenizer),
+        _end_tokens(model.checkpoint, tokenizer, vocab_size),
         num_tokens=num_tokens,
         max_logprobs=config.max_logprobs,
         seed=config.seed,
@@ -258,12 +262,18 @@ def _num_alternatives(module: nn.Module, config: ResolvedConfig) -> int:
     return vocab_size if config.max_logprobs == -1 else min(config.max_logprobs, vocab_size)
 
 
-def _end_tokens(checkpoint: Checkpoint | None, tokenizer: Tokenizer | None) -> tuple[int, ...]:
-    """The model's own, of which there may be several, or else the tokenizer's."""
-    if checkpoint is not None and checkpoint.eos_token_ids:
-        return checkpoint.eos_token_ids
-    eos_token_id = tokenizer.hf.eos_token_id if tokenizer else None
-    return () if eos_token_id is None else (eos_token_id,)
+def _end_tokens(
+    checkpoint: Checkpoint | None, tokenizer: Tokenizer | None, vocab_size: int
+) -> tuple[int, ...]:
+    """The tokenizer's end token, then those of the model's files, of which there may be several.
+
+    Fine-tuned models often state the end of a turn in one of the three files only.
+    """
+    ends = list(checkpoint.eos_token_ids) if checkpoint is not None else []
+    own = tokenizer.eos_token_id if tokenizer is not None else None
+    if own is not None and own < vocab_size:
+        ends.insert(0, own)
+    return tuple(dict.fromkeys(ends))
 
 
 def _resolve_dtype(dtype: str, backend: Backend) -> Any:

@@ -96,8 +96,8 @@ class DeterministicRunner(Runner):
         bound = functools.partial(rowwise.row_logits, model=model)
         both = result_shapes(bound, self._head_params, hidden)
         if one.kind == "score":
-            count = one.num_logprobs
-            return [rowwise.score_logits.lower(*both, ints(size), num_logprobs=count)]
+            options = {"num_logprobs": one.num_logprobs, "num_tokens": self._num_tokens}
+            return [rowwise.score_logits.lower(*both, ints(size), **options)]
         assert one.sampling is not None, f"{one} samples"
         spec = SamplingSpec(one.sampling, one.num_logprobs)
         slots, _, drawn, spec = self.sampling(nowhere, ints(size), spec)
@@ -181,4 +181,6 @@ class DeterministicRunner(Runner):
         wanted = [token.row.params.num_prompt_logprobs or 0 for token in scored]
         num_logprobs = self.shapes.num_alternatives(max(wanted), self.max_logprobs) or 0
         self.gate.check(Executable("score", size, num_logprobs=num_logprobs))
-        return rowwise.score_logits(*both, targets, num_logprobs=num_logprobs)
+        return rowwise.score_logits(
+            *both, targets, num_logprobs=num_logprobs, num_tokens=self._num_tokens
+        )

@@ -9,18 +9,25 @@ change. A token then costs the same however long the output is::
                  ^^^^^^^^^ never changes      ^ may end inside a character, or be decoded
                                                 anew as long as a run of byte tokens goes on
 
+The first context is the end of the prompt (see `folojax.prompt_end`).
+
 Streamed text is the committed one, less an end that could be the start of a stop string.
 """
 
 import codecs
+import re
 from collections.abc import Sequence
 
+from folojax.prompt_end import PromptEnd, num_alike, read_run
 from folojax.tokenizer import INCOMPLETE, Tokenizer
 
 _LONG_WINDOW = 32
 """Pending tokens, far more than a character has bytes: most of them are no text at all."""
 
 _MOST_BYTES = 4
+
+_COULD_LOSE_A_SPACE = re.compile(r" (n'?|'[vr]?)?$")
+"""The start of what transformers takes a space out of where it cleans up: " .", " n't", " 've"."""
 
 
 class Detokenizer:
@@ -31,6 +38,7 @@ class Detokenizer:
         stop: Strings that end the text; not empty.
         min_tokens: Stop strings that are complete within so many tokens are passed over.
         is_stop_included: Whether the text ends behind the stop string, or before it.
+        prompt_token_ids: What the output goes on from.
         **decode_options: The tokenizer's.
     """
 
@@ -41,6 +49,7 @@ class Detokenizer:
         *,
         min_tokens: int = 0,
         is_stop_included: bool = False,
+        prompt_token_ids: Sequence[int] = (),
         **decode_options: bool,
     ) -> None:
         self._tokenizer = tokenizer
@@ -49,9 +58,11 @@ class Detokenizer:
         self._is_stop_included = is_stop_included
         self._options = decode_options
         self._num_tokens = 0
-        self._window: list[int] = []  # context, then pending tokens
-        self._num_context = 0
-        self._context_len = 0  # characters of the context's text
+        is_skipping = decode_options.get("skip_special_tokens", False)
+        self._prompt = PromptEnd(tokenizer, prompt_token_ids, is_skipping, self._decode)
+        self._window = list(self._prompt.token_ids)  # context, then pending tokens
+        self._num_context = len(self._window)
+        self._context_len: int | None = None  # characters of its text; None: it is the prompt
         self._run: _ByteRun | None = None
         self._committed: list[str] = []
         self._committed_len = 0
@@ -92,7 +103,7 @@ class Detokenizer:
         """
         if self._cut is not None:
             return self._cut
-        text = self._decode(token_ids)
+        text = self._prompt.output_of(self._decode([*self._prompt.token_ids, *token_ids]))
         # A tokenizer that decodes its whole output anew could take back what was streamed.
         return text if text.startswith(self.text) else self._join() + self._tail
 
@@ -110,16 +121,47 @@ class Detokenizer:
 
     def _add_token(self, token: int) -> None:
         self._window.append(token)
-        self._tail = self._decode(self._window)[self._context_len :]
-        if self._tail and not self._tail.endswith(INCOMPLETE):
-            self._commit(self._tail, self._window[self._num_context :])
+        self._tail = self._read_window()
+        if self._tail and not self._may_change(self._tail):
+            self._commit(self._tail, self._next_context())
         elif (len(self._window) - self._num_context) % _LONG_WINDOW == 0:
             self._shorten_window()
+
+    def _read_window(self) -> str:
+        """The text of the pending tokens."""
+        text = self._decode(self._window)
+        if self._context_len is None:
+            return self._prompt.output_of(text)
+        return text[self._context_len :]
+
+    def _next_context(self) -> list[int]:
+        """The pending tokens, and those before them without which they would be cleaned otherwise.
+
+        What is cleaned up are spaces around punctuation: never one before the start of a text.
+        """
+        start = self._num_context
+        if self._tokenizer.is_cleaning_up:
+            first = max(0, start - _LONG_WINDOW)
+            while (
+                start > first and not self._tokenizer.token_text(self._window[start])[-1:].isalpha()
+            ):
+                start -= 1
+        return self._window[start:]
+
+    def _may_change(self, text: str) -> bool:
+        """Whether tokens that follow a text can change its end."""
+        if text.endswith(INCOMPLETE):
+            return True
+        if not self._tokenizer.is_cleaning_up or _COULD_LOSE_A_SPACE.search(text) is None:
+            return False
+        self._num_searched = min(self._num_searched, self._committed_len)
+        return True
 
     def _add_byte(self, token: int, byte: int) -> None:
         """The tokenizer decodes a run of byte tokens as a whole: all of it, or none of it."""
         if self._run is None:
-            self._run = _ByteRun(self._tail)
+            is_first = self._context_len is None and len(self._window) == self._num_context
+            self._run = _ByteRun(self._tail, self._prompt.run if is_first else b"")
         self._run.add(byte)
         self._window.append(token)
         self._tail = self._run.text
@@ -134,7 +176,7 @@ class Detokenizer:
             return
         is_valid, self._run = self._run.is_valid, None
         if is_valid:
-            text = self._decode(self._window)[self._context_len :]
+            text = self._read_window()
             if text != self._tail:  # it ended inside a character
                 self._num_searched = min(self._num_searched, self._committed_len)
             self._commit(text, self._window[-1:])
@@ -207,14 +249,22 @@ class Detokenizer:
 
 
 class _ByteRun:
-    """Byte tokens in a row: UTF-8 if all of them are, else each of them is one INCOMPLETE."""
+    """Byte tokens in a row: UTF-8 if all of them are, else each of them is one INCOMPLETE.
 
-    def __init__(self, before: str) -> None:
+    Args:
+        before: Text that stands before the run.
+        prompt: The bytes with which the prompt has begun it; their text is not the run's.
+    """
+
+    def __init__(self, before: str, prompt: bytes = b"") -> None:
         self.is_valid = True
         self.text = before
+        self._before = before
         self._num_bytes = 0
-        self._num_before = len(before)
+        self._shown = read_run(prompt)
+        self._whole = ""
         self._decoder = codecs.getincrementaldecoder("utf-8")("strict")
+        self._decode(prompt)
 
     def add(self, byte: int) -> None:
         """Appends one; `text` holds the characters that are whole."""
@@ -222,8 +272,14 @@ class _ByteRun:
         if not self.is_valid:
             self.text += INCOMPLETE
             return
+        self._decode(bytes([byte]))
+        if self.is_valid:
+            self.text = self._before + self._whole[num_alike(self._shown, self._whole) :]
+        else:
+            self.text = self._before + INCOMPLETE * self._num_bytes
+
+    def _decode(self, data: bytes) -> None:
         try:
-            self.text += self._decoder.decode(bytes([byte]))
+            self._whole += self._decoder.decode(data)
         except UnicodeDecodeError:
             self.is_valid = False
-            self.text = self.text[: self._num_before] + INCOMPLETE * self._num_bytes

@@ -5,18 +5,20 @@ block, and everything after works on those and on the few blocks that they point
 
     logits [B, V] ─> [B, U, W] ─ max, sum ─> [B, U] ─> a block ─> a token in it
 
-Min-p, top-k and top-p each keep the tokens at or above some threshold; ties at the threshold are
-all kept. Top-p's is never computed for a draw. A token is drawn from what min-p and top-k leave and
-is inside the nucleus if all that is likelier has less than the mass asked for: one pass. If it is
-outside, so is everything that is no likelier, and the next token is drawn from the rest. What is
-accepted is an exact draw. Each round cuts the mass that is left at a uniformly random place, and
+Min-p and top-k keep the tokens at or above some threshold; ties at the threshold are all kept, as
+in vLLM. Top-p keeps the smallest set that has the mass asked for: tokens are in an order, the
+likelier first, and of equals the lower id, and the set is a start of it. Where it ends is never
+computed for a draw. A token is drawn from what min-p and top-k leave and is inside the nucleus if
+all that comes before it has less than the mass: one pass. If it is outside, so is everything that
+comes after it, and the next token is drawn from what comes before. What is accepted is an exact
+draw. Each round cuts the mass that is left at a uniformly random place, and
 the likeliest token is always accepted: in the mean it takes 1 + log(1 / mass of the nucleus)
 rounds, in practice two or three for a whole batch. (FlashInfer samples by such rejections too.)
 
 A row's randomness is its key alone. Rounds that only its neighbours need leave its token alone.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +30,13 @@ BLOCK_SIZE = 128
 
 NUM_CANDIDATES = 64
 """Up to this top_k the k-th largest value is found among the largest blocks."""
+
+
+class Place(NamedTuple):
+    """A token's place in the order of tokens: by logit, descending, and of equals by id."""
+
+    logit: Float[Array, " B"]
+    token: Int[Array, " B"]
 
 
 class Support(NamedTuple):
@@ -42,9 +51,17 @@ class Support(NamedTuple):
     temperature: Float[Array, " B"]
     floor: Float[Array, " B"]  # the smallest logit with a weight; -inf: nothing is cut
 
-    def weights(self, above: Float[Array, " B"]) -> Float[Array, "B U W"]:
-        """Weights of the tokens with a logit above the given one, 0 for the others."""
-        return jnp.exp(_log_weights(self, self.logits, above))
+    def weights(self, before: Place | None = None) -> Float[Array, "B U W"]:
+        """Weights of the tokens that come before a place, 0 for the others; None: of all."""
+        _, blocks, size = self.logits.shape
+        ids = jnp.arange(blocks * size).reshape(1, blocks, size)
+        place = self.end if before is None else before
+        return jnp.exp(_log_weights(self, self.logits, ids, place))
+
+    @property
+    def end(self) -> Place:
+        """The place behind all tokens that have a weight: before those that are -inf."""
+        return Place(jnp.full_like(self.top, -jnp.inf), jnp.zeros(self.top.shape, jnp.int32))
 
 
 def to_blocks(logits: Float[Array, "B V"], num_tokens: int | None = None) -> Float[Array, "B U W"]:
@@ -100,9 +117,7 @@ def kth_largest(x: Float[Array, "B U W"], k: Int[Array, " B"]) -> Float[Array, "
 
 def draw(support: Support, keys: Key[Array, " B"]) -> Int[Array, " B"]:
     """Draws a token a row from the whole support."""
-    nothing = jnp.full_like(support.top, -jnp.inf)
-    mass = _block_sums(support.weights(above=nothing))
-    return _pick(support, mass, nothing, keys, jnp.int32(0))[0]
+    return _pick(support, _block_sums(support.weights()), support.end, keys, jnp.int32(0)).token
 
 
 def draw_from_nucleus(
@@ -121,19 +136,18 @@ def draw_from_nucleus(
     """
 
     def next_round(last: _Round) -> _Round:
-        token, logit = _pick(support, last.mass, last.above, keys, last.number)
-        mass = _block_sums(support.weights(above=logit))
+        place = _pick(support, last.mass, last.end, keys, last.number)
+        mass = _block_sums(support.weights(before=place))
         # With top_p = 1 everything is inside, also what is too small to change a sum.
         is_inside = (mass.sum(axis=1) < target) | (top_p >= 1)
-        token = jnp.where(last.is_settled, last.token, token)
-        return _Round(last.number + 1, token, last.is_settled | is_inside, logit, mass)
+        token = jnp.where(last.is_settled, last.token, place.token)
+        return _Round(last.number + 1, token, last.is_settled | is_inside, place, mass)
 
-    above = jnp.full_like(support.top, -jnp.inf)
-    mass = _block_sums(support.weights(above))
-    # Not 0, for the likeliest token to be inside: a top_p may underflow.
+    mass = _block_sums(support.weights())
+    # Not 0, for the first token to be inside: a top_p may underflow.
     target = jnp.maximum(top_p * mass.sum(axis=1), jnp.finfo(jnp.float32).tiny)
     token = jnp.zeros(top_p.shape, jnp.int32)
-    start = _Round(jnp.int32(0), token, is_skipped, above, mass)
+    start = _Round(jnp.int32(0), token, is_skipped, support.end, mass)
     return lax.while_loop(lambda last: ~last.is_settled.all(), next_round, start).token
 
 
@@ -141,26 +155,48 @@ class _Round(NamedTuple):
     number: Int[Array, ""]
     token: Int[Array, " B"]
     is_settled: Bool[Array, " B"]
-    above: Float[Array, " B"]  # tokens with a logit up to this one lie outside of the nucleus
+    end: Place  # tokens from this place on lie outside of the nucleus
     mass: Float[Array, "B U"]  # of the others
 
 
-def nucleus_threshold(support: Support, top_p: Float[Array, " B"]) -> Float[Array, " B"]:
-    """The smallest logit in the nucleus, by bisection: 32 passes, for who needs to know it."""
-    weight = support.weights(above=jnp.full_like(support.top, -jnp.inf))
+def nucleus(
+    support: Support, top_p: Float[Array, " B"], drawn: Int[Array, " B"]
+) -> Bool[Array, "B U W"]:
+    """Which tokens are in the nucleus, by bisection: 33 passes, for who needs to know it.
+
+    Args:
+        support: Of rows of which some weight is positive.
+        top_p: 1 is all tokens.
+        drawn: Tokens that were drawn from it: a sum that rounds otherwise than the draw's must not
+            leave them out.
+    """
+    rows, blocks, size = support.logits.shape
+    weight = support.weights()
     target = top_p * weight.sum(axis=2).sum(axis=1)
-    found = _largest_reaching(support.logits, weight, target)
-    return jnp.where(top_p < 1.0, found, -jnp.inf)
+    logit = _largest_reaching(support.logits, weight, target)
+    ids = jnp.arange(blocks * size).reshape(1, blocks, size)
+    above = jnp.where(support.logits > _wide(logit), weight, 0.0).sum(axis=2).sum(axis=1)
+    # Equal logits have equal weights, so the mass before one of them needs no sum.
+    is_equal = support.logits == _wide(logit)
+    number = jnp.cumsum(is_equal.reshape(rows, -1), axis=1, dtype=jnp.int32).reshape(weight.shape)
+    each = jnp.where(is_equal, weight, 0.0).max(axis=(1, 2))
+    is_reached = _wide(above) + (number - 1) * _wide(each) >= _wide(target)
+    last = jnp.where(is_equal & (~is_reached | (number == 1)), ids, 0).max(axis=(1, 2))
+    flat = support.logits.reshape(rows, -1)
+    drawn_logit = _take(flat, drawn)
+    is_later = (drawn_logit < logit) | ((drawn_logit == logit) & (drawn > last))
+    end = Place(jnp.where(is_later, drawn_logit, logit), jnp.where(is_later, drawn, last) + 1)
+    return _is_before(support.logits, ids, end) | _wide(top_p >= 1.0)
 
 
 def _pick(
     support: Support,
     mass: Float[Array, "B U"],
-    above: Float[Array, " B"],
+    end: Place,
     keys: Key[Array, " B"],
     number: Int[Array, ""],
-) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
-    """Draws a block by its mass and a token in it; returns its id and logit."""
+) -> Place:
+    """Draws a block by its mass before a place, and a token in it."""
     blocks = mass.shape[1]
 
     def gumbel(key: Key[Array, ""]) -> Float[Array, " UW"]:
@@ -169,20 +205,30 @@ def _pick(
     noise = jax.vmap(gumbel)(keys)
     block = jnp.argmax(jnp.log(mass) + noise[:, :blocks], axis=1)
     logits = _take_block(support.logits, block)
-    inside = _log_weights(support, logits[:, None, :], above)[:, 0]
+    ids = block[:, None] * BLOCK_SIZE + jnp.arange(BLOCK_SIZE)[None, :]
+    inside = _log_weights(support, logits[:, None, :], ids[:, None, :], end)[:, 0]
     place = jnp.argmax(inside + noise[:, blocks:], axis=1)
-    return block * BLOCK_SIZE + place, _take(logits, place)
+    return Place(_take(logits, place), block * BLOCK_SIZE + place)
 
 
 def _log_weights(
-    support: Support, logits: Float[Array, "B U W"], above: Float[Array, " B"]
+    support: Support, logits: Float[Array, "B U W"], ids: Int[Array, "#B U W"], end: Place
 ) -> Float[Array, "B U W"]:
-    def wide(x: Float[Array, " B"]) -> Float[Array, "B 1 1"]:
-        return x[:, None, None]
-
-    scaled = (logits - wide(support.top)) / wide(support.temperature)
-    is_kept = (logits > wide(above)) & (logits >= wide(support.floor))
+    scaled = (logits - _wide(support.top)) / _wide(support.temperature)
+    is_kept = _is_before(logits, ids, end) & (logits >= _wide(support.floor))
     return jnp.where(is_kept, scaled, -jnp.inf)
+
+
+def _is_before(
+    logits: Float[Array, "B U W"], ids: Int[Array, "#B U W"], place: Place
+) -> Bool[Array, "B U W"]:
+    is_equal = logits == _wide(place.logit)
+    return (logits > _wide(place.logit)) | (is_equal & (ids < _wide(place.token)))
+
+
+def _wide(x: Any) -> Any:
+    """A number a row, against blocks."""
+    return x[:, None, None]
 
 
 def _take_block(x: Float[Array, "B U W"], block: Int[Array, " B"]) -> Float[Array, "B W"]:

@@ -59,7 +59,7 @@ class Engine:
             scheduler: An empty one.
             runner: An empty one.
             tokenizer: None: there is no text.
-            eos_token_ids: The model's end tokens.
+            eos_token_ids: The model's end tokens, the one first that is no `stop_reason`.
             num_tokens: Ids that can be sampled; None is the model's whole vocabulary.
             max_logprobs: Most alternatives that are reported with a token; -1 is no cap.
             seed: Of the seeds that requests without one are given.

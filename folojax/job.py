@@ -266,7 +266,7 @@ def make_job(
     Args:
         checked: The request.
         seed: Of the first sample; None for greedy.
-        eos_token_ids: The model's end tokens.
+        eos_token_ids: The model's end tokens, the one first that is no `stop_reason`.
         tokenizer: None: there is no text.
         is_streamed: Whether every step is to report it.
         progress: What every sample has already.
@@ -281,10 +281,12 @@ def make_job(
             f"logprobs is {params.logprobs!r}, and the {len(progress.token_ids)} tokens that are "
             "there already came without: leave logprobs out, or ask for them from the start"
         )
+    ends = () if params.ignore_eos else tuple(eos_token_ids)
     stop = StopRule(
         max_tokens=checked.max_tokens,
-        eos_token_ids=frozenset() if params.ignore_eos else frozenset(eos_token_ids),
-        stop_token_ids=frozenset(params.stop_token_ids or ()),
+        # Only the first goes without a reason, as in vLLM; a further one is named as the reason.
+        eos_token_ids=frozenset(ends[:1]),
+        stop_token_ids=frozenset([*(params.stop_token_ids or ()), *ends[1:]]),
         min_tokens=params.min_tokens,
     )
     banned = tuple(sorted(stop.eos_token_ids | stop.stop_token_ids)) if params.min_tokens else ()
@@ -356,6 +358,7 @@ def _make_detokenizer(
         tuple(params.stop or ()),
         min_tokens=max(params.min_tokens, num_given),  # what was given does not end it
         is_stop_included=params.include_stop_str_in_output,
+        prompt_token_ids=checked.prompt_token_ids,
         skip_special_tokens=params.skip_special_tokens,
         spaces_between_special_tokens=params.spaces_between_special_tokens,
     )

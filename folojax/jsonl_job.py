@@ -204,11 +204,14 @@ class JsonlJob:
                 self.summary.num_skipped += 1
             else:
                 self._queue(line_id, number, fields)
-        except ValueError as error:
+        # A line comes from anywhere: whatever it does to whom, it is one line's misfortune.
+        except Exception as error:
             if line_id is None and number in self._output.finished_lines:
                 self.summary.num_skipped += 1
             else:
-                self._write(error_entry(line_id, number, str(error)))
+                is_ours = isinstance(error, ValueError)
+                text = str(error) if is_ours else f"{type(error).__name__}: {error}"
+                self._write(error_entry(line_id, number, text))
 
     def _queue(self, line_id: str | int, number: int, fields: Mapping[str, Any]) -> None:
         check_fields(fields)

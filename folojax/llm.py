@@ -14,6 +14,7 @@ from folojax.build import default_params, find_tokenizer, load_model, make_confi
 from folojax.compilation_cache import enable_compilation_cache
 from folojax.compile_plan import CompilePlan
 from folojax.config import EngineConfig, EngineOptions
+from folojax.continuations import pair_continuations
 from folojax.engine_metrics import EngineMetrics
 from folojax.models.save import save_pretrained
 from folojax.outputs import RequestOutput, ScoreOutput
@@ -21,7 +22,7 @@ from folojax.processors import LogitsProcessor
 from folojax.prompts import (
     Prompt,
     conversations,
-    pair_continuations,
+    each_named,
     params_per_prompt,
     parse_prompts,
 )
@@ -164,17 +165,18 @@ class LLM(RequestLoop):
             ValueError: there is no template, it fails, or as in `generate`.
             RuntimeError: the engine sleeps.
         """
-        prompts = [
-            self.render_chat(
+        prompts = each_named(
+            "conversation",
+            conversations(messages),
+            lambda one: self.render_chat(
                 one,
                 chat_template,
                 add_generation_prompt,
                 continue_final_message,
                 tools,
                 chat_template_kwargs,
-            )
-            for one in conversations(messages)
-        ]
+            ),
+        )
         return self.generate(prompts, sampling_params, use_tqdm)
 
     def render_chat(
@@ -212,8 +214,10 @@ class LLM(RequestLoop):
 
         Args:
             prompts: As in `generate`; one for all continuations, or one for each.
-            continuations: In the same forms. Text is encoded by itself and without special
-                tokens, so a word that follows a space begins with it: score("The sea is", " blue").
+            continuations: In the same forms. Text that follows text is encoded together with it,
+                and cut as lm-eval cuts it: behind as many tokens as the prompt alone has, where
+                spaces at the prompt's end count to the continuation. A token over the border
+                counts to the prompt. Token ids are taken as they are.
             use_tqdm: As in `generate`.
 
         Returns:
@@ -224,8 +228,7 @@ class LLM(RequestLoop):
             RuntimeError: the engine sleeps.
         """
         pairs = pair_continuations(prompts, continuations, self.engine.tokenizer)
-        for prompt, continuation in pairs:
-            self.engine.check_score(prompt, continuation)
+        each_named("continuation", pairs, lambda pair: self.engine.check_score(*pair))
         self.engine.check_is_awake()
         scored = [(self._draw_id("score"), *pair) for pair in pairs]
         ids = [request_id for request_id, _, _ in scored]
@@ -390,10 +393,11 @@ class LLM(RequestLoop):
     ) -> list[CheckedRequest]:
         parsed = parse_prompts(prompts, self.engine.tokenizer)
         params = params_per_prompt(self.or_default(sampling_params), len(parsed))
-        return [
-            self.engine.check(self._draw_id(kind), prompt, one)
-            for prompt, one in zip(parsed, params, strict=True)
-        ]
+        return each_named(
+            "prompt",
+            list(zip(parsed, params, strict=True)),
+            lambda pair: self.engine.check(self._draw_id(kind), *pair),
+        )
 
     def _draw_id(self, kind: str) -> str:
         ids = (f"{kind}-{number}" for number in self._numbers)

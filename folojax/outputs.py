@@ -12,7 +12,8 @@ class Logprob(NamedTuple):
     Attributes:
         logprob: Natural logarithm, in the distribution that EngineConfig.logprobs_mode names.
         rank: How many tokens are at least as likely, itself included: 1 is the likeliest.
-        decoded_token: The token's text on its own; None without a tokenizer.
+        decoded_token: The token's text where others stand before it (so " hi" for SentencePiece's
+            "\u2581hi", also as a first word); None without a tokenizer.
     """
 
     logprob: float
@@ -105,7 +106,8 @@ class CompletionOutput:
             the likeliest ones by rank; None if not asked for. Later outputs of the same request
             share the dicts.
         finish_reason: "stop", "length", "abort" or "error"; None while it goes on.
-        stop_reason: The stop id or stop string; None for EOS; the reason after an error.
+        stop_reason: The stop id or stop string; None for EOS, and the id for further end tokens of
+            the model; the reason after an error.
         seed: Gives the same tokens again in any batch; None for greedy.
         record: How each token was drawn; None if not asked for.
         weights_versions: For each token, how often the parameters had been updated when it was
@@ -168,9 +170,10 @@ class ScoreOutput:
     Attributes:
         request_id: Drawn by `score`.
         prompt: The text; None where token ids were given.
-        prompt_token_ids: What comes before.
+        prompt_token_ids: What comes before. Of two texts that were encoded together, as many tokens
+            as the prompt has by itself, less spaces at its end.
         continuation: The text; None where token ids were given.
-        token_ids: Of the continuation.
+        token_ids: Of the continuation: the tokens behind those.
         logprobs: Log-probability of each of them, given all before it.
         ranks: Of each of them: 1 is the token that a greedy request would have taken, ties aside.
         finish_reason: "length", or "error" or "abort"; the numbers are there after "length".

@@ -1,16 +1,30 @@
 """The forms in which a prompt may come."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, SupportsIndex, TypeAlias, TypeVar
 
-import jax
-import numpy as np
-
+from folojax.plain import is_array, plain
 from folojax.sampling_params import SamplingParams
 from folojax.tokenizer import Tokenizer
 
-Prompt: TypeAlias = str | Mapping[str, Any] | Sequence[int]
-"""Text, token ids (a list, or an array in a dict), {"prompt": text}, {"prompt_token_ids": ids}."""
+
+class IdArray(Protocol):
+    """An array of token ids: of NumPy, JAX or PyTorch."""
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes: 1 for a prompt, 2 for prompts of the same length."""
+
+    def __array__(self) -> Any:
+        """The same for NumPy."""
+
+
+Prompt: TypeAlias = str | Mapping[str, Any] | Sequence[SupportsIndex] | IdArray
+"""Text, token ids (a list or an array), {"prompt": text}, {"prompt_token_ids": ids}."""
+
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 
 
 class ParsedPrompt(NamedTuple):
@@ -43,34 +57,38 @@ def parse_prompts(
         ValueError: a prompt has none of the known forms, or is text without a tokenizer.
     """
     parser = _Parser(tokenizer, name, add_special_tokens)
+    return [parser.parse(prompt, index) for index, prompt in enumerate(as_list(prompts, name))]
+
+
+def as_list(prompts: Any, name: str = "prompt") -> Sequence[Any]:
+    """The prompts, of which one may stand alone; ValueError as in `parse_prompts`."""
     if isinstance(prompts, str | Mapping) or _is_token_ids(prompts):
-        return [parser.parse(prompts, 0)]
+        return [prompts]
+    if is_array(prompts, 2):
+        return list(prompts)
     if not _is_list(prompts):
         raise ValueError(f"{name}s is a {type(prompts).__name__}; it must be a {name} or a list")
-    return [parser.parse(prompt, index) for index, prompt in enumerate(prompts)]
+    return prompts
 
 
-def pair_continuations(
-    prompts: Prompt | Sequence[Prompt],
-    continuations: Prompt | Sequence[Prompt],
-    tokenizer: Tokenizer | None,
-) -> list[tuple[ParsedPrompt, ParsedPrompt]]:
-    """Prompts with what follows them; text that follows has no special tokens of its own.
+def each_named(
+    name: str, items: Sequence[_Item], function: Callable[[_Item], _Result]
+) -> list[_Result]:
+    """What a function makes of each item of a user's list.
 
     Raises:
-        ValueError: as in `parse_prompts`, or there are neither as many prompts as continuations
-            nor one prompt.
+        ValueError: one that the function raised; where there are several items, with the name and
+            the index of its item before it.
     """
-    before = parse_prompts(prompts, tokenizer)
-    after = parse_prompts(continuations, tokenizer, "continuation", add_special_tokens=False)
-    if len(before) == 1:
-        before *= len(after)
-    if len(before) != len(after):
-        raise ValueError(
-            f"continuations has {len(after)} entries for {len(before)} prompts: give one for each "
-            "prompt, or one prompt for all"
-        )
-    return list(zip(before, after, strict=True))
+    results = []
+    for index, item in enumerate(items):
+        try:
+            results.append(function(item))
+        except ValueError as error:
+            if len(items) == 1:
+                raise
+            raise ValueError(f"{name} {index}: {error}") from error
+    return results
 
 
 def conversations(messages: Any) -> list[Any]:
@@ -154,13 +172,17 @@ class _Parser(NamedTuple):
                 f"{self.name} {index} is text, but the engine has no tokenizer: pass tokenizer=, "
                 "or token ids"
             )
-        return ParsedPrompt(text, self.tokenizer.encode(text, self.add_special_tokens))
+        try:
+            return ParsedPrompt(text, self.tokenizer.encode(text, self.add_special_tokens))
+        except ValueError as error:
+            raise ValueError(f"{self.name} {index} cannot be encoded: {error}") from error
 
     def _token_ids(self, prompt: Any, index: int) -> Sequence[int]:
-        if isinstance(prompt, np.ndarray | jax.Array) and prompt.ndim == 1:
+        if is_array(prompt, 1):
             return prompt.tolist()
         if _is_list(prompt):
-            return prompt
+            is_plain = all(type(token) is int for token in prompt)
+            return prompt if is_plain else list(map(plain, prompt))
         raise ValueError(
             f"{self.name} {index} is a {type(prompt).__name__}; it must be text, token ids or a "
             "dict"
@@ -173,6 +195,10 @@ def _is_list(value: Any) -> bool:
 
 def _is_token_ids(prompts: Any) -> bool:
     """Whether a list is one prompt of ids; an empty list is no prompts rather than an empty one."""
-    if isinstance(prompts, np.ndarray | jax.Array):
-        return prompts.ndim == 1
-    return _is_list(prompts) and len(prompts) > 0 and all(isinstance(i, int) for i in prompts)
+    if is_array(prompts, 1):
+        return True
+    return _is_list(prompts) and len(prompts) > 0 and all(map(_is_integer, prompts))
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(plain(value), int)

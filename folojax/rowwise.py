@@ -85,14 +85,15 @@ def sample_logits(
     return draw_and_note(slots, logits, inputs, spec, log_mass)
 
 
-@functools.partial(jax.jit, static_argnames=("num_logprobs",))
+@functools.partial(jax.jit, static_argnames=("num_logprobs", "num_tokens"))
 def score_logits(
     logits: Float[Array, "B V"],
     log_mass: Float[Array, " B"],
     targets: Int[Array, " B"],
     *,
     num_logprobs: int,
+    num_tokens: int | None = None,
 ) -> TokenScores:
     """Raw log-probabilities of given tokens; the rows of the report are the rows of the call."""
-    found = token_logprobs(logits, targets, num_logprobs, log_mass)
+    found = token_logprobs(logits, targets, num_logprobs, log_mass, num_tokens)
     return TokenScores(*(field[:, None] for field in found))

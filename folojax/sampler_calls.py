@@ -112,7 +112,8 @@ class SamplerCalls:
 
     def score_call(self, hidden: Any, targets: Any, num_logprobs: int) -> Call:
         """The call that scores given tokens; `hidden` may be a shape."""
-        program = _SCORE.of(model=self.model, num_logprobs=num_logprobs)
+        options = {"num_logprobs": num_logprobs, "num_tokens": self._num_tokens}
+        program = _SCORE.of(model=self.model, **options)
         return Call(program, (self._head_params, hidden, targets))
 
     def _keep(self, slots: SlotState, edits: EditState | None) -> None:

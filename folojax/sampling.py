@@ -100,11 +100,11 @@ def sample(
         reported_mass = log_sum_exp(reported)
     num_logprobs = spec.num_logprobs
     logprobs, ranks, top_tokens, top_logprobs = token_logprobs(
-        reported, tokens, num_logprobs or 0, reported_mass
+        reported, tokens, num_logprobs or 0, reported_mass, spec.num_tokens
     )
     record = None
     if spec.has_record:
-        raw_rank = token_ranks(logits, tokens)
+        raw_rank = token_ranks(logits, tokens, spec.num_tokens)
         record = make_record(logits, log_mass, support, kept, tokens, is_greedy, raw_rank)
     if num_logprobs is None:
         ranks = jnp.zeros_like(ranks)
@@ -116,24 +116,34 @@ def token_logprobs(
     tokens: Int[Array, " B"],
     num_logprobs: int,
     log_mass: Float[Array, " B"] | None = None,
+    num_tokens: int | None = None,
 ) -> tuple[Float[Array, " B"], Int[Array, " B"], Int[Array, "B J"], Float[Array, "B J"]]:
     """Log-probability and rank of given tokens, and the J likeliest with theirs.
 
-    `log_mass` is that of the logits, where it is known already.
+    `log_mass` is that of the logits, where it is known already. Ids from `num_tokens` on are
+    padding: they have their share of the mass, as in the model's own distribution, but are no
+    alternatives and take no rank.
     """
     chosen = jnp.take_along_axis(logits, tokens[:, None], axis=1, mode="clip")
     if log_mass is None:
         log_mass = log_sum_exp(logits)
-    top, top_tokens = draws.top_k(draws.to_blocks(logits), num_logprobs)
-    ranks = token_ranks(logits, tokens)
+    top, top_tokens = draws.top_k(draws.to_blocks(logits, num_tokens), num_logprobs)
+    ranks = token_ranks(logits, tokens, num_tokens)
     return chosen[:, 0] - log_mass, ranks, top_tokens, top - log_mass[:, None]
 
 
-def token_ranks(logits: Float[Array, "B V"], tokens: Int[Array, " B"]) -> Int[Array, " B"]:
-    """Counts the tokens that are likelier, and of equals those with a lower id, from 1."""
+def token_ranks(
+    logits: Float[Array, "B V"], tokens: Int[Array, " B"], num_tokens: int | None = None
+) -> Int[Array, " B"]:
+    """Counts the tokens that are likelier, and of equals those with a lower id, from 1.
+
+    Ids from `num_tokens` on do not count.
+    """
     index = jnp.arange(logits.shape[1])[None, :]
     chosen = jnp.take_along_axis(logits, tokens[:, None], axis=1, mode="clip")
     is_before = (logits > chosen) | ((logits == chosen) & (index < tokens[:, None]))
+    if num_tokens is not None:
+        is_before &= index < num_tokens
     return 1 + is_before.sum(axis=1, dtype=jnp.int32)
 
 
@@ -178,12 +188,7 @@ def _kept(
     support: draws.Support, rows: SamplingRows, tokens: Int[Array, " B"], spec: SamplingSpec
 ) -> Float[Array, "B U W"]:
     """Logarithms of the weights that were drawn from; -inf outside."""
-    weights = support.weights(above=jnp.full_like(support.top, -jnp.inf))
+    weights = support.weights()
     if spec.needed >= SamplingClass.TRUNCATED:
-        # A sum that rounds otherwise than the draw's must not leave out what was drawn.
-        drawn = jnp.take_along_axis(
-            support.logits.reshape(len(tokens), -1), tokens[:, None], axis=1
-        )
-        threshold = jnp.minimum(draws.nucleus_threshold(support, rows.top_p), drawn[:, 0])
-        weights = jnp.where(support.logits >= threshold[:, None, None], weights, 0.0)
+        weights = jnp.where(draws.nucleus(support, rows.top_p, tokens), weights, 0.0)
     return jnp.log(weights)

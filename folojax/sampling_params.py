@@ -2,10 +2,11 @@
 
 import dataclasses
 import math
-import numbers
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from folojax.plain import plain
 from folojax.sampling import SamplingClass
 
 GREEDY_TEMPERATURE = 1e-5
@@ -54,8 +55,9 @@ class SamplingParams:
     Attributes:
         n: Samples of the prompt, 1 to 16384; sample i of seed s has seed s + i.
         temperature: 0 to 1e38; below 1e-5 is greedy: exact argmax, lowest id wins a tie.
-        top_p: In (0, 1]: smallest set of tokens that holds this mass. 1 is off.
-        top_k: Most tokens to choose from. 0 or -1 is off.
+        top_p: In (0, 1]: smallest set of tokens that holds this mass, the likeliest first, and of
+            equally likely ones the lowest ids. 1 is off.
+        top_k: Most tokens to choose from; equals of the last are kept. 0 or -1 is off.
         min_p: In [0, 1]: drops tokens below this share of the likeliest one's probability.
         presence_penalty: In [-2, 2]: taken from the logit of every token sampled before.
         frequency_penalty: In [-2, 2]: taken from it once for each time it was sampled.
@@ -145,7 +147,7 @@ class SamplingParams:
             if not isinstance(value, Iterable) or isinstance(value, str | bytes | Mapping):
                 yield f"{name} is {value!r}; it must be a list of {wanted}"
                 continue
-            items = tuple(_plain(item) for item in value)
+            items = tuple(plain(item) for item in value)
             object.__setattr__(self, name, items)
             if not all(is_wanted(item) for item in items):
                 yield f"{name} is {list(items)!r}; it must hold {wanted}"
@@ -159,7 +161,7 @@ class SamplingParams:
         if not isinstance(bias, Mapping):
             yield f"logit_bias is {bias!r}; it must be a dict of token ids to numbers"
             return
-        frozen = FrozenDict({_plain(key): _plain(value) for key, value in bias.items()})
+        frozen = FrozenDict({plain(key): plain(value) for key, value in bias.items()})
         object.__setattr__(self, "logit_bias", frozen)
         if not all(_is_token_id(key) for key in frozen):
             yield f"logit_bias is {frozen!r}; its keys must be token ids: integers of at least 0"
@@ -172,7 +174,7 @@ class SamplingParams:
     def _scalar_problems(self) -> Iterator[str]:
         for field in dataclasses.fields(self):
             if field.name not in _STRUCTURED:
-                object.__setattr__(self, field.name, _plain(getattr(self, field.name)))
+                object.__setattr__(self, field.name, plain(getattr(self, field.name)))
         yield self._int("n", 1, MAX_N)
         yield self._number("temperature", 0.0, MAX_TEMPERATURE)
         yield self._number("top_p", 0.0, 1.0, is_open_below=True)
@@ -270,19 +272,11 @@ def _is_token_id(value: Any) -> bool:
 
 
 def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value)
+    # Half of a surrogate pair is in no text that a tokenizer reads or writes.
+    return isinstance(value, str) and bool(value) and not re.search("[\ud800-\udfff]", value)
 
 
-def _plain(value: Any) -> Any:
-    """Python's own number for a NumPy one; anything else as it is."""
-    if isinstance(value, bool | int | float):
-        return value
-    if isinstance(value, numbers.Integral):
-        return int(value)
-    return float(value) if isinstance(value, numbers.Real) else value
-
-
-_TEXTS = "strings that are not empty"
+_TEXTS = "strings that are not empty, and without lone surrogates"
 _IDS = "token ids: integers of at least 0"
 _LISTS: tuple[tuple[str, Any, str], ...] = (
     ("stop", _is_text, _TEXTS),

@@ -270,7 +270,7 @@ def sample_tokens(
     return sample_hidden(params, slots, hidden, inputs, model, spec)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "num_logprobs"))
+@functools.partial(jax.jit, static_argnames=("model", "num_logprobs", "num_tokens"))
 def score_tokens(
     params: Any,
     hidden: Float[Array, "R C E"],
@@ -278,6 +278,7 @@ def score_tokens(
     *,
     model: nn.Module,
     num_logprobs: int,
+    num_tokens: int | None = None,
 ) -> TokenScores:
     """Log-probabilities of the tokens that follow, in the raw model distribution.
 
@@ -289,12 +290,13 @@ def score_tokens(
         targets: The token after each position; anything where there is none.
         model: A module of `folojax.models`.
         num_logprobs: J, alternatives to report for each position.
+        num_tokens: Ids from here on are padding of the vocabulary, and no alternatives.
     """
     chex.assert_shape(targets, hidden.shape[:2])
 
     def score_row(row: tuple[Array, Array]) -> TokenScores:
         logits: Any = model.apply({"params": params}, row[0], method="logits")
-        return TokenScores(*token_logprobs(logits, row[1], num_logprobs))
+        return TokenScores(*token_logprobs(logits, row[1], num_logprobs, None, num_tokens))
 
     return lax.map(score_row, (hidden, targets))
 

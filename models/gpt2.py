@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from folojax.models.family import Family
+from folojax.models.family import Family, renamed
 
 _WORDS = {
     "n_embd": "hidden_size",
@@ -19,10 +19,10 @@ _WORDS = {
 
 
 def _normalize(mapping: Mapping[str, Any]) -> Mapping[str, Any]:
-    renamed = {_WORDS.get(name, name): value for name, value in mapping.items()}
-    if renamed.get("intermediate_size") is None and isinstance(renamed.get("hidden_size"), int):
-        renamed["intermediate_size"] = 4 * renamed["hidden_size"]
-    return renamed
+    words = renamed(mapping, _WORDS)
+    if words.get("intermediate_size") is None and isinstance(words.get("hidden_size"), int):
+        words["intermediate_size"] = 4 * words["hidden_size"]
+    return words
 
 
 def _fields(mapping: Mapping[str, Any]) -> dict[str, Any]:

@@ -25,4 +25,5 @@ OLMO3 = dataclasses.replace(
     defaults={**OLMO2.defaults, "sliding_window": 4096, "rope_theta": _ROPE_THETA},
     fields=_fields,
     has_layer_types=True,
+    has_rope_by_kind=True,
 )

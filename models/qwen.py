@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from folojax.models.family import Family, windows
+from folojax.models.family import Family, renamed, windows
 
 
 def _windows(mapping: Mapping[str, Any]) -> dict[str, Any]:
@@ -27,8 +27,7 @@ def _qwen3(mapping: Mapping[str, Any]) -> dict[str, Any]:
 
 def _moe_words(mapping: Mapping[str, Any]) -> Mapping[str, Any]:
     """Transformers 5 writes another word for the number of experts than it reads."""
-    stated = mapping.get("num_experts", mapping.get("num_local_experts"))
-    return mapping if stated is None else {**mapping, "num_experts": stated}
+    return renamed(mapping, {"num_local_experts": "num_experts"})
 
 
 def _qwen3_moe(mapping: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import io
 import json
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,6 +37,7 @@ class _Place(NamedTuple):
 
     path: Path
     start: int
+    end: int
     shape: tuple[int, ...]
     dtype: str
 
@@ -93,6 +94,23 @@ class TensorFiles:
         except OSError as error:
             raise ValueError(f"{place.path}: tensor {name!r} cannot be read: {error}") from error
 
+    def blocks(self, name: str) -> Iterator[np.ndarray]:
+        """The bytes of a tensor, block by block, whatever its dtype.
+
+        Raises:
+            ValueError: the file cannot be read; it is named.
+        """
+        place = self._places[name]
+        try:
+            with place.path.open("rb", buffering=0) as file:
+                for start in range(place.start, place.end, _BLOCK_BYTES):
+                    file.seek(start)
+                    block = np.empty(min(_BLOCK_BYTES, place.end - start), np.uint8)
+                    _fill(file, block)
+                    yield block
+        except OSError as error:
+            raise ValueError(f"{place.path}: tensor {name!r} cannot be read: {error}") from error
+
 
 def open_tensors(directory: Path) -> TensorFiles:
     """Checks model.safetensors, or else every shard of model.safetensors.index.json.
@@ -130,6 +148,7 @@ def _read_header(path: Path) -> dict[str, _Place]:
         name: _Place(
             path=path,
             start=8 + header_size + entry["data_offsets"][0],
+            end=8 + header_size + entry["data_offsets"][1],
             shape=tuple(entry["shape"]),
             dtype=entry["dtype"],
         )

@@ -84,7 +84,7 @@ def reference_kept(logits: np.ndarray, top_k: int, top_p: float, min_p: float) -
         mass = np.where(kept, np.exp(x - x.max()), 0.0)
         order = np.argsort(-x, kind="stable")
         reached = np.cumsum(mass[order]) >= top_p * mass.sum()
-        kept &= x >= x[order[np.argmax(reached)]]
+        kept[order[np.argmax(reached) + 1 :]] = False
     return kept
 
 

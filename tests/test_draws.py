@@ -81,7 +81,7 @@ def test_20000_draws_of_every_setting_follow_the_reference() -> None:
 def test_20000_draws_from_tokens_of_equal_weight() -> None:
     """Ties over block borders: every token as likely as the next, and never one that is cut."""
     logits = np.full((3, V), -np.inf, np.float32)
-    logits[0, 120:140] = 3.0  # over the border of two blocks
+    logits[0, 120:140] = 3.0  # over the border of two blocks; half of them is the nucleus
     logits[1] = 0.0
     logits[2, ::10] = 1.0
     logits[2, 5::100] = 2.0  # top_k = 11 ties with all of the others
@@ -89,6 +89,8 @@ def test_20000_draws_from_tokens_of_equal_weight() -> None:
     tokens = np.asarray(draw_many(jnp.asarray(logits), rows, jnp.arange(20_000), TRUNCATED))
     for row in range(3):
         probability = np.exp(logits[row].astype(np.float64))
+        if row == 0:
+            probability[130:] = 0.0
         check_frequencies(tokens[:, row], probability / probability.sum(), f"row {row}")
 
 
@@ -141,7 +143,9 @@ def test_every_token_of_a_small_nucleus_is_drawn_and_no_other() -> None:
         ([3e38, 3e38, 2.9e38, 0.0], {"top_p": 0.9}, {0, 1}),
         ([-3e38, -3e38, -np.inf, -np.inf], {"min_p": 0.5}, {0, 1}),
         ([1e-40, 1e-40, -1e-3, -1.0], {"top_k": 4, "min_p": 0.9}, {0, 1, 2}),
-        ([0.0, 0.0, 0.0, -1.0], {"top_p": 1e-30}, {0, 1, 2}),
+        ([0.0, 0.0, 0.0, -1.0], {"top_p": 1e-30}, {0}),
+        ([0.0, 0.0, 0.0, -1.0], {"top_p": 0.4}, {0, 1}),
+        ([1.0, 1.0, 2.0, 1.0], {"top_p": 0.5}, {0, 2}),
         ([2.0, 1.0, 0.0, -1.0], {"top_p": 1 - 2**-24, "temperature": 3.0}, {0, 1, 2, 3}),
         ([2.0, 1.9, 1.8, -1.0], {"temperature": 1e-5}, {0}),
         ([2.0, -1.9, -1.8, -2.0], {"temperature": 1e38}, {0, 1, 2, 3}),
@@ -200,6 +204,89 @@ def test_a_vocabulary_smaller_than_a_block() -> None:
     np.testing.assert_array_equal(inside.sum(axis=1), [3, 7, 1])
     tokens = np.asarray(draw_many(jnp.asarray(logits), rows, jnp.arange(100), TRUNCATED))
     assert [len(set(row)) for row in tokens.T.tolist()] == [3, 7, 1]
+
+
+# --- ties at the end of the nucleus ---------------------------------------------------------
+
+
+def documented_rule(probability: np.ndarray, top_p: float) -> np.ndarray:
+    """The tokens that vLLM and transformers say they keep.
+
+    Of tokens sorted by probability, ascending, those go whose sum does not exceed 1 - p; the
+    likeliest always stays. Of equals, the lower id counts as the likelier here.
+    """
+    ids = np.arange(len(probability))
+    order = np.lexsort((-ids, probability))
+    is_gone = np.cumsum(probability[order]) <= 1 - top_p
+    is_gone[-1] = False
+    kept = np.ones(len(probability), bool)
+    kept[order[is_gone]] = False
+    return kept
+
+
+@pytest.mark.parametrize(
+    ("probability", "top_p", "expected"),
+    [
+        ([0.4, 0.3, 0.3], 0.6, {0, 1}),
+        ([0.3, 0.3, 0.4], 0.6, {0, 2}),
+        ([0.3, 0.4, 0.3], 0.75, {0, 1, 2}),
+        ([0.25, 0.25, 0.25, 0.25], 0.5 - 1e-3, {0, 1}),
+        ([0.25, 0.25, 0.25, 0.25], 0.5 + 1e-3, {0, 1, 2}),
+        ([0.1, 0.5, 0.1, 0.1, 0.1, 0.1], 0.55, {0, 1}),
+        ([0.1, 0.5, 0.1, 0.1, 0.1, 0.1], 0.75, {0, 1, 2, 3}),
+        ([0.5, 0.3, 0.15, 0.05], 0.6, {0, 1}),
+        ([0.5, 0.5], 1e-6, {0}),
+        ([0.5, 0.5], 1.0, {0, 1}),
+    ],
+)
+def test_the_smallest_set_of_equals_has_the_lowest_ids(
+    probability: list[float], top_p: float, expected: set[int]
+) -> None:
+    assert set(np.flatnonzero(documented_rule(np.array(probability), top_p))) == expected
+    for places in (np.arange(len(probability)), np.arange(len(probability)) * 130):
+        logits = np.full((1, V), -np.inf, np.float32)
+        logits[0, places] = np.log(np.array(probability, np.float32))
+        rows = make_rows({"top_p": top_p, "seed": 4})
+        inside = np.flatnonzero(np.asarray(kept(jnp.asarray(logits), rows))[0])
+        assert set(inside) == set(places[list(expected)])
+        tokens = np.asarray(draw_many(jnp.asarray(logits), rows, jnp.arange(300), TRUNCATED))
+        assert set(tokens[:, 0]) == set(inside)
+
+
+def test_nuclei_of_tied_logits_are_those_of_the_documented_rule() -> None:
+    """As in C2C 21: the token that crosses the mass is in, and no equal of it that need not be."""
+    rng = np.random.default_rng(3)
+    logits = rng.integers(-3, 4, (60, V)).astype(np.float32)
+    top_p = rng.uniform(0.01, 0.99, 60).astype(np.float32)
+    rows = make_rows(*[{"top_p": float(p), "seed": i} for i, p in enumerate(top_p)])
+    inside = np.asarray(kept(jnp.asarray(logits), rows))
+    tokens = np.asarray(draw_many(jnp.asarray(logits), rows, jnp.arange(50), TRUNCATED))
+    for row, (x, p) in enumerate(zip(logits.astype(np.float64), top_p, strict=True)):
+        expected = documented_rule(np.exp(x) / np.exp(x).sum(), float(p))
+        # Where a sum ends within rounding of the mass, one more or less is as right.
+        assert (inside[row] != expected).sum() <= 1
+        assert inside[row][tokens[:, row]].all()
+
+
+def test_draws_among_tied_tokens_follow_the_smallest_set() -> None:
+    probability = np.array([0.4, 0.3, 0.3])
+    logits = np.full((2, V), -np.inf, np.float32)
+    logits[0, :3] = logits[1, [5, 200, 900]] = np.log(probability)
+    rows = make_rows({"top_p": 0.6, "seed": 1}, {"top_p": 0.6, "seed": 2})
+    tokens = np.asarray(draw_many(jnp.asarray(logits), rows, jnp.arange(20_000), TRUNCATED))
+    for row, ids in enumerate(([0, 1, 2], [5, 200, 900])):
+        expected = np.zeros(V)
+        expected[ids] = [4 / 7, 3 / 7, 0]
+        check_frequencies(tokens[:, row], expected, str(row))
+
+
+def test_top_k_keeps_equals_of_the_last_as_vllm_does() -> None:
+    logits = np.full((1, V), -np.inf, np.float32)
+    logits[0, :4] = [1.0, 0.0, 0.0, -1.0]
+    inside = np.asarray(kept(jnp.asarray(logits), make_rows({"top_k": 2})))
+    assert set(np.flatnonzero(inside[0])) == {0, 1, 2}
+    inside = np.asarray(kept(jnp.asarray(logits), make_rows({"top_k": 2, "top_p": 0.6})))
+    assert set(np.flatnonzero(inside[0])) == {0, 1}
 
 
 # --- the largest ----------------------------------------------------------------------------

@@ -272,7 +272,7 @@ def test_what_only_the_engine_can_refuse_is_told_too(call: Callable) -> None:
     code, text, error = call("--logprobs", "1000")
     assert code == 2
     assert text == ""
-    assert error.splitlines()[-1].startswith("error: logprobs is 1000; ")
+    assert error.splitlines()[-1].startswith("error: prompt 0: logprobs is 1000; ")
 
 
 def test_help_has_examples(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:

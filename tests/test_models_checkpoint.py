@@ -127,7 +127,7 @@ def test_harmless_extra_tensors_are_ignored(directory):
     change_tensors(
         directory,
         **{
-            "lm_head.weight": np.zeros((32, 16), "float32"),
+            "lm_head.weight": np.asarray(expected["embed"]),  # a copy of what it is tied to
             "model.rotary_emb.inv_freq": np.zeros(2, "float32"),
             "model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros(2, "float32"),
         },
@@ -267,12 +267,13 @@ def test_an_unknown_architecture_is_refused(directory):
     [
         (None, (7,)),
         ({}, (7,)),
-        ({"eos_token_id": 3}, (3,)),
-        ({"eos_token_id": [3, 4]}, (3, 4)),
+        ({"eos_token_id": 3}, (3, 7)),
+        ({"eos_token_id": [3, 4]}, (3, 4, 7)),
+        ({"eos_token_id": [7, 4]}, (7, 4)),
         ({"eos_token_id": None}, (7,)),
     ],
 )
-def test_end_tokens_come_from_the_generation_config_first(directory, generation, ids):
+def test_end_tokens_are_those_of_both_configs(directory, generation, ids):
     if generation is not None:
         (directory / "generation_config.json").write_text(json.dumps(generation))
     checkpoint = open_checkpoint(directory)

@@ -5,13 +5,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from folojax.prompts import (
-    ParsedPrompt,
-    conversations,
-    pair_continuations,
-    params_per_prompt,
-    parse_prompts,
-)
+from folojax.continuations import pair_continuations
+from folojax.prompts import ParsedPrompt, conversations, params_per_prompt, parse_prompts
 from folojax.sampling_params import SamplingParams
 from folojax.tokenizer import Tokenizer
 
