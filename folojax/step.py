@@ -412,23 +412,19 @@ def draw_and_note(
     return SlotState(tokens, edits, processors), out
 
 
-def report_shapes(spec: SamplingSpec, num_rows: int) -> StepOutput:
-    """The report of a step that samples so, as shapes."""
+def report_shapes(spec: SamplingSpec, num_rows: int) -> Any:
+    """A `StepOutput` of shapes: the report of a step that samples so."""
     one: dict[str, Any] = {
         kind: jax.ShapeDtypeStruct((num_rows,), dtype)
         for kind, dtype in (("int", jnp.int32), ("float", jnp.float32), ("bool", jnp.bool_))
     }
-    most = spec.num_logprobs or 0
+    tops: Any = [
+        jax.ShapeDtypeStruct((num_rows, spec.num_logprobs or 0), dtype)
+        for dtype in (jnp.int32, jnp.float32)
+    ]
     record = None
     if spec.has_record:
         kinds = ("int" if name == "rank" else "float" for name in TokenRecord._fields)
-        record = TokenRecord(*(one[kind] for kind in kinds))
-    return StepOutput(
-        tokens=one["int"],
-        logprobs=one["float"],
-        ranks=one["int"],
-        is_valid=one["bool"],
-        top_tokens=jax.ShapeDtypeStruct((num_rows, most), jnp.int32),
-        top_logprobs=jax.ShapeDtypeStruct((num_rows, most), jnp.float32),
-        record=record,
-    )
+        record = TokenRecord._make(one[kind] for kind in kinds)
+    fields = one["int"], one["float"], one["int"], one["bool"], *tops, record
+    return StepOutput._make(fields)

@@ -1,7 +1,7 @@
 """What an attention kernel is: a reason to refuse, and a function from queries and pages."""
 
 import dataclasses
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Num
@@ -30,6 +30,8 @@ class AttentionSpec:
     scoring: Scoring
 
 
+# Checkable at run time, so annotations can be checked under pytest.
+@runtime_checkable
 class Kernel(Protocol):
     """A way to attend."""
 
