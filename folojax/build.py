@@ -11,6 +11,7 @@ from flax import linen as nn
 
 from folojax import step_memory
 from folojax.backend import Backend, choose_backend
+from folojax.backend.device_memory import device_memory
 from folojax.config import EngineConfig, ResolvedConfig
 from folojax.deterministic import DeterministicRunner
 from folojax.engine import Engine
@@ -161,13 +162,13 @@ def plan_memory(
         max_model_len=resolved.max_model_len,
         temporaries_bytes=step_memory.estimate(module, layout, shapes, max_logprobs),
         is_measured=False,
-        device=step_memory.device_memory(resident_bytes),
+        device=device_memory(resident_bytes),
     )
     fraction = config.pool_fraction(backend)
     if fraction is None:
         lower = "max_num_seqs" if config.num_pages is None else "num_pages"
         return resolved, plan_pages(plan, measure, lower)
-    plan = plan_fraction(plan, measure, fraction)
+    plan = plan_fraction(plan, measure if backend.measures_memory else None, fraction)
     return dataclasses.replace(resolved, num_pages=plan.num_pages), plan
 
 

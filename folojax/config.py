@@ -25,9 +25,11 @@ class EngineConfig:
         num_pages: Pages in the pool. None: as many as `memory_fraction` has room for. If that is
             None too, on CPU, room for `max_num_seqs` requests of 512 tokens and for one request
             of `max_model_len`.
-        memory_fraction: Share of the device's memory that weights, pages and temporaries may take
-            together; vLLM's gpu_memory_utilization. None is 0.9 on a GPU, of what JAX may have of
-            it (XLA_PYTHON_CLIENT_MEM_FRACTION), and nothing on CPU, whose memory is not ours alone.
+        memory_fraction: Share of the device's memory that may be in use in all: by weights, pages
+            and temporaries, and by what others hold, such as a training process's arrays; vLLM's
+            gpu_memory_utilization. None is 0.9 on a GPU, of what JAX may have of it
+            (XLA_PYTHON_CLIENT_MEM_FRACTION, 0.75 by default), and nothing on CPU, whose memory is
+            not ours alone.
         scheduling_policy: "fcfs", or "priority" (smallest priority first, then arrival).
         enable_chunked_prefill: False schedules a prompt whole or not at all; the budget must then
             hold `max_model_len` tokens.

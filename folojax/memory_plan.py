@@ -1,7 +1,7 @@
 """How a device's memory is divided: weights, pages of the KV pool, temporaries.
 
     device  = used by others | weights | slots | pages ................ | temporaries | left free
-                             |<------------ memory_fraction of the device ----------->|
+              |<------------------ memory_fraction of the device ------------------->|
 
 The arithmetic alone, in bytes and without a device; what the parts need comes from `step_memory`.
 """
@@ -115,16 +115,20 @@ def plan_pages(
     return wanted
 
 
-def plan_fraction(least: MemoryPlan, measure: Callable[[int], int], fraction: float) -> MemoryPlan:
-    """Takes as many pages as a share of the device holds beside weights and temporaries.
+def plan_fraction(
+    least: MemoryPlan, measure: Callable[[int], int] | None, fraction: float
+) -> MemoryPlan:
+    """Takes as many pages as a share of the device holds beside all else that is in it.
 
     The temporaries of a step grow with the pool, if slowly. They are measured for a pool that
     leaves them no room at all, so they are a bound for the one that does.
 
     Args:
-        least: With the smallest pool that will do: a request of `max_model_len`.
-        measure: Temporaries by number of pages, from compiled steps.
-        fraction: Of the device's memory, that weights, pages and temporaries may take together.
+        least: With the smallest pool that will do, a request of `max_model_len`, and a bound on
+            the temporaries.
+        measure: Temporaries by number of pages, from compiled steps; None: the bound will do.
+        fraction: Of the device's memory, that may be in use in all: by others, and by weights,
+            pages and temporaries.
 
     Returns:
         The plan.
@@ -138,15 +142,17 @@ def plan_fraction(least: MemoryPlan, measure: Callable[[int], int], fraction: fl
             f"memory_fraction is {fraction}, but this device does not tell how much memory it "
             "has: give num_pages instead"
         )
-    share = int(fraction * device.limit_bytes)
-    available = min(share, device.limit_bytes - device.used_bytes)
+    available = int(fraction * device.limit_bytes) - device.used_bytes
     fixed = least.weights_bytes + least.slots_bytes
 
     def pages_beside(temporaries: int) -> int:
         return (available - fixed - temporaries) // least.bytes_per_page
 
     most = pages_beside(0)
-    if most >= least.num_pages:
+    if measure is None:
+        num_pages = max(pages_beside(least.temporaries_bytes), least.num_pages)
+        least = dataclasses.replace(least, num_pages=num_pages)
+    elif most >= least.num_pages:
         temporaries = measure(most)
         num_pages = pages_beside(temporaries)
         if num_pages < least.num_pages:

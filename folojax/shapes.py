@@ -145,7 +145,7 @@ def powers(last: int, factor: int, first: int = 1) -> tuple[int, ...]:
 
 
 def up_to(sizes: Iterable[int], last: int) -> tuple[int, ...]:
-    """Those of the ascending sizes that are below `last`, and `last`.
+    """The ascending sizes below `last`, and `last` itself.
 
     >>> up_to((1, 8, 32), 20)
     (1, 8, 20)

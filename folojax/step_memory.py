@@ -9,10 +9,8 @@ again.
 
 import dataclasses
 import functools
-import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -27,7 +25,6 @@ from folojax.kv import KVLayout
 from folojax.kv.page_copies import COPY_SIZES
 from folojax.layered import make_steps
 from folojax.logit_edits import init_edits
-from folojax.memory_plan import DeviceMemory
 from folojax.models.dense_attend import dense_attend
 from folojax.models.quantize import quantize_params
 from folojax.sampling import SamplingClass, SamplingSpec
@@ -35,32 +32,6 @@ from folojax.shapes import DecodeShape, PrefillShape, Shapes
 from folojax.state import DecodeInputs, SampleInputs, init_state
 
 _NUM_LAYERS = 2
-
-# Sizes of a container's memory, versions 2 and 1; absent or "max" where there is no limit.
-_CGROUP_LIMITS = (
-    "/sys/fs/cgroup/memory.max",
-    "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-)
-
-
-def device_memory(own_bytes: int = 0) -> DeviceMemory | None:
-    """The memory of the device that engines run on; None where nobody tells.
-
-    Args:
-        own_bytes: Of arrays on the device that the engine counts as its own.
-    """
-    stats = jax.devices()[0].memory_stats()
-    if stats and "bytes_limit" in stats:
-        used = stats.get("bytes_in_use", 0) - own_bytes
-        return DeviceMemory(limit_bytes=stats["bytes_limit"], used_bytes=max(used, 0))
-    if jax.devices()[0].platform != "cpu" or not hasattr(os, "sysconf"):
-        return None
-    limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for path in map(Path, _CGROUP_LIMITS):
-        text = path.read_text().strip() if path.is_file() else ""
-        if text.isdecimal():
-            limit = min(limit, int(text))
-    return DeviceMemory(limit_bytes=limit)
 
 
 def slot_bytes(module: nn.Module, num_slots: int) -> int:

@@ -4,29 +4,39 @@ The compiler comes with JAX's CUDA plugin, which needs no driver: `jax-cuda12-pl
 `jax-cuda12-pjrt` of jaxlib's version, installed without their dependencies. XLA is told what the
 card is like by a description (data/h200_target.textproto). Without a card nothing is autotuned, so
 tile sizes are guesses; what kernels there are, their order, and what they copy is as on the card.
+
+cuDNN is a library call to XLA, which need not be installed either; those who ask for its version
+and for the card's generation are told what `_pretend_card` says.
 """
 
+import contextlib
 import dataclasses
 import functools
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
-import jax.numpy as jnp
-from folojax.buckets import DecodeShape, PrefillShape, slots_for
-from folojax.kv_cache import KVLayout
 from hlo_read import Program, Thunk, read_thunks
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from folojax import kv_cache
-from folojax.batch import Batch
+from folojax.attention import cudnn
+from folojax.backend.backend import GPU
+from folojax.batch import Batch, ints
 from folojax.layered import WholeSteps
 from folojax.models.llama import Llama, init_params
 from folojax.models.platforms import tracing_for
+from folojax.programs import Call
+from folojax.sampling import SamplingSpec
+from folojax.shapes import DecodeShape, PrefillShape, slots_for
+from folojax.state import SampleInputs, init_state
 
 TARGET = Path(__file__).parent / "data" / "h200_target.textproto"
+
+_CUDNN_VERSION = 91900
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,38 +78,47 @@ def target_device(target: Path = TARGET) -> Any:
 
 
 class Steps:
-    """The jitted steps of one model on one card, as shapes: nothing is allocated."""
+    """The programs of an engine on one card, as shapes: nothing is allocated."""
 
-    def __init__(self, module: Llama, segments: tuple[int, ...], page_size: int, device: Any):
-        self._module, self._steps = module, WholeSteps(module)
+    def __init__(
+        self, module: Llama, num_pages: int, page_size: int, table_pages: int, device: Any
+    ) -> None:
+        """Takes shapes.
+
+        Args:
+            module: The model.
+            num_pages: P, of the pool.
+            page_size: S.
+            table_pages: N, most pages of a row.
+            device: See `target_device`.
+        """
+        self._steps = WholeSteps(module)
+        self._vocab_size, self._table_pages = module.config.vocab_size, table_pages
         self._sharding = SingleDeviceSharding(device)
         shapes = jax.eval_shape(functools.partial(init_params, module), jax.random.key(0))
         self._params = self._on_device(shapes)
-        self._layout = KVLayout.of(module.config, module.dtype, segments, page_size)
-        with tracing_for("gpu"):
-            cache = jax.eval_shape(functools.partial(kv_cache.init_cache, self._layout))
-        self._cache = self._on_device(cache)
+        self._layout = GPU.kv_layout(module.config, module.dtype, num_pages, page_size)
 
-    def decode(self, shape: DecodeShape) -> Compiled:
-        """The decode step; the cache must have exactly the segments of the shape."""
-        batch = self._batch(shape.rows, shape.table_pages)
-        inputs = self._on_device(batch.decode_inputs(shape, []))
-        tokens = self._array((batch.num_slots,), jnp.int32)
+    def decode(self, shape: DecodeShape, spec: SamplingSpec) -> Compiled:
+        """The decode step, with its sampling."""
+        batch, state = self._batch(shape.rows), self._state(shape.rows)
+        inputs = batch.decode_inputs(shape, [])
+        slot, position = inputs.slot, ints(shape.rows)
+        both = inputs, SampleInputs(slot, position, batch.params.rows(slot))
         with tracing_for("gpu"):
-            (call,) = self._steps.decode_calls(self._params, self._cache, tokens, inputs)
-            lowered = call.lower()
-        return self._compile(lowered)
+            found = self._steps.sampled_calls(self._params, state.cache, state.slots, both, spec)
+        return self._compile(*found)
 
     def prefill(self, shape: PrefillShape) -> Compiled:
-        """The prefill step, likewise."""
-        batch = self._batch(shape.rows, shape.table_pages)
-        inputs = self._on_device(batch.prefill_inputs(shape, []))
+        """The prefill step."""
+        inputs = self._batch(shape.rows).prefill_inputs(shape, [])
         with tracing_for("gpu"):
-            (call,) = self._steps.prefill_calls(self._params, self._cache, inputs)
-            lowered = call.lower()
-        return self._compile(lowered)
+            found = self._steps.prefill_calls(self._params, self._state(1).cache, inputs)
+        return self._compile(*found)
 
-    def _compile(self, lowered: Any) -> Compiled:
+    def _compile(self, call: Call) -> Compiled:
+        with tracing_for("gpu"), _pretend_card():
+            lowered = call.lower()
         with tempfile.TemporaryDirectory() as dump:
             options: Any = {"xla_dump_to": dump, "xla_dump_hlo_as_text": True}
             compiled = lowered.compile(compiler_options=options)
@@ -110,13 +129,19 @@ class Steps:
             program=Program(compiled.as_text()),
             thunks=thunks,
             temporary_bytes=compiled.memory_analysis().temp_size_in_bytes,
-            cache_bytes=_bytes(self._cache),
-            weight_bytes=_bytes(weights),
+            cache_bytes=self._layout.num_pages * self._layout.bytes_per_page,
+            weight_bytes=sum(
+                leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weights)
+            ),
         )
 
-    def _batch(self, rows: int, table_pages: int) -> Batch:
-        vocab_size = self._module.config.vocab_size
-        return Batch(slots_for(rows), table_pages, self._layout.num_pages, vocab_size)
+    def _batch(self, rows: int) -> Batch:
+        num_pages = self._layout.num_pages
+        return Batch(slots_for(rows), self._table_pages, num_pages, self._vocab_size)
+
+    def _state(self, rows: int) -> Any:
+        make = functools.partial(init_state, self._layout, slots_for(rows))
+        return self._on_device(jax.eval_shape(make))
 
     def _on_device(self, tree: Any) -> Any:
         return jax.tree.map(lambda leaf: self._array(leaf.shape, leaf.dtype), tree)
@@ -125,5 +150,18 @@ class Steps:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=self._sharding)
 
 
-def _bytes(tree: Any) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+@contextlib.contextmanager
+def _pretend_card() -> Iterator[None]:
+    """Answers what is asked while cuDNN's call is traced: a Hopper card, and a cuDNN."""
+    from jax._src.cudnn import fused_attention_stablehlo as fused
+
+    with contextlib.ExitStack() as stack:
+        for owner, name, answer in (
+            (cudnn, "problem", lambda: None),
+            (cudnn, "_most_dims", lambda: 256),
+            (fused, "check_cudnn_version", lambda: _CUDNN_VERSION),
+            (fused, "check_compute_capability", lambda capability: True),
+            (fused, "is_cuda_compute_capability_equal", lambda capability: False),
+        ):
+            stack.enter_context(mock.patch.object(owner, name, answer))
+        yield

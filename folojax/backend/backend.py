@@ -37,6 +37,8 @@ class Backend:
         is_layered: Whether a step is run some layers at a time (`folojax.layered`): one after the
             other, or as one program and then with its sampling in it.
         warms_up: Whether an engine compiles what it will need when it is made.
+        measures_memory: Whether what steps need is asked of compiled ones where the pool is sized
+            by it; else a bound does, which wastes a part of a large memory and no time.
         rows_per_call: T, tokens of a call in deterministic mode.
         arrays_per_copy: How many layers' arrays a copy of pages moves in one call; None is all.
         swap_rates: What moving K/V to the host and computing them again cost.
@@ -52,6 +54,7 @@ class Backend:
     stores_float32: bool
     is_layered: bool
     warms_up: bool
+    measures_memory: bool
     rows_per_call: int
     arrays_per_copy: int | None
     swap_rates: SwapRates
@@ -91,11 +94,14 @@ class Backend:
             sampled_rows = decode_rows
         else:
             # An executable takes 10 s to compile, and up to 64 rows a step takes as long as its
-            # kernels take to start; beyond that every row reads its own pages.
-            sizes = with_parts(powers(most, 2, min(8, most)), first_halved=64, first_quartered=128)
-            decode_rows = tuple(sorted({1, *sizes}))
-            sampled_rows = up_to((8, 32, 64, 128), most) if most <= 256 else decode_rows
-            prefill_rows = up_to((1, 8), most_rows)
+            # kernels take to start; rows of padding read no pages.
+            most_power = powers(max(most, 64), 2, 64)
+            sizes = (1, 8, 32, *with_parts(most_power, first_halved=64, first_quartered=most))
+            decode_rows = up_to(sizes, most)
+            sampled_rows = up_to((8, 32, *most_power), most)
+            # A quarter more than the budget has: the last row of a prompt is rarely full, and
+            # what does not fit is a second pass over the weights.
+            prefill_rows = up_to((1, 8), most_rows + most_rows // 4)
         return Shapes(
             decode_rows=decode_rows,
             sampled_rows=sampled_rows,
@@ -124,6 +130,7 @@ CPU = Backend(
     stores_float32=True,
     is_layered=True,
     warms_up=False,
+    measures_memory=True,
     rows_per_call=32,
     arrays_per_copy=1,
     swap_rates=SwapRates(flops_per_s=1e11, bytes_per_s=4e9, overhead_s=5e-3),
@@ -145,6 +152,7 @@ GPU = Backend(
     stores_float32=False,
     is_layered=False,
     warms_up=True,
+    measures_memory=False,
     rows_per_call=128,
     arrays_per_copy=None,
     swap_rates=SwapRates(flops_per_s=3e14, bytes_per_s=2e10, overhead_s=5e-3),
