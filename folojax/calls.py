@@ -3,6 +3,9 @@
 `generate`, `score` and open streams each wait for requests of their own; whoever steps the engine
 steps it for all. An output goes to the box of the call that waits for it, or else, as a request of
 the caller's own loop, to the next `step`.
+
+Calls may come from several threads. A thread holds the lock while it changes or steps the engine,
+and gives it away after each step: so those that wait take turns, and one batch serves them all.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -11,6 +14,7 @@ from typing import Any, TypeVar, cast
 from tqdm.auto import tqdm
 
 from folojax.engine import Engine, Output
+from folojax.fair_lock import FairLock, exclusive
 from folojax.outputs import RequestOutput, ScoreOutput
 from folojax.validation import CheckedRequest
 
@@ -22,6 +26,7 @@ class Calls:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self.lock = FairLock()
         # By request id, the latest output of each; the requests of a call share one box.
         self._boxes: dict[str, dict[str, Output]] = {}
         # Of the caller's own requests, those that finished while another call was stepping.
@@ -31,12 +36,14 @@ class Calls:
         """Whether `step` has something to return already."""
         return bool(self._early)
 
+    @exclusive
     def step(self) -> list[RequestOutput]:
         """Runs one step; returns what has changed since the last one, of nobody's requests."""
         changed = self._advance()
         early, self._early = self._early, []
         return early + changed
 
+    @exclusive
     def abort(self, request_ids: str | Iterable[str]) -> list[RequestOutput]:
         """Ends requests and returns them; a call that waits for one learns of its end."""
         outputs = self._engine.abort(request_ids)
@@ -61,14 +68,19 @@ class Calls:
         make_bar = use_tqdm if callable(use_tqdm) else tqdm
         box = self._open(ids)
         try:
-            queue()
+            with self.lock:
+                queue()
             bar = make_bar(total=len(ids), desc="requests", disable=None if use_tqdm else True)
             with bar:
-                while len(box) < len(ids):
-                    num_done = len(box)
-                    self._advance_for_box()
-                    if len(box) > num_done:
-                        bar.update(len(box) - num_done)
+                num_told = 0
+                while num_told < len(ids):
+                    with self.lock:
+                        if len(box) < len(ids):
+                            self._advance_for_box()
+                        num_done = len(box)
+                    if num_done > num_told:
+                        bar.update(num_done - num_told)
+                    num_told = num_done
         finally:
             self._close(ids)
         return [cast(_Output, box[request_id]) for request_id in ids]
@@ -80,12 +92,14 @@ class Calls:
         box = self._open(ids)
         num_left = len(ids)
         try:
-            self._engine.add(checked, is_streamed=True)
+            with self.lock:
+                self._engine.add(checked, is_streamed=True)
             while num_left:
-                if not box:
-                    self._advance_for_box()
-                for request_id in list(box):
-                    output = cast(RequestOutput, box.pop(request_id))
+                with self.lock:
+                    if not box:
+                        self._advance_for_box()
+                    outputs = [cast(RequestOutput, box.pop(one)) for one in list(box)]
+                for output in outputs:
                     num_left -= output.finished
                     yield output
         finally:
@@ -105,11 +119,13 @@ class Calls:
             raise
         return self._deliver(outputs)
 
+    @exclusive
     def _open(self, ids: list[str]) -> dict[str, Output]:
         box: dict[str, Output] = {}
         self._boxes |= dict.fromkeys(ids, box)
         return box
 
+    @exclusive
     def _close(self, ids: list[str]) -> None:
         for request_id in ids:
             self._boxes.pop(request_id, None)

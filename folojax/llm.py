@@ -16,6 +16,7 @@ from folojax.compile_plan import CompilePlan
 from folojax.config import EngineConfig, EngineOptions
 from folojax.continuations import pair_continuations
 from folojax.engine_metrics import EngineMetrics
+from folojax.fair_lock import exclusive
 from folojax.models.save import save_pretrained
 from folojax.outputs import RequestOutput, ScoreOutput
 from folojax.processors import LogitsProcessor
@@ -179,6 +180,7 @@ class LLM(RequestLoop):
         )
         return self.generate(prompts, sampling_params, use_tqdm)
 
+    @exclusive
     def render_chat(
         self,
         messages: Sequence[Message],
@@ -227,9 +229,10 @@ class LLM(RequestLoop):
             ValueError: a prompt or continuation is refused; none was queued.
             RuntimeError: the engine sleeps.
         """
-        pairs = pair_continuations(prompts, continuations, self.engine.tokenizer)
-        each_named("continuation", pairs, lambda pair: self.engine.check_score(*pair))
-        self.engine.check_is_awake()
+        with self.lock:
+            pairs = pair_continuations(prompts, continuations, self.engine.tokenizer)
+            each_named("continuation", pairs, lambda pair: self.engine.check_score(*pair))
+            self.engine.check_is_awake()
         scored = [(self._draw_id("score"), *pair) for pair in pairs]
         ids = [request_id for request_id, _, _ in scored]
         queue = functools.partial(self.engine.add_scores, scored)
@@ -259,6 +262,7 @@ class LLM(RequestLoop):
         self.engine.check_is_awake()
         return self._calls.stream(checked)
 
+    @exclusive
     def sleep(self, level: int = 1) -> None:
         """Gives the memory of the KV cache back, until `wake_up`.
 
@@ -271,10 +275,12 @@ class LLM(RequestLoop):
             raise ValueError(f"level is {level!r}; it must be 1, which keeps the parameters")
         self.engine.sleep()
 
+    @exclusive
     def wake_up(self) -> None:
         """Allocates the KV cache again, empty."""
         self.engine.wake_up()
 
+    @exclusive
     def reset_prefix_cache(self, reset_running_requests: bool = False) -> bool:
         """Forgets the keys and values of earlier prompts.
 
@@ -286,6 +292,7 @@ class LLM(RequestLoop):
         """
         return self.engine.reset_prefix_cache(preempt_running=reset_running_requests)
 
+    @exclusive
     def update_params(self, params: Any, running: str = "recompute") -> None:
         """Goes on with other parameters of the same model, such as after a step of training.
 
@@ -319,6 +326,7 @@ class LLM(RequestLoop):
         """The parameters in use: the arrays themselves, not copies."""
         return self.engine.runner.params
 
+    @exclusive
     def save_pretrained(
         self, path: str | os.PathLike[str], hf_config: Mapping[str, Any] | None = None
     ) -> None:
@@ -346,10 +354,12 @@ class LLM(RequestLoop):
         """The transformers tokenizer; None if there is none."""
         return self.engine.tokenizer.hf if self.engine.tokenizer else None
 
+    @exclusive
     def metrics(self) -> EngineMetrics:
         """Counts as they stand now."""
         return self.engine.metrics()
 
+    @exclusive
     def plan(
         self,
         sampling: Sequence[SamplingClass] = tuple(SamplingClass),
@@ -365,6 +375,7 @@ class LLM(RequestLoop):
         """
         return make_plan(self.engine.runner, sampling, logprobs)
 
+    @exclusive
     def warm_up(
         self,
         sampling: Sequence[SamplingClass] = tuple(SamplingClass),
@@ -388,6 +399,7 @@ class LLM(RequestLoop):
         self.engine.check_is_awake()
         return len(warm_up(self.engine.runner, sampling, logprobs, is_shown=True))
 
+    @exclusive
     def _check_all(
         self, prompts: Prompt | Sequence[Prompt], sampling_params: Params, kind: str = "generate"
     ) -> list[CheckedRequest]:

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from folojax import branching
 from folojax.calls import Calls
 from folojax.engine import Engine
+from folojax.fair_lock import FairLock, exclusive
 from folojax.outputs import RequestOutput
 from folojax.prompts import Prompt, params_per_prompt, parse_prompt
 from folojax.sampling_params import SamplingParams
@@ -28,6 +29,15 @@ class RequestLoop:
         self.default_params = default_params
         self._calls = Calls(engine)
 
+    @property
+    def lock(self) -> FairLock:
+        """Held by a thread while it changes or steps the engine.
+
+        Every method takes it by itself; whoever wants several calls to be one holds it around them.
+        """
+        return self._calls.lock
+
+    @exclusive
     def add_request(
         self,
         request_id: str,
@@ -51,6 +61,7 @@ class RequestLoop:
         checked = self.engine.check(request_id, parsed, params, priority)
         self.engine.add([checked], is_streamed=True)
 
+    @exclusive
     def fork(
         self,
         parent_id: str,
@@ -89,6 +100,7 @@ class RequestLoop:
             priority=priority,
         )
 
+    @exclusive
     def snapshot(self, request_id: str, index: int = 0) -> Snapshot:
         """Copies a sample of an unfinished request, K/V included, as a value.
 
@@ -100,6 +112,7 @@ class RequestLoop:
         """
         return branching.take_snapshot(self.engine, request_id, index)
 
+    @exclusive
     def resume(
         self,
         snapshot: Snapshot,
@@ -137,6 +150,7 @@ class RequestLoop:
         """Ends requests where they stand, and returns them; unknown ids are passed over."""
         return self._calls.abort(request_ids)
 
+    @exclusive
     def has_unfinished_requests(self) -> bool:
         """Whether `step` has anything to do or to return."""
         return self._calls.has_outputs() or self.engine.has_unfinished_requests()

@@ -242,7 +242,7 @@ def test_a_plan_lists_before_it_pays(tiny_model: tuple, counter: CompileCounter)
         if entry.executable not in (COPIES, EDITS)
     )
     text = str(warm)
-    assert "decode rows=4 table_pages=12 segments=1" in text
+    assert "decode rows=4" in text
     assert f"{len(warm)} executables: " in text
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from folojax.backend.backend import CPU, GPU
 from folojax.config import EngineConfig
 
 INTEGERS = {
@@ -24,6 +25,7 @@ INTEGERS = {
 }
 NONE_ALLOWED = {
     "max_model_len",
+    "max_num_seqs",
     "num_pages",
     "max_num_batched_tokens",
     "page_size",
@@ -38,6 +40,7 @@ BAD: list[tuple[str, Any]] = [
     *[("enable_prefix_caching", bad) for bad in (1, 0, None, "yes")],
     *[("memory_fraction", bad) for bad in (0, -0.5, 1.01, True, "0.9", math.nan, [0.5])],
     *[("deterministic", bad) for bad in (1, 0, None, "yes")],
+    *[("warm_up", bad) for bad in (1, 0, "yes")],
     *[("strict", bad) for bad in (1, 0, None, "yes")],
     *[("async_scheduling", bad) for bad in (1, 0, None, "yes")],
     *[("check_integrity", bad) for bad in (1, 0, None, "yes")],
@@ -86,36 +89,39 @@ def test_it_is_frozen_hashable_and_keyword_only() -> None:
 
 def test_resolving_takes_the_models_limit_and_makes_room() -> None:
     config = EngineConfig(max_num_seqs=3, page_size=64)
-    short = config.resolve(max_position=100)
+    short = config.resolve(100, CPU)
     assert (short.max_model_len, short.num_pages) == (100, 6)  # 3 requests of 2 pages
-    long = config.resolve(max_position=1000)
+    long = config.resolve(1000, CPU)
     assert (long.max_model_len, long.num_pages) == (1000, 24)  # 3 requests of 512
-    longer = config.resolve(max_position=8192)
+    longer = config.resolve(8192, CPU)
     assert (longer.max_model_len, longer.num_pages) == (8192, 128)  # one request of all
     assert config == EngineConfig(max_num_seqs=3, page_size=64)
 
 
 def test_resolving_keeps_what_was_given_and_is_idempotent() -> None:
     config = EngineConfig(max_model_len=50, num_pages=7, page_size=4, max_num_seqs=2, seed=3)
-    resolved = config.resolve(max_position=64)
+    resolved = config.resolve(64, CPU)
     for field in dataclasses.fields(config):
         given = getattr(config, field.name)
         assert getattr(resolved, field.name) == given or given is None
-    assert EngineConfig().resolve(512) == EngineConfig().resolve(512).resolve(512)
+    assert EngineConfig().resolve(512, CPU) == EngineConfig().resolve(512, CPU).resolve(512, CPU)
 
 
 def test_the_device_chooses_what_was_left_open() -> None:
-    cpu, gpu = EngineConfig().resolve(4096), EngineConfig().resolve(4096, "gpu")
-    assert (cpu.page_size, cpu.max_num_batched_tokens, cpu.prefill_row_len) == (64, 512, 16)
-    assert (gpu.page_size, gpu.max_num_batched_tokens, gpu.prefill_row_len) == (128, 4096, 128)
-    assert EngineConfig(page_size=32).resolve(4096, "gpu").page_size == 32
+    cpu, gpu = EngineConfig().resolve(4096, CPU), EngineConfig().resolve(4096, GPU)
+    names = ("max_num_seqs", "max_num_batched_tokens", "page_size", "prefill_row_len", "warm_up")
+    assert [getattr(cpu, name) for name in names] == [32, 512, 64, 16, False]
+    assert [getattr(gpu, name) for name in names] == [256, 4096, 64, 128, True]
+    assert EngineConfig(warm_up=False).resolve(4096, GPU).warm_up is False
+    assert EngineConfig(warm_up=True).resolve(4096, CPU).warm_up is True
+    assert EngineConfig(page_size=32).resolve(4096, GPU).page_size == 32
 
 
 def test_eight_bits_are_for_cpu() -> None:
     config = EngineConfig(quantization="int8")
-    assert config.resolve(4096).quantization == "int8"
+    assert config.resolve(4096, CPU).quantization == "int8"
     with pytest.raises(ValueError, match="quantization is 'int8', which is for CPU; this is gpu"):
-        config.resolve(4096, "gpu")
+        config.resolve(4096, GPU)
 
 
 def test_the_scheduler_gets_every_limit() -> None:
@@ -127,7 +133,7 @@ def test_the_scheduler_gets_every_limit() -> None:
         num_pages=7,
         scheduling_policy="priority",
         long_prefill_token_threshold=9,
-    ).resolve(64)
+    ).resolve(64, CPU)
     scheduler = config.scheduler()
     assert scheduler.policy == "priority"
     assert scheduler.max_plans_in_flight == 2
@@ -160,7 +166,7 @@ def test_limits_that_contradict_each_other_are_refused(
 ) -> None:
     config = EngineConfig(**fields)
     with pytest.raises(ValueError, match=f"{names[0]} is ") as info:
-        config.resolve(max_position=512)
+        config.resolve(512, CPU)
     assert all(name in str(info.value) for name in names)
 
 

@@ -32,7 +32,7 @@ def make_params(index: int) -> SamplingParams:
 
 
 def make_llm(model: tuple, *, num_pages: int = 48, **options: Any) -> LLM:
-    """Small pages and few buckets: every shape of a step costs a compilation."""
+    """Small pages and few shapes: every shape of a step costs a compilation."""
     return LLM(model, page_size=16, max_model_len=128, num_pages=num_pages, **options)
 
 
@@ -60,7 +60,7 @@ def check_is_empty(llm: LLM) -> None:
 
 
 def check_same(found: dict[int, RequestOutput], expected: dict[int, RequestOutput]) -> None:
-    """Tokens equal, log-probabilities to rounding (other buckets may add up in another order)."""
+    """Tokens equal, log-probabilities to rounding (other shapes may add up in another order)."""
     for index, output in found.items():
         ours, theirs = output.outputs[0], expected[index].outputs[0]
         assert ours.token_ids == theirs.token_ids, f"request {index}"
@@ -132,7 +132,7 @@ def test_a_cap_on_long_prompts_changes_no_token(tiny_model: tuple, alone: dict) 
 
 
 def test_rows_in_bfloat16_are_their_own_too(tiny_directory: Path) -> None:
-    """A float32 cache and a least bucket of two rows, on CPU."""
+    """A float32 cache and a least shape of two rows, on CPU."""
     checkpoint = open_checkpoint(tiny_directory)
     model = (build_module(checkpoint.config, jnp.bfloat16), load_params(checkpoint, jnp.bfloat16))
     llm = make_llm(model, num_pages=16, max_num_seqs=2, max_num_batched_tokens=16)

@@ -230,7 +230,7 @@ def test_defaults_come_from_the_generation_config(text_directory: Path, llm: LLM
 
 def test_the_default_config_works_on_the_default_model(real_llm: LLM) -> None:
     """And greedy decoding of it is not the same text for every prompt."""
-    config = EngineConfig().resolve(max_position=8192)
+    config = EngineConfig().resolve(8192, choose_backend())
     assert config.max_model_len == 8192
     question = [{"role": "user", "content": "What is the capital of France?"}]
     params = SamplingParams(temperature=0, max_tokens=20)
