@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeAlias
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, Num
+from jaxtyping import Array, Float, Int
 
 from folojax.models.config import ModelConfig
 
@@ -60,7 +60,7 @@ class KVCache:
         format: How they lie; static.
     """
 
-    layers: tuple[Num[Array, "P 2 _ _ D"], ...]
+    layers: tuple[Any, ...]  # Any: JAX also makes caches of what stands for an array
     format: PageFormat
 
     @property
