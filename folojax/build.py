@@ -1,6 +1,7 @@
 """From what the user names (a model, a tokenizer, options) to an engine."""
 
 import dataclasses
+import logging
 import math
 import os
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from folojax import step_memory
+from folojax.attention import kernels_of
 from folojax.backend import Backend, choose_backend
 from folojax.backend.device_memory import device_memory
 from folojax.config import EngineConfig, ResolvedConfig
@@ -30,6 +32,8 @@ from folojax.swap_cost import min_swap_tokens
 from folojax.tokenizer import Tokenizer
 from folojax.tokenizer_files import load_tokenizer
 from folojax.user_functions import NO_FUNCTIONS, UserFunctions
+
+_LOG = logging.getLogger("folojax")
 
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
@@ -213,6 +217,7 @@ def make_engine(
     vocab_size = module.config.vocab_size
     # Rows of the vocabulary beyond the tokenizer's are padding, and no token.
     num_tokens = min(vocab_size, tokenizer.num_tokens) if tokenizer else vocab_size
+    _tell_kernels(module, layout)
     give_back_memory()  # of what loading has left, before the pool is allocated
     runner = (DeterministicRunner if config.deterministic else Runner)(
         module,
@@ -239,6 +244,17 @@ def make_engine(
         is_checked=config.check_integrity,
         functions=functions,
     )
+
+
+def _tell_kernels(module: nn.Module, layout: KVLayout) -> None:
+    """Logs how the layers attend; a warning where an accelerator's own way does not fit."""
+    layers, reasons = kernels_of(module.config, layout)
+    told = (f"{name} ({len(found)} layers)" for name, found in layers.items())
+    _LOG.info("attention: %s", ", ".join(told))
+    for reason, found in reasons.items():
+        is_slow = layout.format.kernels[0] == "cudnn"
+        level = logging.WARNING if is_slow else logging.INFO
+        _LOG.log(level, "attention of %d layers in plain XLA, slower: %s", len(found), reason)
 
 
 def _shapes(module: nn.Module, config: ResolvedConfig, backend: Backend) -> tuple[Shapes, KVLayout]:

@@ -10,7 +10,7 @@
 Every kernel has the signature of `Kernel.attend` and says by `Kernel.refusal` what it is not for.
 """
 
-from folojax.attention.attend import KERNELS, attend, choose_kernel
+from folojax.attention.attend import KERNELS, attend, choose_kernel, kernels_of
 from folojax.attention.interface import AttentionSpec, Kernel
 
-__all__ = ["KERNELS", "AttentionSpec", "Kernel", "attend", "choose_kernel"]
+__all__ = ["KERNELS", "AttentionSpec", "Kernel", "attend", "choose_kernel", "kernels_of"]

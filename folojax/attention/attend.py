@@ -1,11 +1,13 @@
 """Stores the keys and values of a step's tokens, and attends with the kernel that takes them."""
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from folojax.attention import cudnn, native, reference
 from folojax.attention.interface import AttentionSpec, Kernel
-from folojax.kv.cache import KVCache, write
+from folojax.kv.cache import KVCache, KVLayout, write
 from folojax.kv.placement import Placement
+from folojax.models.config import ModelConfig
 from folojax.models.interface import PLAIN, Scoring
 
 KERNELS: dict[str, Kernel] = {
@@ -42,6 +44,34 @@ def attend(
     pages = cache.layers[layer]
     out = kernel.attend(by_row(query), by_row(key), by_row(value), pages, placement, spec)
     return cache, out.reshape(query.shape)
+
+
+def kernels_of(
+    config: ModelConfig, layout: KVLayout
+) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
+    """Which kernels the layers of a model use.
+
+    Args:
+        config: Of the model.
+        layout: Of its cache.
+
+    Returns:
+        The layers by the name of their kernel, and those that do without the preferred one by the
+        reason for that.
+    """
+    layers: dict[str, list[int]] = {}
+    reasons: dict[str, list[int]] = {}
+    dtype, storage = jnp.dtype(layout.dtype), jnp.dtype(layout.storage_dtype)
+    for layer in range(config.num_layers):
+        scoring = config.scoring(layer)
+        spec = AttentionSpec(dtype, storage, config.head_dim, layout.format, scoring)
+        name, _ = choose_kernel(spec)
+        layers.setdefault(name, []).append(layer)
+        preferred = layout.format.kernels[0]
+        if name != preferred:
+            reason = f"{preferred} {KERNELS[preferred].refusal(spec)}"
+            reasons.setdefault(reason, []).append(layer)
+    return layers, reasons
 
 
 def choose_kernel(spec: AttentionSpec) -> tuple[str, Kernel]:
