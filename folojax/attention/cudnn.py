@@ -2,7 +2,8 @@
 
 JAX's own functions for paged attention want a pool of exactly rows times pages of a row; the call
 below them takes any pool, and any page anywhere in it. It is private to JAX: all that is used of it
-is in this file, and `TRIED` names the versions that it was tried with.
+is in this file, and a version of JAX whose call has other arguments is refused (`problem`). Those
+of 0.10 to 0.12 are known.
 
 A token that continues a row is one call over the row's pages. Causal masks of the call are aligned
 to the first query and the first key, so a chunk behind cached tokens is two, whose softmaxes are
@@ -16,6 +17,7 @@ token that a row sees, and what lies before that token in the page gets a bias.
 """
 
 import functools
+import inspect
 from typing import Any
 
 import jax
@@ -25,8 +27,31 @@ from jaxtyping import Array, Float, Int, Num
 from folojax.attention.interface import AttentionSpec
 from folojax.kv.placement import Placement
 
-TRIED = ("0.10", "0.11", "0.12")
-"""Minor versions of JAX whose call has these arguments."""
+_ARGUMENTS = (
+    "query",
+    "key",
+    "value",
+    "bias",
+    "q_seqlen",
+    "kv_seqlen",
+    "q_offsets",
+    "kv_offsets",
+    "page_table_k",
+    "page_table_v",
+    "scale",
+    "seed",
+    "dropout_rate",
+    "variadic_args",
+    "mask_type",
+    "layout",
+    "sliding_window_length",
+    "cudnn_version",
+    "return_residual",
+)
+"""What JAX's call takes."""
+
+_LATER: dict[str, Any] = {"score_mod_args": (), "score_mod": None}
+"""What it takes from 0.12 on, and the value that changes nothing."""
 
 # For what a window hides. Finite, also times log2(e): cuDNN makes NaN of a block that is all -inf.
 _HIDDEN = -1e30
@@ -37,21 +62,26 @@ _LEAST_CAPABILITY = 8  # Ampere
 @functools.cache
 def problem() -> str | None:
     """Why no program of this process can call cuDNN, as the rest of a sentence; None: it can."""
-    version = ".".join(jax.__version__.split(".")[:2])
-    if version not in TRIED:
-        return f"was tried with JAX {', '.join(TRIED)}, and this is {jax.__version__}"
     try:
         from jax._src.cudnn import fused_attention_stablehlo as fused
 
+        arguments = _arguments(fused)
         fused.check_cudnn_version()
     except (ImportError, AttributeError, RuntimeError) as error:
         return f"is not to be had: {error}"
+    if set(arguments) - set(_LATER) != set(_ARGUMENTS):
+        return f"is called otherwise in JAX {jax.__version__}: folojax knows 0.10 to 0.12"
     device = jax.devices()[0]
     capability = getattr(device, "compute_capability", "0.0")  # AMD's are names
     major = str(capability).partition(".")[0]
     if device.platform != "gpu" or not major.isdigit() or int(major) < _LEAST_CAPABILITY:
         return "needs an NVIDIA GPU of the Ampere generation or later"
     return None
+
+
+def _arguments(fused: Any) -> list[str]:
+    """The arguments of JAX's call, in their order."""
+    return list(inspect.signature(fused._dot_product_attention).parameters)
 
 
 @functools.cache
@@ -196,24 +226,25 @@ def _call(
     key_table, value_table = (nothing, nothing) if tables is None else tables
     kind = fused.MaskType.PADDING_CAUSAL if is_causal else fused.MaskType.PADDING
     query_length, length = (one.astype(jnp.int32) for one in lengths)
-    return fused._dot_product_attention(
-        query,
-        keys,
-        values,
-        nothing if bias is None else bias,
-        query_length,
-        length,
-        nothing,  # offsets of packed sequences
-        nothing,
-        key_table,
-        value_table,
-        scale,
-        42,  # seed of no dropout
-        0.0,
-        (bias is not None, False),
-        kind,
-        fused.AttentionLayout.BTNH.value,
-        window,
-        fused.check_cudnn_version(),
-        has_mass,
-    )
+    values_of = _LATER | {
+        "query": query,
+        "key": keys,
+        "value": values,
+        "bias": nothing if bias is None else bias,
+        "q_seqlen": query_length,
+        "kv_seqlen": length,
+        "q_offsets": nothing,  # of packed sequences
+        "kv_offsets": nothing,
+        "page_table_k": key_table,
+        "page_table_v": value_table,
+        "scale": scale,
+        "seed": 42,  # of no dropout
+        "dropout_rate": 0.0,
+        "variadic_args": (bias is not None, False),
+        "mask_type": kind,
+        "layout": fused.AttentionLayout.BTNH.value,
+        "sliding_window_length": window,
+        "cudnn_version": fused.check_cudnn_version(),
+        "return_residual": has_mass,
+    }
+    return fused._dot_product_attention(*(values_of[name] for name in _arguments(fused)))

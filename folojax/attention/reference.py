@@ -70,6 +70,7 @@ class _Reference:
         count = 1 if self._is_alike else max(1, min(_BLOCK_TOKENS // size, _width(placement)))
         block = count * size
         position = placement.first[:, None] + jnp.arange(columns)[None, :]
+        end = jnp.where(placement.length > 0, placement.first + placement.length, 0)
         table = jnp.pad(placement.page_table, ((0, 0), (0, -_width(placement) % count)))
 
         def read(index: Int[Array, ""], sums: _Sums) -> _Sums:
@@ -79,8 +80,10 @@ class _Reference:
             # [R, n, 2, S, K, D] to keys [R * K, D, n * S] and values [R * K, n * S, D]
             keys = found[:, :, 0].transpose(0, 3, 4, 1, 2).reshape(rows * kv_heads, dim, block)
             values = found[:, :, 1].transpose(0, 3, 1, 2, 4).reshape(rows * kv_heads, block, dim)
-            age = position[:, :, None] - (index * block + jnp.arange(block))[None, None, :]
-            visible = spec.scoring.is_visible(age)[:, None, None]
+            key_position = (index * block + jnp.arange(block))[None, None, :]
+            visible = spec.scoring.is_visible(position[:, :, None] - key_position)
+            # Tokens of padding would see what lies behind their row, which may be NaN.
+            visible = (visible & (key_position < end[:, None, None]))[:, None, None]
             visible = jnp.broadcast_to(visible, (rows, kv_heads, groups, columns, block))
             visible = visible.reshape(rows * kv_heads, groups * columns, block)
             scores = spec.scoring.scores(product(grouped, keys), dim)
@@ -97,9 +100,8 @@ class _Reference:
 
         shape = grouped.shape[:-1]
         nothing = _Sums(jnp.full(shape, MASKED), jnp.zeros(shape), jnp.zeros(grouped.shape))
-        end = jnp.where(placement.length > 0, placement.first + placement.length, 0)
         sums = lax.fori_loop(0, jnp.max(-(-end // block)), read, nothing)
-        # Rows of padding see nothing, or stale pages: whatever they give is dropped.
+        # Rows of padding see nothing.
         out = sums.value / jnp.maximum(sums.total, jnp.finfo(jnp.float32).tiny)[..., None]
         out = out.reshape(rows, kv_heads, groups, columns, dim).transpose(0, 3, 1, 2, 4)
         return out.reshape(query.shape).astype(query.dtype)
