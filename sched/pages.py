@@ -167,4 +167,6 @@ class PageAllocator:
 
     def _add_copy(self, source: int, target: int) -> None:
         # The source may itself be the target of a copy of this step.
-        self._copies[target] = self._copies.get(source, source)
+        source = self._copies.get(source, source)
+        if source != target:  # else it has been copied away and back again
+            self._copies[target] = source

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from folojax import LLM, EngineConfig, SamplingParams
+from folojax.backend import choose_backend
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 

@@ -10,7 +10,6 @@ import pytest
 from folojax import (
     LLM,
     DecodeInputs,
-    KVLayout,
     PrefillInputs,
     SamplingParams,
     decode,
@@ -18,6 +17,7 @@ from folojax import (
     prefill,
     score_tokens,
 )
+from folojax.backend import choose_backend
 from folojax.models.checkpoint import build_module, load_params, open_checkpoint
 from tests import reference
 
@@ -111,7 +111,7 @@ def test_prefill_and_decode_give_the_logits_of_transformers(tiny: tuple) -> None
     config = checkpoint.config
     tokens = np.random.default_rng(1).integers(3, config.vocab_size, 64).tolist()
     expected = jax.nn.log_softmax(reference.logits(model, tokens), axis=-1)
-    layout = KVLayout.of(config, jnp.float32, segments=(4, 4), page_size=16)
+    layout = choose_backend().kv_layout(config, jnp.float32, num_pages=8, page_size=16)
     cache, slots = init_state(layout, max_num_seqs=1)
     pages = jnp.array([6, 1, 7, 2])
     logprobs = []
@@ -155,7 +155,7 @@ def _without_tokenizer(directory: Path) -> LLM:
 
 def test_inputs_that_do_not_fit_together_are_named(tiny_model: tuple) -> None:
     module, params = tiny_model
-    layout = KVLayout.of(module.config, jnp.float32, segments=(4,), page_size=16)
+    layout = choose_backend().kv_layout(module.config, jnp.float32, num_pages=4, page_size=16)
     state = init_state(layout, max_num_seqs=2)
     two, three, table = jnp.zeros(2, int), jnp.zeros(3, int), jnp.zeros((2, 1), int)
     row = DecodeInputs(slot=two, token=two, position=three, page_table=table)

@@ -1,4 +1,4 @@
-"""Pages: all or nothing, lowest first, counted owners, and none lost."""
+"""Pages: all or nothing, the one freed last first, counted owners, and none lost."""
 
 import pytest
 from hypothesis import given
@@ -23,24 +23,26 @@ def test_pages_for_is_the_least_that_holds_them(num_tokens, page_size):
 )
 def test_allocator_against_a_list_of_counts(num_pages, actions):
     allocator, counts = PageAllocator(num_pages), [0] * num_pages
+    free = list(range(num_pages))  # the next one to go first
     for action, number in actions:
-        free = [page for page, count in enumerate(counts) if count == 0]
         used = [page for page, count in enumerate(counts) if count > 0]
         if action == "allocate":
             wanted = free[:number] if number <= len(free) else None
             assert allocator.allocate(number) == wanted
             for page in wanted or []:
                 counts[page] = 1
+                free.remove(page)
         elif used:
             page = used[number % len(used)]
             getattr(allocator, action)([page])
             counts[page] += 1 if action == "share" else -1
+            if counts[page] == 0:
+                free.insert(0, page)
         allocator.check()
         used = [page for page, count in enumerate(counts) if count > 0]
         assert [allocator.ref_count(page) for page in range(num_pages)] == counts
         assert allocator.num_used == len(used)
-        assert allocator.num_free == num_pages - len(used)
-        assert allocator.extent == max(used, default=-1) + 1
+        assert allocator.num_free == num_pages - len(used) == len(free)
 
 
 @given(
@@ -53,22 +55,24 @@ def test_allocator_against_a_list_of_counts(num_pages, actions):
         max_size=60,
     ),
 )
-def test_cached_pages_are_kept_moved_and_evicted_as_a_model_says(num_pages, actions):
+def test_cached_pages_are_kept_and_evicted_as_a_model_says(num_pages, actions):
     """Every page that is handed out is written, in the next step, with a number of its own."""
     cache = PrefixCache()
     allocator = PageAllocator(num_pages, cache)
     active: list[int] = []
-    idle: list[int] = []  # numbers, the longest unused first
+    idle: dict[int, int] = {}  # page by number, the longest unused first
+    free = list(range(num_pages))  # the next one to go first
     memory = [-1] * num_pages
     written: dict[int, int] = {}  # by page, in this step
     copied: dict[int, int] = {}  # the number that a page must hold by a copy
     for number, (action, size) in enumerate(actions):
         if action == "allocate":
-            inactive = [page for page in range(num_pages) if page not in active]
-            wanted = inactive[:size] if size <= len(inactive) else None
-            num_evicted = max(size - (len(inactive) - len(idle)), 0) if wanted else 0
+            wanted = None
+            if size <= len(free) + len(idle):
+                for evicted in list(idle)[: max(size - len(free), 0)]:
+                    free.insert(0, idle.pop(evicted))
+                wanted, free = free[:size], free[size:]
             assert allocator.allocate(size) == wanted
-            idle = idle[num_evicted:]
             for page in wanted or []:
                 active.append(page)
                 written[page] = 100 * number + page
@@ -87,10 +91,14 @@ def test_cached_pages_are_kept_moved_and_evicted_as_a_model_says(num_pages, acti
             elif not cache.holds(page) and hit(cache, [memory[page]]) == []:
                 cache.insert(cache.root, (memory[page],), page)
             if cache.holds(page):
-                idle.append(cache.prefix_of(page)[-1])
+                idle[cache.prefix_of(page)[-1]] = page
+            else:
+                free.insert(0, page)
             allocator.free([page])
         elif action == "hit" and idle:
-            (page,) = hit(cache, [idle.pop(size % len(idle))])
+            kept = list(idle)[size % len(idle)]
+            page = idle.pop(kept)
+            assert hit(cache, [kept]) == [page], "an idle page stays where it is"
             allocator.share([page])
             active.append(page)
         elif action == "step":
@@ -104,20 +112,17 @@ def test_cached_pages_are_kept_moved_and_evicted_as_a_model_says(num_pages, acti
             written, copied = {}, {}
             assert all(prefix == (memory[page],) for page, prefix in cache.prefixes())
         allocator.check()
-        assert [cache.prefix_of(hit(cache, [number])[0]) for number in idle] == [
-            (number,) for number in idle
-        ]
+        assert [hit(cache, [number]) for number in idle] == [[page] for page in idle.values()]
         assert allocator.num_idle == len(idle)
         assert allocator.num_used == len(active)
-        assert allocator.extent == max(active, default=-1) + 1
+        assert allocator.num_free == len(free)
 
 
-def test_lowest_free_page_goes_first():
+def test_page_freed_last_goes_first():
     allocator = PageAllocator(6)
     assert allocator.allocate(4) == [0, 1, 2, 3]
-    allocator.free([2, 0])
-    assert allocator.allocate(3) == [0, 2, 4]
-    assert allocator.extent == 5
+    allocator.free([0, 2])
+    assert allocator.allocate(3) == [2, 0, 4]
 
 
 def test_all_or_nothing():
@@ -137,7 +142,6 @@ def test_shared_page_returns_with_its_last_owner():
     assert allocator.num_used == 1
     allocator.free([0])
     assert allocator.num_free == 2
-    assert allocator.extent == 0
 
 
 def test_broken_contracts_are_caught():
@@ -173,74 +177,62 @@ def hit(cache: PrefixCache, tokens: list[int]) -> list[int]:
 def test_cached_pages_are_idle_and_become_active_where_they_are():
     allocator, cache = cached_pages(5, [7, 8, 9])
     assert (allocator.num_free, allocator.num_idle, allocator.num_used) == (2, 3, 0)
-    assert allocator.extent == 0, "idle pages cost a step nothing"
     allocator.share(hit(cache, [7, 8]))
     allocator.check()
     assert (allocator.num_free, allocator.num_idle, allocator.num_used) == (2, 1, 2)
-    assert allocator.extent == 2
     assert allocator.page_copies == ()
 
 
-def test_idle_page_makes_room_at_the_bottom_and_moves_to_the_top():
+def test_idle_pages_stay_where_they_are_while_others_are_free():
     allocator, cache = cached_pages(6, [7, 8])
-    assert allocator.allocate(1) == [0]
+    assert allocator.allocate(4) == [2, 3, 4, 5]
     allocator.check()
-    assert allocator.page_copies == ((0, 5),)
-    assert hit(cache, [7, 8]) == [5, 1]
-    assert allocator.allocate(2) == [1, 2]
-    assert set(allocator.page_copies) == {(0, 5), (1, 4)}
-    assert hit(cache, [7, 8]) == [5, 4]
-    allocator.forget_copies()
-    assert allocator.page_copies == ()
+    assert hit(cache, [7, 8]) == [0, 1]
     assert allocator.num_idle == 2
+    assert allocator.page_copies == ()
 
 
-def test_without_room_to_move_the_least_recently_used_go():
+def test_without_free_pages_the_least_recently_used_go():
     allocator, cache = cached_pages(4, [7, 8, 9])
-    assert allocator.allocate(2) == [0, 1]
-    allocator.check()
-    # One page was free, so one is evicted: the last of the prefix. Its place and the free one
-    # take in what pages 0 and 1 held.
-    assert set(allocator.page_copies) == {(0, 3), (1, 2)}
-    assert hit(cache, [7, 8, 9]) == [3, 2]
-    assert allocator.allocate(3) is None
-    assert hit(cache, [7, 8, 9]) == [3, 2], "nothing has changed"
+    # One page was free, so one is evicted: the last of the prefix.
     assert allocator.allocate(2) == [2, 3]
     allocator.check()
-    assert hit(cache, [7]) == []
-    assert allocator.page_copies == (), "copies that nobody needs any more are dropped"
-
-
-def test_page_moved_twice_in_a_step_is_copied_from_where_it_was():
-    allocator, cache = cached_pages(4, [7, 8, 9, 6])
-    allocator.share([1, 2])
-    cache.discard(1)
-    cache.discard(2)
-    allocator.free([1, 2])
-    assert allocator.allocate(1) == [0]
-    assert allocator.page_copies == ((0, 2),)
-    assert allocator.allocate(2) == [1, 2]  # page 3, unused for longer, is evicted for page 2
-    assert allocator.page_copies == ((0, 3),)
-    assert hit(cache, [7]) == [3]
+    assert hit(cache, [7, 8, 9]) == [0, 1]
+    assert allocator.allocate(3) is None
+    assert hit(cache, [7, 8, 9]) == [0, 1], "nothing has changed"
+    assert allocator.allocate(2) == [0, 1]
     allocator.check()
+    assert hit(cache, [7]) == []
+    assert allocator.page_copies == ()
 
 
 def test_copy_of_a_page_that_is_still_to_be_copied_is_one_of_the_first():
-    allocator, cache = cached_pages(3, [7])
-    assert allocator.allocate(2) == [0, 1]
-    assert hit(cache, [7]) == [2]
-    allocator.share([2])
-    allocator.copy(2, 1)
-    assert set(allocator.page_copies) == {(0, 2), (0, 1)}
+    allocator = PageAllocator(4)
+    allocator.allocate(3)
+    allocator.copy(0, 1)
+    allocator.copy(1, 2)
+    assert set(allocator.page_copies) == {(0, 1), (0, 2)}
+    allocator.check()
+    allocator.forget_copies()
+    assert allocator.page_copies == ()
+
+
+def test_page_that_was_handed_on_is_copied_from_where_it_was():
+    allocator = PageAllocator(3)
+    allocator.allocate(2)
+    allocator.copy(0, 1)
+    allocator.free([0])
+    assert allocator.allocate(2) == [0, 2]  # what page 0 held is read before it is written
+    allocator.copy(1, 2)
+    assert set(allocator.page_copies) == {(0, 1), (0, 2)}
     allocator.check()
 
 
-def test_moved_away_and_back_is_no_copy():
-    allocator, _ = cached_pages(2, [7])
-    assert allocator.allocate(1) == [0]
-    assert allocator.page_copies == ((0, 1),)
+def test_copied_away_and_back_is_no_copy():
+    allocator = PageAllocator(2)
+    allocator.allocate(2)
+    allocator.copy(0, 1)
     allocator.free([0])
-    allocator.share([1])
     assert allocator.allocate(1) == [0]
     allocator.copy(1, 0)
     assert allocator.page_copies == ((0, 1),)
@@ -273,11 +265,12 @@ def test_drop_idle_frees_what_nobody_owns():
     [
         (lambda a: a._ref_counts.__setitem__(1, -1), r"negative count: \[1\]"),
         (lambda a: a._ref_counts.__setitem__(0, 0), "3 pages are free, 0 idle and 0 active"),
-        (lambda a: a._lowest_inactive._heap.append(1), "inside twice"),
-        (lambda a: a._highest_free.pop(), r"missing or surplus: \[2\]"),
+        (lambda a: a._free.append(1), "2 pages are free, .* but counted as"),
+        (lambda a: a._free.__setitem__(0, 1), "a page is free twice"),
+        (lambda a: a._free.__setitem__(0, 0), r"missing or surplus: \[0, 2\]"),
         (lambda a: a._copies.update({2: 0}), "a copy is planned that nobody needs"),
     ],
-    ids=["negative", "lost", "twice", "missing", "copy"],
+    ids=["negative", "lost", "surplus", "twice", "missing", "copy"],
 )
 def test_check_finds_damage(damage, text):
     allocator = PageAllocator(3)

@@ -7,12 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from folojax.kv_cache import KVLayout
 
-from folojax import RequestOutput, SamplingParams, kv_cache
+from folojax import RequestOutput, SamplingParams
+from folojax.backend.backend import CPU, GPU, Backend
 from folojax.host_store import HostStore, TokenKV
+from folojax.kv import KVCache, KVLayout, PageFormat, init_cache
+from folojax.kv.cache import write
+from folojax.kv.page_copies import PageCopies
 from folojax.sched.host_pages import PageLoad, PageSave
-from folojax.swap_cost import CPU_RATES, NEVER, SwapRates, min_swap_tokens
+from folojax.swap_cost import NEVER, SwapRates, min_swap_tokens
 from tests.conftest import check_is_empty
 from tests.mixed_requests import check_same, make_llm, make_prompts, run
 
@@ -114,32 +117,39 @@ def test_the_estimate_follows_the_machine() -> None:
     assert min_swap_tokens(500_000, 2_000, rates) == pytest.approx(10_001, abs=1)
     assert min_swap_tokens(100_000, 2_000, rates) == NEVER
     # The embedded model: moving wins from a few tokens on.
-    assert min_swap_tokens(134_515_008, 2 * 30 * 3 * 64 * 4, CPU_RATES) < 16
+    assert min_swap_tokens(134_515_008, 2 * 30 * 3 * 64 * 4, CPU.swap_rates) < 16
 
 
 # --- the store ------------------------------------------------------------------------------------
 
 
-def make_layout(page_size: int, dtype: Any = jnp.float32) -> KVLayout:
+def make_layout(
+    page_size: int, dtype: Any = jnp.float32, backend: Backend = CPU, storage_dtype: Any = None
+) -> KVLayout:
     return KVLayout(
-        segments=(4, 16, 20),
-        page_size=page_size,
+        num_pages=40,
         num_layers=2,
         num_kv_heads=3,
         head_dim=8,
         dtype=jnp.dtype(dtype),
+        storage_dtype=jnp.dtype(storage_dtype or dtype),
+        format=PageFormat(page_size, backend.page_order, backend.kernels),
     )
 
 
-def fill(layout: KVLayout, pages: list[int], kv: TokenKV) -> kv_cache.KVCache:
+def make_store(layout: KVLayout, backend: Backend = CPU) -> HostStore:
+    return HostStore(layout, PageCopies(backend.arrays_per_copy))
+
+
+def fill(layout: KVLayout, pages: list[int], kv: TokenKV) -> KVCache:
     """A cache into which tokens were written one by one."""
-    cache = kv_cache.init_cache(layout)
+    cache = init_cache(layout)
     position = np.arange(kv.num_tokens)
     page = jnp.asarray(np.array(pages)[position // layout.page_size])
     offset = jnp.asarray(position % layout.page_size)
     for layer in range(layout.num_layers):
         key, value = jnp.asarray(kv.keys[layer]), jnp.asarray(kv.values[layer])
-        cache = kv_cache.write(cache, layer, page, offset, key, value)
+        cache = write(cache, layer, page, offset, key, value)
     return cache
 
 
@@ -154,12 +164,13 @@ def check_equal(found: TokenKV, wanted: TokenKV) -> None:
     np.testing.assert_array_equal(found.values, wanted.values)
 
 
+@pytest.mark.parametrize("backend", [CPU, GPU], ids=lambda backend: backend.name)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("num_tokens", [1, 8, 150])
-def test_pages_come_back_in_other_places(num_tokens: int, dtype: Any) -> None:
-    """150 tokens lie in 38 of 40 pages, over three segments."""
-    layout = make_layout(4, dtype)
-    store = HostStore(layout)
+def test_pages_come_back_in_other_places(num_tokens: int, dtype: Any, backend: Backend) -> None:
+    """150 tokens lie in 38 of 40 pages, more than are copied in one call."""
+    layout = make_layout(4, dtype, backend, jnp.float32 if backend.stores_float32 else None)
+    store = make_store(layout, backend)
     rng = np.random.default_rng(0)
     num_pages = -(-num_tokens // 4)
     pages, others = (rng.permutation(40)[:num_pages].tolist() for _ in range(2))
@@ -167,7 +178,7 @@ def test_pages_come_back_in_other_places(num_tokens: int, dtype: Any) -> None:
     cache = fill(layout, pages, kv)
     store.save(cache, [PageSave(7, tuple(pages))])
     check_equal(store.read(7, num_tokens), kv)
-    cache = store.load(kv_cache.init_cache(layout), [PageLoad(7, 0, tuple(others))])
+    cache = store.load(init_cache(layout), [PageLoad(7, 0, tuple(others))])
     assert len(store) == 0
     store.save(cache, [PageSave(8, tuple(others))])
     check_equal(store.read(8, num_tokens), kv)
@@ -175,10 +186,10 @@ def test_pages_come_back_in_other_places(num_tokens: int, dtype: Any) -> None:
 
 def test_only_what_is_missing_is_loaded() -> None:
     layout = make_layout(4)
-    store = HostStore(layout)
+    store = make_store(layout)
     kv = make_kv(16)
     store.save(fill(layout, [0, 1, 2, 3], kv), [PageSave(1, (0, 1, 2, 3))])
-    cache = store.load(kv_cache.init_cache(layout), [PageLoad(1, 2, (30, 5))])
+    cache = store.load(init_cache(layout), [PageLoad(1, 2, (30, 5))])
     store.save(cache, [PageSave(2, (0, 1, 30, 5))])
     found = store.read(2, 16)
     check_equal(
@@ -190,14 +201,14 @@ def test_only_what_is_missing_is_loaded() -> None:
 @pytest.mark.parametrize("page_size", [2, 4, 64])
 def test_tokens_fit_any_page_size(page_size: int) -> None:
     kv = make_kv(13)
-    store = HostStore(make_layout(page_size))
+    store = make_store(make_layout(page_size))
     store.put(3, kv)
     check_equal(store.read(3, 13), kv)
     check_equal(store.read(3, 6), kv.take(6))
 
 
 def test_tokens_of_another_model_are_refused() -> None:
-    store = HostStore(make_layout(4))
+    store = make_store(make_layout(4))
     for kv in (
         TokenKV(np.zeros((3, 5, 3, 8), np.float32), np.zeros((3, 5, 3, 8), np.float32)),
         TokenKV(np.zeros((2, 5, 3, 8), np.float16), np.zeros((2, 5, 3, 8), np.float16)),
