@@ -48,7 +48,7 @@ class Compiled:
         thunks: What the runtime starts.
         temporary_bytes: Memory beside arguments and results.
         cache_bytes: Of the cache that it is handed.
-        weight_bytes: Of the weights; the embedding, which is only looked up in, aside.
+        weight_bytes: Of the weights; an embedding that is only looked up in aside.
     """
 
     program: Program
@@ -94,6 +94,7 @@ class Steps:
         """
         self._steps = WholeSteps(module)
         self._vocab_size, self._table_pages = module.config.vocab_size, table_pages
+        self._is_tied = module.config.tie_embeddings
         self._sharding = SingleDeviceSharding(device)
         shapes = jax.eval_shape(functools.partial(init_params, module), jax.random.key(0))
         self._params = self._on_device(shapes)
@@ -124,15 +125,15 @@ class Steps:
             compiled = lowered.compile(compiler_options=options)
             (sequence,) = Path(dump).glob("*.thunk_sequence_after_thunk_passes.txt")
             thunks = read_thunks(sequence.read_text())
-        weights = {name: leaf for name, leaf in self._params.items() if name != "embed"}
+        weights = dict(self._params)
+        if not self._is_tied:
+            del weights["embed"]
         return Compiled(
             program=Program(compiled.as_text()),
             thunks=thunks,
             temporary_bytes=compiled.memory_analysis().temp_size_in_bytes,
             cache_bytes=self._layout.num_pages * self._layout.bytes_per_page,
-            weight_bytes=sum(
-                leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weights)
-            ),
+            weight_bytes=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weights)),
         )
 
     def _batch(self, rows: int) -> Batch:

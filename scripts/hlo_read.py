@@ -7,6 +7,7 @@ is a recorded CUDA graph of all of these and is started as one.
 import collections
 import dataclasses
 import functools
+import itertools
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,8 @@ _WIDTHS = {"pred": 1, "bf16": 2, "f16": 2, "f32": 4, "f64": 8}  # else the digit
 _FREE = {"parameter", "bitcast", "get-tuple-element", "tuple", "constant"}
 _PICKS = {"gather", "dynamic-slice", "slice"}
 _WRITES = {"scatter", "dynamic-update-slice"}
+
+_ATTENTION = "__cudnn$fmha"  # how the targets of cuDNN's calls begin
 
 _INSTRUCTION = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = (.*)$")
 _OPCODE = re.compile(r"^\s*([\w\-]+)\((.*)$")
@@ -132,7 +135,8 @@ class Program:
         """Bytes that the entry's kernels read and write, each array once a kernel.
 
         Where a kernel picks rows of an array or writes rows into it, only these count. What a
-        library call or a fusion reads twice counts once.
+        library call or a fusion reads twice counts once. Attention reads those pages of the cache
+        that are in use: how many is not known here, and they count nothing.
         """
         return sum(self._bytes(one) for one in self.entry.values())
 
@@ -148,7 +152,8 @@ class Program:
         total = 0.0 if one.name in self.cache_values else one.num_bytes
         for index, name in enumerate(one.operands):
             operand = self.entry.get(name)
-            if operand is not None:
+            is_paged = one.target.startswith(_ATTENTION) and name in self.cache_values
+            if operand is not None and not is_paged:
                 total += self._bytes_read(one, index, operand)
         return total
 
@@ -197,6 +202,15 @@ def read_thunks(text: str) -> list[Thunk]:
 def count_kernels(thunks: Sequence[Thunk]) -> int:
     """Kernels and library calls, inside command buffers and outside."""
     return sum(thunk.kind not in _HOLDERS for thunk in thunks)
+
+
+def kernels_per_layer(thunks: Sequence[Thunk]) -> int:
+    """Most kernels from one call of cuDNN to the next, that call aside; 0 with fewer than two.
+
+    Of a decode step that is a layer, as it attends once in each.
+    """
+    calls = [index for index, one in enumerate(thunks) if one.kind == "kCuDnn"]
+    return max((after - before - 1 for before, after in itertools.pairwise(calls)), default=0)
 
 
 def outside_buffers(thunks: Sequence[Thunk]) -> list[Thunk]:

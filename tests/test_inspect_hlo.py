@@ -121,6 +121,22 @@ def test_thunks_inside_and_outside_a_command_buffer(read: ModuleType) -> None:
     assert [thunk.kind for thunk in read.outside_buffers(thunks)] == ["kCopy"]
 
 
+def test_kernels_of_a_layer_are_those_between_two_calls_of_cudnn(read: ModuleType) -> None:
+    kinds = ["kCopy", "kCuDnn", "kCustomKernel", "kCuDnn", "kCustomKernel", "kCopy", "kCuDnn"]
+    thunks = [read.Thunk(kind, "", 1) for kind in kinds]
+    assert read.kernels_per_layer(thunks) == 2
+    assert read.kernels_per_layer(thunks[:2]) == 0
+
+
+def test_pages_that_attention_reads_do_not_count(read: ModuleType) -> None:
+    call = '%out = (bf16[3,2]{1,0}) custom-call(%rows, %flat), custom_call_target="TARGET"'
+    attention, other = (
+        read.Program(HLO.replace("MOVES", call.replace("TARGET", name))).bytes_moved()
+        for name in ("__cudnn$fmhaSoftmax", "other")
+    )
+    assert other - attention == 8 * 4 * 2 * 2
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -128,12 +144,16 @@ def test_thunks_inside_and_outside_a_command_buffer(read: ModuleType) -> None:
         ({"command_buffers": 2}, "2 command buffers"),
         ({"outside_buffers": 1, "outside": ["kCopy"]}, "kCopy"),
         ({"moves": ["copy.1"]}, "the cache is moved"),
-        ({"temporary_share": 0.06}, "6.0% of the cache"),
+        ({"temporary_share": 0.06}, "6.0% of the pool"),
+        ({"layer_kernels": 14}, "14 kernels in a layer"),
+        ({"layer_kernels": 14, "rows": 1}, None),
         ({"host_calls": ["callback"]}, "calls to the host"),
     ],
 )
 def test_rules_of_decode(inspect: ModuleType, changes: dict, words: str | None) -> None:
     good = {
+        "rows": 64,
+        "layer_kernels": 12,
         "command_buffers": 1,
         "outside_buffers": 0,
         "outside": [],
@@ -159,9 +179,15 @@ def test_decode_on_an_h200_keeps_the_rules(
         check=True,
     )
     report = json.loads(out.read_text())
-    decode, prefill = report["results"]
     assert report["broken"] == []
-    assert decode["command_buffers"] == 1
-    assert decode["kernels"] > 500
-    assert decode["moved_to_floor"] < 2
+    *decode, prefill = report["results"]
+    assert [(one["call"], one["rows"]) for one in decode] == [
+        (call, rows) for call in ("greedy", "truncated") for rows in (1, 64, 256)
+    ]
+    for one in decode:
+        assert one["command_buffers"] == 1
+        assert one["layer_kernels"] >= 8
+        assert 1 <= one["moved_to_weights"] < (1.1 if one["rows"] == 1 else 4.5)
     assert prefill["host_calls"] == []
+    assert prefill["moves"] == []
+    assert prefill["command_buffers"] == 1
