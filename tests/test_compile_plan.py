@@ -1,5 +1,6 @@
 """The compile plan: what is listed is compiled, and nothing else is, whatever comes."""
 
+import dataclasses
 import gc
 import logging
 from collections.abc import Iterator
@@ -9,9 +10,18 @@ import jax
 import numpy as np
 import pytest
 
-from folojax import LLM, ActivationEdit, LogitsProcessor, SamplingClass, SamplingParams
+from folojax import (
+    LLM,
+    ActivationEdit,
+    EngineConfig,
+    LogitsProcessor,
+    SamplingClass,
+    SamplingParams,
+    build,
+)
 from folojax.ahead import warm_up
-from folojax.compile_plan import COPIES, EDITS, Executable
+from folojax.backend.backend import CPU, GPU
+from folojax.compile_plan import COPIES, EDITS, Executable, list_executables
 from folojax.programs import clear_programs
 
 OPTIONS: dict[str, Any] = {
@@ -101,6 +111,69 @@ def test_no_workload_compiles_after_a_warm_up(
     run_everything(llm)
     assert llm.metrics().num_preemptions > 0
     assert llm.metrics().num_prefix_hit_tokens > 0
+    assert counter.count == before
+
+
+WHOLE = dataclasses.replace(
+    GPU,
+    memory_fraction=None,
+    default_dtype="float32",
+    kernels=("reference",),
+    warms_up=False,
+)
+"""A backend whose steps are programs of the whole model and the sampler, as on a GPU."""
+
+
+@pytest.fixture
+def whole_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines that are made have whole steps."""
+    monkeypatch.setattr(build, "choose_backend", lambda: WHOLE)
+
+
+def test_an_engine_of_whole_steps_lists_few_executables(
+    tiny_model: tuple, whole_steps: None
+) -> None:
+    """Each of them takes a GPU's compiler 10 s."""
+    llm = LLM(tiny_model, max_model_len=96)
+    config = llm.config
+    limits = config.max_num_seqs, config.max_num_batched_tokens, config.prefill_row_len
+    assert limits == (256, 4096, 128)
+    assert len(llm.plan([SamplingClass.GREEDY], logprobs=False)) <= 25
+    assert len(llm.plan()) <= 80
+
+
+def test_the_engine_of_the_readme_lists_as_many_as_ever() -> None:
+    """On CPU, where model and sampler are separate programs: of 32 requests of up to 768 tokens."""
+    config = EngineConfig(max_num_seqs=32, max_model_len=768).resolve(8192, CPU)
+    shapes = CPU.shapes(config, "float32")
+    greedy = list_executables(shapes, [SamplingClass.GREEDY], (), 1, is_whole=False)
+    assert len(list(greedy)) <= 29
+    everything = list_executables(shapes, tuple(SamplingClass), (0, 20), 1, is_whole=False)
+    assert len(list(everything)) <= 163
+
+
+def test_no_workload_of_whole_steps_compiles_after_a_warm_up(
+    tiny_model: tuple, counter: CompileCounter, whole_steps: None
+) -> None:
+    llm = make(tiny_model, strict=True)
+    assert llm.warm_up() == len(llm.plan())
+    before = counter.count
+    assert before > 0
+    run_everything(llm)
+    assert llm.metrics().num_preemptions > 0
+    assert llm.metrics().num_prefix_hit_tokens > 0
+    assert counter.count == before
+
+
+def test_an_engine_may_warm_up_when_it_is_made(
+    tiny_model: tuple, counter: CompileCounter, whole_steps: None
+) -> None:
+    """For greedy and random requests without log-probabilities."""
+    llm = make(tiny_model, strict=True, warm_up=True, **FEW_SHAPES)
+    before = counter.count
+    assert before > 0
+    kinds = [*GREEDY[:2], {"temperature": 0.7, "seed": 3}, {"temperature": 1.0, "n": 2}] * 2
+    run_everything(llm, kinds)
     assert counter.count == before
 
 

@@ -8,17 +8,19 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import pytest
-from folojax.buckets import Buckets, slots_for
-from folojax.kv_cache import KVLayout
 
 from folojax import LLM, EngineConfig, build, step, step_memory
+from folojax.backend.backend import CPU, GPU
+from folojax.backend.device_memory import device_memory
+from folojax.kv import KVLayout
 from folojax.logit_edits import init_edits
 from folojax.memory_plan import DeviceMemory, MemoryPlan, plan_fraction, plan_pages
 from folojax.sampling import SamplingClass, SamplingSpec
 from folojax.sched.pages import pages_for
+from folojax.shapes import DecodeShape, PrefillShape, Shapes, slots_for
 from folojax.state import SampleInputs
 
-Shapes: TypeAlias = tuple[KVLayout, Buckets, int]
+Sizes: TypeAlias = tuple[KVLayout, Shapes, int]
 
 LEAST = MemoryPlan(
     weights_bytes=1_000_000,
@@ -62,8 +64,8 @@ def test_a_fraction_is_filled_and_never_exceeded(
     def measure(num_pages: int) -> int:
         return fixed + per_page * num_pages
 
-    least = with_device(LEAST, 4_000_000, used)
-    available = min(int(fraction * 4_000_000), 4_000_000 - used)
+    least = with_device(LEAST, 10_000_000, used)
+    available = int(fraction * 10_000_000) - used  # what others hold is in the fraction
     plan = plan_fraction(least, measure, fraction)
     assert plan.is_measured
     assert plan.num_pages >= LEAST.num_pages
@@ -74,6 +76,15 @@ def test_a_fraction_is_filled_and_never_exceeded(
     assert dataclasses.replace(plan, num_pages=4, temporaries_bytes=0) == dataclasses.replace(
         least, temporaries_bytes=0, is_measured=True
     )
+
+
+def test_where_nothing_is_measured_the_bound_is_kept_free() -> None:
+    plan = plan_fraction(with_device(LEAST, 10_000_000, 1_500_000), None, 0.5)
+    assert not plan.is_measured
+    # 3,500,000 are there; weights, slots and temporaries take 1,901,000.
+    assert (plan.num_pages, plan.temporaries_bytes) == (159, LEAST.temporaries_bytes)
+    with pytest.raises(ValueError, match=r"not enough memory: .* up to 878\.9 KiB for"):
+        plan_fraction(with_device(LEAST, 1_900_000), None, 1.0)
 
 
 def test_the_smallest_pool_is_tried_before_anything_is_refused() -> None:
@@ -137,35 +148,36 @@ def test_what_fits_is_told() -> None:
 
 
 def test_this_machine_tells_its_memory() -> None:
-    device = step_memory.device_memory()
+    device = device_memory()
     assert device is not None
     assert 2**28 < device.limit_bytes < 2**45
     assert 0 <= device.used_bytes <= device.limit_bytes
 
 
 @pytest.fixture(scope="module")
-def shapes(tiny_model: tuple) -> Shapes:
-    """Layout and buckets of an engine with NUM_PAGES pages."""
-    config = EngineConfig(**OPTIONS, num_pages=NUM_PAGES).resolve(tiny_model[0].config.max_position)
-    buckets, layout = build._shapes(tiny_model[0], config)
-    return layout, buckets, slots_for(config.max_num_seqs)
+def sizes(tiny_model: tuple) -> Sizes:
+    """Layout and shapes of an engine with NUM_PAGES pages."""
+    most = tiny_model[0].config.max_position
+    config = EngineConfig(**OPTIONS, num_pages=NUM_PAGES).resolve(most, CPU)
+    shapes, layout = build._shapes(tiny_model[0], config, CPU)
+    return layout, shapes, slots_for(config.max_num_seqs)
 
 
 @pytest.fixture(scope="module")
-def measured(tiny_model: tuple, shapes: Shapes) -> int:
-    return step_memory.measure(tiny_model[0], *shapes, 20)
+def measured(tiny_model: tuple, sizes: Sizes) -> int:
+    return step_memory.measure(tiny_model[0], *sizes, 20, CPU)
 
 
 @pytest.fixture
 def small_device(
-    monkeypatch: pytest.MonkeyPatch, tiny_model: tuple, shapes: Shapes, measured: int
+    monkeypatch: pytest.MonkeyPatch, tiny_model: tuple, sizes: Sizes, measured: int
 ) -> DeviceMemory:
     """A device of which one half holds the model, NUM_PAGES pages and their temporaries."""
     module, params = tiny_model
     fixed = nbytes(params) + step_memory.slot_bytes(module, 32)
-    pages = (NUM_PAGES + 0.5) * shapes[0].bytes_per_page
+    pages = (NUM_PAGES + 0.5) * sizes[0].bytes_per_page
     device = DeviceMemory(limit_bytes=int(2 * (fixed + pages + measured)))
-    monkeypatch.setattr(step_memory, "device_memory", lambda own_bytes=0: device)
+    monkeypatch.setattr(build, "device_memory", lambda own_bytes=0: device)
     monkeypatch.setattr(step_memory, "measure", lambda *args, **options: measured)
     return device
 
@@ -176,7 +188,7 @@ def test_the_plan_is_what_the_engine_allocates(
     with caplog.at_level(logging.INFO, "folojax"):
         llm = LLM(tiny_model, **OPTIONS, memory_fraction=0.5)
     plan, state = llm.memory_plan, llm.engine.runner.state
-    assert [record.getMessage() for record in caplog.records] == [str(plan)]
+    assert caplog.records[0].getMessage() == str(plan)
     assert plan.num_pages == llm.config.num_pages == llm.metrics().num_pages == NUM_PAGES
     assert plan.device == small_device
     assert plan.is_measured
@@ -216,23 +228,23 @@ def test_weights_are_counted_before_they_are_read(
 ) -> None:
     monkeypatch.setattr(build, "load_params", never)
     device = DeviceMemory(limit_bytes=nbytes(tiny_model[1]))
-    monkeypatch.setattr(step_memory, "device_memory", lambda own_bytes=0: device)
+    monkeypatch.setattr(build, "device_memory", lambda own_bytes=0: device)
     with pytest.raises(ValueError, match="not enough memory") as info:
         LLM(tiny_directory, dtype="float32", **OPTIONS, num_pages=NUM_PAGES)
     assert f"{nbytes(tiny_model[1]) / 2**10:.1f} KiB for weights" in str(info.value)
 
 
 def test_the_compiled_steps_of_an_engine_keep_to_its_plan(
-    tiny_model: tuple, shapes: Shapes, measured: int
+    tiny_model: tuple, sizes: Sizes, measured: int
 ) -> None:
     """Of all layers, with its own arrays: by XLA's analysis, none needs more than was planned."""
     llm = LLM(tiny_model, **OPTIONS, num_pages=NUM_PAGES)
     runner, module = llm.engine.runner, tiny_model[0]
     assert module.config.num_layers > 2  # those that were not measured
     planned = nbytes(runner.params) + nbytes(runner.state.cache) + measured
-    buckets, batch, state = runner.buckets, runner.batch, runner.state
-    shape = step_memory.largest_prefills(buckets, NUM_PAGES)[0]
-    one = batch.decode_inputs(step_memory.largest_decode(buckets, NUM_PAGES), [])
+    shapes, batch, state = runner.shapes, runner.batch, runner.state
+    shape = PrefillShape(shapes.prefill_rows[-1], shapes.prefill_columns)
+    one = batch.decode_inputs(DecodeShape(shapes.decode_rows[-1]), [])
     rows = one.slot.shape[0]
     sampled = SampleInputs(one.slot, one.position, batch.params.rows(one.slot))
     hidden = jnp.zeros((rows, module.config.hidden_size))
@@ -273,10 +285,10 @@ def test_the_bound_from_shapes_is_above_what_is_measured(
     tiny_model: tuple, dtype: Any, options: dict[str, Any]
 ) -> None:
     module = tiny_model[0].clone(dtype=dtype)
-    config = EngineConfig(**(OPTIONS | options)).resolve(module.config.max_position)
-    buckets, layout = build._shapes(module, config)
-    found = step_memory.measure(module, layout, buckets, 32, 20)
-    bound = step_memory.estimate(module, layout, buckets, 20)
+    config = EngineConfig(**(OPTIONS | options)).resolve(module.config.max_position, CPU)
+    shapes, layout = build._shapes(module, config, CPU)
+    found = step_memory.measure(module, layout, shapes, 32, 20, CPU)
+    bound = step_memory.estimate(module, layout, shapes, 20)
     assert found <= bound
 
 
@@ -289,26 +301,26 @@ def test_a_deterministic_step_is_measured(tiny_model: tuple) -> None:
     limits: dict[str, Any] = {"max_num_seqs": 1, "max_model_len": 128, "page_size": 64}
     options = EngineConfig(
         **limits, max_num_batched_tokens=64, num_pages=32, deterministic=True
-    ).resolve(128)
-    buckets, layout = build._shapes(module, options)
+    ).resolve(128, CPU)
+    shapes, layout = build._shapes(module, options, CPU)
     copied = 32 * layout.bytes_per_page // 2  # keys, or values
-    others = step_memory.measure(module, layout, buckets, 32, 1)
-    all_of_them = step_memory.measure(module, layout, buckets, 32, 1, is_deterministic=True)
-    assert max(others, copied) < all_of_them <= step_memory.estimate(module, layout, buckets, 1)
+    others = step_memory.measure(module, layout, shapes, 32, 1, CPU)
+    all_of_them = step_memory.measure(module, layout, shapes, 32, 1, CPU, is_deterministic=True)
+    assert max(others, copied) < all_of_them <= step_memory.estimate(module, layout, shapes, 1)
 
 
 def test_a_pool_by_memory_begins_with_one_request() -> None:
-    by_memory = EngineConfig(memory_fraction=0.5).resolve(max_position=4096)
+    by_memory = EngineConfig(memory_fraction=0.5).resolve(4096, CPU)
     assert by_memory.num_pages == pages_for(4096, 64)
     assert by_memory.memory_fraction is None
-    assert EngineConfig().pool_fraction("cpu") is None
-    assert EngineConfig().pool_fraction("gpu") == 0.9
-    assert EngineConfig(num_pages=5).pool_fraction("gpu") is None
+    assert EngineConfig().pool_fraction(CPU) is None
+    assert EngineConfig().pool_fraction(GPU) == 0.9
+    assert EngineConfig(num_pages=5).pool_fraction(GPU) is None
     with pytest.raises(ValueError, match=r"num_pages is 5 and memory_fraction is 0\.5"):
         EngineConfig(num_pages=5, memory_fraction=0.5)
 
 
-def test_bytes_of_a_page_are_those_of_its_arrays(shapes: Shapes) -> None:
-    layout: KVLayout = shapes[0]
+def test_bytes_of_a_page_are_those_of_its_arrays(sizes: Sizes) -> None:
+    layout: KVLayout = sizes[0]
     elements = 2 * layout.num_layers * layout.num_kv_heads * layout.head_dim * layout.page_size
     assert layout.bytes_per_page == 4 * elements
