@@ -1,4 +1,4 @@
-"""Attention in C++ against the ways of XLA, and what it promises beside: the same bits."""
+"""Attention in C++: what it promises beside what all kernels do, which is the same bits."""
 
 import concurrent.futures
 import functools
@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from folojax.gathered_attention import attend_gathered
-from folojax.kv_cache import KVCache, KVLayout
-from folojax.native_attention import attend_natively, is_native
 
-from folojax import kv_cache, native_attention
-from folojax.models import native
+from folojax import kv
+from folojax.attention import KERNELS, AttentionSpec, choose_kernel, native
+from folojax.backend.backend import CPU
+from folojax.kv import KVCache, KVLayout, PageFormat, Placement, place_tokens
+from folojax.models import native as native_code
 from folojax.models.interface import PLAIN, Scoring
 
 
@@ -27,17 +27,26 @@ class Shape(NamedTuple):
     page_size: int = 16
 
 
-def make_cache(shape: Shape, num_pages: int = 12, num_layers: int = 1) -> KVCache:
+FLOAT32 = jnp.dtype(jnp.float32)
+
+
+def make_spec(shape: Shape, scoring: Scoring = PLAIN) -> AttentionSpec:
+    page_format = PageFormat(shape.page_size, "heads", CPU.kernels)
+    return AttentionSpec(FLOAT32, FLOAT32, shape.dim, page_format, scoring)
+
+
+def make_cache(shape: Shape, num_pages: int = 12) -> KVCache:
     layout = KVLayout(
-        segments=(num_pages,),
-        page_size=shape.page_size,
-        num_layers=num_layers,
+        num_pages=num_pages,
+        num_layers=1,
         num_kv_heads=shape.kv_heads,
         head_dim=shape.dim,
-        dtype=jnp.float32,
+        dtype=FLOAT32,
+        storage_dtype=FLOAT32,
+        format=make_spec(shape).page_format,
     )
     rng = np.random.default_rng(1)
-    empty = kv_cache.init_cache(layout)
+    empty = kv.init_cache(layout)
     return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype), empty)
 
 
@@ -51,7 +60,23 @@ TABLE = np.array([[5, 0, 11, 12], [3, 12, 12, 12], [7, 9, 12, 12], [12, 12, 12, 
 FIRST, LENGTH = np.array([20, 0, 15, 0]), np.array([20, 1, 13, 0])
 COLUMNS = 20
 
-_attend = jax.jit(attend_natively, static_argnames=("layer", "scoring"))
+
+@functools.partial(jax.jit, static_argnames=("name", "scoring"))
+def _attend(
+    cache: KVCache, query: jax.Array, placement: Placement, name: str, scoring: Scoring
+) -> jax.Array:
+    spec = AttentionSpec(query.dtype, cache.dtype, query.shape[-1], cache.format, scoring)
+    assert KERNELS[name].refusal(spec) is None
+    # No more than the shape of these is read.
+    own = query[:, :, : cache.layers[0].shape[2]]
+    return KERNELS[name].attend(query, own, own, cache.layers[0], placement, spec)
+
+
+def make_placement(
+    table: np.ndarray = TABLE, first: np.ndarray = FIRST, length: np.ndarray = LENGTH
+) -> Placement:
+    nowhere = jnp.zeros(0, jnp.int32)
+    return Placement(nowhere, nowhere, *map(jnp.asarray, (table, first, length)))
 
 
 def attend(
@@ -61,17 +86,14 @@ def attend(
     first: np.ndarray = FIRST,
     length: np.ndarray = LENGTH,
     scoring: Scoring = PLAIN,
+    name: str = "native",
 ) -> np.ndarray:
-    assert is_native(cache, scoring)
-    arrays = map(jnp.asarray, (table, first, length))
-    return np.asarray(_attend(query, cache, 0, *arrays, scoring=scoring))
+    placement = make_placement(table, first, length)
+    return np.asarray(_attend(cache, query, placement, name=name, scoring=scoring))
 
 
 def attend_by_xla(cache: KVCache, query: jax.Array, scoring: Scoring) -> np.ndarray:
-    keys, values = kv_cache.gather_pages(cache, 0, jnp.asarray(TABLE), query.dtype)
-    position = FIRST[:, None] + np.arange(COLUMNS)
-    end = jnp.asarray(FIRST + LENGTH)
-    out = attend_gathered(query, keys, values, jnp.asarray(position), end, scoring)
+    out = attend(cache, query, scoring=scoring, name="reference")
     is_real = (np.arange(COLUMNS) < LENGTH[:, None])[:, :, None, None]
     return np.where(is_real, out, 0)
 
@@ -124,11 +146,8 @@ def test_what_lies_behind_a_row_is_not_read() -> None:
     for row in range(4):
         for position in range(FIRST[row] + LENGTH[row]):
             seen[TABLE[row, position // shape.page_size], position % shape.page_size] = True
-    mask = jnp.asarray(seen)[:, None, :, None]
-    stale = KVCache(
-        keys=((jnp.where(mask, cache.keys[0][0], jnp.nan),),),
-        values=((jnp.where(mask, cache.values[0][0], jnp.nan),),),
-    )
+    mask = jnp.asarray(seen)[:, None, None, :, None]
+    stale = KVCache((jnp.where(mask, cache.layers[0], jnp.nan),), cache.format)
     table = np.where(TABLE == 12, 1, TABLE)  # of pages that nobody has
     table[3] = 12
     np.testing.assert_array_equal(attend(stale, query, table), expected)
@@ -140,7 +159,7 @@ def test_broken_numbers_are_seen_in_their_row(value: float) -> None:
     cache, query = make_cache(shape), make_query(shape, 4, COLUMNS)
     expected = attend(cache, query)
     page = TABLE[2, 0]
-    broken = cache._replace(keys=((cache.keys[0][0].at[page, :, 3].set(value),),))
+    broken = KVCache((cache.layers[0].at[page, 0, :, 3].set(value),), cache.format)
     got = attend(broken, query)
     assert np.isnan(got[2, : LENGTH[2]]).all()
     np.testing.assert_array_equal(got[[0, 1, 3]], expected[[0, 1, 3]])
@@ -162,10 +181,10 @@ def test_many_at_once_do_not_disturb_each_other() -> None:
 def test_in_a_loop_of_steps_and_without_rows() -> None:
     shape = Shape()
     cache, query = make_cache(shape), make_query(shape, 4, COLUMNS)
-    table, first, length = (jnp.asarray(one) for one in (TABLE, FIRST, LENGTH))
+    placement = make_placement()
 
     def step(x: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
-        out = attend_natively(x, cache, 0, table, first, length, PLAIN)
+        out = _attend(cache, x, placement, name="native", scoring=PLAIN)
         return out, out
 
     _, found = jax.jit(lambda x: jax.lax.scan(step, x, None, 3))(query)
@@ -187,7 +206,24 @@ def test_in_a_loop_of_steps_and_without_rows() -> None:
     ids=str,
 )
 def test_what_is_left_to_xla(shape: Shape, scoring: Scoring) -> None:
-    assert not is_native(make_cache(shape), scoring)
+    spec = make_spec(shape, scoring)
+    assert KERNELS["native"].refusal(spec) is not None
+    assert choose_kernel(spec)[0] == "reference"
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"storage_dtype": jnp.dtype(jnp.bfloat16)}, "reads pages of float32"),
+        ({"page_format": PageFormat(16, "tokens", ())}, "in the order of heads"),
+        ({"scoring": Scoring(softcap=30.0)}, "does not cap scores"),
+        ({"head_dim": 20}, "multiples of 8"),
+        ({"page_format": PageFormat(12, "heads", ())}, "multiples of 8"),
+    ],
+)
+def test_it_says_what_it_is_not_for(fields: dict[str, Any], reason: str) -> None:
+    spec = AttentionSpec(**{**vars(make_spec(Shape())), **fields})
+    assert reason in str(KERNELS["native"].refusal(spec))
 
 
 def test_nothing_is_copied() -> None:
@@ -197,23 +233,27 @@ def test_nothing_is_copied() -> None:
 
     def step(cache: KVCache, query: jax.Array) -> tuple[KVCache, jax.Array]:
         row = jnp.arange(4)
-        new = query[:, 0, : shape.kv_heads]
-        cache = kv_cache.write(cache, 0, row, row, new, new)
         table = jnp.broadcast_to(row[:, None], (4, 4))
-        return cache, attend_natively(query, cache, 0, table, row, row * 0 + 1, PLAIN)
+        placement, _ = place_tokens(cache, table, row, row * 0 + 1, 1)
+        new = query[:, 0, : shape.kv_heads]
+        cache = kv.cache.write(cache, 0, placement.page, placement.offset, new, new)
+        spec = make_spec(shape)
+        own = new[:, None]
+        return cache, KERNELS["native"].attend(query, own, own, cache.layers[0], placement, spec)
 
     compiled = jax.jit(step, donate_argnums=0).lower(cache, query).compile()
     analysis: Any = compiled.memory_analysis()
     assert analysis.alias_size_in_bytes >= sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
-    assert analysis.temp_size_in_bytes < cache.keys[0][0].nbytes / 4
+    assert analysis.temp_size_in_bytes < cache.layers[0].nbytes / 8
 
 
 def test_without_a_compiler_attention_is_xlas(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cache = make_cache(Shape())
-    monkeypatch.setattr(native, "register", functools.cache(native.register.__wrapped__))
+    monkeypatch.setattr(native_code, "register", functools.cache(native_code.register.__wrapped__))
+    monkeypatch.setattr(native, "problem", functools.cache(native.problem.__wrapped__))
     monkeypatch.setenv("FOLOJAX_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("CXX", str(tmp_path / "no-such-compiler"))
-    assert not native_attention.has_native_attention()
-    assert not is_native(cache, PLAIN)
+    spec = make_spec(Shape())
+    assert str(KERNELS["native"].refusal(spec)).startswith("cannot be compiled: ")
+    assert choose_kernel(spec)[0] == "reference"

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
 
 from folojax.attention.interface import AttentionSpec
+from folojax.kv.cache import finite_values
 from folojax.kv.placement import Placement
 
 _ARGUMENTS = (
@@ -54,7 +55,7 @@ _LATER: dict[str, Any] = {"score_mod_args": (), "score_mod": None}
 """What it takes from 0.12 on, and the value that changes nothing."""
 
 # For what a window hides. Finite, also times log2(e): cuDNN makes NaN of a block that is all -inf.
-_HIDDEN = -1e30
+_HIDDEN, _HIDDEN_IN_FLOAT16 = -1e30, -3e4
 
 _LEAST_CAPABILITY = 8  # Ampere
 
@@ -150,7 +151,8 @@ def _attend_pages(
         position = skipped[:, None] * size + jnp.arange(table.shape[1] * size)[None, :]
         token = first[:, None] + jnp.arange(columns)[None, :]
         is_hidden = token[:, :, None] - position[:, None, :] >= window
-        bias = jnp.where(is_hidden, _HIDDEN, 0.0).astype(query.dtype)[:, None]
+        hidden = _HIDDEN_IN_FLOAT16 if query.dtype == jnp.float16 else _HIDDEN
+        bias = jnp.where(is_hidden, hidden, 0.0).astype(query.dtype)[:, None]
         end = end - skipped * size
     # Keys and values of a page follow each other: twice as many pages, of one or the other.
     halves = pages.reshape(2 * num_pages, size, kv_heads, dim)
@@ -171,6 +173,8 @@ def _attend_chunk(
     scale: float,
 ) -> Float[Array, "R C H D"]:
     columns = query.shape[1]
+    # Later tokens are masked by a weight of zero, too.
+    key, value = finite_values(key, value)
     own, own_mass = _call(
         query,
         key,
@@ -190,7 +194,9 @@ def _attend_chunk(
     def wide(x: Array) -> Array:
         return x[:, None, None, None]
 
-    mass = jnp.where(wide(placement.first > 0), mass, -jnp.inf)
+    # A window of one token sees nothing before the chunk.
+    is_behind = (placement.first > 0) & (window != 1)
+    mass = jnp.where(wide(is_behind), mass, -jnp.inf)
     most = jnp.maximum(own_mass, mass)
     own_weight, weight = jnp.exp(own_mass - most), jnp.exp(mass - most)
     # Of no pages there is no result, of padding neither; 0 times whatever stands there may be NaN.

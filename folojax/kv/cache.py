@@ -152,6 +152,19 @@ def join_layers(layers: Sequence[KVCache]) -> KVCache:
     return KVCache(tuple(one.layers[0] for one in layers), layers[0].format)
 
 
+def finite_values(
+    key: Float[Array, "*shape D"], value: Float[Array, "*shape D"]
+) -> tuple[Float[Array, "*shape D"], Float[Array, "*shape D"]]:
+    """Keys and values as they are stored, and may be attended to.
+
+    Later owners of a page give its old tokens a weight of zero, which does not hide a value of NaN
+    or infinity. So such a value becomes zero and the key's number in its place NaN, which the
+    token's own request cannot miss and which nobody else reads.
+    """
+    is_finite = jnp.isfinite(value)
+    return jnp.where(is_finite, key, jnp.nan), jnp.where(is_finite, value, 0)
+
+
 def write(
     cache: KVCache,
     layer: int,
@@ -160,18 +173,14 @@ def write(
     key: Float[Array, "T K D"],
     value: Float[Array, "T K D"],
 ) -> KVCache:
-    """Stores one token per row at (page, offset) of a layer; page P drops its token.
+    """Stores one token per row at (page, offset) of a layer; a page outside of it drops its token.
 
     In place where the cache is donated to the jitted function that calls this.
 
-    Later owners of a page give its old tokens a weight of zero, which does not hide a value of NaN
-    or infinity. So no such value is ever stored: it becomes zero and the key's number in its place
-    NaN, which the token's own request cannot miss and which nobody else reads.
+    No value of NaN or infinity is ever stored (`finite_values`).
     """
     pages = cache.layers[layer]
-    is_finite = jnp.isfinite(value)
-    pair = jnp.where(is_finite, key, jnp.nan), jnp.where(is_finite, value, 0)
-    both = jnp.stack(pair, axis=1).astype(pages.dtype)
+    both = jnp.stack(finite_values(key, value), axis=1).astype(pages.dtype)
     if page.shape[0] == 1:
         # Never a single write: XLA on CPU makes it a slice update and copies the array for that.
         page, offset = jnp.append(page, cache.num_pages), jnp.append(offset, offset)
@@ -179,7 +188,7 @@ def write(
     # What is to be dropped goes past the end (a negative index would wrap around), each to a place
     # of its own: no two writes meet, and saying so spares a GPU an atomic operation an element.
     outside = cache.num_pages + jnp.arange(page.shape[0])
-    page = jnp.where(page < cache.num_pages, page, outside)
+    page = jnp.where((page >= 0) & (page < cache.num_pages), page, outside)
     whole = slice(None)
     in_heads, in_tokens = (page, whole, whole, offset), (page, whole, offset)
     place: Any = in_tokens if cache.format.order == "tokens" else in_heads

@@ -1,0 +1,389 @@
+"""Every kernel of attention against plain attention in float64, and the laws that all keep.
+
+Chunks of prompts and tokens that continue a row are the same to a kernel, but for the columns.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from folojax.attention import KERNELS, AttentionSpec
+from folojax.kv import KVCache, PageFormat
+from folojax.models.interface import PLAIN, Scoring
+from tests.paged_sequences import (
+    WAYS,
+    Chunk,
+    Heads,
+    Tokens,
+    Way,
+    check_stored,
+    decode,
+    make_cache,
+    place,
+    random_sequences,
+    reference,
+    run_rows,
+    store,
+)
+
+LENGTHS = [1, 4, 5, 17, 30, 16]
+ALL = list(range(len(LENGTHS)))
+HEADS, PAGE_SIZE, NUM_PAGES = Heads(2, 3), 8, 16
+STEPS = pytest.mark.parametrize("step", ["chunk", "token"])
+
+
+@pytest.fixture(params=WAYS, ids=str)
+def way(request: pytest.FixtureRequest) -> Way:
+    """A kernel that runs on this machine."""
+    found: Way = request.param
+    dtype = jnp.dtype(found.dtype)
+    page_format = PageFormat(PAGE_SIZE, found.order, (found.kernel,))
+    spec = AttentionSpec(dtype, dtype, HEADS.dim, page_format, PLAIN)
+    reason = KERNELS[found.kernel].refusal(spec)
+    if reason is not None:
+        pytest.skip(f"{found.kernel} {reason}")
+    return found
+
+
+class Case(NamedTuple):
+    """Sequences in their pages, with all but the newest token of each cached."""
+
+    sequences: list[Tokens]
+    pages: list[list[int]]
+    cache: KVCache
+
+
+def make_case(
+    way: Way,
+    heads: Heads = HEADS,
+    page_size: int = PAGE_SIZE,
+    num_pages: int = NUM_PAGES,
+    placement: int = 0,
+    lengths: Sequence[int] = tuple(LENGTHS),
+) -> Case:
+    sequences = random_sequences(lengths, heads, dtype=way.dtype)
+    usable = -(-sum(-(-length // page_size) for length in lengths) // 8) * 8
+    pages = place(lengths, page_size, usable, placement)
+    cache = make_cache(way, heads, page_size, max(usable, num_pages))
+    return Case(sequences, pages, store(cache, [one.first(-1) for one in sequences], pages))
+
+
+def whole(order: Sequence[int | None] = tuple(ALL)) -> list[Chunk]:
+    return [Chunk(None) if i is None else Chunk(i, 0, LENGTHS[i]) for i in order]
+
+
+def cut(index: int, columns: int) -> list[Chunk]:
+    """A sequence in rows of so many tokens."""
+    length = LENGTHS[index]
+    return [
+        Chunk(index, start, min(start + columns, length)) for start in range(0, length, columns)
+    ]
+
+
+def in_turn(columns: int) -> list[list[Chunk]]:
+    """All sequences, a chunk of each in a call; those that are through are padding."""
+    cuts = [cut(index, columns) for index in ALL]
+    longest = max(map(len, cuts))
+    return [[c[turn] if turn < len(c) else Chunk(None) for c in cuts] for turn in range(longest)]
+
+
+def run_calls(
+    case: Case, calls: list[list[Chunk]], columns: int, **options: Any
+) -> tuple[KVCache, dict[int, np.ndarray]]:
+    """Runs calls one after the other; returns the outputs of each sequence, joined."""
+    cache, parts = case.cache, {}
+    for chunks in calls:
+        cache, out = run_rows(cache, case.sequences, case.pages, chunks, columns, **options)
+        for chunk, part in zip(chunks, out, strict=True):
+            if chunk.sequence is not None:
+                parts.setdefault(chunk.sequence, []).append(part)
+    return cache, {index: np.concatenate(part) for index, part in parts.items()}
+
+
+def run_step(
+    step: str, case: Case, order: Sequence[int | None] = tuple(ALL)
+) -> dict[int, np.ndarray]:
+    """A step for all of `order`: its output by sequence, and None's finite."""
+    if step == "chunk":
+        _, out = run_rows(case.cache, case.sequences, case.pages, whole(order), 32)
+    else:
+        _, out = decode(case.cache, case.sequences, case.pages, order)
+    for index, found in zip(order, out, strict=True):
+        assert index is not None or np.isfinite(found).all()
+    return {index: one for index, one in zip(order, out, strict=True) if index is not None}
+
+
+def check_close(
+    way: Way, got: dict[int, np.ndarray], expected: Any, atol: float | None = None
+) -> None:
+    for index, out in got.items():
+        found = out.astype(np.float64)
+        np.testing.assert_allclose(found, expected[index], rtol=0, atol=atol or way.atol)
+
+
+def check_same(got: dict[int, np.ndarray], expected: dict[int, np.ndarray]) -> None:
+    for index, out in got.items():
+        np.testing.assert_array_equal(out, expected[index])
+
+
+def check_steps(way: Way, case: Case, scoring: Scoring = PLAIN) -> None:
+    """Whole prompts, chunks behind cached prefixes, and single tokens."""
+    expected = [reference(one, scoring) for one in case.sequences]
+    cache, out = run_calls(case, [whole([*ALL, None])], 32, scoring=scoring)
+    check_close(way, out, expected)
+    check_stored(cache, case.sequences, case.pages)
+    cache, out = run_calls(case, in_turn(5), 5, scoring=scoring)
+    check_close(way, out, expected)
+    check_stored(cache, case.sequences, case.pages)
+    cache, tokens = decode(
+        case.cache, case.sequences, case.pages, [*ALL, None, None], scoring=scoring
+    )
+    check_close(way, dict(enumerate(tokens[:-2])), [one[-1] for one in expected])
+    check_stored(cache, case.sequences, case.pages)
+    assert np.isfinite(tokens).all()
+
+
+@pytest.mark.parametrize(
+    ("heads", "page_size"),
+    [
+        (Heads(1, 1, 8), 8),
+        (Heads(3, 2, 40), 16),
+        (Heads(1, 8, 64), 8),
+        (Heads(4, 7, 32), 16),
+        (Heads(2, 3, 8), 4),
+    ],
+    ids=str,
+)
+def test_it_is_plain_attention(way: Way, heads: Heads, page_size: int) -> None:
+    if page_size in way.sizes:
+        check_steps(way, make_case(way, heads, page_size))
+
+
+# Windows below and above a page (8), and below and above a chunk (5).
+@pytest.mark.parametrize(
+    "scoring",
+    [
+        Scoring(scale=0.1),
+        Scoring(window=1),
+        Scoring(window=3),
+        Scoring(window=7),
+        Scoring(window=20, scale=0.2),
+        Scoring(window=200),
+        Scoring(softcap=2.0),
+        Scoring(softcap=2.0, window=9, scale=0.3),
+    ],
+    ids=str,
+)
+def test_scores_are_scaled_capped_and_cut_to_a_window(way: Way, scoring: Scoring) -> None:
+    if way.caps or scoring.softcap is None:
+        check_steps(way, make_case(way, Heads(2, 3, 16)), scoring)
+
+
+def test_large_scores_do_not_overflow(way: Way) -> None:
+    case = make_case(way)
+    large = [one._replace(query=one.query * way.dtype(1e3)) for one in case.sequences]
+    for step in ("chunk", "token"):
+        out = run_step(step, case._replace(sequences=large))
+        expected = [reference(one) for one in large]
+        wanted = expected if step == "chunk" else [one[-1] for one in expected]
+        # Two keys whose scores nearly tie share the weight as the last bits of these say.
+        check_close(way, out, wanted, 2e-3 if way.dtype == np.float32 else 0.5)
+
+
+@pytest.mark.parametrize("page_size", [4, 8])
+def test_in_bfloat16(way: Way, page_size: int) -> None:
+    """Where pages may be of it."""
+    if way.kernel == "native" or page_size not in way.sizes:
+        return
+    sequences = random_sequences(LENGTHS, HEADS, dtype=jnp.bfloat16)
+    case = make_case(way._replace(dtype=jnp.bfloat16), HEADS, page_size, 32)
+    case = case._replace(sequences=sequences)
+    expected = [reference(one) for one in sequences]
+    chunks = run_step("chunk", case)
+    cache = store(case.cache, [one.first(-1) for one in sequences], case.pages)
+    tokens = run_step("token", case._replace(cache=cache))
+    assert chunks[0].dtype == tokens[0].dtype == jnp.bfloat16
+    check_close(way, chunks, expected, 0.05)
+    check_close(way, tokens, [one[-1] for one in expected], 0.05)
+
+
+def test_a_token_equals_a_chunk_of_one(way: Way) -> None:
+    case = make_case(way)
+    token = run_step("token", case)
+    chunks = [Chunk(index, length - 1, length) for index, length in enumerate(LENGTHS)]
+    _, chunk = run_rows(case.cache, case.sequences, case.pages, chunks, 4)
+    check_close(way, {index: one[0] for index, one in enumerate(chunk)}, token)
+
+
+def broken(sequence: Tokens) -> Tokens:
+    """The same with a NaN, an infinity or both in every token's key and value."""
+    key, value = sequence.key.copy(), sequence.value.copy()
+    key[..., 0], value[..., 0] = np.nan, np.inf
+    key[::2], value[::2] = np.inf, np.nan
+    return sequence._replace(key=key, value=value)
+
+
+@STEPS
+def test_old_nans_in_a_page_do_not_reach_its_next_owner(way: Way, step: str) -> None:
+    """In every page of the pool, also those that tables are padded with."""
+    case = make_case(way)
+    clean = make_cache(way, HEADS, PAGE_SIZE, NUM_PAGES)
+    every_page = [list(range(8)), list(range(8, 16))]
+    old = [broken(one) for one in random_sequences([64, 64], HEADS, dtype=way.dtype)]
+    used = store(clean, old, every_page)
+    used = store(used, [one.first(-1) for one in case.sequences], case.pages)
+    order = [*ALL, None]
+    check_same(run_step(step, case._replace(cache=used), order), run_step(step, case, order))
+
+
+@STEPS
+def test_a_row_with_broken_numbers_shows_them_and_its_neighbours_do_not(
+    way: Way, step: str
+) -> None:
+    case, bad = make_case(way), 3
+    expected = run_step(step, case)
+    sequences = [broken(one) if i == bad else one for i, one in enumerate(case.sequences)]
+    cache = store(case.cache, [one.first(-1) for one in sequences], case.pages)
+    got = run_step(step, case._replace(sequences=sequences, cache=cache))
+    assert np.isnan(got.pop(bad)).all()
+    check_same(got, expected)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_broken_numbers_do_not_reach_earlier_tokens_of_their_row(way: Way, bad: float) -> None:
+    """Others may share the pages of these."""
+    case, row, token = make_case(way), 4, 13
+    expected = run_step("chunk", case)
+    one = case.sequences[row]
+    key, value = one.key.copy(), one.value.copy()
+    key[token, 0, 2], value[token, :, 3] = bad, bad
+    sequences = [*case.sequences]
+    sequences[row] = one._replace(key=key, value=value)
+    got = run_step("chunk", case._replace(sequences=sequences))
+    check_same({row: got[row][:token]}, {row: expected[row][:token]})
+    assert np.isnan(got[row][token:]).any(axis=(1, 2)).all()
+
+
+@STEPS
+def test_a_token_does_not_depend_on_its_neighbours(way: Way, step: str) -> None:
+    case = make_case(way)
+    expected = run_step(step, case)
+    others = random_sequences(LENGTHS, HEADS, seed=1, dtype=way.dtype)
+    for row in ALL:
+        # Shorter, longer and other neighbours, in the same pages.
+        mixed = [case.sequences[i] if i == row else others[i] for i in ALL]
+        if step == "token":
+            mixed = [mixed[i] if i == row or i % 2 else mixed[i].first(1) for i in ALL]
+        cache = store(case.cache, [one.first(-1) for one in mixed], case.pages)
+        out = run_step(step, Case(mixed, case.pages, cache))
+        check_same({row: out[row]}, expected)
+
+
+@STEPS
+def test_a_token_does_not_depend_on_its_row_or_the_bucket(way: Way, step: str) -> None:
+    case = make_case(way)
+    expected = run_step(step, case)
+    for order in ([5, 3, 1, 0, 2, 4], [None, 4, 2, None, 1, 0]):
+        check_same(run_step(step, case, order), expected)
+    # Another number of rows is another executable, which may round its sums differently.
+    orders: list[list[int | None]] = [[None, 4, None, 3, 2, None, 1, 0], [*ALL, *[None] * 10]]
+    for order in [*orders, [2, 3], [4, None], *([index] for index in (ALL[::2]))]:
+        check_close(way, run_step(step, case, order), expected)
+
+
+def test_a_chunk_does_not_depend_on_the_width_of_its_table(way: Way) -> None:
+    case = make_case(way)
+    _, expected = run_calls(case, [whole()], 32, table_pages=4)
+    for table_pages in (5, 16):
+        check_close(way, run_calls(case, [whole()], 32, table_pages=table_pages)[1], expected)
+
+
+@STEPS
+def test_a_token_does_not_depend_on_where_its_pages_lie(way: Way, step: str) -> None:
+    expected = run_step(step, make_case(way))
+    for placement in range(1, 4):
+        check_same(run_step(step, make_case(way, placement=placement)), expected)
+
+
+@STEPS
+def test_a_token_does_not_depend_on_the_size_of_the_pool(way: Way, step: str) -> None:
+    small, large = make_case(way), make_case(way, num_pages=NUM_PAGES + 40)
+    check_same(run_step(step, large), run_step(step, small))
+
+
+def test_pages_beyond_the_new_token_are_not_read(way: Way) -> None:
+    case = make_case(way)
+    used = {page for table in case.pages for page in table}
+    spare = [page for page in range(NUM_PAGES) if page not in used]
+    pages = [[*table, spare[i]] if i < 2 else table for i, table in enumerate(case.pages)]
+    check_same(run_step("token", case._replace(pages=pages)), run_step("token", case))
+
+
+@STEPS
+def test_padding_rows_write_nothing_and_give_numbers(way: Way, step: str) -> None:
+    case = make_case(way)
+    columns = 1 if step == "token" else 8
+    new, out = run_rows(case.cache, case.sequences, [], [Chunk(None)] * 3, columns)
+    assert np.isfinite(out).all()
+    for after, before in zip(jax.tree.leaves(new), jax.tree.leaves(case.cache), strict=True):
+        np.testing.assert_array_equal(after, before)
+
+
+@pytest.mark.parametrize("columns", [1, 4, 5, 16])
+def test_chunked_equals_whole(way: Way, columns: int) -> None:
+    """In one call, where rows see earlier rows of the same call, and over several calls."""
+    case = make_case(way)
+    cache, expected = run_calls(case, [whole()], 32)
+    # A call sees what is cached before it or stands in it: nothing of the token that comes last.
+    fresh = case._replace(cache=make_cache(way, HEADS, PAGE_SIZE, NUM_PAGES))
+    at_once = [chunk for index in ALL for chunk in cut(index, columns)]
+    for calls in ([at_once], in_turn(columns)):
+        other_cache, out = run_calls(fresh, calls, columns)
+        for new, old in zip(jax.tree.leaves(other_cache), jax.tree.leaves(cache), strict=True):
+            np.testing.assert_array_equal(new, old)
+        check_close(way, out, expected)
+
+
+def test_a_chunk_split_over_rows_equals_the_same_rows_in_turn(way: Way) -> None:
+    """Rows of one call see each other's tokens: bitwise what two calls of that shape give."""
+    case = make_case(way)
+    case = case._replace(cache=make_cache(way, HEADS, PAGE_SIZE, NUM_PAGES))
+    first, second = cut(4, 16)
+    _, at_once = run_calls(case, [[first, second]], 16)
+    _, turned = run_calls(case, [[first, Chunk(None)], [Chunk(None), second]], 16)
+    check_same(at_once, turned)
+
+
+@pytest.mark.parametrize("rows", [9, 33])
+def test_many_rows_of_any_lengths_attend_like_plain_attention(way: Way, rows: int) -> None:
+    """In any order: some end pages before the others, two are empty, one has a single token."""
+    rng = np.random.default_rng(rows)
+    lengths = [1, *rng.integers(1, 40, rows - 3).tolist()]
+    case = make_case(way, num_pages=200, lengths=lengths)
+    order: list[int | None] = [None, *range(rows - 2), None]
+    rng.shuffle(order)
+    expected = [reference(one)[-1] for one in case.sequences]
+    check_close(way, run_step("token", case, order), expected)
+
+
+def test_a_token_among_many_does_not_depend_on_how_long_its_neighbours_are(way: Way) -> None:
+    """To the bit."""
+    rows = 20
+    case = make_case(way, num_pages=200, lengths=[33] * rows)
+    expected = run_step("token", case, range(rows))
+    rng = np.random.default_rng(0)
+    for _ in range(3):
+        kept = rng.random(rows) < 0.5
+        mixed = [
+            one
+            if kept[row]
+            else random_sequences([int(rng.integers(1, 33))], HEADS, dtype=way.dtype)[0]
+            for row, one in enumerate(case.sequences)
+        ]
+        cache = store(case.cache, [one.first(-1) for one in mixed], case.pages)
+        out = run_step("token", Case(mixed, case.pages, cache), range(rows))
+        check_same({row: out[row] for row in np.flatnonzero(kept)}, expected)
