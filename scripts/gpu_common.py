@@ -1,9 +1,7 @@
-"""What the parts of gpu_check.py share: models of true shapes, random batches, clocks, one line."""
+"""What the scripts for GPUs share: models of true shapes, requests, lines of figures."""
 
 import functools
 import json
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,6 @@ import numpy as np
 
 from folojax.models.config import ModelConfig
 from folojax.models.llama import Llama, init_params
-from folojax.state import DecodeInputs
 
 QWEN3: dict[str, Any] = {
     "architecture": "Qwen3ForCausalLM",
@@ -76,50 +73,6 @@ def random_params(module: Llama, scale: float = 0.02) -> Any:
 @functools.partial(jax.jit, static_argnames=("shape", "dtype"))
 def _normal(key: Any, scale: float, *, shape: tuple[int, ...], dtype: Any) -> Any:
     return (scale * jax.random.normal(key, shape)).astype(dtype)
-
-
-def seconds(call: Callable[[], Any], repeats: int = 5, inner: int = 10) -> float:
-    """Median time of a call, several in a row so that dispatch overlaps."""
-    jax.block_until_ready(call())
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        for _ in range(inner):
-            out = call()
-        jax.block_until_ready(out)
-        times.append((time.perf_counter() - start) / inner)
-    return float(np.median(times))
-
-
-def copy_bandwidth(small: bool) -> float:
-    """Bytes per second of a device copy, read and written."""
-    x = jnp.zeros((1 << (20 if small else 30)) // 2, jnp.bfloat16)
-    copy = jax.jit(lambda x: x + 1)
-    return 2 * x.nbytes / seconds(lambda: copy(x))
-
-
-class Pages:
-    """A random batch: lengths up to `longest`, pages dealt in a random order."""
-
-    def __init__(self, rows: int, longest: int, page_size: int, seed: int = 0) -> None:
-        rng = np.random.default_rng(seed)
-        self.lengths = rng.integers(longest // 16, longest, rows)
-        self.counts = self.lengths // page_size + 1
-        self.rows = np.repeat(np.arange(rows), self.counts)
-        self.index = np.concatenate([np.arange(count) for count in self.counts])
-        self.num_pages = len(self.rows)
-        self.ids = rng.permutation(self.num_pages)
-        self.table = np.full((rows, self.counts.max()), self.num_pages, np.int32)
-        self.table[self.rows, self.index] = self.ids
-
-    def inputs(self, capacity: int) -> DecodeInputs:
-        """The inputs of a greedy step over a cache of `capacity` pages."""
-        rows = len(self.lengths)
-        table: Any = np.where(self.table < self.num_pages, self.table, capacity)
-        slot: Any = np.arange(rows, dtype=np.int32)
-        position: Any = self.lengths.astype(np.int32)
-        token: Any = np.full(rows, -1, np.int32)
-        return jax.device_put(DecodeInputs(slot, token, position, table))
 
 
 def nano_requests(small: bool, vocab_size: int, seed: int) -> list[tuple[list[int], int]]:

@@ -1,8 +1,8 @@
-"""Is the engine right on this device: against a CPU, against float32, and from call to call."""
+"""Is the engine right on this device: its kernels, against a CPU and float32, call to call."""
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -18,27 +18,272 @@ from folojax import (
     PrefillInputs,
     SamplingParams,
     decode,
-    head_params,
     init_state,
     prefill,
-    score_tokens,
 )
+from folojax.attention import attend
+from folojax.attention.attend import KERNELS
+from folojax.attention.interface import AttentionSpec
+from folojax.backend import choose_backend
+from folojax.kv.cache import KVCache, PageFormat
+from folojax.kv.placement import place_tokens
 from folojax.models.dense_attend import dense_attend
+from folojax.models.interface import PLAIN, Scoring
 from folojax.models.llama import Llama
 
-_SIZE = 128  # of a page, and of a prefill row
-_TINY = {"hidden_size": 64, "num_heads": 4, "num_kv_heads": 2, "head_dim": 32, "num_layers": 3}
+_PAGE = 64
 
 
 def check_right(small: bool, report: Report) -> None:
-    """float32 against the CPU, then bfloat16 against float32, and scored against sampled."""
+    """Kernels alone, then engines with a tiny model, then one of the true width."""
+    for case in _small_cases() if small else _cases():
+        _compare_kernels(case, report)
+    _check_engines(small, report)
+    _check_width(small, report)
+
+
+class _Case(NamedTuple):
+    """Rows of tokens behind cached ones."""
+
+    head_dim: int
+    groups: int  # query heads of a kv head
+    columns: int  # tokens of a row
+    before: tuple[int, ...]  # cached tokens of each row
+    length: tuple[int, ...]  # tokens of each row; 0 is padding
+    window: int | None = None
+
+
+def _cases() -> Iterator[_Case]:
+    decode = (0, 1, 62, 63, 64, 700, 2047, 0)
+    one = (1, 1, 1, 1, 1, 1, 1, 0)
+    for head_dim, groups in ((64, 1), (80, 2), (128, 2), (128, 8), (256, 4)):
+        yield _Case(head_dim, groups, 1, decode, one)
+    yield _Case(128, 2, 1, decode, one, window=100)
+    yield _Case(80, 4, 64, (0, 64, 65, 1000, 0), (64, 64, 1, 30, 0))
+    yield _Case(128, 2, 64, (0, 64, 65, 1000, 0), (64, 64, 1, 30, 0), window=100)
+    yield _Case(128, 8, 256, (0, 256, 1000, 0), (256, 200, 1, 0))
+    yield _Case(64, 1, 2048, (0, 320), (2048, 1700))
+
+
+def _small_cases() -> Iterator[_Case]:
+    yield _Case(64, 1, 1, (0, 70, 0), (1, 1, 0))
+    yield _Case(80, 2, 16, (0, 70, 0), (16, 3, 0), window=20)
+
+
+def _compare_kernels(case: _Case, report: Report) -> None:
+    """Kernels in the dtype that the device is for, against `reference` in float32."""
+    backend = choose_backend()
+    dtype = jnp.dtype(backend.default_dtype)
+    storage = jnp.dtype(jnp.float32) if backend.stores_float32 else dtype
+    scoring = PLAIN if case.window is None else Scoring(window=case.window)
+    heads, rows, kv_heads = 2 * case.groups, len(case.before), 2
+    counts = -(-np.add(case.before, case.length) // _PAGE)
+    num_pages = int(counts.sum()) + 1
+    table = np.full((rows, 1 + int(counts.max())), num_pages, np.int32)
+    ids = iter(np.random.default_rng(0).permutation(num_pages).tolist())
+    for row, count in enumerate(counts):
+        table[row, :count] = [next(ids) for _ in range(count)]
+    # Whoever has a whole cached page shares that of the last such row.
+    sharing = [row for row, before in enumerate(case.before) if before >= _PAGE]
+    table[sharing, 0] = table[sharing[-1], 0]
+    first, length = (np.array(x, np.int32) for x in (case.before, case.length))
+    tokens = rows * case.columns
+    keys = jax.random.split(jax.random.key(0), 4)
+    format_ = PageFormat(_PAGE, backend.page_order, ("reference",))
+    shapes = [
+        format_.shape(num_pages, kv_heads, case.head_dim),
+        *((tokens, count, case.head_dim) for count in (heads, kv_heads, kv_heads)),
+    ]
+    arrays = [jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True)]
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(name: str, pages: Any, query: Any, key: Any, value: Any) -> Any:
+        cache = KVCache((pages,), dataclasses.replace(format_, kernels=(name,)))
+        rows = jnp.asarray(table), jnp.asarray(first), jnp.asarray(length)
+        placement, _ = place_tokens(cache, rows[0], rows[1], rows[2], case.columns)
+        return attend(placement, cache, 0, query, key, value, scoring)[1]
+
     with jax.default_matmul_precision("highest"):
-        tiny = make_model("qwen3-0.6b", True, **_TINY)[0]
+        exact = np.asarray(run("reference", *(x.astype(jnp.float32) for x in arrays)))
+    is_real = (np.arange(case.columns)[None, :] < length[:, None]).reshape(-1)
+    names = dict.fromkeys((*backend.kernels, *backend.exact_kernels))
+    for name in [name for name in names if name != "reference"]:
+        about = {"check": f"attention, {name}", **case._asdict(), "dtype": dtype.name}
+        own_format = dataclasses.replace(format_, kernels=(name,))
+        spec = AttentionSpec(dtype, storage, case.head_dim, own_format, scoring)
+        if (reason := KERNELS[name].refusal(spec)) is not None:
+            report.add(**about, refusal=reason)
+            continue
+        found = np.asarray(run(name, arrays[0].astype(storage), *arrays[1:]), np.float32)
+        difference = np.abs(found - exact)[is_real]
+        report.add(
+            **about,
+            mean=float(difference.mean()),
+            max=float(difference.max()),
+            is_finite=bool(np.isfinite(found).all()),
+        )
+
+
+def _check_engines(small: bool, report: Report) -> None:
+    """Engines that cut prompts differently, and whose pages do not suffice.
+
+    In float32 on this device against the CPU, in bfloat16 against float32; all without a cache.
+    """
+    size = {"hidden_size": 256, "num_heads": 4, "num_kv_heads": 2, "head_dim": 128}
+    module = make_model("qwen3-0.6b", True, num_layers=2, **size)[0]
+    longest = 200 if small else 2048
+    pool = longest // _PAGE + 4
+    kinds: list[tuple[str, Any, dict[str, Any]]] = [
+        ("prefixes", jnp.bfloat16, {"prefill_row_len": longest, "num_pages": 8 * pool}),
+        ("preemption", jnp.bfloat16, {"prefill_row_len": 64, "num_pages": pool}),
+        ("swap", jnp.bfloat16, {"prefill_row_len": 256, "num_pages": pool, "num_host_pages": 99}),
+        ("swap", jnp.float32, {"prefill_row_len": 256, "num_pages": pool, "num_host_pages": 99}),
+    ]
+    for name, dtype, options in kinds:
+        model = dataclasses.replace(module, dtype=dtype)
         # Larger weights: else a tiny model's distribution would be flat.
-        _logprobs_against_cpu("tiny", tiny, 0.2, report)
-        _greedy_against_cpu("tiny", tiny, 0.2, report)
-        _logprobs_against_cpu("qwen3-0.6b", make_model("qwen3-0.6b", small)[0], 0.02, report)
-    _against_float32(small, report)
+        params = random_params(model, 0.1)
+        is_wide = dtype == jnp.float32
+        with jax.default_matmul_precision("highest" if is_wide else None):
+            texts, counts = _generate(model, params, longest, options)
+        place = jax.devices("cpu")[0] if is_wide else jax.devices()[0]
+        report.add(
+            check="engine, greedy log-probabilities",
+            against="the CPU" if is_wide else "float32",
+            dtype=jnp.dtype(dtype).name,
+            **options,
+            **counts,
+            **_against_dense(model, params, texts, place),
+        )
+        if name != "prefixes" and not counts["preemptions"]:
+            raise RuntimeError("nobody was preempted: the pool is too large for this check")
+
+
+class _Text(NamedTuple):
+    """What an engine gave for a prompt."""
+
+    prompt: list[int]
+    output: list[int]
+    logprobs: list[float]
+
+
+def _generate(
+    module: Llama, params: Any, longest: int, options: dict[str, Any]
+) -> tuple[list[_Text], dict[str, int]]:
+    """Prompts of all lengths, such that begin like them, and such that outgrow a small pool."""
+    row_len = options["prefill_row_len"]
+    llm = LLM(
+        (module, params),
+        max_model_len=longest + _PAGE,
+        max_num_seqs=8,
+        page_size=_PAGE,
+        max_num_batched_tokens=max(row_len, longest // 2),
+        min_swap_tokens=1,
+        warm_up=False,
+        **options,
+    )
+    rng = np.random.default_rng(0)
+    vocab = module.config.vocab_size
+    common = rng.integers(3, vocab, longest).tolist()
+    lengths = (1, 2, 63, 64, 65, 150, 300, 1000, longest)
+    prompts = [common[-n:] for n in lengths if n <= longest]
+    longer = [[*common[:n], 5, 6, 7] for n in (64, 130, longest // 2)]
+    grow = longest // 8 + 10
+    growing = [rng.integers(3, vocab, 60).tolist() for _ in range(8)]
+    rounds = [(prompts, 8), ([common], 1), (longer, 8), (growing, grow)]
+    texts = [text for batch, count in rounds for text in _texts(llm, batch, count, 0)]
+    metrics = llm.metrics()
+    counts = {
+        "prefix_hits": metrics.num_prefix_hit_tokens,
+        "preemptions": metrics.num_preemptions,
+        "swapped_pages": metrics.num_swapped_pages,
+    }
+    return texts, counts
+
+
+def _texts(llm: LLM, prompts: list[list[int]], count: int, temperature: float) -> list[_Text]:
+    seed: dict[str, Any] = {} if temperature == 0 else {"seed": 1}
+    sampling = SamplingParams(
+        temperature=temperature, max_tokens=count, logprobs=0, ignore_eos=True, **seed
+    )
+    texts = []
+    for prompt, output in zip(
+        prompts, llm.generate(prompts, sampling, use_tqdm=False), strict=True
+    ):
+        completion = output.outputs[0]
+        assert completion.logprobs is not None
+        picks = zip(completion.token_ids, completion.logprobs, strict=True)
+        found = [options[token].logprob for token, options in picks]
+        texts.append(_Text(prompt, list(completion.token_ids), found))
+    return texts
+
+
+def _against_dense(module: Llama, params: Any, texts: list[_Text], place: Any) -> dict[str, Any]:
+    """How far log-probabilities are from those in float32 without a cache, on a device."""
+    wide = dataclasses.replace(module, dtype=jnp.float32)
+    params = jax.device_put(jax.tree.map(lambda x: x.astype(jnp.float32), params), place)
+    most = max(len(text.prompt) + len(text.output) for text in texts)
+    differences, gaps, likely = [], [], []
+    for text in texts:
+        padded = np.zeros(most, np.int32)
+        padded[: len(text.prompt) + len(text.output)] = text.prompt + text.output
+        tokens = jax.device_put(padded, place)
+        with jax.default_matmul_precision("highest"):
+            chosen, top = (np.asarray(x) for x in _dense_scores(params, tokens, wide))
+        part = slice(len(text.prompt) - 1, len(text.prompt) + len(text.output) - 1)
+        differences.append(np.array(text.logprobs) - chosen[part])
+        gaps.append(top[part] - chosen[part])
+        likely.append(chosen[part])
+    difference = np.concatenate(differences)
+    size = np.abs(difference)
+    return {
+        "count": size.size,
+        "mean": float(size.mean()),
+        "quantile_999": float(np.quantile(size, 0.999)),
+        "max": float(size.max()),
+        "bias": float(difference.mean()),
+        "mean_logprob": float(np.concatenate(likely).mean()),
+        "not_likeliest": int((np.concatenate(gaps) > 0).sum()),
+        "most_gap": float(np.concatenate(gaps).max()),
+    }
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _dense_scores(params: Any, tokens: Array, module: Llama) -> tuple[Array, Array]:
+    """Log-probabilities of the tokens that follow, and of the likeliest."""
+    position = jnp.arange(tokens.shape[0])
+    variables = {"params": params}
+    hidden: Any = module.apply(variables, tokens, position, None, dense_attend)
+    logits: Any = module.apply(variables, hidden[0], method="logits")
+    logprobs = jax.nn.log_softmax(logits)
+    chosen = jnp.take_along_axis(logprobs, jnp.roll(tokens, -1)[:, None], axis=1)
+    return chosen[:, 0], logprobs.max(axis=1)
+
+
+def _check_width(small: bool, report: Report) -> None:
+    """Log-probabilities of what an engine samples in bfloat16, with layers of the true width."""
+    module, params = make_model("qwen3-0.6b", small, num_layers=2 if small else 8)
+    # Larger logits: a random model's distribution is nearly flat, a trained one's is not.
+    params["final_norm"] = params["final_norm"] * 5
+    rng = np.random.default_rng(0)
+    count, most = (4, 30) if small else (64, 128)
+    lengths = rng.integers(8, most, count)
+    prompts = [rng.integers(3, module.config.vocab_size, n).tolist() for n in lengths]
+    llm = LLM(
+        (module, params),
+        max_model_len=2 * most,
+        max_num_seqs=count,
+        num_pages=count * (2 * most // _PAGE + 1),
+        warm_up=False,
+    )
+    texts = _texts(llm, prompts, most, 1.0)
+    report.add(
+        check="engine, log-probabilities of samples",
+        against="float32",
+        dtype="bfloat16",
+        layers=module.config.num_layers,
+        **_against_dense(module, params, texts, jax.devices()[0]),
+    )
 
 
 def check_bits(small: bool, report: Report) -> None:
@@ -49,164 +294,6 @@ def check_bits(small: bool, report: Report) -> None:
     _replay_bits(small, module, params, report)
 
 
-def _on_both(module: Llama, scale: float) -> tuple[Llama, dict[str, Any]]:
-    """The module in float32, and the same random parameters on this device and on the CPU."""
-    module = dataclasses.replace(module, dtype=jnp.float32)
-    params = random_params(module, scale)
-    return module, {"here": params, "cpu": jax.device_put(params, jax.devices("cpu")[0])}
-
-
-def _logprobs_against_cpu(name: str, module: Llama, scale: float, report: Report) -> None:
-    module, copies = _on_both(module, scale)
-    tokens = np.random.default_rng(0).integers(3, module.config.vocab_size, (4, 32))
-    traces = []
-    for place, params in copies.items():
-        with jax.default_device(jax.devices("cpu")[0] if place == "cpu" else None):
-            traces.append(_trace(module, params, tokens.astype(np.int32)))
-    for part, here, there in zip(("prefill", "decode"), *traces, strict=True):
-        report.add(
-            check="float32 log-probabilities against the CPU",
-            model=name,
-            part=part,
-            count=here.size,
-            max_difference=float(np.abs(here - there).max()),
-            likeliest=float(there.max()),
-        )
-
-
-def _greedy_against_cpu(name: str, module: Llama, scale: float, report: Report) -> None:
-    module, copies = _on_both(module, scale)
-    cpu = jax.devices("cpu")[0]
-    rng = np.random.default_rng(0)
-    lengths = (5, 20, 33, 64, 80, 100, 130, 200)
-    prompts = [rng.integers(3, module.config.vocab_size, n).tolist() for n in lengths]
-    greedy = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True)
-    texts = []
-    for place, params in copies.items():
-        with jax.default_device(cpu if place == "cpu" else None):
-            llm = LLM((module, params), max_model_len=256, max_num_seqs=8, num_pages=16)
-            outputs = llm.generate(prompts, greedy, use_tqdm=False)
-            texts.append([output.outputs[0].token_ids for output in outputs])
-    gaps = []
-    for prompt, here, there in zip(prompts, *texts, strict=True):
-        split = [i for i, (a, b) in enumerate(zip(here, there, strict=True)) if a != b]
-        if split:
-            with jax.default_device(cpu):
-                known = [*prompt, *here[: split[0]]]
-                best = np.sort(_dense_logprobs(module, copies["cpu"], known)[-1])[-2:]
-            gaps.append(float(best[1] - best[0]))
-    report.add(
-        check="greedy tokens against the CPU",
-        model=name,
-        texts=len(prompts),
-        equal=len(prompts) - len(gaps),
-        gaps_where_they_part=gaps,
-    )
-
-
-def _against_float32(small: bool, report: Report) -> None:
-    """Log-probabilities of tokens that the engine sampled in bfloat16."""
-    module, params = make_model("qwen3-0.6b", small)
-    # Larger logits: a random model's distribution is nearly flat, a trained one's is not.
-    params["final_norm"] = params["final_norm"] * 5
-    vocab = module.config.vocab_size
-    rng = np.random.default_rng(0)
-    count, most = (4, 30) if small else (64, 192)
-    prompts = [rng.integers(3, vocab, n).tolist() for n in rng.integers(8, most, count)]
-    sampling = [
-        SamplingParams(temperature=1, seed=i, max_tokens=most, logprobs=0, ignore_eos=True)
-        for i in range(count)
-    ]
-    llm = LLM((module, params), max_model_len=512, max_num_seqs=count, num_pages=4 * count)
-    outputs = llm.generate(prompts, sampling, use_tqdm=False)
-    wide_module = dataclasses.replace(module, dtype=jnp.float32)
-    wide = jax.tree.map(lambda x: x.astype(jnp.float32), params)
-    sampled: list[Any] = []
-    scored: list[Any] = []
-    exact: list[Any] = []
-    for prompt, output in zip(prompts, outputs, strict=True):
-        completion = output.outputs[0]
-        assert completion.logprobs is not None
-        picks = zip(completion.token_ids, completion.logprobs, strict=True)
-        sampled.append([options[token].logprob for token, options in picks])
-        tokens = [*prompt, *completion.token_ids]
-        part = slice(len(prompt) - 1, len(tokens) - 1)
-        scored.append(_score(module, params, tokens)[part])
-        with jax.default_matmul_precision("highest"):
-            exact.append(_score(wide_module, wide, tokens)[part])
-    pairs = {
-        "sampled in bfloat16 against float32": (sampled, exact),
-        "scored in bfloat16 against float32": (scored, exact),
-        "scored against sampled, both bfloat16": (scored, sampled),
-    }
-    for name, (left, right) in pairs.items():
-        log_ratio = np.concatenate(left) - np.concatenate(right)
-        difference = np.abs(log_ratio)
-        report.add(
-            check=f"log-probabilities, {name}",
-            count=difference.size,
-            mean=float(difference.mean()),
-            quantile_99=float(np.quantile(difference, 0.99)),
-            max=float(difference.max()),
-            bias=float(log_ratio.mean()),
-            equal=int((difference == 0).sum()),
-            mean_logprob=float(np.concatenate(exact).mean()),
-        )
-
-
-def _trace(module: Llama, params: Any, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Log-probabilities after a prefilled prompt's tokens, and after each decoded one."""
-    rows, length = tokens.shape
-    half = length // 2
-    layout = KVLayout.of(module.config, module.dtype, (rows,), _SIZE)
-    cache = init_state(layout, rows).cache
-    table: Any = np.arange(rows, dtype=np.int32)[:, None]
-    cache, _, hidden = prefill(
-        params, cache, _prefill_inputs(tokens[:, :half], table), model=module
-    )
-    first = _logprobs(module, params, hidden.reshape(rows * half, -1))
-    steps = []
-    for position in range(half, length):
-        inputs = _decode_inputs(tokens[:, position], np.full(rows, position), table)
-        cache, hidden = decode(params, cache, jnp.zeros(rows, jnp.int32), inputs, model=module)
-        steps.append(_logprobs(module, params, hidden))
-    return first, np.stack(steps)
-
-
-def _score(module: Llama, params: Any, tokens: Sequence[int]) -> np.ndarray:
-    """The log-probability of every token but the first, by one prefill call."""
-    padded = np.zeros((1, 3 * _SIZE), np.int32)
-    padded[0, : len(tokens)] = tokens
-    layout = KVLayout.of(module.config, module.dtype, (3,), _SIZE)
-    table: Any = np.arange(3, dtype=np.int32)[None, :]
-    inputs = _prefill_inputs(padded, table)
-    _, _, hidden = prefill(params, init_state(layout, 1).cache, inputs, model=module)
-    targets: Any = np.roll(padded, -1, axis=1)
-    scores = score_tokens(head_params(params), hidden, targets, model=module, num_logprobs=0)
-    return np.asarray(scores.logprobs)[0]
-
-
-def _dense_logprobs(module: Llama, params: Any, tokens: Sequence[int]) -> np.ndarray:
-    """Log-probabilities after every token, without a cache."""
-
-    def run(params: Any, ids: Array) -> Any:
-        position = jnp.arange(ids.shape[0])
-        result: Any = module.apply({"params": params}, ids, position, None, dense_attend)
-        return result[0]
-
-    return _logprobs(module, params, run(params, jnp.array(tokens, jnp.int32)))
-
-
-def _logprobs(module: Llama, params: Any, hidden: Array) -> np.ndarray:
-    return np.asarray(_jitted_logprobs(params, hidden, module))
-
-
-@functools.partial(jax.jit, static_argnums=2)
-def _jitted_logprobs(params: Any, hidden: Array, module: Llama) -> Array:
-    logits: Any = module.apply({"params": params}, hidden, method="logits")
-    return jax.nn.log_softmax(logits)
-
-
 class _Rows(NamedTuple):
     """Rows of a decode step over one cache."""
 
@@ -215,19 +302,22 @@ class _Rows(NamedTuple):
     table: np.ndarray
 
 
+def _layout(module: Llama, num_pages: int) -> KVLayout:
+    return choose_backend().kv_layout(module.config, module.dtype, num_pages, _PAGE)
+
+
 def _decode_bits(small: bool, module: Llama, params: Any, report: Report) -> None:
     rng = np.random.default_rng(0)
-    count, segments = (16, (32, 32, 64)) if small else (256, (512, 512, 1024))
-    longest, total = 6 * _SIZE if small else 8 * _SIZE, sum(segments)
+    count, longest = (16, 6 * _PAGE) if small else (256, 16 * _PAGE)
+    total = count * longest // _PAGE
     position = rng.integers(longest // 8, longest, count)
-    pages = position // _SIZE + 1
-    table = np.full((count, longest // _SIZE), total, np.int32)
+    pages = position // _PAGE + 1
+    table = np.full((count, longest // _PAGE), total, np.int32)
     ids = rng.permutation(total)
     for row, (first, number) in enumerate(zip(np.cumsum(pages) - pages, pages, strict=True)):
         table[row, :number] = ids[first : first + number]
     rows = _Rows(rng.integers(3, module.config.vocab_size, count), position, table)
-    layout = KVLayout.of(module.config, jnp.bfloat16, segments, _SIZE)
-    shapes = init_state(layout, 1).cache
+    shapes = init_state(_layout(module, total), 1).cache
     key = iter(jax.random.split(jax.random.key(0), len(jax.tree.leaves(shapes))))
 
     def noise(like: Array) -> Array:
@@ -254,18 +344,11 @@ def _decode_bits(small: bool, module: Llama, params: Any, report: Report) -> Non
     compare("other tokens in the other rows", run(rows._replace(token=others))[:1], base[:1])
     wider = np.concatenate([table, np.full_like(table, total)], axis=1)
     compare("tables of twice the pages", run(rows._replace(table=wider)), base)
-    joined = type(cache)(
-        *(
-            (tuple(jnp.concatenate(layer) for layer in zip(*arrays, strict=True)),)
-            for arrays in cache
-        )
-    )
-    compare("one segment instead of three", run(rows, joined), base)
     move = rng.permutation(total)
-    moved = jax.tree.map(lambda x: x[np.argsort(move)], joined)
+    moved = jax.tree.map(lambda x: x[np.argsort(move)], cache)
     elsewhere = np.where(table < total, np.append(move, 0)[np.minimum(table, total - 1)], total)
-    compare("pages in other places", run(rows._replace(table=elsewhere), moved), run(rows, joined))
-    del joined, moved
+    compare("pages in other places", run(rows._replace(table=elsewhere), moved), base)
+    del moved
     for fewer in (1, 4, 8) if small else (1, 4, 8, 16, 64):
         compare(f"{fewer} rows of {count}", run(_Rows(*(x[:fewer] for x in rows))), base[:fewer])
     hidden = jnp.asarray(base)
@@ -278,14 +361,14 @@ def _decode_bits(small: bool, module: Llama, params: Any, report: Report) -> Non
 def _prefill_bits(small: bool, module: Llama, params: Any, report: Report) -> None:
     rng = np.random.default_rng(1)
     most = 8 if small else 32
-    tokens = rng.integers(3, module.config.vocab_size, (most, _SIZE)).astype(np.int32)
-    layout = KVLayout.of(module.config, jnp.bfloat16, (most,), _SIZE)
+    tokens = rng.integers(3, module.config.vocab_size, (most, _PAGE)).astype(np.int32)
 
     def run(rows: int, pages: int) -> np.ndarray:
         table = np.full((rows, pages), most, np.int32)
         table[:, 0] = np.arange(rows)
         inputs = _prefill_inputs(tokens[:rows], table)
-        return np.asarray(prefill(params, init_state(layout, 1).cache, inputs, model=module)[2])
+        cache = init_state(_layout(module, most), 1).cache
+        return np.asarray(prefill(params, cache, inputs, model=module)[2])
 
     base = run(most, 4)
     for rows in (1, 4) if small else (1, 4, 16):
@@ -296,9 +379,9 @@ def _prefill_bits(small: bool, module: Llama, params: Any, report: Report) -> No
 def _replay_bits(small: bool, module: Llama, params: Any, report: Report) -> None:
     """The same tokens decoded one by one and prefilled at once."""
     rng = np.random.default_rng(2)
-    rows, length = (4, 24) if small else (16, _SIZE)
+    rows, length = (4, 24) if small else (16, _PAGE)
     tokens = rng.integers(3, module.config.vocab_size, (rows, length)).astype(np.int32)
-    layout = KVLayout.of(module.config, jnp.bfloat16, (rows,), _SIZE)
+    layout = _layout(module, rows)
     table: Any = np.arange(rows, dtype=np.int32)[:, None]
     _, _, whole = prefill(
         params, init_state(layout, 1).cache, _prefill_inputs(tokens, table), model=module
@@ -325,6 +408,16 @@ def _compare(part: str, change: str, out: Any, expected: Any, report: Report) ->
         equal=int(is_equal.sum()),
         max_difference=float(difference.max()),
     )
+
+
+def _logprobs(module: Llama, params: Any, hidden: Array) -> np.ndarray:
+    return np.asarray(_jitted_logprobs(params, hidden, module))
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _jitted_logprobs(params: Any, hidden: Array, module: Llama) -> Array:
+    logits: Any = module.apply({"params": params}, hidden, method="logits")
+    return jax.nn.log_softmax(logits)
 
 
 def _prefill_inputs(tokens: np.ndarray, table: np.ndarray) -> PrefillInputs:

@@ -125,13 +125,16 @@ class Steps:
             compiled = lowered.compile(compiler_options=options)
             (sequence,) = Path(dump).glob("*.thunk_sequence_after_thunk_passes.txt")
             thunks = read_thunks(sequence.read_text())
+        text, memory = compiled.as_text(), compiled.memory_analysis()
+        assert text is not None, "a program has a text"
+        assert memory is not None, "the compiler tells what memory a program takes"
         weights = dict(self._params)
         if not self._is_tied:
             del weights["embed"]
         return Compiled(
-            program=Program(compiled.as_text()),
+            program=Program(text),
             thunks=thunks,
-            temporary_bytes=compiled.memory_analysis().temp_size_in_bytes,
+            temporary_bytes=memory.temp_size_in_bytes,
             cache_bytes=self._layout.num_pages * self._layout.bytes_per_page,
             weight_bytes=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weights)),
         )
