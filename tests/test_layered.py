@@ -1,33 +1,37 @@
 """A step layer by layer is the same step."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from folojax.kv_cache import KVCache, KVLayout
 from hypothesis import given
 from hypothesis import strategies as st
 
-from folojax import kv_cache
+from folojax import LLM, SamplingParams, build, kv
+from folojax.backend.backend import CPU, GPU
 from folojax.batch import ints
+from folojax.kv import KVCache
+from folojax.kv.cache import join_layers
 from folojax.layered import LayeredSteps, WholeSteps, make_steps, split_layers
 from folojax.models.llama import Llama, init_params
 from folojax.models.row_sums import REORDERED
+from folojax.programs import IN_GRAPH
 from folojax.state import DecodeInputs, PrefillInputs
+from tests.conftest import check_is_empty
+from tests.mixed_requests import check_same, make_llm, make_prompts, run
 
-SEGMENTS, PAGE_SIZE = (4, 4), 8
-NUM_PAGES = sum(SEGMENTS)
+NUM_PAGES, PAGE_SIZE = 8, 8
 
 
 def random_cache(module: Any) -> KVCache:
-    layout = KVLayout.of(module.config, module.dtype, SEGMENTS, PAGE_SIZE)
+    layout = CPU.kv_layout(module.config, module.dtype, NUM_PAGES, PAGE_SIZE)
     rng = np.random.default_rng(0)
     return jax.tree.map(
-        lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype),
-        kv_cache.init_cache(layout),
+        lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype), kv.init_cache(layout)
     )
 
 
@@ -116,27 +120,100 @@ def test_layers_that_repeat_are_few_programs(pattern: str, times: int, wanted: i
 
 def test_a_cache_in_layers(tiny_model: tuple) -> None:
     cache = random_cache(tiny_model[0])
-    layers = [kv_cache.layer_of(cache, i) for i in range(tiny_model[0].config.num_layers)]
-    close(kv_cache.with_layers(layers), cache)
+    layers = [cache.layer(i) for i in range(tiny_model[0].config.num_layers)]
+    close(join_layers(layers), cache)
 
 
 class Opaque:
     """A model that cannot be cut."""
 
 
-@pytest.mark.parametrize("backend", ["cpu", "gpu"])
-def test_who_is_run_in_layers(tiny_model: tuple, backend: str) -> None:
-    kind = LayeredSteps if backend == "cpu" else WholeSteps
-    assert isinstance(make_steps(tiny_model[0], backend), kind)
+@pytest.mark.parametrize("backend", [CPU, GPU], ids=["cpu", "gpu"])
+def test_who_is_run_in_layers(tiny_model: tuple, backend: Any) -> None:
+    kind = LayeredSteps if backend is CPU else WholeSteps
+    assert isinstance(make_steps(tiny_model[0], backend.is_layered), kind)
     opaque: Any = Opaque()
-    assert isinstance(make_steps(opaque, backend), WholeSteps)
+    assert isinstance(make_steps(opaque, backend.is_layered), WholeSteps)
     assert dataclasses.is_dataclass(tiny_model[0].alone(0))
 
 
 @pytest.mark.parametrize("kind", [WholeSteps, LayeredSteps])
 def test_sums_may_be_reordered(tiny_model: tuple, kind: Any) -> None:
-    """In the programs that attend."""
+    """In the programs that attend; loops of whole ones stay in a GPU's graph."""
     module, params = tiny_model
     calls = kind(module).decode_calls(params, random_cache(module), ints(8), decode_inputs())
     options = [call.program.options["compiler_options"] for call in calls]
-    assert options == ([REORDERED] if kind is WholeSteps else [None, REORDERED, None])
+    whole = [REORDERED | IN_GRAPH]
+    assert options == (whole if kind is WholeSteps else [None, REORDERED, None])
+
+
+# A platform that runs a step as one program, as far as this machine can be one.
+WHOLE = dataclasses.replace(
+    GPU, memory_fraction=None, default_dtype="float32", kernels=("reference",), warms_up=False
+)
+
+
+@pytest.fixture
+def as_whole(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Engines that are made from then on run whole steps."""
+
+    def choose() -> None:
+        monkeypatch.setattr(build, "choose_backend", lambda: WHOLE)
+
+    return choose
+
+
+def test_an_engine_of_whole_steps_gives_the_same(
+    tiny_model: tuple, as_whole: Callable[[], None]
+) -> None:
+    """Requests of every kind, and scores of given tokens."""
+    layered = make_llm(tiny_model)
+    as_whole()
+    whole = make_llm(tiny_model)
+    assert isinstance(layered.engine.runner.steps, LayeredSteps)
+    assert isinstance(whole.engine.runner.steps, WholeSteps)
+    check_same(run(whole), run(layered))
+    prompts = make_prompts()[1:6:2]
+    top_p = SamplingParams(seed=5, top_p=0.7, max_tokens=12, ignore_eos=True)
+    score = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1)
+    for params in (top_p, score):
+        found, expected = (
+            llm.generate(prompts, params, use_tqdm=False) for llm in (whole, layered)
+        )
+        check_same(found, expected)
+    heads, tails = [one[:5] for one in prompts], [one[5:12] for one in prompts]
+    scores, expected_scores = (
+        [x for one in llm.score(heads, tails, use_tqdm=False) for x in one.logprobs]
+        for llm in (whole, layered)
+    )
+    assert scores == pytest.approx(expected_scores, abs=1e-3)
+    for llm in (whole, layered):
+        check_is_empty(llm)
+
+
+def test_a_decode_step_of_an_engine_of_whole_steps_is_one_call(
+    tiny_model: tuple, as_whole: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Model and sampler, whatever the sampling."""
+    as_whole()
+    llm: LLM = make_llm(tiny_model, async_scheduling=False)
+    kinds: list[str] = []
+    run_one = WholeSteps._run
+
+    def count(self: WholeSteps, key: Any, call: Any) -> Any:
+        kinds.append(key[0])
+        return run_one(self, key, call)
+
+    monkeypatch.setattr(WholeSteps, "_run", count)
+    fields: list[dict[str, Any]] = [
+        {"temperature": 0},
+        {"seed": 3, "top_p": 0.9, "logprobs": 2},
+        {"temperature": 0, "repetition_penalty": 1.3},
+    ]
+    for one in fields:
+        kinds.clear()
+        params = SamplingParams(**one, max_tokens=6, ignore_eos=True)
+        (output,) = llm.generate([3, 4, 5], params, use_tqdm=False)
+        assert len(output.outputs[0].token_ids) == 6
+        assert kinds == ["prefill", *["sampled"] * 5]
+    check_is_empty(llm)
