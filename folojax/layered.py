@@ -84,11 +84,19 @@ class Steps(Protocol):
         ...
 
 
-def make_steps(model: nn.Module, is_layered: bool) -> "WholeSteps | LayeredSteps":
-    """Some layers at a time where that is wanted and the model can be run so."""
+def make_steps(
+    model: nn.Module, is_layered: bool, most_tokens: int | None = None
+) -> "WholeSteps | LayeredSteps":
+    """Some layers at a time where that is wanted and the model can be run so.
+
+    Args:
+        model: Of `folojax.models`.
+        is_layered: Whether that is wanted.
+        most_tokens: Of prompts in a step; see `WholeSteps`.
+    """
     if is_layered and isinstance(model, Layered):
         return LayeredSteps(model)
-    return WholeSteps(model)
+    return WholeSteps(model, most_tokens)
 
 
 class _Ready(NamedTuple):
@@ -108,8 +116,15 @@ class _Ready(NamedTuple):
 class WholeSteps:
     """A step is one program; on request one that samples, too."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
+    def __init__(self, model: nn.Module, most_tokens: int | None = None) -> None:
+        """Compiles nothing.
+
+        Args:
+            model: Of `folojax.models`.
+            most_tokens: Of prompts in a step: a call with rows for more computes no more than
+                these. None: all that its rows have room for.
+        """
+        self._model, self._most_tokens = model, most_tokens
         # By what tells calls apart, cheaply: on a GPU the host has less than a millisecond a step.
         self._kinds: dict[Hashable, _Ready] = {}
         self._compiled: dict[Hashable, jax.stages.Compiled] = {}
@@ -183,7 +198,8 @@ class WholeSteps:
         self, params: Any, cache: KVCache, inputs: Any, edits: Any, is_edited: Any, taps: Any
     ) -> tuple[Hashable, Call]:
         key = "prefill", inputs.tokens.shape, edits, taps
-        static = {"edits": edits, "taps": taps}
+        # What is read of the stream is picked by its row.
+        static = {"edits": edits, "taps": taps, "num_tokens": None if taps else self._most_tokens}
         ready = self._kind(key, _PREFILL, inputs, len(inputs.start), static)
         args = params, cache, *ready.packing.pack(inputs), is_edited
         return key, Call(ready.program, args)
@@ -259,12 +275,14 @@ def _prefill_packed(
     packing: Packing,
     edits: tuple[ActivationEdit, ...],
     taps: tuple[int, ...],
+    num_tokens: int | None,
 ) -> tuple[KVCache, Any, Any, Streams]:
     """`step.prefill` with its inputs as one array, and taps. DONATES `cache`."""
     inputs = packing.unpack(packed, rest)
+    options = {"model": model, "edits": edits, "num_tokens": num_tokens}
     with read_layers(taps) as found:
         prefill = inspect.unwrap(step.prefill)
-        cache, last, hidden = prefill(params, cache, inputs, is_edited, model=model, edits=edits)
+        cache, last, hidden = prefill(params, cache, inputs, is_edited, **options)
     return cache, last, hidden, found
 
 

@@ -129,7 +129,7 @@ class Runner(SamplerCalls):
         self._max_decode_steps = max_decode_steps
         self.copies = PageCopies(backend.arrays_per_copy)
         self.host = HostStore(layout, self.copies)
-        self.steps = make_steps(model, backend.is_layered)
+        self.steps = make_steps(model, backend.is_layered, shapes.prefill_tokens)
         self._sample_programs = {}
         self.gate = Gate(list(self.list_executables(tuple(SamplingClass), True)), is_strict)
         num_slots = slots_for(max_num_seqs)
@@ -274,7 +274,8 @@ class Runner(SamplerCalls):
             self.params, self.state.cache, inputs, edits, is_on, taps
         )
         self.state = self.state._replace(cache=cache)
-        self.stats.count_prefill(int(inputs.length.sum()), inputs.tokens.size)
+        num_computed = min(inputs.tokens.size, self.shapes.prefill_tokens or inputs.tokens.size)
+        self.stats.count_prefill(int(inputs.length.sum()), num_computed)
         rows = [chunk.row if chunk.has_sample else None for chunk in chunks]
         out = None
         if any(rows):

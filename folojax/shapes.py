@@ -46,6 +46,8 @@ class Shapes:
             are one program: fewer, as each kind of sampling is a program then.
         prefill_rows: R; rows beyond the largest go into further calls.
         prefill_columns: C.
+        prefill_tokens: Most tokens of prompts in a step, where a call computes no more than that
+            though its rows have room for them; None: a call computes all, padding included.
         table_pages: N, pages of max_model_len.
         is_coarse: Fewer kinds of sampling, as each of them is a program with the model in it: a
             draw from everything runs as one that cuts nothing, and whoever wants log-probabilities
@@ -58,6 +60,7 @@ class Shapes:
     prefill_columns: int
     table_pages: int
     is_coarse: bool = False
+    prefill_tokens: int | None = None
 
     def prefill_shape(self, num_rows: int) -> PrefillShape:
         """The smallest shape for so many rows."""

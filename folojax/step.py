@@ -46,7 +46,9 @@ from folojax.state import (
 )
 
 
-@functools.partial(jax.jit, static_argnames=("model", "edits"), donate_argnames="cache")
+@functools.partial(
+    jax.jit, static_argnames=("model", "edits", "num_tokens"), donate_argnames="cache"
+)
 def prefill(
     params: Any,
     cache: KVCache,
@@ -55,6 +57,7 @@ def prefill(
     *,
     model: nn.Module,
     edits: tuple[ActivationEdit, ...] = (),
+    num_tokens: int | None = None,
 ) -> tuple[KVCache, Float[Array, "R E"], Float[Array, "R C E"]]:
     """Caches chunks of prompts.
 
@@ -68,19 +71,23 @@ def prefill(
         is_edited: Which rows the edits are on for; None without edits.
         model: A module of `folojax.models`.
         edits: Z edits of the residual stream.
+        num_tokens: Most tokens that are no padding: only so many go through the model's products.
+            None: padding does, too.
 
     Returns:
         The new cache, the hidden state of each row's last valid token, and those of all tokens.
     """
-    placement, tokens, positions = place_prefill(cache, inputs)
-    columns = inputs.tokens.shape[1]
-    is_on = None if is_edited is None else jnp.repeat(is_edited, columns, axis=0)
+    placement, tokens, positions = place_prefill(cache, inputs, num_tokens)
+    is_on = None
+    if is_edited is not None:
+        of_rows = jnp.repeat(is_edited, inputs.tokens.shape[1], axis=0)
+        is_on = of_rows if placement.source is None else of_rows[placement.source]
     with intercept(edits, is_on):
         result: Any = model.apply(
             {"params": params}, tokens, positions, cache, functools.partial(attend, placement)
         )
     hidden, cache = result
-    return cache, *last_and_all(hidden, inputs)
+    return cache, *last_and_all(hidden, inputs, placement)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "edits"), donate_argnames="cache")
@@ -310,25 +317,26 @@ def head_params(params: Any) -> Any:
 
 
 def place_prefill(
-    cache: KVCache, inputs: PrefillInputs
+    cache: KVCache, inputs: PrefillInputs, num_tokens: int | None = None
 ) -> tuple[Placement, Int[Array, " T"], Int[Array, " T"]]:
     """What the layers of a prefill need: where tokens lie, the tokens, their positions."""
     rows, columns = inputs.tokens.shape
     chex.assert_shape([inputs.start, inputs.length], (rows,))
     chex.assert_shape(inputs.page_table, (rows, None))
     placement, position = place_tokens(
-        cache, inputs.page_table, inputs.start, inputs.length, columns
+        cache, inputs.page_table, inputs.start, inputs.length, columns, num_tokens
     )
-    return placement, inputs.tokens.reshape(-1), position
+    return placement, placement.by_token(inputs.tokens), position
 
 
 def last_and_all(
-    hidden: Float[Array, "T E"], inputs: PrefillInputs
+    hidden: Float[Array, "T E"], inputs: PrefillInputs, placement: Placement | None = None
 ) -> tuple[Float[Array, "R E"], Float[Array, "R C E"]]:
     """The hidden state of each row's last valid token, and those of all tokens by row."""
     rows, columns = inputs.tokens.shape
-    last = jnp.arange(rows) * columns + jnp.maximum(inputs.length - 1, 0)
-    return hidden[last], hidden.reshape(rows, columns, -1)
+    every = hidden.reshape(rows, columns, -1) if placement is None else placement.by_row(hidden)
+    last = jnp.maximum(inputs.length - 1, 0)
+    return jnp.take_along_axis(every, last[:, None, None], axis=1)[:, 0], every
 
 
 def place_decode(

@@ -100,7 +100,7 @@ def estimate(module: nn.Module, layout: KVLayout, shapes: Shapes, max_logprobs: 
     # The MLP of all tokens of a call; and attention, which in plain XLA has a few pages and the
     # scores of them for each row.
     rows, columns = shapes.prefill_rows[-1], shapes.prefill_columns
-    tokens = rows * columns
+    tokens = min(rows * columns, shapes.prefill_tokens or rows * columns)
     seen = max(layout.page_size, 128)
     attention = max(rows, shapes.decode_rows[-1]) * (2 * page + 8 * columns * heads * seen)
     model = attention + 4 * max(tokens, shapes.decode_rows[-1]) * inner
@@ -137,7 +137,7 @@ def _lower(
     edits = _on_device(jax.eval_shape(functools.partial(init_edits, num_slots, vocab_size)))
     batch = Batch(num_slots, shapes.table_pages, layout.num_pages, vocab_size)
 
-    steps = make_steps(module, backend.is_layered)
+    steps = make_steps(module, backend.is_layered, shapes.prefill_tokens)
     shape = PrefillShape(shapes.prefill_rows[-1], shapes.prefill_columns)
     inputs = batch.prefill_inputs(shape, [])
     yield from (one.lower() for one in steps.prefill_calls(params, state.cache, inputs))

@@ -145,6 +145,15 @@ _GPT2 = {
 }
 
 
+def config_of(case: str, transformers: Any, changes: Mapping[str, Any] | None = None) -> Any:
+    """The dict of a case's config.json."""
+    name, overrides = FAMILIES[case]
+    config_name, model_name = _CLASSES.get(name, (f"{name}Config", f"{name}ForCausalLM"))
+    fields = (_GPT2 if name == "GPT2" else _TINY) | overrides | dict(changes or {})
+    config = getattr(transformers, config_name)(**fields)
+    return config.to_dict() | {"architectures": [model_name]}
+
+
 def save_family(
     case: str, directory: Path, changes: Mapping[str, Any] | None = None, **options: Any
 ) -> Any:

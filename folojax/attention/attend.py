@@ -35,15 +35,10 @@ def attend(
     """
     cache = write(cache, layer, placement.page, placement.offset, key, value)
     spec = AttentionSpec(query.dtype, cache.dtype, query.shape[-1], cache.format, scoring)
-    rows = placement.first.shape[0]
-
-    def by_row(x: Array) -> Array:
-        return x.reshape(rows, -1, *x.shape[1:])
-
     _, kernel = choose_kernel(spec)
-    pages = cache.layers[layer]
-    out = kernel.attend(by_row(query), by_row(key), by_row(value), pages, placement, spec)
-    return cache, out.reshape(query.shape)
+    by_row = (placement.by_row(one) for one in (query, key, value))
+    out = kernel.attend(*by_row, cache.layers[layer], placement, spec)
+    return cache, placement.by_token(out)
 
 
 def kernels_of(

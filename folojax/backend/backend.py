@@ -96,12 +96,12 @@ class Backend:
             # An executable takes 10 s to compile, and up to 64 rows a step takes as long as its
             # kernels take to start; rows of padding read no pages.
             most_power = powers(max(most, 64), 2, 64)
-            sizes = (1, 8, 32, *with_parts(most_power, first_halved=64, first_quartered=most))
+            sizes = (1, 8, 32, *with_parts(most_power, first_halved=64, first_quartered=128))
             decode_rows = up_to(sizes, most)
             sampled_rows = up_to((8, 32, *most_power), most)
-            # A quarter more than the budget has: the last row of a prompt is rarely full, and
+            # Half as many again as the budget fills: the last row of a prompt is rarely full, and
             # what does not fit is a second pass over the weights.
-            prefill_rows = up_to((1, 8), most_rows + most_rows // 4)
+            prefill_rows = up_to((1, 8), most_rows + most_rows // 2)
         return Shapes(
             decode_rows=decode_rows,
             sampled_rows=sampled_rows,
@@ -109,6 +109,7 @@ class Backend:
             prefill_columns=config.prefill_row_len,
             table_pages=table_pages,
             is_coarse=not self.is_layered,
+            prefill_tokens=None if self.is_layered else config.max_num_batched_tokens,
         )
 
 

@@ -9,9 +9,13 @@ from folojax.kv.cache import KVCache
 
 
 class Placement(NamedTuple):
-    """The tokens of R rows, C of each, T = R * C: the same for every layer of a step.
+    """The tokens of R rows, at most C of each: the same for every layer of a step.
 
-    A row is a chunk of a prompt, or with C = 1 a token to continue from.
+    A row is a chunk of a prompt, or with C = 1 a token to continue from. Either T is R * C, tokens
+    of padding included, or the T tokens are those that are no padding, one behind the other::
+
+        rows     a b c .  |  d . . .  |  e f . .        place   0 1 2 .  3 . . .  4 5 . .
+        tokens   a b c d e f                            source  0 1 2 4 8 9
     """
 
     page: Int[Array, " T"]  # where each token's key and value go; P for a token of padding
@@ -19,6 +23,19 @@ class Placement(NamedTuple):
     page_table: Int[Array, "R N"]  # the pages of each row's request in order; P is padding
     first: Int[Array, " R"]  # position of the row's first token
     length: Int[Array, " R"]  # tokens of the row that are no padding
+    source: Int[Array, " T"] | None = None  # of each token, where it is among the R * C
+    place: Int[Array, "R C"] | None = None  # the inverse; of padding, that of some other token
+
+    def by_row(self, tokens: Array) -> Array:
+        """What there is of each token, [T, ...] to [R, C, ...]."""
+        if self.place is None:
+            return tokens.reshape(self.first.shape[0], -1, *tokens.shape[1:])
+        return tokens[self.place]
+
+    def by_token(self, rows: Array) -> Array:
+        """The inverse: [R, C, ...] to [T, ...]."""
+        flat = rows.reshape(-1, *rows.shape[2:])
+        return flat if self.source is None else flat[self.source]
 
 
 def place_tokens(
@@ -27,6 +44,7 @@ def place_tokens(
     first: Int[Array, " R"],
     length: Int[Array, " R"],
     columns: int,
+    num_tokens: int | None = None,
 ) -> tuple[Placement, Int[Array, " T"]]:
     """Finds page and offset of every token.
 
@@ -36,6 +54,8 @@ def place_tokens(
         first: Likewise.
         length: Likewise.
         columns: C, tokens of a row.
+        num_tokens: T, if the tokens are to lie one behind the other: at least as many as are no
+            padding. None: they are all there.
 
     Returns:
         The placement, and the position of every token.
@@ -45,7 +65,15 @@ def place_tokens(
     position = first[:, None] + column
     index = jnp.minimum(position // size, page_table.shape[1] - 1)
     page = jnp.take_along_axis(page_table, index, axis=1)
-    page = jnp.where(column < length[:, None], page, cache.num_pages)
-    offset = position % size
-    placement = Placement(page.reshape(-1), offset.reshape(-1), page_table, first, length)
-    return placement, position.reshape(-1)
+    is_real = column < length[:, None]
+    page = jnp.where(is_real, page, cache.num_pages).reshape(-1)
+    position = position.reshape(-1)
+    source = place = None
+    if num_tokens is not None and num_tokens < page.shape[0]:
+        place = jnp.where(is_real, jnp.cumsum(is_real).reshape(is_real.shape) - 1, 0)
+        (source,) = jnp.nonzero(is_real.reshape(-1), size=num_tokens, fill_value=0)
+        is_token = jnp.arange(num_tokens) < length.sum()
+        page = jnp.where(is_token, page[source], cache.num_pages)
+        position = position[source]
+    placement = Placement(page, position % size, page_table, first, length, source, place)
+    return placement, position
