@@ -9,18 +9,21 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 from tqdm.auto import tqdm
 
 from folojax.batch import ints
 from folojax.compile_plan import COPIES, EDITS, CompilePlan, Executable, Planned
 from folojax.deterministic import DeterministicRunner
-from folojax.layered import WholeSteps
 from folojax.memory_areas import FULL, give_back_memory, share_of_areas
+from folojax.packing import PackedReport
 from folojax.programs import Call
 from folojax.runner import Runner
+from folojax.sampler_calls import place
 from folojax.sampling import SamplingClass, SamplingSpec
 from folojax.shapes import DecodeShape, PrefillShape
+from folojax.whole import WholeSteps
 
 _LOG = logging.getLogger("folojax")
 
@@ -105,7 +108,7 @@ def warm_up(
     runner.gate.set_compiled(done, left_out)
     if isinstance(runner.steps, WholeSteps) and not isinstance(runner, DeterministicRunner):
         for one in done:
-            runner.run_once(one.executable)
+            _run_once(runner, one.executable)
     give_back_memory()
     return make_plan(runner, sampling, has_logprobs)
 
@@ -171,3 +174,36 @@ def _hidden(runner: Runner, *sizes: int) -> jax.ShapeDtypeStruct:
     shape = (*sizes, runner.model.config.hidden_size)
     sharding = SingleDeviceSharding(jax.devices()[0])
     return jax.ShapeDtypeStruct(shape, runner.model.dtype, sharding=sharding)
+
+
+def _run_once(runner: Runner, one: Executable) -> None:
+    """Runs an executable of the plan on padding; waits for it."""
+    nowhere = ints(one.rows, runner.batch.num_slots)
+    width = runner.model.config.hidden_size
+    out: Any = None
+    if one.kind == "prefill":
+        inputs = runner.batch.prefill_inputs(PrefillShape(one.rows, one.tokens), [])
+        cache, out, *_ = runner.steps.prefill(runner.params, runner.state.cache, inputs)
+        runner.state = runner.state._replace(cache=cache)
+    elif one.kind == "decode" and isinstance(runner.steps, WholeSteps):
+        assert one.sampling is not None, f"{one} samples"
+        spec = SamplingSpec(one.sampling, one.num_logprobs)
+        rows = runner.batch.decode_inputs(DecodeShape(one.rows), [])
+        slots, kept, sampling, spec = runner.sampling(nowhere, rows.position, spec)
+        cache, slots, out, _ = runner.steps.decode_and_sample(
+            runner.params, runner.state.cache, slots, (rows, sampling), spec
+        )
+        runner.state = runner.state._replace(cache=cache)
+        runner._keep(slots, kept)
+    elif one.kind == "sample":
+        assert one.sampling is not None, f"{one} samples"
+        hidden = place(jnp.zeros((one.rows, width), runner.model.dtype))
+        spec = SamplingSpec(one.sampling, one.num_logprobs)
+        slots, kept, sampling, spec = runner.sampling(nowhere, ints(one.rows), spec)
+        slots, out = runner._sample_hidden(hidden, slots, sampling, spec)
+        runner._keep(slots, kept)
+    elif one.kind == "score":
+        hidden = place(jnp.zeros((one.rows, one.tokens, width), runner.model.dtype))
+        assert one.num_logprobs is not None, f"{one} reports log-probabilities"
+        out = runner.score_call(hidden, ints((one.rows, one.tokens)), one.num_logprobs).run()
+    jax.block_until_ready(out.array if isinstance(out, PackedReport) else out)

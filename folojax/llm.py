@@ -263,36 +263,6 @@ class LLM(RequestLoop):
         return self._calls.stream(checked)
 
     @exclusive
-    def sleep(self, level: int = 1) -> None:
-        """Gives the memory of the KV cache back, until `wake_up`.
-
-        Unfinished requests keep their output and are computed again later; new ones may be added.
-
-        Args:
-            level: Only 1: the parameters stay where they are.
-        """
-        if level != 1:
-            raise ValueError(f"level is {level!r}; it must be 1, which keeps the parameters")
-        self.engine.sleep()
-
-    @exclusive
-    def wake_up(self) -> None:
-        """Allocates the KV cache again, empty."""
-        self.engine.wake_up()
-
-    @exclusive
-    def reset_prefix_cache(self, reset_running_requests: bool = False) -> bool:
-        """Forgets the keys and values of earlier prompts.
-
-        Args:
-            reset_running_requests: Whether running requests are computed again for it.
-
-        Returns:
-            Whether it was done: not while requests run, unless these are reset.
-        """
-        return self.engine.reset_prefix_cache(preempt_running=reset_running_requests)
-
-    @exclusive
     def update_params(self, params: Any, running: str = "recompute") -> None:
         """Goes on with other parameters of the same model, such as after a step of training.
 

@@ -1,12 +1,12 @@
 """What comes back: completions, their log-probabilities and their times."""
 
 import dataclasses
-from typing import NamedTuple
 
 import numpy as np
 
 
-class Logprob(NamedTuple):
+@dataclasses.dataclass(slots=True)
+class Logprob:
     """One token's log-probability at one place.
 
     Attributes:

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,9 @@ from jaxtyping import Array, Bool, Float, Int
 from folojax.models.dense_attend import dense_attend
 
 _PREFIX = "layers_"
+
+Streams: TypeAlias = dict[int, Any]
+"""The residual streams [T, E] of all tokens of a call, padding included, by layer."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
-import numpy as np
 
 from folojax.batch import Chunk, Row
 from folojax.packing import PackedReport
@@ -95,7 +94,7 @@ def read(pending: list[Pending]) -> StepResult:
         (item,) = pending
         if item.scores is None and item.tapped is None:  # most steps
             array, packing = pending[0].out
-            _read_samples(item, packing.unpack(np.asarray(array), []), result)
+            _read_samples(item, packing.unpack(jax.device_get(array), []), result)
             return result
     streams = [item.tapped and item.tapped.streams for item in pending]
     outs = [item.out.array if isinstance(item.out, PackedReport) else item.out for item in pending]

@@ -27,7 +27,8 @@ from folojax.kv import KVCache
 from folojax.residual import ActivationEdit, intercept
 from folojax.sampling import SamplingSpec, log_sum_exp, token_logprobs
 from folojax.state import DecodeInputs, SampleInputs, SlotState, StepOutput, TokenScores
-from folojax.step import draw_and_note, place_decode
+from folojax.step import draw_and_note
+from folojax.step_rows import place_decode
 
 
 @functools.partial(jax.jit, static_argnames=("model", "edits"), donate_argnames="cache")

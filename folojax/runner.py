@@ -16,7 +16,6 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
@@ -36,7 +35,7 @@ from folojax.compile_plan import (
 from folojax.host_store import HostStore, TokenKV, read_tokens
 from folojax.kv import KVLayout
 from folojax.kv.page_copies import PageCopies
-from folojax.layered import WholeSteps, make_steps
+from folojax.layered import make_steps
 from folojax.packing import PackedReport
 from folojax.processor_states import ProcessorStates
 from folojax.results import Pending, StepResult, is_scored, read, tokens_after
@@ -44,7 +43,7 @@ from folojax.row_params import exceptional_bans
 from folojax.sampler_calls import SamplerCalls, place
 from folojax.sampling import SamplingClass, SamplingSpec
 from folojax.sched.plan import PageMoves, SchedulerOutput
-from folojax.shapes import DecodeShape, PrefillShape, Shapes, slots_for, split_calls
+from folojax.shapes import DecodeShape, Shapes, slots_for, split_calls
 from folojax.state import (
     DecodeInputs,
     EngineState,
@@ -53,8 +52,9 @@ from folojax.state import (
     init_state,
     is_alive,
 )
-from folojax.taps import Span, Tapped
+from folojax.taps import Span, Tapped, tapped_rows
 from folojax.user_functions import NO_FUNCTIONS, UserFunctions
+from folojax.whole import WholeSteps
 
 
 @dataclasses.dataclass
@@ -303,7 +303,7 @@ class Runner(SamplerCalls):
             slot = self.batch.pad(drawing, len(inputs.slot))
             out = self._sample(hidden, slot, inputs.position + 1)
         self.stats.num_computed_tokens += len(inputs.slot)
-        tapped = _tapped(streams, rows, inputs, [1] * len(rows))
+        tapped = tapped_rows(streams, rows, inputs, [1] * len(rows))
         return Pending(sampling, out, [], None, tapped=tapped)
 
     def _decode_steps(self, rows: list[Row], slots: list[int], num_tokens: list[int]) -> Pending:
@@ -315,7 +315,7 @@ class Runner(SamplerCalls):
         spec = self._spec(inputs.slot, np.stack([inputs.position + 1, last]))
         self.stats.num_computed_tokens += len(inputs.slot) * self._max_decode_steps
         out, streams = self._call_decode_steps(inputs, num_steps, spec)
-        tapped = _tapped(streams, rows, inputs, num_tokens, self._max_decode_steps)
+        tapped = tapped_rows(streams, rows, inputs, num_tokens, self._max_decode_steps)
         return Pending(list(rows), out, [], None, num_tokens, tapped)
 
     def _decode_inputs(self, slots: list[int], is_greedy: bool = True) -> DecodeInputs:
@@ -385,38 +385,6 @@ class Runner(SamplerCalls):
         self._keep(slots, kept)
         return out, streams
 
-    def run_once(self, one: Executable) -> None:
-        """Runs an executable of the plan on padding; waits for it."""
-        nowhere = ints(one.rows, self.batch.num_slots)
-        width = self.model.config.hidden_size
-        out: Any = None
-        if one.kind == "prefill":
-            inputs = self.batch.prefill_inputs(PrefillShape(one.rows, one.tokens), [])
-            cache, out, *_ = self.steps.prefill(self.params, self.state.cache, inputs)
-            self.state = self.state._replace(cache=cache)
-        elif one.kind == "decode" and isinstance(self.steps, WholeSteps):
-            assert one.sampling is not None, f"{one} samples"
-            spec = SamplingSpec(one.sampling, one.num_logprobs)
-            rows = self.batch.decode_inputs(DecodeShape(one.rows), [])
-            slots, kept, sampling, spec = self.sampling(nowhere, rows.position, spec)
-            cache, slots, out, _ = self.steps.decode_and_sample(
-                self.params, self.state.cache, slots, (rows, sampling), spec
-            )
-            self.state = self.state._replace(cache=cache)
-            self._keep(slots, kept)
-        elif one.kind == "sample":
-            assert one.sampling is not None, f"{one} samples"
-            hidden = place(jnp.zeros((one.rows, width), self.model.dtype))
-            spec = SamplingSpec(one.sampling, one.num_logprobs)
-            slots, kept, sampling, spec = self.sampling(nowhere, ints(one.rows), spec)
-            slots, out = self._sample_hidden(hidden, slots, sampling, spec)
-            self._keep(slots, kept)
-        elif one.kind == "score":
-            hidden = place(jnp.zeros((one.rows, one.tokens, width), self.model.dtype))
-            assert one.num_logprobs is not None, f"{one} reports log-probabilities"
-            out = self.score_call(hidden, ints((one.rows, one.tokens)), one.num_logprobs).run()
-        jax.block_until_ready(out.array if isinstance(out, PackedReport) else out)
-
     def list_executables(
         self, sampling: Collection[SamplingClass], has_logprobs: bool
     ) -> Iterator[Executable]:
@@ -428,17 +396,3 @@ class Runner(SamplerCalls):
         is_whole = isinstance(self.steps, WholeSteps)
         sampling = {self.shapes.sampling_class(needed) for needed in sampling}
         return list_executables(self.shapes, sampling, sizes, self._max_decode_steps, is_whole)
-
-
-def _tapped(
-    streams: dict[int, Any],
-    rows: Sequence[Row],
-    inputs: DecodeInputs,
-    num_tokens: Sequence[int],
-    row_len: int = 1,
-) -> Tapped | None:
-    """What a call that decodes has read, if anything."""
-    if not streams:
-        return None
-    spans = map(Span, rows, inputs.position.tolist(), num_tokens)
-    return Tapped(streams, list(spans), row_len)

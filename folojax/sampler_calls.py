@@ -17,7 +17,7 @@ from folojax.packing import PackedReport, Packing, pack_report, report_packing
 from folojax.processor_states import ProcessorStates
 from folojax.programs import IN_GRAPH, Call, Program, Programs
 from folojax.row_params import RowParams, empty_slot_edits, exceptional_bans
-from folojax.sampling import SamplingClass, SamplingSpec
+from folojax.sampling import SamplingClass, SamplingSpec, report_shapes
 from folojax.shapes import Shapes
 from folojax.state import DecodeInputs, EngineState, SampleInputs, SlotState
 
@@ -93,7 +93,7 @@ class SamplerCalls:
     ) -> tuple[SlotState, Any]:
         slots, packed = self._sample_call(hidden, slots, inputs, spec).run()
         packed.copy_to_host_async()
-        return slots, PackedReport(packed, report_packing(step.report_shapes(spec, len(packed))))
+        return slots, PackedReport(packed, report_packing(report_shapes(spec, len(packed))))
 
     def _sample_call(
         self, hidden: Any, slots: SlotState, inputs: SampleInputs, spec: SamplingSpec

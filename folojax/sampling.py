@@ -11,6 +11,7 @@ nothing.
 
 import dataclasses
 import enum
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt
 from folojax import draws
 from folojax.logit_edits import EditRows, EditState, apply_edits
 from folojax.processors import LogitsProcessor
-from folojax.record import make_record
+from folojax.record import TokenRecord, make_record
 from folojax.state import SamplingRows, StepOutput
 
 
@@ -192,3 +193,21 @@ def _kept(
     if spec.needed >= SamplingClass.TRUNCATED:
         weights = jnp.where(draws.nucleus(support, rows.top_p, tokens), weights, 0.0)
     return jnp.log(weights)
+
+
+def report_shapes(spec: SamplingSpec, num_rows: int) -> Any:
+    """A `StepOutput` of shapes: the report of a step that samples so."""
+    one: dict[str, Any] = {
+        kind: jax.ShapeDtypeStruct((num_rows,), dtype)
+        for kind, dtype in (("int", jnp.int32), ("float", jnp.float32), ("bool", jnp.bool_))
+    }
+    tops: Any = [
+        jax.ShapeDtypeStruct((num_rows, spec.num_logprobs or 0), dtype)
+        for dtype in (jnp.int32, jnp.float32)
+    ]
+    record = None
+    if spec.has_record:
+        kinds = ("int" if name == "rank" else "float" for name in TokenRecord._fields)
+        record = TokenRecord._make(one[kind] for kind in kinds)
+    fields = one["int"], one["float"], one["int"], one["bool"], *tops, record
+    return StepOutput._make(fields)

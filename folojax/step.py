@@ -29,11 +29,10 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from folojax.attention import attend
-from folojax.kv import KVCache, Placement, place_tokens
+from folojax.kv import KVCache
 from folojax.logit_edits import note_tokens
 from folojax.models.row_sums import REORDERED
 from folojax.processors import apply_processors, note_outputs
-from folojax.record import TokenRecord
 from folojax.residual import ActivationEdit, intercept, read_layers
 from folojax.sampling import SamplingSpec, sample, token_logprobs
 from folojax.state import (
@@ -44,6 +43,7 @@ from folojax.state import (
     StepOutput,
     TokenScores,
 )
+from folojax.step_rows import last_and_all, place_decode, place_prefill
 
 
 @functools.partial(
@@ -316,44 +316,6 @@ def head_params(params: Any) -> Any:
     return {name: value for name, value in params.items() if not isinstance(value, Mapping)}
 
 
-def place_prefill(
-    cache: KVCache, inputs: PrefillInputs, num_tokens: int | None = None
-) -> tuple[Placement, Int[Array, " T"], Int[Array, " T"]]:
-    """What the layers of a prefill need: where tokens lie, the tokens, their positions."""
-    rows, columns = inputs.tokens.shape
-    chex.assert_shape([inputs.start, inputs.length], (rows,))
-    chex.assert_shape(inputs.page_table, (rows, None))
-    placement, position = place_tokens(
-        cache, inputs.page_table, inputs.start, inputs.length, columns, num_tokens
-    )
-    return placement, placement.by_token(inputs.tokens), position
-
-
-def last_and_all(
-    hidden: Float[Array, "T E"], inputs: PrefillInputs, placement: Placement | None = None
-) -> tuple[Float[Array, "R E"], Float[Array, "R C E"]]:
-    """The hidden state of each row's last valid token, and those of all tokens by row."""
-    rows, columns = inputs.tokens.shape
-    every = hidden.reshape(rows, columns, -1) if placement is None else placement.by_row(hidden)
-    last = jnp.maximum(inputs.length - 1, 0)
-    return jnp.take_along_axis(every, last[:, None, None], axis=1)[:, 0], every
-
-
-def place_decode(
-    cache: KVCache, tokens: Int[Array, " M"], inputs: DecodeInputs
-) -> tuple[Placement, Int[Array, " B"]]:
-    """What the layers of a decode step need: where each row's token lies, and the token."""
-    rows = inputs.slot.shape[0]
-    chex.assert_shape([inputs.token, inputs.position], (rows,))
-    chex.assert_shape(inputs.page_table, (rows, None))
-    sampled = tokens.at[inputs.slot].get(mode="clip")
-    is_row = inputs.page_table[:, 0] < cache.num_pages
-    placement, _ = place_tokens(
-        cache, inputs.page_table, inputs.position, is_row.astype(jnp.int32), 1
-    )
-    return placement, jnp.where(inputs.token < 0, sampled, inputs.token)
-
-
 def _decode(
     params: Any,
     cache: KVCache,
@@ -418,21 +380,3 @@ def draw_and_note(
         processors = note_outputs(processors, inputs.processors, out.tokens)
     tokens = slots.tokens.at[inputs.slot].set(out.tokens, mode="drop")
     return SlotState(tokens, edits, processors), out
-
-
-def report_shapes(spec: SamplingSpec, num_rows: int) -> Any:
-    """A `StepOutput` of shapes: the report of a step that samples so."""
-    one: dict[str, Any] = {
-        kind: jax.ShapeDtypeStruct((num_rows,), dtype)
-        for kind, dtype in (("int", jnp.int32), ("float", jnp.float32), ("bool", jnp.bool_))
-    }
-    tops: Any = [
-        jax.ShapeDtypeStruct((num_rows, spec.num_logprobs or 0), dtype)
-        for dtype in (jnp.int32, jnp.float32)
-    ]
-    record = None
-    if spec.has_record:
-        kinds = ("int" if name == "rank" else "float" for name in TokenRecord._fields)
-        record = TokenRecord._make(one[kind] for kind in kinds)
-    fields = one["int"], one["float"], one["int"], one["bool"], *tops, record
-    return StepOutput._make(fields)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from folojax.batch import Row
+from folojax.state import DecodeInputs
 
 
 class Span(NamedTuple):
@@ -61,6 +62,20 @@ def sort_streams(tapped: Tapped, found: dict[str, list[StreamPiece]]) -> None:
                 for layer, stream in tapped.streams.items()
             }
             found.setdefault(row.request_id, []).append(StreamPiece(first, mine))
+
+
+def tapped_rows(
+    streams: dict[int, Any],
+    rows: Sequence[Row],
+    inputs: DecodeInputs,
+    num_tokens: Sequence[int],
+    row_len: int = 1,
+) -> Tapped | None:
+    """What a call that decodes has read, if anything."""
+    if not streams:
+        return None
+    spans = map(Span, rows, inputs.position.tolist(), num_tokens)
+    return Tapped(streams, list(spans), row_len)
 
 
 class Streams:

@@ -19,8 +19,7 @@ def tracing_for(name: str) -> Iterator[None]:
     """For programs that are compiled for a platform which this machine does not have.
 
     It holds in this thread, and for what is traced anew: `jax.jit` does not know of it and gives a
-    trace that it has of arguments of the same shapes. How prompts attend is chosen by the device
-    (`gathered_attention.choose_way`).
+    trace that it has of arguments of the same shapes.
     """
     token = _TRACED_FOR.set(name)
     try:

@@ -62,9 +62,9 @@ class Serving:
             memory=str(self.llm.memory_plan),
         )
 
-    def _on_duration(self, event: str, seconds: float, **_: Any) -> None:
+    def _on_duration(self, event: str, duration_secs: float, **_: Any) -> None:
         if event == _COMPILED:
-            self.compiles.append(seconds)
+            self.compiles.append(duration_secs)
 
     def _on_event(self, event: str, **_: Any) -> None:
         if event == _CACHE_HIT:
@@ -76,7 +76,7 @@ class Serving:
     def run(self, lengths: list[tuple[int, int]], **sampling: Any) -> float:
         """Seconds to generate for random prompts of these lengths, in and out."""
         prompts = [self.rng.integers(3, self.vocab_size, n).tolist() for n, _ in lengths]
-        seeds = {} if sampling.get("temperature") == 0 else {"seed": 1}
+        seeds: dict[str, Any] = {} if sampling.get("temperature") == 0 else {"seed": 1}
         params = [
             SamplingParams(max_tokens=most, ignore_eos=True, **seeds, **sampling)
             for _, most in lengths

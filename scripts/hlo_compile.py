@@ -26,13 +26,13 @@ from jax.sharding import SingleDeviceSharding
 from folojax.attention import cudnn
 from folojax.backend.backend import GPU
 from folojax.batch import Batch, ints
-from folojax.layered import WholeSteps
 from folojax.models.llama import Llama, init_params
 from folojax.models.platforms import tracing_for
 from folojax.programs import Call
 from folojax.sampling import SamplingSpec
 from folojax.shapes import DecodeShape, PrefillShape, slots_for
 from folojax.state import SampleInputs, init_state
+from folojax.whole import WholeSteps
 
 TARGET = Path(__file__).parent / "data" / "h200_target.textproto"
 

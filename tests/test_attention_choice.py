@@ -1,7 +1,6 @@
 """Which attention kernel the layers of each family use: the table of docs/gpu.md."""
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,10 @@ DOCS = Path(__file__).parent.parent / "docs" / "gpu.md"
 
 
 @pytest.fixture(autouse=True)
-def a_hopper_card(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def a_hopper_card(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if there were one; nothing is compiled for it."""
     monkeypatch.setattr(cudnn, "problem", lambda: None)
     monkeypatch.setattr(cudnn, "_most_dims", lambda: 256)
-    yield
 
 
 def kernels(config: Any, backend: Backend, dtype: Any) -> tuple[set[str], set[str]]:
