@@ -290,16 +290,15 @@ def test_a_token_does_not_depend_on_its_row_or_the_bucket(way: Way, step: str) -
     for order in ([5, 3, 1, 0, 2, 4], [None, 4, 2, None, 1, 0]):
         check_same(run_step(step, case, order), expected)
     # Another number of rows is another executable, which may round its sums differently.
-    orders: list[list[int | None]] = [[None, 4, None, 3, 2, None, 1, 0], [*ALL, *[None] * 10]]
-    for order in [*orders, [2, 3], [4, None], *([index] for index in (ALL[::2]))]:
+    orders: list[list[int | None]] = [[*ALL, *[None] * 10], [4, None], [2], [4]]
+    for order in orders:
         check_close(way, run_step(step, case, order), expected)
 
 
 def test_a_chunk_does_not_depend_on_the_width_of_its_table(way: Way) -> None:
     case = make_case(way)
     _, expected = run_calls(case, [whole()], 32, table_pages=4)
-    for table_pages in (5, 16):
-        check_close(way, run_calls(case, [whole()], 32, table_pages=table_pages)[1], expected)
+    check_close(way, run_calls(case, [whole()], 32, table_pages=16)[1], expected)
 
 
 @STEPS
@@ -333,7 +332,7 @@ def test_padding_rows_write_nothing_and_give_numbers(way: Way, step: str) -> Non
         np.testing.assert_array_equal(after, before)
 
 
-@pytest.mark.parametrize("columns", [1, 4, 5, 16])
+@pytest.mark.parametrize("columns", [1, 5, 16])
 def test_chunked_equals_whole(way: Way, columns: int) -> None:
     """In one call, where rows see earlier rows of the same call, and over several calls."""
     case = make_case(way)
@@ -358,10 +357,9 @@ def test_a_chunk_split_over_rows_equals_the_same_rows_in_turn(way: Way) -> None:
     check_same(at_once, turned)
 
 
-@pytest.mark.parametrize("rows", [9, 33])
-def test_many_rows_of_any_lengths_attend_like_plain_attention(way: Way, rows: int) -> None:
+def test_many_rows_of_any_lengths_attend_like_plain_attention(way: Way) -> None:
     """In any order: some end pages before the others, two are empty, one has a single token."""
-    rng = np.random.default_rng(rows)
+    rows, rng = 33, np.random.default_rng(33)
     lengths = [1, *rng.integers(1, 40, rows - 3).tolist()]
     case = make_case(way, num_pages=200, lengths=lengths)
     order: list[int | None] = [None, *range(rows - 2), None]
