@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from gpu_bits import check_bits
 from gpu_common import SHAPES, Report
-from gpu_right import check_bits, check_right
+from gpu_right import check_right
 
 
 def main() -> None:
