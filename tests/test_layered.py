@@ -16,11 +16,12 @@ from folojax.backend.backend import CPU, GPU
 from folojax.batch import ints
 from folojax.kv import KVCache
 from folojax.kv.cache import join_layers
-from folojax.layered import LayeredSteps, WholeSteps, make_steps, split_layers
+from folojax.layered import LayeredSteps, make_steps, split_layers
 from folojax.models.llama import Llama, init_params
 from folojax.models.row_sums import REORDERED
 from folojax.programs import IN_GRAPH
 from folojax.state import DecodeInputs, PrefillInputs
+from folojax.whole import WholeSteps
 from tests.conftest import check_is_empty
 from tests.mixed_requests import check_same, make_llm, make_prompts, run
 

@@ -156,7 +156,8 @@ def _attend_pages(
         end = end - skipped * size
     # Keys and values of a page follow each other: twice as many pages, of one or the other.
     halves = pages.reshape(2 * num_pages, size, kv_heads, dim)
-    table = 2 * table[:, None, :, None]
+    # No length reaches an entry of padding; but a kernel may load a page ahead.
+    table = 2 * jnp.minimum(table, num_pages - 1)[:, None, :, None]
     # A single query is always there, if only to see nothing.
     own = jnp.ones_like(first) if columns == 1 else placement.length
     lengths = (own, jnp.where(is_row, end, 0))
