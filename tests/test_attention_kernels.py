@@ -95,7 +95,8 @@ def run_calls(
     case: Case, calls: list[list[Chunk]], columns: int, **options: Any
 ) -> tuple[KVCache, dict[int, np.ndarray]]:
     """Runs calls one after the other; returns the outputs of each sequence, joined."""
-    cache, parts = case.cache, {}
+    cache = case.cache
+    parts: dict[int, Any] = {}
     for chunks in calls:
         cache, out = run_rows(cache, case.sequences, case.pages, chunks, columns, **options)
         for chunk, part in zip(chunks, out, strict=True):
@@ -384,4 +385,4 @@ def test_a_token_among_many_does_not_depend_on_how_long_its_neighbours_are(way: 
         ]
         cache = store(case.cache, [one.first(-1) for one in mixed], case.pages)
         out = run_step("token", Case(mixed, case.pages, cache), range(rows))
-        check_same({row: out[row] for row in np.flatnonzero(kept)}, expected)
+        check_same({row: out[row] for row in np.flatnonzero(kept).tolist()}, expected)

@@ -123,9 +123,10 @@ def imitation(monkeypatch: pytest.MonkeyPatch) -> Iterator[Imitation]:
     found = Imitation()
     monkeypatch.setattr(cudnn, "_call", found)
     monkeypatch.setattr(type(cudnn.KERNEL), "refusal", lambda self, spec: None)
-    attend_rows.clear_cache()  # of what was traced with another test's imitation
+    jitted: Any = attend_rows
+    jitted.clear_cache()  # of what was traced with another test's imitation
     yield found
-    attend_rows.clear_cache()
+    jitted.clear_cache()
 
 
 def check(out: np.ndarray, expected: np.ndarray) -> None:

@@ -3,6 +3,7 @@
 import functools
 from typing import Any, get_args
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -148,7 +149,7 @@ def test_a_cache_in_layers_is_the_same_arrays(order: str) -> None:
     layers = [cache.layer(index) for index in range(L)]
     assert all(layer.num_pages == P and len(layer.layers) == 1 for layer in layers)
     joined = join_layers(layers)
-    assert jax.tree.structure(joined) == jax.tree.structure(cache)
+    chex.assert_trees_all_equal_structs(joined, cache)
     assert all(new is old for new, old in zip(joined.layers, cache.layers, strict=True))
 
 

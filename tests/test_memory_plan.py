@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import types
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -324,3 +325,28 @@ def test_bytes_of_a_page_are_those_of_its_arrays(sizes: Sizes) -> None:
     layout: KVLayout = sizes[0]
     elements = 2 * layout.num_layers * layout.num_kv_heads * layout.head_dim * layout.page_size
     assert layout.bytes_per_page == 4 * elements
+
+
+@pytest.mark.parametrize(
+    ("stats", "free", "expected"),
+    [
+        # Only this process: what JAX may have, and what a trainer's arrays take of it.
+        ({"bytes_limit": 100, "pool_bytes": 100, "bytes_in_use": 40}, 30, (100, 30)),
+        # Others hold so much of the card that JAX cannot have all of its share.
+        ({"bytes_limit": 100, "pool_bytes": 20, "bytes_in_use": 15}, 50, (70, 5)),
+        # The driver does not tell.
+        ({"bytes_limit": 100, "pool_bytes": 20, "bytes_in_use": 15}, None, (100, 5)),
+    ],
+)
+def test_what_others_hold_of_a_gpu_counts(
+    monkeypatch: pytest.MonkeyPatch,
+    stats: dict[str, int],
+    free: int | None,
+    expected: tuple[int, int],
+) -> None:
+    device = types.SimpleNamespace(platform="gpu", memory_stats=lambda: stats)
+    monkeypatch.setattr("folojax.backend.device_memory.jax.devices", lambda: [device])
+    monkeypatch.setattr("folojax.backend.device_memory._free_bytes", lambda device: free)
+    found = device_memory(own_bytes=10)
+    assert found is not None
+    assert (found.limit_bytes, found.used_bytes) == expected

@@ -3,12 +3,13 @@
 import functools
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from folojax import step
+from folojax import sampling
 from folojax.logit_edits import init_edits
 from folojax.packing import Packing, pack_report, report_packing
 from folojax.sampling import SamplingClass, SamplingSpec
@@ -46,7 +47,7 @@ def make_tree() -> dict[str, Any]:
 
 def check_equal(got: Any, expected: Any) -> None:
     """To the bit."""
-    assert jax.tree.structure(got) == jax.tree.structure(expected)
+    chex.assert_trees_all_equal_structs(got, expected)
     for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         assert (one.shape, one.dtype) == (other.shape, other.dtype)
         assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
@@ -84,7 +85,8 @@ def test_packings_of_equal_trees_are_equal_and_of_others_are_not() -> None:
 def test_the_inputs_of_a_step_are_one_array() -> None:
     rng = np.random.default_rng(1)
     fields: list[Any] = [rng.integers(0, 9, B).astype(np.int32) for _ in range(3)]
-    inputs = DecodeInputs(*fields, rng.integers(0, 9, (B, 4)).astype(np.int32))
+    table: Any = rng.integers(0, 9, (B, 4)).astype(np.int32)
+    inputs = DecodeInputs._make([*fields, table])
     packing = Packing.of(inputs, B)
     packed, rest = packing.pack(inputs)
     assert packed.shape == (B, 7)
@@ -129,7 +131,7 @@ def test_what_is_known_of_a_report_beforehand_is_what_the_sampler_gives(
         edits = init_edits(1, V), edit_nothing(B)
     sampler = functools.partial(step.sample, spec=spec, edits=edits)
     found = jax.eval_shape(sampler, logits, rows, jnp.arange(B))
-    known = step.report_shapes(spec, B)
-    assert jax.tree.structure(found) == jax.tree.structure(known)
+    known = sampling.report_shapes(spec, B)
+    chex.assert_trees_all_equal_structs(found, known)
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(known), strict=True):
         assert (one.shape, one.dtype) == (other.shape, other.dtype)

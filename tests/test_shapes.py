@@ -131,12 +131,13 @@ def test_the_plan_of_a_small_engine() -> None:
 def test_a_gpu_has_fewer_and_larger_sizes() -> None:
     shapes = GPU.shapes(resolve(GPU, num_pages=1500), "bfloat16")
     assert shapes == Shapes(
-        decode_rows=(1, 8, 32, 64, 96, 128, 192, 256),
+        decode_rows=(1, 8, 32, 64, 96, 128, 160, 192, 224, 256),
         sampled_rows=(8, 32, 64, 128, 256),
-        prefill_rows=(1, 8, 40),
+        prefill_rows=(1, 8, 48),
         prefill_columns=128,
         table_pages=1563,
         is_coarse=True,
+        prefill_tokens=4096,
     )
 
 
