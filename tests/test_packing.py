@@ -129,7 +129,7 @@ def test_what_is_known_of_a_report_beforehand_is_what_the_sampler_gives(
     edits = None
     if spec.needed == SamplingClass.EDITED:
         edits = init_edits(1, V), edit_nothing(B)
-    sampler = functools.partial(step.sample, spec=spec, edits=edits)
+    sampler = functools.partial(sampling.sample, spec=spec, edits=edits)
     found = jax.eval_shape(sampler, logits, rows, jnp.arange(B))
     known = sampling.report_shapes(spec, B)
     chex.assert_trees_all_equal_structs(found, known)
