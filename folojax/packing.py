@@ -1,9 +1,9 @@
 """Small arrays of one step as one: to a GPU each array is a copy of its own, 30 us of the host.
 
 Arrays of 32 bits that have an entry for each of B rows become columns of one [B, W] of integers,
-floats by their bits. Jitted code takes it apart again, which costs nothing there. It keeps a CUDA
-graph as it is, too: the next step's numbers come at one new address, and all that is computed from
-them stays where it was.
+floats by their bits. Jitted code takes it apart again, which costs nothing there. A CUDA graph has
+few kernels to change then, too: the next step's numbers come at one new address, and all that is
+computed from them stays where it was.
 """
 
 import dataclasses

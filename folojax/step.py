@@ -329,8 +329,9 @@ def _decode(
     if is_active is not None:
         page = jnp.where(is_active, placement.page, cache.num_pages)
         placement = placement._replace(page=page)
-    # Computed here and nowhere else. Otherwise every layer's kernels read the inputs themselves,
-    # and a GPU's graph has them all to change when the next step's inputs lie elsewhere.
+    # Meant to keep the layers' kernels from reading the inputs themselves, each of which a GPU's
+    # graph has to change when the next step's inputs lie elsewhere. With it there are still 33 to
+    # 40 of them (docs/gpu.md): it may go when a step is measured without it.
     placement, token, position = lax.optimization_barrier((placement, token, inputs.position))
     result: Any = model.apply(
         {"params": params}, token, position, cache, functools.partial(attend, placement)
