@@ -70,13 +70,6 @@ class Shapes:
         """The smallest shape for so many rows."""
         return DecodeShape(round_up(num_rows, self.decode_rows if is_greedy else self.sampled_rows))
 
-    def shapes(self) -> Iterator[PrefillShape | DecodeShape]:
-        """Every shape of a call of the model alone."""
-        for rows in self.prefill_rows:
-            yield PrefillShape(rows, self.prefill_columns)
-        for rows in self.decode_rows:
-            yield DecodeShape(rows)
-
     def num_alternatives(self, wanted: int | None, most: int) -> int | None:
         """J, where so many are wanted of at most `most`; None is no log-probabilities at all.
 

@@ -67,7 +67,8 @@ class _Reference:
         grouped = query.astype(dtype).reshape(rows, columns, kv_heads, groups, dim)
         grouped = grouped.transpose(0, 2, 3, 1, 4).reshape(rows * kv_heads, groups * columns, dim)
         product = _product(grouped, spec, self._is_alike)
-        count = 1 if self._is_alike else max(1, min(_BLOCK_TOKENS // size, _width(placement)))
+        is_by_page = self._is_alike or spec.page_format.order == "heads"
+        count = 1 if is_by_page else max(1, min(_BLOCK_TOKENS // size, _width(placement)))
         block = count * size
         position = placement.first[:, None] + jnp.arange(columns)[None, :]
         end = jnp.where(placement.length > 0, placement.first + placement.length, 0)
