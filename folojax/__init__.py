@@ -2,16 +2,14 @@
 
 The engine: `LLM`, `SamplingParams`, `EngineConfig` and the outputs. The functional layer under
 it, for programs that thread the state themselves: `prefill`, `decode`, `sample_tokens`,
-`score_tokens`, `init_state` and the types in `folojax.state`.
+`score_tokens`, `init_state` and the types in `folojax.steps.state`.
 """
 
-from folojax.arrays import OutputArrays, RecordArrays, outputs_to_arrays
 from folojax.config import EngineConfig
+from folojax.engine.snapshot import Snapshot, load_snapshot
 from folojax.kv import KVLayout
-from folojax.likelihood import log_likelihood
 from folojax.llm import LLM
-from folojax.lora import init_lora, merge_lora
-from folojax.outputs import (
+from folojax.requests.outputs import (
     BatchMetrics,
     CompletionOutput,
     Logprob,
@@ -21,26 +19,25 @@ from folojax.outputs import (
     ScoreOutput,
     batch_metrics,
 )
-from folojax.processors import LogitsProcessor, RequestState
-from folojax.prompts import Prompt
-from folojax.residual import ActivationEdit, read_residuals
-from folojax.rollout import Rollouts, run_for
-from folojax.sampling import SamplingClass, SamplingSpec
-from folojax.sampling_params import SamplingParams
-from folojax.snapshot import Snapshot, load_snapshot
-from folojax.state import (
-    DecodeInputs,
-    EngineState,
-    PrefillInputs,
+from folojax.requests.prompts import Prompt
+from folojax.requests.sampling_params import SamplingParams
+from folojax.sampling.logits_processors import LogitsProcessor, RequestState
+from folojax.sampling.rows import (
     SampleInputs,
     SamplingRows,
     SlotState,
     StepOutput,
     TokenScores,
     greedy_rows,
-    init_state,
 )
-from folojax.step import decode, head_params, prefill, sample_tokens, score_tokens
+from folojax.sampling.sampler import SamplingClass, SamplingSpec
+from folojax.steps.residual_stream import ActivationEdit, read_residuals
+from folojax.steps.state import DecodeInputs, EngineState, PrefillInputs, init_state
+from folojax.steps.step import decode, head_params, prefill, sample_tokens, score_tokens
+from folojax.train.likelihood import log_likelihood
+from folojax.train.lora import init_lora, merge_lora
+from folojax.train.output_arrays import OutputArrays, RecordArrays, outputs_to_arrays
+from folojax.train.rollout import Rollouts, run_for
 
 __version__ = "0.1.0"
 

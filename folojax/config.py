@@ -4,7 +4,7 @@ import dataclasses
 from typing import TypedDict
 
 from folojax.backend import Backend
-from folojax.models.quantize import QUANTIZATIONS
+from folojax.models.quantized.quantize import QUANTIZATIONS
 from folojax.sched.config import SchedulerConfig
 from folojax.sched.pages import pages_for
 from folojax.sched.queue import POLICIES

@@ -9,30 +9,36 @@ from typing import Any, TypeAlias, Unpack
 
 from flax import linen as nn
 
-from folojax.ahead import make_plan, warm_up
-from folojax.build import default_params, find_tokenizer, load_model, make_config, make_engine
-from folojax.compilation_cache import enable_compilation_cache
-from folojax.compile_plan import CompilePlan
+from folojax.compile.compilation_cache import enable_compilation_cache
 from folojax.config import EngineConfig, EngineOptions
-from folojax.continuations import pair_continuations
-from folojax.engine_metrics import EngineMetrics
-from folojax.fair_lock import exclusive
-from folojax.models.save import save_pretrained
-from folojax.outputs import RequestOutput, ScoreOutput
-from folojax.processors import LogitsProcessor
-from folojax.prompts import (
+from folojax.engine.build import (
+    default_params,
+    find_tokenizer,
+    load_model,
+    make_config,
+    make_engine,
+)
+from folojax.engine.fair_lock import exclusive
+from folojax.engine.metrics import EngineMetrics
+from folojax.engine.request_loop import RequestLoop
+from folojax.models.files.save import save_pretrained
+from folojax.requests.continuations import pair_continuations
+from folojax.requests.outputs import RequestOutput, ScoreOutput
+from folojax.requests.prompts import (
     Prompt,
     conversations,
     each_named,
     params_per_prompt,
     parse_prompts,
 )
-from folojax.request_loop import RequestLoop
-from folojax.residual import ActivationEdit
-from folojax.sampling import SamplingClass
-from folojax.sampling_params import SamplingParams
-from folojax.user_functions import UserFunctions
-from folojax.validation import CheckedRequest
+from folojax.requests.sampling_params import SamplingParams
+from folojax.requests.user_functions import UserFunctions
+from folojax.requests.validation import CheckedRequest
+from folojax.runner.executables import CompilePlan
+from folojax.runner.warm_up import make_plan, warm_up
+from folojax.sampling.logits_processors import LogitsProcessor
+from folojax.sampling.sampler import SamplingClass
+from folojax.steps.residual_stream import ActivationEdit
 
 _LOG = logging.getLogger("folojax")
 

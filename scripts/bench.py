@@ -43,9 +43,9 @@ from rich.console import Console
 
 from folojax import LLM
 from folojax.config import QUANTIZATIONS
-from folojax.models.checkpoint import open_checkpoint
-from folojax.tokenizer import Tokenizer
-from folojax.tokenizer_files import load_tokenizer
+from folojax.models.files.checkpoint import open_checkpoint
+from folojax.text.tokenizer import Tokenizer
+from folojax.text.tokenizer_files import load_tokenizer
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -27,9 +27,9 @@ from bench_work import (
 from bench_workloads import Workload
 
 from folojax import LLM, SamplingParams
-from folojax.models.config import ModelConfig
-from folojax.models.layers import project
-from folojax.models.quantize import quantize
+from folojax.models.core.config import ModelConfig
+from folojax.models.core.layers import project
+from folojax.models.quantized.quantize import quantize
 
 CEILINGS = "ceilings"
 

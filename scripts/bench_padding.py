@@ -21,8 +21,8 @@ from bench_table import print_padding
 from bench_workloads import NAMES, Workload, make_workload
 from rich.console import Console
 
-from folojax.models.checkpoint import open_checkpoint
-from folojax.tokenizer_files import load_tokenizer
+from folojax.models.files.checkpoint import open_checkpoint
+from folojax.text.tokenizer_files import load_tokenizer
 
 DEFAULT = ("uniform", "humaneval", "sharegpt", "group")
 

@@ -13,7 +13,7 @@ from bench_peers_llama import LlamaCpp, is_llama_cpp_there
 from bench_peers_static import Transformers
 from bench_workloads import Workload
 
-from folojax.models.checkpoint import embedded_model, open_checkpoint
+from folojax.models.files.checkpoint import embedded_model, open_checkpoint
 
 PEERS = ("transformers", "generate_batch", "llama.cpp")
 """Contenders of other engines have names that begin so."""

@@ -11,7 +11,7 @@ from typing import Any
 import gguf
 from gguf.quants import dequantize, quantize
 
-from folojax.models.artefacts import build_once, cache_root, file_digest
+from folojax.models.machine.artefacts import build_once, cache_root, file_digest
 
 # What `general.file_type` says of a file whose matrices are of that type.
 _FILE_TYPES = {

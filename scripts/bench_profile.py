@@ -14,11 +14,11 @@ from typing import Any, TypeAlias
 import jax
 
 from folojax import LLM
-from folojax.batch import Batch
-from folojax.detokenizer import Detokenizer
-from folojax.engine import Engine
-from folojax.runner import Runner
+from folojax.engine.engine import Engine
+from folojax.runner.batch import Batch
+from folojax.runner.runner import Runner
 from folojax.sched.scheduler import Scheduler
+from folojax.text.detokenizer import Detokenizer
 
 Wrap: TypeAlias = Callable[[Callable[..., Any], str], Callable[..., Any]]
 """From a function and its phase to what takes its place."""

@@ -72,7 +72,7 @@ def main() -> None:
     args = parser.parse_args()
 
     # Here, so that the children do not share what this has imported.
-    from folojax.models.checkpoint import embedded_model, open_checkpoint
+    from folojax.models.files.checkpoint import embedded_model, open_checkpoint
 
     gguf = embedded_model()
     times: dict[str, list[float]] = {}

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from folojax import LLM, SamplingParams, StepOutput
-from folojax.models.config import ModelConfig
-from folojax.models.llama import Llama, init_params
-from folojax.prompts import ParsedPrompt
+from folojax.models.core.config import ModelConfig
+from folojax.models.core.decoder import Llama, init_params
+from folojax.requests.prompts import ParsedPrompt
 
 _TOKEN = 7
 

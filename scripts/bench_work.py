@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from bench_workloads import Workload
 
-from folojax.models.config import ModelConfig
+from folojax.models.core.config import ModelConfig
 
 Product = tuple[int, int]
 """Width in, width out."""

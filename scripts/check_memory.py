@@ -19,7 +19,7 @@ _MOST = 1.25
 _CHILD = """
 import pathlib, re, resource, sys, time
 import jax, jax.numpy as jnp
-from folojax.models.checkpoint import load_params, open_checkpoint
+from folojax.models.files.checkpoint import load_params, open_checkpoint
 def peak():
     # Of this program alone; rusage also counts what the parent held when it started this one.
     status = pathlib.Path("/proc/self/status")
@@ -43,9 +43,9 @@ def write_model(directory: Path, num_bytes: int, dtype: str) -> None:
     import ml_dtypes
     import numpy as np
 
-    from folojax.models.hf_config import config_from_hf
-    from folojax.models.hf_names import parameter_sources
-    from folojax.models.safetensors_writer import ShardWriter
+    from folojax.models.files.hf_config import config_from_hf
+    from folojax.models.files.hf_names import parameter_sources
+    from folojax.models.files.safetensors_writer import ShardWriter
 
     kind = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32)
     mapping = {

@@ -40,8 +40,8 @@ def main() -> None:
 def compare(case: str) -> tuple[float, bool]:
     """Largest difference of a logit, and whether all tokens are equal."""
     from folojax import LLM, SamplingParams
-    from folojax.models.checkpoint import build_module, load_params, open_checkpoint
-    from folojax.models.dense_attend import dense_attend
+    from folojax.models.core.dense_attend import dense_attend
+    from folojax.models.files.checkpoint import build_module, load_params, open_checkpoint
     from tests import reference
     from tests.families import PROMPT_LEN, save_family
 

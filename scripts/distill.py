@@ -24,7 +24,7 @@ import optax
 from tqdm import tqdm
 
 from folojax import LLM, RequestOutput, SamplingParams, outputs_to_arrays
-from folojax.models.dense_attend import dense_attend
+from folojax.models.core.dense_attend import dense_attend
 
 LENGTH = 48
 """N of the training arrays: prompts have about 8 tokens, completions MAX_TOKENS."""

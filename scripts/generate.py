@@ -34,7 +34,7 @@ from rich.console import Console
 
 if TYPE_CHECKING:  # slow to import: --help and bad options answer before it
     from folojax import LLM, RequestOutput, SamplingParams
-    from folojax.prompts import Prompt
+    from folojax.requests.prompts import Prompt
 
 DEFAULT_PROMPTS = (
     "What is the capital of France?",

@@ -13,9 +13,9 @@ from typing import BinaryIO
 from tqdm.auto import tqdm
 
 from folojax import LLM, SamplingParams
-from folojax.jsonl import Entry, find_error
-from folojax.jsonl_job import JsonlJob
-from folojax.jsonl_output import JsonlOutput, open_output
+from folojax.jsonl.file_job import JsonlJob
+from folojax.jsonl.lines import Entry, find_error
+from folojax.jsonl.output_file import JsonlOutput, open_output
 
 STANDARD = Path("-")
 """Standard input or output, in place of a file."""

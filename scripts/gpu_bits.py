@@ -9,16 +9,9 @@ import numpy as np
 from gpu_common import Report, make_model
 from jaxtyping import Array
 
-from folojax import (
-    DecodeInputs,
-    KVLayout,
-    PrefillInputs,
-    decode,
-    init_state,
-    prefill,
-)
+from folojax import DecodeInputs, KVLayout, PrefillInputs, decode, init_state, prefill
 from folojax.backend import choose_backend
-from folojax.models.llama import Llama
+from folojax.models.core.decoder import Llama
 
 _PAGE = 64
 

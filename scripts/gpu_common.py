@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from folojax.models.config import ModelConfig
-from folojax.models.llama import Llama, init_params
+from folojax.models.core.config import ModelConfig
+from folojax.models.core.decoder import Llama, init_params
 
 QWEN3: dict[str, Any] = {
     "architecture": "Qwen3ForCausalLM",

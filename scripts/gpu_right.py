@@ -11,19 +11,16 @@ import numpy as np
 from gpu_common import Report, make_model, random_params
 from jaxtyping import Array
 
-from folojax import (
-    LLM,
-    SamplingParams,
-)
+from folojax import LLM, SamplingParams
 from folojax.attention import attend
 from folojax.attention.attend import KERNELS
 from folojax.attention.interface import AttentionSpec
 from folojax.backend import choose_backend
 from folojax.kv.cache import KVCache, PageFormat
 from folojax.kv.placement import place_tokens
-from folojax.models.dense_attend import dense_attend
-from folojax.models.interface import PLAIN, Scoring
-from folojax.models.llama import Llama
+from folojax.models.core.decoder import Llama
+from folojax.models.core.dense_attend import dense_attend
+from folojax.models.core.interface import PLAIN, Scoring
 
 _PAGE = 64
 

@@ -25,14 +25,15 @@ from jax.sharding import SingleDeviceSharding
 
 from folojax.attention import cudnn
 from folojax.backend.backend import GPU
-from folojax.batch import Batch, ints
-from folojax.models.llama import Llama, init_params
-from folojax.models.platforms import tracing_for
-from folojax.programs import Call
-from folojax.sampling import SamplingSpec
-from folojax.shapes import DecodeShape, PrefillShape, slots_for
-from folojax.state import SampleInputs, init_state
-from folojax.whole import WholeSteps
+from folojax.compile.programs import Call
+from folojax.compile.shapes import DecodeShape, PrefillShape, slots_for
+from folojax.models.core.decoder import Llama, init_params
+from folojax.models.machine.platforms import tracing_for
+from folojax.runner.batch import Batch, ints
+from folojax.sampling.rows import SampleInputs
+from folojax.sampling.sampler import SamplingSpec
+from folojax.steps.fused import WholeSteps
+from folojax.steps.state import init_state
 
 TARGET = Path(__file__).parent / "data" / "h200_target.textproto"
 

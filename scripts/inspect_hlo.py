@@ -32,11 +32,11 @@ from hlo_read import count_kernels, kernels_per_layer, num_command_buffers, outs
 from rich.console import Console
 from rich.table import Table
 
-from folojax.models.config import ModelConfig
-from folojax.models.llama import Llama
-from folojax.sampling import SamplingClass, SamplingSpec
+from folojax.compile.shapes import DecodeShape, PrefillShape
+from folojax.models.core.config import ModelConfig
+from folojax.models.core.decoder import Llama
+from folojax.sampling.sampler import SamplingClass, SamplingSpec
 from folojax.sched.pages import pages_for
-from folojax.shapes import DecodeShape, PrefillShape
 
 _DECODE = {"greedy": SamplingClass.GREEDY, "truncated": SamplingClass.TRUNCATED}
 _MOST_TEMPORARIES = 0.01

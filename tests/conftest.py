@@ -35,9 +35,9 @@ _ARRAY_MODULES = (
 install_import_hook([f"folojax.{name}" for name in _ARRAY_MODULES], "beartype.beartype")
 
 from folojax import LLM  # noqa: E402  (after the hook)
-from folojax.compilation_cache import enable_compilation_cache  # noqa: E402
-from folojax.models.checkpoint import build_module, load_params, open_checkpoint  # noqa: E402
-from folojax.programs import clear_programs  # noqa: E402
+from folojax.compile.compilation_cache import enable_compilation_cache  # noqa: E402
+from folojax.compile.programs import clear_programs  # noqa: E402
+from folojax.models.files.checkpoint import build_module, load_params, open_checkpoint  # noqa: E402
 from tests.reference import save_tiny  # noqa: E402
 from tests.text import make_letters_tokenizer  # noqa: E402
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from folojax import SamplingParams
-from folojax.jsonl_job import JsonlJob, Summary
-from folojax.jsonl_output import open_output
+from folojax.jsonl.file_job import JsonlJob, Summary
+from folojax.jsonl.output_file import open_output
 from tests.stub_llm import StubLLM
 
 

@@ -324,7 +324,7 @@ def _try(path: Path) -> str:
 def main(base: Path, work: Path) -> None:
     """Tries all cases within the limits."""
     import folojax  # what it takes itself is not counted
-    from folojax.engine import Engine
+    from folojax.engine.engine import Engine
 
     del folojax
     shutil.copytree(base, work / "good")

@@ -16,8 +16,8 @@ from folojax import kv
 from folojax.attention import attend
 from folojax.kv import KVCache, KVLayout, PageFormat, place_tokens
 from folojax.kv.cache import PageOrder
-from folojax.models.interface import PLAIN, Scoring
-from folojax.models.row_sums import REORDERED
+from folojax.models.core.interface import PLAIN, Scoring
+from folojax.models.machine.row_sums import REORDERED
 
 LAYER = 1
 MOST_TOKENS = 64

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from folojax.models.artefacts import build_once, cache_root
+from folojax.models.machine.artefacts import build_once, cache_root
 
 EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 

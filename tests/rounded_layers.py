@@ -8,8 +8,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from folojax.models.checkpoint import build_module, load_params, open_checkpoint
-from folojax.models.dense_attend import dense_attend
+from folojax.models.core.dense_attend import dense_attend
+from folojax.models.files.checkpoint import build_module, load_params, open_checkpoint
 from tests import reference
 from tests.families import save_family
 

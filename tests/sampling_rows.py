@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from folojax.logit_edits import NUM_RECENT, EditRows, init_edits
-from folojax.sampling import SamplingClass, SamplingSpec, sample
-from folojax.state import SamplingRows, StepOutput
+from folojax.sampling.logit_edits import NUM_RECENT, EditRows, init_edits
+from folojax.sampling.rows import SamplingRows, StepOutput
+from folojax.sampling.sampler import SamplingClass, SamplingSpec, sample
 
 V = 1000
 OFF: dict[str, Any] = {"temperature": 1.0, "top_k": V, "top_p": 1.0, "min_p": 0.0, "seed": 0}

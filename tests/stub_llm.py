@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from folojax import CompletionOutput, Logprob, RequestMetrics, RequestOutput, SamplingParams
-from folojax.jsonl_job import JsonlJob
-from folojax.jsonl_output import open_output
-from folojax.prompts import Prompt
+from folojax.jsonl.file_job import JsonlJob
+from folojax.jsonl.output_file import open_output
+from folojax.requests.prompts import Prompt
 
 MAX_NUM_SEQS = 8
 MAX_PROMPT_LEN = 100

@@ -8,15 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from folojax import (
-    LLM,
-    ActivationEdit,
-    RequestOutput,
-    read_residuals,
-)
-from folojax.models.checkpoint import build_module, load_params, open_checkpoint
-from folojax.models.dense_attend import dense_attend
-from folojax.residual import intercept
+from folojax import LLM, ActivationEdit, RequestOutput, read_residuals
+from folojax.models.core.dense_attend import dense_attend
+from folojax.models.files.checkpoint import build_module, load_params, open_checkpoint
+from folojax.steps.residual_stream import intercept
 from tests.reference import TINY_LIMITS, load_model, save_tiny
 from tests.user_functions import (
     EDITS,

@@ -7,7 +7,7 @@ from folojax.attention import KERNELS, AttentionSpec, choose_kernel
 from folojax.attention.interface import Kernel
 from folojax.backend.backend import CPU, GPU
 from folojax.kv import PageFormat
-from folojax.models.interface import PLAIN, Scoring
+from folojax.models.core.interface import PLAIN, Scoring
 
 FLOAT32 = jnp.dtype(jnp.float32)
 

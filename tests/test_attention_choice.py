@@ -10,8 +10,8 @@ import transformers
 
 from folojax.attention import cudnn, kernels_of
 from folojax.backend.backend import CPU, GPU, Backend
-from folojax.models.hf_config import config_from_hf
-from folojax.models.registry import FAMILIES as ARCHITECTURES
+from folojax.models.core.registry import FAMILIES as ARCHITECTURES
+from folojax.models.files.hf_config import config_from_hf
 from tests.families import FAMILIES, config_of
 
 DOCS = Path(__file__).parent.parent / "docs" / "gpu.md"

@@ -13,7 +13,7 @@ import pytest
 
 from folojax.attention import KERNELS, AttentionSpec
 from folojax.kv import KVCache, PageFormat
-from folojax.models.interface import PLAIN, Scoring
+from folojax.models.core.interface import PLAIN, Scoring
 from tests.paged_sequences import (
     WAYS,
     Chunk,

@@ -11,12 +11,12 @@ import pytest
 from folojax import SamplingParams
 from folojax.attention import attend
 from folojax.backend.backend import CPU, GPU, Backend
-from folojax.batch import Batch, Chunk
+from folojax.compile.shapes import DecodeShape, PrefillShape
 from folojax.kv import KVCache, KVLayout, PageFormat, init_cache, place_tokens
-from folojax.row_params import RowParams
+from folojax.runner.batch import Batch, Chunk
+from folojax.runner.row_params import RowParams
 from folojax.sched.plan import NewRequest, SchedulerOutput
-from folojax.shapes import DecodeShape, PrefillShape
-from folojax.state import DecodeInputs
+from folojax.steps.state import DecodeInputs
 
 M, P, S, K, G, D, MAX_PAGES = 32, 40, 4, 2, 3, 8, 10
 GREEDY = RowParams(SamplingParams(temperature=0), 0)

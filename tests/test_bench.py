@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from folojax import LLM, SamplingParams
-from folojax.programs import clear_programs
+from folojax.compile.programs import clear_programs
 from tests.stub_contender import StubContender
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"

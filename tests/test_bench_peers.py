@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from gguf.quants import dequantize, quantize
 
-from folojax.models.checkpoint import load_params, open_checkpoint
+from folojax.models.files.checkpoint import load_params, open_checkpoint
 from tests import gguf_writer, stub_llama_cpp
 from tests.families import save_family
 

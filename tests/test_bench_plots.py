@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from folojax import LLM
-from folojax.runner import Runner
+from folojax.runner.runner import Runner
 from folojax.sched.scheduler import Scheduler
 from tests.reference import TINY
 

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from folojax import LLM
-from folojax.models.checkpoint import build_module
-from folojax.models.config import ModelConfig
-from folojax.models.dense_attend import dense_attend
-from folojax.models.llama import init_params
+from folojax.models.core.config import ModelConfig
+from folojax.models.core.decoder import init_params
+from folojax.models.core.dense_attend import dense_attend
+from folojax.models.files.checkpoint import build_module
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 

@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 
 from folojax import LLM, SamplingParams
-from folojax.models.checkpoint import open_checkpoint
-from folojax.tokenizer import Tokenizer
-from folojax.tokenizer_files import load_tokenizer
+from folojax.models.files.checkpoint import open_checkpoint
+from folojax.text.tokenizer import Tokenizer
+from folojax.text.tokenizer_files import load_tokenizer
 from tests.jsonl_runs import entries, run
 from tests.text import make_letters_tokenizer
 

@@ -17,12 +17,12 @@ from folojax import (
     LogitsProcessor,
     SamplingClass,
     SamplingParams,
-    build,
 )
-from folojax.ahead import warm_up
 from folojax.backend.backend import CPU, GPU
-from folojax.compile_plan import COPIES, EDITS, Executable, list_executables
-from folojax.programs import clear_programs
+from folojax.compile.programs import clear_programs
+from folojax.engine import build
+from folojax.runner.executables import COPIES, EDITS, Executable, list_executables
+from folojax.runner.warm_up import warm_up
 
 OPTIONS: dict[str, Any] = {
     "page_size": 8,

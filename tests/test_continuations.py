@@ -7,8 +7,8 @@ from tokenizers import Tokenizer as Backend
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from folojax.continuations import pair_continuations
-from folojax.tokenizer import Tokenizer
+from folojax.requests.continuations import pair_continuations
+from folojax.text.tokenizer import Tokenizer
 from tests.tokenizer_kinds import DUMMY_PREFIX, KINDS, make_tokenizer, random_text
 
 

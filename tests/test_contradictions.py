@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from folojax.models.checkpoint import build_module, load_params, open_checkpoint
-from folojax.models.dense_attend import dense_attend
-from folojax.models.hf_config import config_from_hf
-from folojax.models.registry import FAMILIES, MODEL_TYPES, family_of
-from folojax.models.rope import LinearRope, YarnRope
-from folojax.models.save import save_pretrained
-from folojax.tokenizer_files import load_tokenizer
+from folojax.models.core.dense_attend import dense_attend
+from folojax.models.core.registry import FAMILIES, MODEL_TYPES, family_of
+from folojax.models.core.rope import LinearRope, YarnRope
+from folojax.models.files.checkpoint import build_module, load_params, open_checkpoint
+from folojax.models.files.hf_config import config_from_hf
+from folojax.models.files.save import save_pretrained
+from folojax.text.tokenizer_files import load_tokenizer
 from tests.families import FAMILIES as TINY_FAMILIES
 from tests.families import save_family
 from tests.test_models_config import LLAMA

@@ -14,7 +14,7 @@ import pytest
 
 from folojax.attention import KERNELS, AttentionSpec, choose_kernel, cudnn
 from folojax.kv import PageFormat
-from folojax.models.interface import PLAIN, Scoring
+from folojax.models.core.interface import PLAIN, Scoring
 from tests.paged_sequences import (
     Chunk,
     Heads,

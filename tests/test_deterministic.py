@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from folojax import LLM, SamplingParams, rowwise
-from folojax.models.checkpoint import build_module, load_params, open_checkpoint
+from folojax import LLM, SamplingParams
+from folojax.models.files.checkpoint import build_module, load_params, open_checkpoint
+from folojax.steps import row_by_row as rowwise
 from tests.families import save_family
 
 

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from folojax.detokenizer import Detokenizer
-from folojax.models.checkpoint import open_checkpoint
-from folojax.tokenizer import INCOMPLETE, Tokenizer
-from folojax.tokenizer_files import load_tokenizer
+from folojax.models.files.checkpoint import open_checkpoint
+from folojax.text.detokenizer import Detokenizer
+from folojax.text.tokenizer import INCOMPLETE, Tokenizer
+from folojax.text.tokenizer_files import load_tokenizer
 from tests.text import ByteTokens, WordTokens, make_metaspace_tokenizer
 
 LETTERS = "abé中😀"

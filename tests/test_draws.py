@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from folojax import draws, sampling
-from folojax.sampling import SamplingClass, SamplingSpec
-from folojax.state import SamplingRows
+from folojax.sampling import sampler as sampling
+from folojax.sampling.rows import SamplingRows
+from folojax.sampling.sampler import SamplingClass, SamplingSpec, draws
 from tests.sampling_rows import (
     OFF,
     V,

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from folojax import LLM, SamplingClass, SamplingParams
-from folojax.models.llama import Llama
-from folojax.reports import NO_DISTRIBUTION
+from folojax.engine.step_reports import NO_DISTRIBUTION
+from folojax.models.core.decoder import Llama
 from folojax.sched.request import RequestStatus
 from tests.reference import TINY
 

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 
 from folojax import LLM, SamplingParams
-from folojax.tokenizer_files import LazyTokenizer, load_tokenizer
+from folojax.text.tokenizer_files import LazyTokenizer, load_tokenizer
 from tests.conftest import check_is_empty
 from tests.jsonl_runs import entries, run
 from tests.text import make_letters_tokenizer

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from folojax.models import group_kernels, native
-from folojax.models.checkpoint import load_params, open_checkpoint
-from folojax.models.group_kernels import (
+from folojax.models.files.checkpoint import load_params, open_checkpoint
+from folojax.models.machine import compiler as native
+from folojax.models.quantized import group_kernels
+from folojax.models.quantized.group_kernels import (
     GROUP,
     GroupKernel,
     fits_groups,
@@ -20,8 +21,8 @@ from folojax.models.group_kernels import (
     quantize_groups,
     take_groups,
 )
-from folojax.models.int8_kernels import Int8Kernel
-from folojax.models.quantize import quantize
+from folojax.models.quantized.int8_kernels import Int8Kernel
+from folojax.models.quantized.quantize import quantize
 from tests.rounded_layers import CASES, check_case
 
 

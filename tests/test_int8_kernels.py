@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from folojax.models.int8_kernels import project_int8, quantize_int8, take_int8
+from folojax.models.quantized.int8_kernels import project_int8, quantize_int8, take_int8
 from tests.rounded_layers import CASES, check_case
 
 

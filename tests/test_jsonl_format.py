@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from folojax import SamplingParams
-from folojax.jsonl import line_seed
+from folojax.jsonl.lines import line_seed
 from tests.jsonl_runs import entries, line, run
 from tests.stub_llm import FAILING_PROMPT, StubLLM
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from folojax import SamplingParams
-from folojax.jsonl import dump
-from folojax.jsonl_job import JsonlJob
-from folojax.jsonl_output import open_output
+from folojax.jsonl.file_job import JsonlJob
+from folojax.jsonl.lines import dump
+from folojax.jsonl.output_file import open_output
 from tests.jsonl_runs import entries, line, run
 from tests.stub_llm import FAILING_PROMPT, StubLLM
 

@@ -11,10 +11,10 @@ import pytest
 
 from folojax import kv
 from folojax.backend.backend import CPU, GPU
-from folojax.host_store import read_tokens, write_tokens
 from folojax.kv import KVCache, KVLayout, PageFormat, place_tokens
 from folojax.kv.cache import PageOrder, join_layers
 from folojax.kv.page_copies import PageCopies
+from folojax.runner.host_store import read_tokens, write_tokens
 
 P, S, L, K, D = 11, 4, 2, 2, 8
 ORDERS = get_args(PageOrder)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from folojax import LLM, RequestOutput, SamplingParams
-from folojax.models.checkpoint import build_module, load_params, open_checkpoint
+from folojax.models.files.checkpoint import build_module, load_params, open_checkpoint
 
 NUM_REQUESTS = 10
 

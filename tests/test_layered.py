@@ -11,17 +11,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from folojax import LLM, SamplingParams, build, kv
+from folojax import LLM, SamplingParams, kv
 from folojax.backend.backend import CPU, GPU
-from folojax.batch import ints
+from folojax.compile.programs import IN_GRAPH
+from folojax.engine import build
 from folojax.kv import KVCache
 from folojax.kv.cache import join_layers
-from folojax.layered import LayeredSteps, make_steps, split_layers
-from folojax.models.llama import Llama, init_params
-from folojax.models.row_sums import REORDERED
-from folojax.programs import IN_GRAPH
-from folojax.state import DecodeInputs, PrefillInputs
-from folojax.whole import WholeSteps
+from folojax.models.core.decoder import Llama, init_params
+from folojax.models.machine.row_sums import REORDERED
+from folojax.runner.batch import ints
+from folojax.steps.by_layer import LayeredSteps, make_steps, split_layers
+from folojax.steps.fused import WholeSteps
+from folojax.steps.state import DecodeInputs, PrefillInputs
 from tests.conftest import check_is_empty
 from tests.mixed_requests import check_same, make_llm, make_prompts, run
 

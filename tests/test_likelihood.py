@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from folojax import LLM, log_likelihood
-from folojax.models.checkpoint import build_module, load_params, open_checkpoint
+from folojax.models.files.checkpoint import build_module, load_params, open_checkpoint
 from tests.families import save_family
 from tests.reference import load_model, save_tiny
 

@@ -9,10 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from folojax.logit_edits import NUM_RECENT, apply_edits, init_edits, note_tokens, write_slot
-from folojax.row_params import MAX_BAD_WORD_TOKENS, RowParams, RowTable
-from folojax.sampling import SamplingClass
-from folojax.sampling_params import SamplingParams
+from folojax.requests.sampling_params import SamplingParams
+from folojax.runner.row_params import RowParams, RowTable
+from folojax.sampling.logit_edits import (
+    MAX_BAD_WORD_TOKENS,
+    NUM_RECENT,
+    apply_edits,
+    init_edits,
+    note_tokens,
+    write_slot,
+)
+from folojax.sampling.sampler import SamplingClass
 
 V = 200
 M = 8

@@ -10,8 +10,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from folojax import LLM, SamplingParams, ahead, memory_areas
-from folojax.sampling import SamplingClass
+from folojax import LLM, SamplingParams
+from folojax.compile import mapped_memory as memory_areas
+from folojax.runner import warm_up as ahead
+from folojax.sampling.sampler import SamplingClass
 
 FEW_SHAPES: dict[str, Any] = {
     "max_num_seqs": 2,

@@ -10,16 +10,19 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from folojax import LLM, EngineConfig, build, step, step_memory
+from folojax import LLM, EngineConfig
 from folojax.backend.backend import CPU, GPU
 from folojax.backend.device_memory import device_memory
+from folojax.compile.memory_plan import DeviceMemory, MemoryPlan, plan_fraction, plan_pages
+from folojax.compile.shapes import DecodeShape, PrefillShape, Shapes, slots_for
+from folojax.engine import build
 from folojax.kv import KVLayout
-from folojax.logit_edits import init_edits
-from folojax.memory_plan import DeviceMemory, MemoryPlan, plan_fraction, plan_pages
-from folojax.sampling import SamplingClass, SamplingSpec
+from folojax.runner import temporaries as step_memory
+from folojax.sampling.logit_edits import init_edits
+from folojax.sampling.rows import SampleInputs
+from folojax.sampling.sampler import SamplingClass, SamplingSpec
 from folojax.sched.pages import pages_for
-from folojax.shapes import DecodeShape, PrefillShape, Shapes, slots_for
-from folojax.state import SampleInputs
+from folojax.steps import step
 
 Sizes: TypeAlias = tuple[KVLayout, Shapes, int]
 

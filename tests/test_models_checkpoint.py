@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from folojax.models import checkpoint as checkpoint_module
-from folojax.models.checkpoint import load_params, open_checkpoint
-from folojax.models.hf_names import parameter_sources
+from folojax.models.files import checkpoint as checkpoint_module
+from folojax.models.files.checkpoint import load_params, open_checkpoint
+from folojax.models.files.hf_names import parameter_sources
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from folojax.models.config import ModelConfig
-from folojax.models.hf_config import config_from_hf
-from folojax.models.registry import FAMILIES, family_of
-from folojax.models.rope import LinearRope, Llama3Rope, LongRope, YarnRope
+from folojax.models.core.config import ModelConfig
+from folojax.models.core.registry import FAMILIES, family_of
+from folojax.models.core.rope import LinearRope, Llama3Rope, LongRope, YarnRope
+from folojax.models.files.hf_config import config_from_hf
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from folojax import LLM, SamplingParams
-from folojax.models.checkpoint import build_module, load_params, open_checkpoint
-from folojax.models.dense_attend import dense_attend
-from folojax.models.llama import init_params
-from folojax.models.registry import FAMILIES as REGISTRY
-from folojax.models.save import save_pretrained
+from folojax.models.core.decoder import init_params
+from folojax.models.core.dense_attend import dense_attend
+from folojax.models.core.registry import FAMILIES as REGISTRY
+from folojax.models.files.checkpoint import build_module, load_params, open_checkpoint
+from folojax.models.files.save import save_pretrained
 from tests import reference
 from tests.families import FAMILIES, PROMPT_LEN, save_family
 

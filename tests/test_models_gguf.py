@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from folojax.models import gguf_reader
-from folojax.models.artefacts import build_once, cache_root
-from folojax.models.checkpoint import build_module, load_params, open_checkpoint
-from folojax.models.dense_attend import dense_attend
-from folojax.models.gguf_tokenizer import build_tokenizer
-from folojax.models.rope import LinearRope
+from folojax.models.core.dense_attend import dense_attend
+from folojax.models.core.rope import LinearRope
+from folojax.models.files import gguf_reader
+from folojax.models.files.checkpoint import build_module, load_params, open_checkpoint
+from folojax.models.files.gguf_tokenizer import build_tokenizer
+from folojax.models.machine.artefacts import build_once, cache_root
 from tests import reference
 
 TEXT = (
@@ -160,7 +160,7 @@ def test_converting_and_loading_need_no_torch(tmp_path):
 import sys
 sys.modules["torch"] = None
 import jax.numpy as jnp
-from folojax.models.checkpoint import load_params, open_checkpoint
+from folojax.models.files.checkpoint import load_params, open_checkpoint
 load_params(open_checkpoint(sys.argv[1]), jnp.float32)
 assert "transformers" not in sys.modules
 assert ("gguf" in sys.modules) == (sys.argv[2] == "cold")
@@ -348,7 +348,7 @@ def test_an_interrupted_build_is_not_taken_for_complete(tmp_path):
 def test_a_killed_build_is_not_taken_for_complete_and_is_removed_in_time(tmp_path):
     code = """
 import os, pathlib, sys
-from folojax.models.artefacts import build_once
+from folojax.models.machine.artefacts import build_once
 def killed(directory):
     (directory / "half").touch()
     os.kill(os.getpid(), 9)

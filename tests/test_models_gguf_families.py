@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from folojax.models.checkpoint import build_module, load_params, open_checkpoint
-from folojax.models.dense_attend import dense_attend
-from folojax.models.gguf_config import GGUF_FAMILIES
-from folojax.models.gguf_tokenizer import build_tokenizer
-from folojax.models.rope import Llama3Rope, LongRope, frequencies
+from folojax.models.core.dense_attend import dense_attend
+from folojax.models.core.rope import Llama3Rope, LongRope, frequencies
+from folojax.models.files.checkpoint import build_module, load_params, open_checkpoint
+from folojax.models.files.gguf_config import GGUF_FAMILIES
+from folojax.models.files.gguf_tokenizer import build_tokenizer
 from tests import gguf_writer, reference
 from tests.families import save_family
 

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from folojax.models.checkpoint import build_module, load_params, open_checkpoint
-from folojax.models.config import ModelConfig
-from folojax.models.dense_attend import dense_attend
-from folojax.models.interface import Attend
-from folojax.models.layers import project
-from folojax.models.llama import init_params
+from folojax.models.core.config import ModelConfig
+from folojax.models.core.decoder import init_params
+from folojax.models.core.dense_attend import dense_attend
+from folojax.models.core.interface import Attend
+from folojax.models.core.layers import project
+from folojax.models.files.checkpoint import build_module, load_params, open_checkpoint
 from tests import reference
 
 LLAMA3_ROPE = {

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from folojax import LLM, SamplingParams
-from folojax.models.checkpoint import load_params, open_checkpoint
-from folojax.models.save import save_pretrained
+from folojax.models.files.checkpoint import load_params, open_checkpoint
+from folojax.models.files.save import save_pretrained
 from tests import reference
 
 

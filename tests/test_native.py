@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from folojax.models import native
+from folojax.models.machine import compiler as native
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ from folojax import kv
 from folojax.attention import KERNELS, AttentionSpec, choose_kernel, native
 from folojax.backend.backend import CPU
 from folojax.kv import KVCache, KVLayout, PageFormat, Placement, place_tokens
-from folojax.models import native as native_code
-from folojax.models.interface import PLAIN, Scoring
+from folojax.models.core.interface import PLAIN, Scoring
+from folojax.models.machine import compiler as native_code
 
 
 class Shape(NamedTuple):

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from folojax.outputs import BatchMetrics, RequestMetrics, RequestOutput, batch_metrics
+from folojax.requests.outputs import BatchMetrics, RequestMetrics, RequestOutput, batch_metrics
 
 
 def metrics(**fields: Any) -> RequestMetrics:

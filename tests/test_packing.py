@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from folojax import sampling
-from folojax.logit_edits import init_edits
-from folojax.packing import Packing, pack_report, report_packing
-from folojax.sampling import SamplingClass, SamplingSpec
-from folojax.state import DecodeInputs, StepOutput
+from folojax.sampling import sampler as sampling
+from folojax.sampling.logit_edits import init_edits
+from folojax.sampling.rows import StepOutput
+from folojax.sampling.sampler import SamplingClass, SamplingSpec
+from folojax.steps.packing import Packing, pack_report, report_packing
+from folojax.steps.state import DecodeInputs
 from tests.sampling_rows import V, draw, edit_nothing, make_rows, random_logits
 
 B = 5

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from folojax import LLM, SamplingParams
-from folojax.sampling import log_sum_exp, token_logprobs, token_ranks
+from folojax.sampling.sampler import log_sum_exp, token_logprobs, token_ranks
 from tests.conftest import check_is_empty
 from tests.text import make_letters_tokenizer
 

@@ -18,7 +18,7 @@ from folojax import (
     score_tokens,
 )
 from folojax.backend import choose_backend
-from folojax.models.checkpoint import build_module, load_params, open_checkpoint
+from folojax.models.files.checkpoint import build_module, load_params, open_checkpoint
 from tests import reference
 
 PARAGRAPH = (

@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from folojax.models.platforms import platform, tracing_for
+from folojax.models.machine.platforms import platform, tracing_for
 
 
 def test_it_is_the_default_backend_unless_something_else_is_said() -> None:

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from folojax.models.platforms import tracing_for
-from folojax.programs import Call, Programs, clear_programs
+from folojax.compile.programs import Call, Programs, clear_programs
+from folojax.models.machine.platforms import tracing_for
 
 
 class Counted:

@@ -5,8 +5,8 @@ import random
 
 import pytest
 
-from folojax.detokenizer import Detokenizer
-from folojax.tokenizer import INCOMPLETE, Tokenizer
+from folojax.text.detokenizer import Detokenizer
+from folojax.text.tokenizer import INCOMPLETE, Tokenizer
 from tests.tokenizer_kinds import DUMMY_PREFIX, KINDS, make_tokenizer, random_text
 
 

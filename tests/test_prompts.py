@@ -5,10 +5,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from folojax.continuations import pair_continuations
-from folojax.prompts import ParsedPrompt, conversations, params_per_prompt, parse_prompts
-from folojax.sampling_params import SamplingParams
-from folojax.tokenizer import Tokenizer
+from folojax.requests.continuations import pair_continuations
+from folojax.requests.prompts import ParsedPrompt, conversations, params_per_prompt, parse_prompts
+from folojax.requests.sampling_params import SamplingParams
+from folojax.text.tokenizer import Tokenizer
 
 
 class CodePoints(Tokenizer):

@@ -17,11 +17,11 @@ import numpy as np
 import pytest
 
 from folojax import LLM, SamplingParams
-from folojax.build import default_params
-from folojax.models.checkpoint import Checkpoint, open_checkpoint
-from folojax.models.gguf_config import GGUF_FAMILIES, hf_config
-from folojax.models.hf_config import config_from_hf
-from folojax.tokenizer import Tokenizer
+from folojax.engine.build import default_params
+from folojax.models.files.checkpoint import Checkpoint, open_checkpoint
+from folojax.models.files.gguf_config import GGUF_FAMILIES, hf_config
+from folojax.models.files.hf_config import config_from_hf
+from folojax.text.tokenizer import Tokenizer
 from tests.gguf_writer import letters_metadata
 from tests.test_chat_content import PRINTING, TRIMMING, WALKING
 from tests.test_models_config import LLAMA

@@ -13,13 +13,13 @@ from flax import linen as nn
 from flax.core import freeze
 
 from folojax import LLM, SamplingParams, init_lora, log_likelihood, merge_lora
-from folojax.layered import LayeredSteps
-from folojax.models.checkpoint import build_module, load_params, open_checkpoint
-from folojax.models.group_kernels import GroupKernel
-from folojax.models.int8_kernels import Int8Kernel
-from folojax.models.quantize import quantization_of, quantize_params
-from folojax.models.save import save_pretrained
-from folojax.sampling import SamplingClass
+from folojax.models.files.checkpoint import build_module, load_params, open_checkpoint
+from folojax.models.files.save import save_pretrained
+from folojax.models.quantized.group_kernels import GroupKernel
+from folojax.models.quantized.int8_kernels import Int8Kernel
+from folojax.models.quantized.quantize import quantization_of, quantize_params
+from folojax.sampling.sampler import SamplingClass
+from folojax.steps.by_layer import LayeredSteps
 from tests import reference
 from tests.conftest import check_is_empty
 from tests.rounded_layers import logits

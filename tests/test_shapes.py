@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from folojax.backend.backend import CPU, GPU, Backend
+from folojax.compile.shapes import DecodeShape, PrefillShape, Shapes, round_up
 from folojax.config import EngineConfig, ResolvedConfig
-from folojax.sampling import SamplingClass
+from folojax.sampling.sampler import SamplingClass
 from folojax.sched.pages import pages_for
-from folojax.shapes import DecodeShape, PrefillShape, Shapes, round_up
 
 BACKENDS = st.sampled_from([CPU, GPU])
 DTYPES = st.sampled_from(["float32", "bfloat16"])

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from folojax import LLM, ActivationEdit, RequestOutput, SamplingParams, read_residuals
-from folojax.compile_plan import Executable
-from folojax.models.checkpoint import build_module, load_params, open_checkpoint
-from folojax.models.dense_attend import dense_attend
-from folojax.prompts import ParsedPrompt
-from folojax.residual import intercept, read_layers
+from folojax.models.core.dense_attend import dense_attend
+from folojax.models.files.checkpoint import build_module, load_params, open_checkpoint
+from folojax.requests.prompts import ParsedPrompt
+from folojax.runner.executables import Executable
+from folojax.steps.residual_stream import intercept, read_layers
 from tests.conftest import check_is_empty
 from tests.families import save_family
 from tests.reference import load_model

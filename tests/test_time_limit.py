@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from folojax.time_limit import call_within
+from folojax.text.time_limit import call_within
 
 
 def forever() -> None:

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from folojax import tokenizer
-from folojax.models.checkpoint import open_checkpoint
-from folojax.tokenizer import Tokenizer
-from folojax.tokenizer_files import load_tokenizer
+from folojax.models.files.checkpoint import open_checkpoint
+from folojax.text import tokenizer
+from folojax.text.tokenizer import Tokenizer
+from folojax.text.tokenizer_files import load_tokenizer
 from tests.text import make_metaspace_tokenizer
 
 

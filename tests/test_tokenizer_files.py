@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from folojax.models.checkpoint import open_checkpoint
-from folojax.tokenizer import Tokenizer
-from folojax.tokenizer_files import LazyTokenizer, load_tokenizer
+from folojax.models.files.checkpoint import open_checkpoint
+from folojax.text.tokenizer import Tokenizer
+from folojax.text.tokenizer_files import LazyTokenizer, load_tokenizer
 from tests.text import make_letters_tokenizer, make_metaspace_tokenizer
 
 TEXTS = [

@@ -47,7 +47,7 @@ JsonlJob(llm, "out.jsonl")
 
 HEAD = """\
 from folojax import LLM, EngineConfig, SamplingParams
-from folojax.jsonl_job import JsonlJob
+from folojax.jsonl.file_job import JsonlJob
 llm = LLM()
 params = SamplingParams()
 """

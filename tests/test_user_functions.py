@@ -16,7 +16,7 @@ from folojax import (
     RequestState,
     read_residuals,
 )
-from folojax.models.dense_attend import dense_attend
+from folojax.models.core.dense_attend import dense_attend
 from tests.reference import TINY_LIMITS
 from tests.user_functions import (
     BODY,

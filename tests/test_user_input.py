@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from folojax import LLM, SamplingParams
-from folojax.prompts import ParsedPrompt, parse_prompts
+from folojax.requests.prompts import ParsedPrompt, parse_prompts
+from folojax.requests.validation import Validator
 from folojax.sched.config import SchedulerConfig
-from folojax.validation import Validator
 from tests.jsonl_runs import entries, line, run
 from tests.stub_llm import StubLLM
 from tests.tokenizer_kinds import DUMMY_PREFIX, make_tokenizer

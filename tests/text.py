@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from folojax.tokenizer import Tokenizer
+from folojax.text.tokenizer import Tokenizer
 
 
 class ByteTokens(Tokenizer):

@@ -18,7 +18,7 @@ from tokenizers import (
 from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 
-from folojax.tokenizer import Tokenizer
+from folojax.text.tokenizer import Tokenizer
 
 SPECIAL = ("<unk>", "<s>", "</s>")
 BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))

@@ -4,9 +4,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from folojax import LLM, BatchMetrics, EngineConfig, RequestOutput, SamplingParams, batch_metrics
-from folojax.jsonl_job import JsonlJob, Summary
-from folojax.jsonl_output import open_output
-from folojax.prompts import Prompt
+from folojax.jsonl.file_job import JsonlJob, Summary
+from folojax.jsonl.output_file import open_output
+from folojax.requests.prompts import Prompt
 
 
 def build(directory: Path) -> list[LLM]:

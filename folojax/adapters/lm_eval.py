@@ -32,7 +32,7 @@ from lm_eval.models.utils import (
 )
 
 from folojax.llm import LLM
-from folojax.sampling_params import SamplingParams
+from folojax.requests.sampling_params import SamplingParams
 
 _LOG = logging.getLogger("folojax")
 

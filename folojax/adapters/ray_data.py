@@ -25,11 +25,11 @@ from typing import Any
 
 import numpy as np
 
-from folojax.jsonl import line_seed
+from folojax.jsonl.lines import line_seed
 from folojax.llm import LLM
-from folojax.outputs import CompletionOutput
-from folojax.prompts import Prompt, parse_prompt
-from folojax.sampling_params import SamplingParams
+from folojax.requests.outputs import CompletionOutput
+from folojax.requests.prompts import Prompt, parse_prompt
+from folojax.requests.sampling_params import SamplingParams
 
 _COLUMNS = ("text", "token_ids", "finish_reason", "error")
 

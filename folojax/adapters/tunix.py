@@ -24,7 +24,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from folojax.llm import LLM
-from folojax.sampling_params import SamplingParams
+from folojax.requests.sampling_params import SamplingParams
 
 
 class RolloutConfig(Protocol):

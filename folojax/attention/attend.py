@@ -7,8 +7,8 @@ from folojax.attention import cudnn, native, reference
 from folojax.attention.interface import AttentionSpec, Kernel
 from folojax.kv.cache import KVCache, KVLayout, write
 from folojax.kv.placement import Placement
-from folojax.models.config import ModelConfig
-from folojax.models.interface import PLAIN, Scoring
+from folojax.models.core.config import ModelConfig
+from folojax.models.core.interface import PLAIN, Scoring
 
 KERNELS: dict[str, Kernel] = {
     "cudnn": cudnn.KERNEL,
@@ -30,7 +30,7 @@ def attend(
 ) -> tuple[KVCache, Float[Array, "T H D"]]:
     """Attention of every token to all of its request so far, in the shape that models ask for.
 
-    With the placement bound it is a `folojax.models.interface.Attend`. New keys and values are
+    With the placement bound it is a `folojax.models.core.interface.Attend`. New keys and values are
     stored first, so a chunk sees its own tokens and those of earlier rows of the same call.
     """
     cache = write(cache, layer, placement.page, placement.offset, key, value)

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Num
 
 from folojax.kv.cache import PageFormat
 from folojax.kv.placement import Placement
-from folojax.models.interface import Scoring
+from folojax.models.core.interface import Scoring
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Num
 
 from folojax.attention.interface import AttentionSpec
 from folojax.kv.placement import Placement
-from folojax.models import native
+from folojax.models.machine import compiler as native
 
 _SOURCE = Path(__file__).with_suffix(".cc")
 _NAME = "folojax_native_attention"

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int, Num
 
 from folojax.attention.interface import AttentionSpec
 from folojax.kv.placement import Placement
-from folojax.models.row_sums import MOST_AT_ONCE, sum_products
+from folojax.models.machine.row_sums import MOST_AT_ONCE, sum_products
 
 # Finite, so that a row without any valid key (padding) gives numbers and not NaN.
 MASKED = -1e30

@@ -1,8 +1,8 @@
 """The backend of an engine: all that depends on the platform, as one value.
 
 It is chosen where the engine is built (`choose_backend`) and handed down. Nothing else asks for the
-platform; two things ask what programs are traced for: products of matrices (`models.platforms`) and
-whether a device can run a kernel (`attention.cudnn`).
+platform; two things ask what programs are traced for: products of matrices
+(`models.machine.platforms`) and whether a device can run a kernel (`attention.cudnn`).
 """
 
 import dataclasses
@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from folojax.backend.swap_cost import SwapRates
+from folojax.compile.shapes import Shapes, powers, up_to, with_parts
 from folojax.kv.cache import KVLayout, PageFormat, PageOrder
-from folojax.models.config import ModelConfig
+from folojax.models.core.config import ModelConfig
 from folojax.sched.pages import pages_for
-from folojax.shapes import Shapes, powers, up_to, with_parts
-from folojax.swap_cost import SwapRates
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,8 +34,8 @@ class Backend:
         exact_kernels: Likewise, of an engine in deterministic mode.
         stores_float32: Whether pages are of float32 whatever the model's dtype. On CPU XLA sends an
             array of half precision through float32 on every write and most reads.
-        is_layered: Whether a step is run some layers at a time (`folojax.layered`): one after the
-            other, or as one program and then with its sampling in it.
+        is_layered: Whether a step is run some layers at a time (`folojax.steps.by_layer`), or as
+            one program with its sampling in it (`folojax.steps.fused`).
         warms_up: Whether an engine compiles what it will need when it is made.
         measures_memory: Whether what steps need is asked of compiled ones where the pool is sized
             by it; else a bound does, which wastes a part of a large memory and no time.

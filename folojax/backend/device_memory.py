@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jax
 
-from folojax.memory_plan import DeviceMemory
+from folojax.compile.memory_plan import DeviceMemory
 
 # Sizes of a container's memory, versions 2 and 1; absent or "max" where there is no limit.
 _CGROUP_LIMITS = (

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from folojax.models.config import ModelConfig
+from folojax.models.core.config import ModelConfig
 
 PageOrder: TypeAlias = Literal["heads", "tokens"]
 

@@ -1,0 +1,1 @@
+"""The life of requests: schedule, run, commit; snapshots, branches, weights and counts."""

@@ -1,0 +1,126 @@
+"""Requests that go on from where others stand: beside them, later, or in another engine.
+
+::
+
+    fork       shares the pages of a request that goes on, from one step to the next
+    snapshot   copies a request out of the engine, K/V included, as a value
+    resume     queues what a snapshot holds; its K/V are loaded when it is admitted
+"""
+
+import dataclasses
+
+from folojax.engine.engine import Engine
+from folojax.engine.live_request import Job, Sample
+from folojax.engine.snapshot import Snapshot
+from folojax.requests.prompts import ParsedPrompt
+from folojax.requests.sampling_params import SamplingParams
+from folojax.runner.deterministic import DeterministicRunner
+from folojax.runner.host_store import TokenKV
+from folojax.sched.request import Request
+
+
+def fork(
+    engine: Engine,
+    parent_id: str,
+    request_id: str,
+    params: SamplingParams | None,
+    *,
+    index: int = 0,
+    num_output_tokens: int | None = None,
+    priority: int = 0,
+) -> None:
+    """Queues a request that begins with what a sample of another has; see `LLM.fork`."""
+    job, sample = _find_sample(engine, parent_id, index)
+    progress = job.progress(sample).take(num_output_tokens)
+    prompt = ParsedPrompt(job.request.prompt, job.request.prompt_token_ids)
+    if params is None:
+        params = dataclasses.replace(job.request.params, n=1, seed=sample.seed)
+    checked = engine.check(request_id, prompt, params, priority)
+    parent = None if sample.request.is_finished else sample.request
+    engine.queue([engine.make_job(checked, progress=progress, forked_from=parent)])
+
+
+def take_snapshot(engine: Engine, request_id: str, index: int = 0) -> Snapshot:
+    """Copies a sample; see `LLM.snapshot`. What is under way is taken in first."""
+    _find_sample(engine, request_id, index)
+    engine.drain()
+    job, sample = _find_sample(engine, request_id, index)
+    return Snapshot(
+        prompt=job.request.prompt,
+        prompt_token_ids=job.request.prompt_token_ids,
+        params=dataclasses.replace(job.request.params, n=1),
+        seed=sample.seed,
+        progress=job.progress(sample),
+        kv=_read_kv(engine, sample.request),
+        weights=engine.weights,
+        kv_bits=_kv_bits(engine),
+    )
+
+
+def resume(
+    engine: Engine,
+    snapshot: Snapshot,
+    request_id: str,
+    params: SamplingParams | None,
+    priority: int = 0,
+) -> None:
+    """Queues a request that begins with what a snapshot holds; see `LLM.resume`."""
+    if snapshot.kv is not None and snapshot.weights != engine.weights:
+        raise ValueError(
+            "the snapshot's K/V were computed with other weights: use those, or "
+            "snapshot.without_kv(), which is computed again"
+        )
+    wanted = _kv_bits(engine)
+    if snapshot.kv is not None and wanted is not None and snapshot.kv_bits != wanted:
+        raise ValueError(
+            f"the snapshot's K/V are those of {snapshot.kv_bits or 'default mode'}, whose bits are "
+            f"not those of {wanted}: resume snapshot.without_kv(), which is computed again"
+        )
+    if params is None:
+        params = dataclasses.replace(snapshot.params, seed=snapshot.seed)
+    prompt = ParsedPrompt(snapshot.prompt, snapshot.prompt_token_ids)
+    checked = engine.check(request_id, prompt, params, priority)
+    job = engine.make_job(checked, progress=snapshot.progress)
+    request = job.samples[0].request  # one of several would share its K/V with the others
+    if snapshot.kv is not None and not request.skip_prefix_cache:
+        kv = snapshot.kv.take(min(snapshot.kv.num_tokens, request.num_tokens - 1))
+        request.saved = engine.scheduler.memory.host.adopt(kv.num_tokens)
+        engine.runner.host.put(request.saved.key, kv)
+    try:
+        engine.queue([job])
+    except ValueError:
+        if request.saved is not None:
+            engine.runner.host.drop([request.saved.key])
+        raise
+
+
+def _find_sample(engine: Engine, request_id: str, index: int) -> tuple[Job, Sample]:
+    """An unfinished request and one of its samples; ValueError if there is no such."""
+    job = engine.jobs.get(request_id)
+    if not isinstance(job, Job):
+        raise ValueError(f"there is no unfinished request {request_id!r} that generates")
+    if isinstance(index, bool) or not 0 <= index < len(job.samples):
+        most = len(job.samples) - 1
+        raise ValueError(f"index is {index!r}; request {request_id!r} has samples 0 to {most}")
+    return job, job.samples[index]
+
+
+def _kv_bits(engine: Engine) -> str | None:
+    """What the bits of K/V depend on besides tokens and weights; None: on the batch."""
+    if not isinstance(engine.runner, DeterministicRunner):
+        return None
+    return f"deterministic mode with pages of {engine.scheduler.config.page_size}"
+
+
+def _read_kv(engine: Engine, request: Request) -> TokenKV | None:
+    """What is computed of a request; nothing is under way.
+
+    None of a private one: whoever resumes it may have other edits, and other weights.
+    """
+    if request.is_private:
+        return None
+    if request.saved is not None:
+        return engine.runner.host.read(request.saved.key, request.saved.num_tokens)
+    if not request.num_computed_tokens:
+        return None
+    return engine.runner.read_kv(request.page_ids, request.num_computed_tokens)

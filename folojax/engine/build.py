@@ -1,0 +1,301 @@
+"""From what the user names (a model, a tokenizer, options) to an engine."""
+
+import dataclasses
+import logging
+import math
+import os
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from folojax.attention import kernels_of
+from folojax.backend import Backend, choose_backend
+from folojax.backend.device_memory import device_memory
+from folojax.backend.swap_cost import min_swap_tokens
+from folojax.compile.mapped_memory import give_back_memory
+from folojax.compile.memory_plan import MemoryPlan, plan_fraction, plan_pages
+from folojax.compile.shapes import Shapes, slots_for
+from folojax.config import EngineConfig, ResolvedConfig
+from folojax.engine.engine import Engine
+from folojax.kv import KVLayout
+from folojax.models.core.decoder import Llama
+from folojax.models.files.checkpoint import Checkpoint, build_module, load_params, open_checkpoint
+from folojax.models.files.params import num_params, params_bytes
+from folojax.models.quantized.quantize import is_quantized, quantization_of, quantize_params
+from folojax.requests.sampling_params import SamplingParams
+from folojax.requests.user_functions import NO_FUNCTIONS, UserFunctions
+from folojax.runner import temporaries as step_memory
+from folojax.runner.deterministic import DeterministicRunner
+from folojax.runner.runner import Runner
+from folojax.sched.scheduler import Scheduler
+from folojax.text.tokenizer import Tokenizer
+from folojax.text.tokenizer_files import load_tokenizer
+
+_LOG = logging.getLogger("folojax")
+
+_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+
+
+class LoadedModel(NamedTuple):
+    """A model in memory, the checkpoint if it came from one, and what its engine may take."""
+
+    module: nn.Module
+    params: Any
+    checkpoint: Checkpoint | None
+    config: ResolvedConfig
+    memory_plan: MemoryPlan
+    backend: Backend
+
+
+def make_config(config: EngineConfig | None, fields: dict[str, Any]) -> EngineConfig:
+    """Puts single options over a config; ValueError names those that do not exist."""
+    if "gpu_memory_utilization" in fields:
+        if "memory_fraction" in fields:
+            raise ValueError(
+                "memory_fraction and gpu_memory_utilization are two names of the same: give one"
+            )
+        fields["memory_fraction"] = fields.pop("gpu_memory_utilization")
+    # What vLLM's users write out for one device, where it means nothing.
+    if fields.pop("tensor_parallel_size", 1) != 1:
+        raise ValueError("tensor_parallel_size must be 1: an engine runs on one device")
+    known = {field.name for field in dataclasses.fields(EngineConfig)}
+    unknown = sorted(fields.keys() - known)
+    if unknown:
+        raise ValueError(f"unknown options {unknown}; there are {sorted(known)}")
+    return dataclasses.replace(config or EngineConfig(), **fields)
+
+
+def load_model(
+    model: str | os.PathLike[str] | tuple[nn.Module, Any] | None,
+    dtype: str,
+    revision: str | None,
+    config: EngineConfig,
+) -> LoadedModel:
+    """Loads a model, unless it is a (module, params) pair already; errors as `LLM`.
+
+    Limits and memory are settled before weights are read, which may take long or not fit.
+    """
+    backend = choose_backend()
+    quantization = config.quantization
+    if isinstance(model, tuple):
+        module, params = model
+        if quantization and not isinstance(module, Llama):
+            raise ValueError(
+                f"quantization is {quantization!r} and the module a {type(module).__name__}: "
+                "quantised kernels are for the modules of folojax.models"
+            )
+        found = quantization_of(params)
+        # What cannot be cut into groups is of eight bits with "int4", too.
+        if found not in (None, quantization) and (found, quantization) != ("int8", "int4"):
+            raise ValueError(f'params have quantised kernels: pass quantization="{found}"')
+        kept = params
+        if quantization:
+            # Floats that are quantised remain the caller's.
+            kept = jax.eval_shape(lambda params: quantize_params(params, quantization), params)
+        leaves = jax.tree.leaves(kept)
+        here = sum(leaf.nbytes for leaf in leaves if isinstance(leaf, jax.Array))
+        weights = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+        num_weights = sum(
+            math.prod(leaf.shape) for leaf in jax.tree.leaves(params, is_leaf=is_quantized)
+        )
+        resolved, plan = plan_memory(config, module, weights, num_weights, backend, here)
+        params = quantize_params(params, quantization) if quantization else params
+        return LoadedModel(module, params, None, resolved, plan, backend)
+    compute_dtype = _resolve_dtype(dtype, backend)
+    checkpoint = open_checkpoint(model, revision)
+    module = build_module(checkpoint.config, compute_dtype)
+    weights = params_bytes(checkpoint.config, compute_dtype, quantization)
+    num_weights = num_params(checkpoint.config)
+    resolved, plan = plan_memory(config, module, weights, num_weights, backend)
+    params = load_params(checkpoint, compute_dtype, quantization)
+    return LoadedModel(module, params, checkpoint, resolved, plan, backend)
+
+
+def plan_memory(
+    config: EngineConfig,
+    module: nn.Module,
+    weights_bytes: int,
+    num_weights: int,
+    backend: Backend,
+    resident_bytes: int = 0,
+) -> tuple[ResolvedConfig, MemoryPlan]:
+    """Settles an engine's limits, and the memory that it takes within them.
+
+    Args:
+        config: As the user gave it.
+        module: The model.
+        weights_bytes: Of its parameters.
+        num_weights: How many these are.
+        backend: That the engine runs on.
+        resident_bytes: Of those parameters that are on the device already.
+
+    Raises:
+        ValueError: the limits contradict each other or the model, or the memory is too little.
+    """
+    resolved = config.resolve(
+        module.config.max_position,
+        backend,
+        _min_swap_tokens(module, num_weights, backend),
+    )
+    num_slots = slots_for(resolved.max_num_seqs)
+    max_logprobs = _num_alternatives(module, resolved)
+
+    def measure(num_pages: int) -> int:
+        sized = dataclasses.replace(resolved, num_pages=num_pages)
+        shapes, layout = _shapes(module, sized, backend)
+        return step_memory.measure(
+            module,
+            layout,
+            shapes,
+            num_slots,
+            max_logprobs,
+            backend,
+            config.quantization,
+            is_deterministic=resolved.deterministic,
+        )
+
+    shapes, layout = _shapes(module, resolved, backend)
+    plan = MemoryPlan(
+        weights_bytes=weights_bytes,
+        slots_bytes=step_memory.slot_bytes(module, num_slots),
+        bytes_per_page=layout.bytes_per_page,
+        num_pages=resolved.num_pages,
+        page_size=resolved.page_size,
+        max_model_len=resolved.max_model_len,
+        temporaries_bytes=step_memory.estimate(module, layout, shapes, max_logprobs),
+        is_measured=False,
+        device=device_memory(resident_bytes),
+    )
+    fraction = config.pool_fraction(backend)
+    if fraction is None:
+        lower = "max_num_seqs" if config.num_pages is None else "num_pages"
+        return resolved, plan_pages(plan, measure, lower)
+    plan = plan_fraction(plan, measure if backend.measures_memory else None, fraction)
+    return dataclasses.replace(resolved, num_pages=plan.num_pages), plan
+
+
+def find_tokenizer(tokenizer: Any, checkpoint: Checkpoint | None) -> Tokenizer | None:
+    """The user's tokenizer, or else the model's; None if there is neither."""
+    if isinstance(tokenizer, str | os.PathLike):
+        return load_tokenizer(tokenizer)
+    if tokenizer is not None:
+        return Tokenizer(tokenizer)
+    return load_tokenizer(checkpoint.directory) if checkpoint else None
+
+
+def default_params(checkpoint: Checkpoint | None) -> SamplingParams:
+    """The sampling parameters that a model's generation_config.json recommends."""
+    recommended = checkpoint.generation_config if checkpoint else {}
+    names = {
+        "temperature": "temperature",
+        "top_p": "top_p",
+        "top_k": "top_k",
+        "min_p": "min_p",
+        "repetition_penalty": "repetition_penalty",
+        "max_new_tokens": "max_tokens",
+    }
+    stated = {name: recommended.get(name) for name in names}
+    fields = {names[name]: value for name, value in stated.items() if value is not None}
+    if recommended.get("do_sample") is False:
+        fields["temperature"] = 0.0
+    try:
+        return SamplingParams(**fields)
+    except ValueError as error:
+        raise ValueError(f"generation_config.json of the model: {error}") from error
+
+
+def make_engine(
+    model: LoadedModel, tokenizer: Tokenizer | None, functions: UserFunctions = NO_FUNCTIONS
+) -> Engine:
+    """Allocates an engine."""
+    functions.check_layers(model.module.config.num_layers)
+    module, config = model.module, model.config
+    functions.check_results(module.config.vocab_size, module.config.hidden_size, module.dtype)
+    shapes, layout = _shapes(module, config, model.backend)
+    vocab_size = module.config.vocab_size
+    # Rows of the vocabulary beyond the tokenizer's are padding, and no token.
+    num_tokens = min(vocab_size, tokenizer.num_tokens) if tokenizer else vocab_size
+    _tell_kernels(module, layout)
+    give_back_memory()  # of what loading has left, before the pool is allocated
+    runner = (DeterministicRunner if config.deterministic else Runner)(
+        module,
+        model.params,
+        layout,
+        shapes,
+        config.max_num_seqs,
+        backend=model.backend,
+        max_logprobs=_num_alternatives(module, config),
+        num_tokens=None if num_tokens == vocab_size else num_tokens,
+        is_processed=config.logprobs_mode == "processed",
+        max_decode_steps=config.max_decode_steps,
+        is_strict=config.strict,
+        functions=functions,
+    )
+    return Engine(
+        Scheduler(config.scheduler()),
+        runner,
+        tokenizer,
+        _end_tokens(model.checkpoint, tokenizer, vocab_size),
+        num_tokens=num_tokens,
+        max_logprobs=config.max_logprobs,
+        seed=config.seed,
+        is_checked=config.check_integrity,
+        functions=functions,
+    )
+
+
+def _tell_kernels(module: nn.Module, layout: KVLayout) -> None:
+    """Logs how the layers attend; a warning where an accelerator's own way does not fit."""
+    layers, reasons = kernels_of(module.config, layout)
+    told = (f"{name} ({len(found)} layers)" for name, found in layers.items())
+    _LOG.info("attention: %s", ", ".join(told))
+    for reason, found in reasons.items():
+        is_slow = layout.format.kernels[0] == "cudnn"
+        level = logging.WARNING if is_slow else logging.INFO
+        _LOG.log(level, "attention of %d layers in plain XLA, slower: %s", len(found), reason)
+
+
+def _shapes(module: nn.Module, config: ResolvedConfig, backend: Backend) -> tuple[Shapes, KVLayout]:
+    layout = backend.kv_layout(
+        module.config,
+        module.dtype,
+        config.num_pages,
+        config.page_size,
+        is_deterministic=config.deterministic,
+    )
+    return backend.shapes(config, module.dtype), layout
+
+
+def _min_swap_tokens(module: nn.Module, num_weights: int, backend: Backend) -> int:
+    layout = backend.kv_layout(module.config, module.dtype, num_pages=1, page_size=1)
+    return min_swap_tokens(num_weights, layout.bytes_per_page, backend.swap_rates)
+
+
+def _num_alternatives(module: nn.Module, config: ResolvedConfig) -> int:
+    """J, at most: the cap, or the whole vocabulary where there is none."""
+    vocab_size = module.config.vocab_size
+    return vocab_size if config.max_logprobs == -1 else min(config.max_logprobs, vocab_size)
+
+
+def _end_tokens(
+    checkpoint: Checkpoint | None, tokenizer: Tokenizer | None, vocab_size: int
+) -> tuple[int, ...]:
+    """The tokenizer's end token, then those of the model's files, of which there may be several.
+
+    Fine-tuned models often state the end of a turn in one of the three files only.
+    """
+    ends = list(checkpoint.eos_token_ids) if checkpoint is not None else []
+    own = tokenizer.eos_token_id if tokenizer is not None else None
+    if own is not None and own < vocab_size:
+        ends.insert(0, own)
+    return tuple(dict.fromkeys(ends))
+
+
+def _resolve_dtype(dtype: str, backend: Backend) -> Any:
+    if dtype == "auto":
+        return backend.default_dtype
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; it must be 'auto' or one of {sorted(_DTYPES)}")
+    return _DTYPES[dtype]

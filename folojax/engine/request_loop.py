@@ -1,0 +1,192 @@
+"""For callers that own the loop: requests in, steps, and what each step has changed."""
+
+from collections.abc import Iterable, Sequence
+
+from folojax.engine import branching
+from folojax.engine.blocking_calls import Calls
+from folojax.engine.engine import Engine
+from folojax.engine.fair_lock import FairLock, exclusive
+from folojax.engine.snapshot import Snapshot
+from folojax.requests.outputs import RequestOutput
+from folojax.requests.prompts import Prompt, params_per_prompt, parse_prompt
+from folojax.requests.sampling_params import SamplingParams
+
+
+class RequestLoop:
+    """The part of `LLM` that adds requests one by one and steps.
+
+    Args:
+        engine: What runs the steps.
+        default_params: Of requests that come without.
+
+    Attributes:
+        engine: As given.
+        default_params: As given.
+    """
+
+    def __init__(self, engine: Engine, default_params: SamplingParams) -> None:
+        self.engine = engine
+        self.default_params = default_params
+        self._calls = Calls(engine)
+
+    @property
+    def lock(self) -> FairLock:
+        """Held by a thread while it changes or steps the engine.
+
+        Every method takes it by itself; whoever wants several calls to be one holds it around them.
+        """
+        return self._calls.lock
+
+    @exclusive
+    def add_request(
+        self,
+        request_id: str,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        priority: int = 0,
+    ) -> None:
+        """Queues one request, for callers that own the loop; also while the engine sleeps.
+
+        Args:
+            request_id: Not that of an unfinished request.
+            prompt: As in `generate`.
+            sampling_params: None for the model's own defaults.
+            priority: Smaller is more urgent; only read under scheduling_policy="priority".
+
+        Raises:
+            ValueError: the request is refused; nothing was queued.
+        """
+        parsed = parse_prompt(prompt, self.engine.tokenizer)
+        (params,) = params_per_prompt(self.or_default(sampling_params), 1)
+        checked = self.engine.check(request_id, parsed, params, priority)
+        self.engine.add([checked], is_streamed=True)
+
+    @exclusive
+    def fork(
+        self,
+        parent_id: str,
+        request_id: str,
+        sampling_params: SamplingParams | None = None,
+        *,
+        index: int = 0,
+        num_output_tokens: int | None = None,
+        priority: int = 0,
+    ) -> None:
+        """Queues a request that goes on from where another stands; that one goes on too.
+
+        They share the K/V of what they have in common. The new one's outputs begin with those of
+        the other, and count as its own: for `max_tokens`, penalties and log-probabilities. With
+        the parameters and the seed of the other it gives the same tokens; but logits processors
+        begin with a new state.
+
+        Args:
+            parent_id: Of an unfinished request of `add_request`, `fork` or `resume`.
+            request_id: Of the new one.
+            sampling_params: None for those of the other. With `n` above 1 all samples begin there.
+            index: Which sample of the other.
+            num_output_tokens: How many of its outputs to begin with; None is all that are known.
+            priority: As in `add_request`.
+
+        Raises:
+            ValueError: there is no such request or sample, or the new one is refused.
+        """
+        branching.fork(
+            self.engine,
+            parent_id,
+            request_id,
+            sampling_params,
+            index=index,
+            num_output_tokens=num_output_tokens,
+            priority=priority,
+        )
+
+    @exclusive
+    def snapshot(self, request_id: str, index: int = 0) -> Snapshot:
+        """Copies a sample of an unfinished request, K/V included, as a value.
+
+        The request goes on; `abort_request` drops it. `Snapshot.save` writes it to disk. States of
+        logits processors are not in it, nor K/V that its tokens alone would not give.
+
+        Raises:
+            ValueError: there is no such request or sample, or the steps under way have ended it.
+        """
+        return branching.take_snapshot(self.engine, request_id, index)
+
+    @exclusive
+    def resume(
+        self,
+        snapshot: Snapshot,
+        request_id: str,
+        sampling_params: SamplingParams | None = None,
+        priority: int = 0,
+    ) -> None:
+        """Queues a request that goes on from a snapshot of this or another engine.
+
+        Args:
+            snapshot: Of `snapshot` or `load_snapshot`; may be resumed any number of times.
+            request_id: Of the new request.
+            sampling_params: None for those of the snapshot, with its seed.
+            priority: As in `add_request`.
+
+        Raises:
+            ValueError: the request is refused, or the K/V are of another model or other weights, or
+                have other bits than deterministic mode would give them.
+        """
+        branching.resume(self.engine, snapshot, request_id, sampling_params, priority)
+
+    def step(self) -> list[RequestOutput]:
+        """Runs one step of the batch.
+
+        Returns:
+            What has changed: an output with all that there is so far, for every request of
+            `add_request` that got a token; and those that finished since the last `step`.
+
+        Raises:
+            RuntimeError: the engine sleeps.
+        """
+        return self._calls.step()
+
+    def abort_request(self, request_ids: str | Iterable[str]) -> list[RequestOutput]:
+        """Ends requests where they stand, and returns them; unknown ids are passed over."""
+        return self._calls.abort(request_ids)
+
+    @exclusive
+    def has_unfinished_requests(self) -> bool:
+        """Whether `step` has anything to do or to return."""
+        return self._calls.has_outputs() or self.engine.has_unfinished_requests()
+
+    @exclusive
+    def sleep(self, level: int = 1) -> None:
+        """Gives the memory of the KV cache back, until `wake_up`.
+
+        Unfinished requests keep their output and are computed again later; new ones may be added.
+
+        Args:
+            level: Only 1: the parameters stay where they are.
+        """
+        if level != 1:
+            raise ValueError(f"level is {level!r}; it must be 1, which keeps the parameters")
+        self.engine.sleep()
+
+    @exclusive
+    def wake_up(self) -> None:
+        """Allocates the KV cache again, empty."""
+        self.engine.wake_up()
+
+    @exclusive
+    def reset_prefix_cache(self, reset_running_requests: bool = False) -> bool:
+        """Forgets the keys and values of earlier prompts.
+
+        Args:
+            reset_running_requests: Whether running requests are computed again for it.
+
+        Returns:
+            Whether it was done: not while requests run, unless these are reset.
+        """
+        return self.engine.reset_prefix_cache(preempt_running=reset_running_requests)
+
+    def or_default(
+        self, sampling_params: SamplingParams | Sequence[SamplingParams] | None
+    ) -> SamplingParams | Sequence[SamplingParams]:
+        """The model's own parameters in place of None."""
+        return self.default_params if sampling_params is None else sampling_params

@@ -1,0 +1,260 @@
+"""What comes back: completions, their log-probabilities and their times."""
+
+import dataclasses
+
+import numpy as np
+
+
+@dataclasses.dataclass(slots=True)
+class Logprob:
+    """One token's log-probability at one place.
+
+    Attributes:
+        logprob: Natural logarithm, in the distribution that EngineConfig.logprobs_mode names.
+        rank: How many tokens are at least as likely, itself included: 1 is the likeliest.
+        decoded_token: The token's text where others stand before it (so " hi" for SentencePiece's
+            "\u2581hi", also as a first word); None without a tokenizer.
+    """
+
+    logprob: float
+    rank: int
+    decoded_token: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LogprobRecord:
+    """How a token was drawn: see `folojax.sampling.token_record` for the three distributions.
+
+    Attributes:
+        raw: Log-probability in the model's own distribution.
+        tempered: After penalties, biases, bans and temperature.
+        processed: In what was drawn from: `tempered` - `log_kept`.
+        log_kept: Logarithm of the mass that min-p, top-k and top-p have kept; at most 0.
+        entropy: Of the model's own distribution, in nats.
+        rank: In the model's own distribution; 1 is the likeliest.
+    """
+
+    raw: float
+    tempered: float
+    processed: float
+    log_kept: float
+    entropy: float
+    rank: int
+
+
+@dataclasses.dataclass(frozen=True)
+class RequestMetrics:
+    """Times of one request; seconds on `time.perf_counter`'s clock.
+
+    Attributes:
+        arrival_time_s: When the request was added.
+        first_scheduled_time_s: When a step first computed some of it; None if none did.
+        first_token_time_s: When its first token had been read; None if none was.
+        finish_time_s: When it ended; None while it goes on.
+        num_output_tokens: Of all its samples.
+        num_preemptions: How often it lost its pages; it was computed again, or came back from host
+            memory.
+    """
+
+    arrival_time_s: float
+    first_scheduled_time_s: float | None
+    first_token_time_s: float | None
+    finish_time_s: float | None
+    num_output_tokens: int
+    num_preemptions: int
+
+    @property
+    def e2e_s(self) -> float | None:
+        """From arrival to end; None while it goes on."""
+        return None if self.finish_time_s is None else self.finish_time_s - self.arrival_time_s
+
+    @property
+    def ttft_s(self) -> float | None:
+        """Time to first token, waiting included."""
+        if self.first_token_time_s is None:
+            return None
+        return self.first_token_time_s - self.arrival_time_s
+
+    @property
+    def tpot_s(self) -> float | None:
+        """Mean time per output token after the first; None below two tokens or before the end."""
+        if (
+            self.first_token_time_s is None
+            or self.finish_time_s is None
+            or self.num_output_tokens < 2
+        ):
+            return None
+        return (self.finish_time_s - self.first_token_time_s) / (self.num_output_tokens - 1)
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Output tokens over `e2e_s`."""
+        return None if self.e2e_s is None else self.num_output_tokens / max(self.e2e_s, 1e-9)
+
+
+@dataclasses.dataclass(frozen=True)
+class CompletionOutput:
+    """One sample of a prompt.
+
+    Attributes:
+        index: Which of the prompt's `n` samples.
+        text: Detokenised output, cut at a stop string. While the request goes on, only what can
+            no longer change: it may lag behind `token_ids`.
+        token_ids: All output tokens, the one that ended it included.
+        cumulative_logprob: Sum of the tokens' log-probabilities.
+        logprobs: For each token a dict from token id to Logprob, the sampled token first, then
+            the likeliest ones by rank; None if not asked for. Later outputs of the same request
+            share the dicts.
+        finish_reason: "stop", "length", "abort" or "error"; None while it goes on.
+        stop_reason: The stop id or stop string; None for EOS, and the id for further end tokens of
+            the model; the reason after an error.
+        seed: Gives the same tokens again in any batch; None for greedy.
+        record: How each token was drawn; None if not asked for.
+        weights_versions: For each token, how often the parameters had been updated when it was
+            sampled; -1 for tokens that a fork or a snapshot began with, whose record is NaN.
+        activations: By tapped layer, the residual stream [N, E] behind it of the N tokens of prompt
+            and output, less the last one, which was sampled and never computed; in the model's
+            dtype, fewer after an abort or an error. None if not asked for, while the sample goes
+            on, and if nothing was computed.
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    cumulative_logprob: float
+    logprobs: list[dict[int, Logprob]] | None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    seed: int | None = None
+    record: list[LogprobRecord] | None = None
+    weights_versions: list[int] = dataclasses.field(default_factory=list)
+    activations: dict[int, np.ndarray] | None = dataclasses.field(default=None, compare=False)
+
+    @property
+    def finished(self) -> bool:
+        """Whether no token will follow."""
+        return self.finish_reason is not None
+
+
+@dataclasses.dataclass(frozen=True)
+class RequestOutput:
+    """A prompt and its samples, finished or as far as they are.
+
+    Attributes:
+        request_id: As given to `add_request`, or drawn by `generate`.
+        prompt: The text; None where token ids were given.
+        prompt_token_ids: What the model saw.
+        prompt_logprobs: For each prompt token a dict as in `CompletionOutput.logprobs`, for the
+            first one None, which nothing precedes; None if not asked for, or not known yet.
+        outputs: One for each of the `n` samples, by index.
+        finished: Whether all of them have ended.
+        metrics: Times of the request, from its arrival to the end of its last sample.
+        num_cached_tokens: Tokens whose keys and values were there when it was first admitted: in
+            the prefix cache, with the request that it was forked from, or in a snapshot.
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    prompt_logprobs: list[dict[int, Logprob] | None] | None
+    outputs: list[CompletionOutput]
+    finished: bool
+    metrics: RequestMetrics
+    num_cached_tokens: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreOutput:
+    """What the model thinks of a given continuation.
+
+    Attributes:
+        request_id: Drawn by `score`.
+        prompt: The text; None where token ids were given.
+        prompt_token_ids: What comes before. Of two texts that were encoded together, as many tokens
+            as the prompt has by itself, less spaces at its end.
+        continuation: The text; None where token ids were given.
+        token_ids: Of the continuation: the tokens behind those.
+        logprobs: Log-probability of each of them, given all before it.
+        ranks: Of each of them: 1 is the token that a greedy request would have taken, ties aside.
+        finish_reason: "length", or "error" or "abort"; the numbers are there after "length".
+        metrics: Times of the request.
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    continuation: str | None
+    token_ids: list[int]
+    logprobs: list[float]
+    ranks: list[int]
+    finish_reason: str
+    metrics: RequestMetrics
+
+    @property
+    def finished(self) -> bool:
+        """Always: a score is reported at its end."""
+        return True
+
+    @property
+    def cumulative_logprob(self) -> float:
+        """Log-probability of the whole continuation."""
+        return sum(self.logprobs)
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether greedy decoding would write this continuation."""
+        return bool(self.ranks) and all(rank == 1 for rank in self.ranks)
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchMetrics:
+    """Times of several requests that were served together.
+
+    Attributes:
+        num_requests: How many.
+        num_prompt_tokens: Sum over the prompts.
+        num_output_tokens: Sum over all samples.
+        duration_s: From the first arrival to the last end.
+        mean_ttft_s: Mean time to first token; None if no request had one.
+        mean_tpot_s: Mean time per output token after the first; None if no request had two.
+        num_preemptions: Sum over the requests.
+    """
+
+    num_requests: int
+    num_prompt_tokens: int
+    num_output_tokens: int
+    duration_s: float
+    mean_ttft_s: float | None
+    mean_tpot_s: float | None
+    num_preemptions: int
+
+    @property
+    def output_throughput(self) -> float:
+        """Output tokens per second."""
+        return self.num_output_tokens / max(self.duration_s, 1e-9)
+
+    @property
+    def request_throughput(self) -> float:
+        """Requests per second."""
+        return self.num_requests / max(self.duration_s, 1e-9)
+
+
+def batch_metrics(outputs: list[RequestOutput]) -> BatchMetrics:
+    """Sums up finished requests that were served together; of none, all is zero."""
+    metrics = [output.metrics for output in outputs]
+    start = min((m.arrival_time_s for m in metrics), default=0.0)
+    end = max((m.finish_time_s for m in metrics if m.finish_time_s is not None), default=start)
+    return BatchMetrics(
+        num_requests=len(outputs),
+        num_prompt_tokens=sum(len(output.prompt_token_ids) for output in outputs),
+        num_output_tokens=sum(m.num_output_tokens for m in metrics),
+        duration_s=end - start,
+        mean_ttft_s=_mean([m.ttft_s for m in metrics]),
+        mean_tpot_s=_mean([m.tpot_s for m in metrics]),
+        num_preemptions=sum(m.num_preemptions for m in metrics),
+    )
+
+
+def _mean(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None

@@ -1,0 +1,204 @@
+"""The forms in which a prompt may come."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, SupportsIndex, TypeAlias, TypeVar
+
+from folojax.requests.sampling_params import SamplingParams
+from folojax.text.plain_numbers import is_array, plain
+from folojax.text.tokenizer import Tokenizer
+
+
+class IdArray(Protocol):
+    """An array of token ids: of NumPy, JAX or PyTorch."""
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes: 1 for a prompt, 2 for prompts of the same length."""
+
+    def __array__(self) -> Any:
+        """The same for NumPy."""
+
+
+Prompt: TypeAlias = str | Mapping[str, Any] | Sequence[SupportsIndex] | IdArray
+"""Text, token ids (a list or an array), {"prompt": text}, {"prompt_token_ids": ids}."""
+
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+
+class ParsedPrompt(NamedTuple):
+    """The text, where one was given, and its tokens."""
+
+    text: str | None
+    token_ids: Sequence[int]
+
+
+def parse_prompt(prompt: Prompt, tokenizer: Tokenizer | None) -> ParsedPrompt:
+    """Reads one prompt; ValueError as in `parse_prompts`."""
+    return _Parser(tokenizer).parse(prompt, 0)
+
+
+def parse_prompts(
+    prompts: Prompt | Sequence[Prompt],
+    tokenizer: Tokenizer | None,
+    name: str = "prompt",
+    add_special_tokens: bool = True,
+) -> list[ParsedPrompt]:
+    """Reads one prompt or a list of them.
+
+    Args:
+        prompts: What the user gave.
+        tokenizer: For text.
+        name: What they are called in errors.
+        add_special_tokens: Whether text gets those that the model expects around a prompt.
+
+    Raises:
+        ValueError: a prompt has none of the known forms, or is text without a tokenizer.
+    """
+    parser = _Parser(tokenizer, name, add_special_tokens)
+    return [parser.parse(prompt, index) for index, prompt in enumerate(as_list(prompts, name))]
+
+
+def as_list(prompts: Any, name: str = "prompt") -> Sequence[Any]:
+    """The prompts, of which one may stand alone; ValueError as in `parse_prompts`."""
+    if isinstance(prompts, str | Mapping) or _is_token_ids(prompts):
+        return [prompts]
+    if is_array(prompts, 2):
+        return list(prompts)
+    if not _is_list(prompts):
+        raise ValueError(f"{name}s is a {type(prompts).__name__}; it must be a {name} or a list")
+    return prompts
+
+
+def each_named(
+    name: str, items: Sequence[_Item], function: Callable[[_Item], _Result]
+) -> list[_Result]:
+    """What a function makes of each item of a user's list.
+
+    Raises:
+        ValueError: one that the function raised; where there are several items, with the name and
+            the index of its item before it.
+    """
+    results = []
+    for index, item in enumerate(items):
+        try:
+            results.append(function(item))
+        except ValueError as error:
+            if len(items) == 1:
+                raise
+            raise ValueError(f"{name} {index}: {error}") from error
+    return results
+
+
+def conversations(messages: Any) -> list[Any]:
+    """A list of conversations, of one that may stand alone.
+
+    Raises:
+        ValueError: it is no list of messages, nor of lists of them.
+    """
+    if not _is_list(messages):
+        raise ValueError(
+            f'messages is a {type(messages).__name__}; it must be a list of {{"role": ..., '
+            '"content": ...}, or a list of such lists'
+        )
+    if messages and all(isinstance(message, Mapping) for message in messages):
+        return [messages]
+    for index, conversation in enumerate(messages):
+        if not _is_list(conversation) or not conversation:
+            raise ValueError(
+                f"messages {index} is {conversation!r}; a conversation must be a list of at least "
+                'one {"role": ..., "content": ...}'
+            )
+    return list(messages)
+
+
+def params_per_prompt(
+    params: SamplingParams | Sequence[SamplingParams], num_prompts: int
+) -> list[SamplingParams]:
+    """One SamplingParams for each prompt.
+
+    Raises:
+        ValueError: a list of another length, or something else.
+    """
+    if isinstance(params, SamplingParams):
+        return [params] * num_prompts
+    is_list = isinstance(params, Sequence)
+    if not is_list or not all(isinstance(item, SamplingParams) for item in params):
+        raise ValueError("sampling_params must be a SamplingParams, or a list with one per prompt")
+    if len(params) != num_prompts:
+        raise ValueError(
+            f"sampling_params has {len(params)} entries for {num_prompts} prompts: give one for "
+            "all, or one for each"
+        )
+    return list(params)
+
+
+class _Parser(NamedTuple):
+    tokenizer: Tokenizer | None
+    name: str = "prompt"
+    add_special_tokens: bool = True
+
+    def parse(self, prompt: Any, index: int) -> ParsedPrompt:
+        if isinstance(prompt, Mapping):
+            return self._parse_mapping(prompt, index)
+        if isinstance(prompt, str):
+            return self._parse_text(prompt, index)
+        return ParsedPrompt(None, self._token_ids(prompt, index))
+
+    def _parse_mapping(self, prompt: Mapping[str, Any], index: int) -> ParsedPrompt:
+        if unknown := sorted(map(str, prompt.keys() - {"prompt", "prompt_token_ids"})):
+            raise ValueError(
+                f'{self.name} {index} has keys {unknown}; it may have "prompt" and '
+                '"prompt_token_ids"'
+            )
+        text, token_ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
+        if text is not None and not isinstance(text, str):
+            raise ValueError(
+                f'"prompt" of {self.name} {index} is a {type(text).__name__}; it must be text'
+            )
+        if token_ids is not None:
+            return ParsedPrompt(text, self._token_ids(token_ids, index))
+        if text is None:
+            raise ValueError(
+                f'{self.name} {index} has keys {sorted(prompt)}; it needs "prompt" or '
+                '"prompt_token_ids"'
+            )
+        return self._parse_text(text, index)
+
+    def _parse_text(self, text: str, index: int) -> ParsedPrompt:
+        if self.tokenizer is None:
+            raise ValueError(
+                f"{self.name} {index} is text, but the engine has no tokenizer: pass tokenizer=, "
+                "or token ids"
+            )
+        try:
+            return ParsedPrompt(text, self.tokenizer.encode(text, self.add_special_tokens))
+        except ValueError as error:
+            raise ValueError(f"{self.name} {index} cannot be encoded: {error}") from error
+
+    def _token_ids(self, prompt: Any, index: int) -> Sequence[int]:
+        if is_array(prompt, 1):
+            return prompt.tolist()
+        if _is_list(prompt):
+            is_plain = all(type(token) is int for token in prompt)
+            return prompt if is_plain else list(map(plain, prompt))
+        raise ValueError(
+            f"{self.name} {index} is a {type(prompt).__name__}; it must be text, token ids or a "
+            "dict"
+        )
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray)
+
+
+def _is_token_ids(prompts: Any) -> bool:
+    """Whether a list is one prompt of ids; an empty list is no prompts rather than an empty one."""
+    if is_array(prompts, 1):
+        return True
+    return _is_list(prompts) and len(prompts) > 0 and all(map(_is_integer, prompts))
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(plain(value), int)

@@ -1,0 +1,1 @@
+"""A scheduler's plan to padded arrays, to calls of the device, to tokens on the host."""

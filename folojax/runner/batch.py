@@ -1,0 +1,198 @@
+"""The running requests as host arrays, one slot each: a step's inputs are picked out of them.
+
+A plan tells only what changed, and only that is written; the inputs of a step are then a few
+indexing operations, however many requests run.
+"""
+
+import dataclasses
+import heapq
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from folojax.compile.shapes import DecodeShape, PrefillShape
+from folojax.requests.user_functions import NO_FUNCTIONS, UserFunctions
+from folojax.runner.row_params import RowParams, RowTable
+from folojax.sched.plan import NewRequest, SchedulerOutput
+from folojax.steps.state import DecodeInputs, PrefillInputs
+
+
+@dataclasses.dataclass(eq=False)
+class Row:
+    """A request of the batch; what changes with every step is in the arrays of `Batch`.
+
+    Attributes:
+        request_id: Its id.
+        slot: Its place in the arrays here and on the device.
+        params: As they came with the request.
+        token_ids: Those that were known when it joined; later ones are sampled on the device.
+        num_prompt_tokens: How many of them are its prompt.
+    """
+
+    request_id: str
+    slot: int
+    params: RowParams
+    token_ids: np.ndarray
+    num_prompt_tokens: int
+
+
+class Chunk(NamedTuple):
+    """At most C tokens of a row; the last chunk of what is known samples."""
+
+    row: Row
+    start: int
+    end: int
+    has_sample: bool
+
+
+class Batch:
+    """Rows by request id, and by slot their page tables, lengths and parameters.
+
+    Attributes:
+        num_slots: M.
+        num_pages: P, of the pool.
+        params: What the sampler needs to know of each slot.
+        rows: By request id.
+        num_computed: By slot, tokens whose K/V are in the cache before the next step.
+        num_row_pages: By slot, how many pages it has.
+        num_scored_rows: Rows that report log-probabilities of their prompts.
+    """
+
+    def __init__(
+        self,
+        num_slots: int,
+        max_pages: int,
+        num_pages: int,
+        vocab_size: int,
+        functions: UserFunctions = NO_FUNCTIONS,
+    ) -> None:
+        """Makes an empty batch.
+
+        Args:
+            num_slots: M.
+            max_pages: Most pages of one request.
+            num_pages: P, of the pool.
+            vocab_size: V.
+            functions: The user's.
+        """
+        self.num_slots = num_slots
+        self.num_pages = num_pages
+        self.params = RowTable(num_slots, vocab_size, functions)
+        self.rows: dict[str, Row] = {}
+        self._free_slots = list(range(num_slots))
+        # One entry more than slots: what padding rows read.
+        size = num_slots + 1
+        self.num_computed, self._num_known = ints(size), ints(size)
+        self.num_row_pages = ints(size)
+        self._row_at: list[Row | None] = [None] * size
+        self._page_table = np.full((size, max_pages), num_pages, np.int32)
+        self.num_scored_rows = 0
+
+    def update(self, plan: SchedulerOutput) -> list[Row]:
+        """Takes in what changed; returns the rows that have joined."""
+        for request_id in (*plan.finished_request_ids, *plan.preempted_request_ids):
+            if request_id in self.rows:
+                self._leave(request_id)
+        joined = [self._join(new) for new in plan.new_requests]
+        for request_id, page_ids in plan.new_page_ids.items():
+            self._add_pages(self.rows[request_id], page_ids)
+        return joined
+
+    def clear(self) -> None:
+        """Forgets every row."""
+        for request_id in list(self.rows):
+            self._leave(request_id)
+
+    def check(self, page_ids: Mapping[str, Sequence[int]]) -> None:
+        """Raises AssertionError unless the page tables are those of these requests."""
+        for request_id, row in self.rows.items():
+            count = self.num_row_pages[row.slot]
+            table = self._page_table[row.slot]
+            assert self._row_at[row.slot] is row, f"slot {row.slot} belongs to two requests"
+            assert (table[count:] == self.num_pages).all(), f"{request_id}: pages behind the last"
+            wanted = page_ids.get(request_id)
+            is_same = wanted is None or table[:count].tolist() == list(wanted)
+            assert is_same, f"{request_id} has pages {table[:count].tolist()}, not {wanted}"
+
+    def check_is_empty(self) -> None:
+        """Asserts that no request is remembered and every slot is free."""
+        assert not self.rows, f"rows are left: {sorted(self.rows)}"
+        assert sorted(self._free_slots) == list(range(self.num_slots)), "slots are missing"
+        assert (self._page_table == self.num_pages).all(), "page tables are not empty"
+
+    def longest_first(self, request_ids: Iterable[str]) -> list[Row]:
+        """Rows by their number of pages: threads that share the work end together then."""
+        rows = [self.rows[request_id] for request_id in request_ids]
+        num_pages = self.num_row_pages[[row.slot for row in rows]]
+        return [rows[i] for i in np.argsort(-num_pages, kind="stable").tolist()]
+
+    def prefill_inputs(self, shape: PrefillShape, chunks: Sequence[Chunk]) -> PrefillInputs:
+        """Packs chunks into the rows of a shape."""
+        tokens = ints((shape.rows, shape.columns))
+        start, length = ints(shape.rows), ints(shape.rows)
+        slot = self.pad([chunk.row.slot for chunk in chunks], shape.rows)
+        for i, chunk in enumerate(chunks):
+            start[i], length[i] = chunk.start, chunk.end - chunk.start
+            tokens[i, : length[i]] = chunk.row.token_ids[chunk.start : chunk.end]
+        return PrefillInputs(tokens, start, length, self.page_tables(slot))
+
+    def decode_inputs(self, shape: DecodeShape, slots: Sequence[int]) -> DecodeInputs:
+        """Packs the rows of slots into a shape; each computes its next token."""
+        slot = self.pad(slots, shape.rows)
+        token, position = ints(shape.rows, -1), self.num_computed[slot]
+        for i in np.flatnonzero(position < self._num_known[slot]).tolist():
+            row = self._row_at[slot[i]]
+            assert row is not None, f"slot {slot[i]} is empty"
+            token[i] = row.token_ids[position[i]]
+        return DecodeInputs(slot, token, position, self.page_tables(slot))
+
+    def advance(self, slots: Sequence[int], num_tokens: Sequence[int]) -> None:
+        """Notes that a step computes the next tokens of slots."""
+        self.num_computed[slots] += num_tokens
+
+    def pad(self, slots: Sequence[int], count: int) -> Any:
+        """Slots as an array of `count` entries; M is padding."""
+        slot = ints(count, self.num_slots)
+        slot[: len(slots)] = slots
+        return slot
+
+    def page_tables(self, slot: np.ndarray) -> Any:
+        """Whole tables of slots; that of slot M is padding."""
+        return self._page_table[slot]
+
+    def _join(self, new: NewRequest) -> Row:
+        assert isinstance(new.params, RowParams), f"{new.request_id} has no row parameters"
+        row = Row(
+            request_id=new.request_id,
+            slot=heapq.heappop(self._free_slots),
+            params=new.params,
+            token_ids=np.array(new.prompt_token_ids + new.output_token_ids, np.int32),
+            num_prompt_tokens=len(new.prompt_token_ids),
+        )
+        self.params.put(row.slot, new.params)
+        self.num_scored_rows += new.params.num_prompt_logprobs is not None
+        self.rows[new.request_id] = self._row_at[row.slot] = row
+        self.num_computed[row.slot] = new.num_computed_tokens
+        self._num_known[row.slot] = len(row.token_ids)
+        self._add_pages(row, new.page_ids)
+        return row
+
+    def _add_pages(self, row: Row, page_ids: Sequence[int]) -> None:
+        first = self.num_row_pages[row.slot]
+        self.num_row_pages[row.slot] = last = first + len(page_ids)
+        self._page_table[row.slot, first:last] = page_ids
+
+    def _leave(self, request_id: str) -> None:
+        row = self.rows.pop(request_id)
+        self.num_scored_rows -= row.params.num_prompt_logprobs is not None
+        self._page_table[row.slot] = self.num_pages
+        for array in (self.num_computed, self._num_known, self.num_row_pages):
+            array[row.slot] = 0
+        self._row_at[row.slot] = None
+        heapq.heappush(self._free_slots, row.slot)
+
+
+def ints(shape: int | tuple[int, ...], value: int = 0) -> Any:
+    """An array for the device. Any: a jitted function takes NumPy arrays for JAX ones."""
+    return np.full(shape, value, np.int32)

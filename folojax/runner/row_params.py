@@ -1,0 +1,307 @@
+"""Sampling parameters of the running requests, as arrays indexed by slot."""
+
+import collections
+import dataclasses
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from folojax.requests.sampling_params import SamplingParams
+from folojax.requests.user_functions import NO_FUNCTIONS, UserFunctions
+from folojax.sampling.logit_edits import (
+    ANY_TOKEN,
+    MAX_BAD_WORD_TOKENS,
+    NUM_RECENT,
+    PROMPT_BIT,
+    EditRows,
+    SlotEdits,
+)
+from folojax.sampling.logits_processors import LogitsProcessor, ProcessorRows
+from folojax.sampling.rows import SamplingRows
+from folojax.sampling.sampler import SamplingClass
+from folojax.steps.residual_stream import ActivationEdit
+
+NO_LOGPROBS = -1
+
+_FEWEST_BANS = 64
+_FEWEST_EDITS = 64
+_EDITS_FACTOR = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class RowParams:
+    """What the sampler needs to know of a request.
+
+    Attributes:
+        params: As the user gave them.
+        seed: Of this sample; 0 for greedy, where it is not used.
+        banned_ids: Not to be sampled at positions below `banned_until`.
+        banned_until: A position in the sequence, prompt included.
+        bad_word_ids: Sequences of tokens that may never be completed, within or after the prompt.
+        num_logprobs: Alternatives to report with each sampled token; None: no log-probabilities.
+        num_prompt_logprobs: The same for the tokens of the prompt.
+        next_token: One that follows the prompt and is to be scored with it.
+
+    Raises:
+        ValueError: a bad word has more tokens than the sampler remembers.
+    """
+
+    params: SamplingParams
+    seed: int
+    banned_ids: tuple[int, ...] = ()
+    banned_until: int = 0
+    bad_word_ids: tuple[tuple[int, ...], ...] = ()
+    num_logprobs: int | None = None
+    num_prompt_logprobs: int | None = None
+    next_token: int | None = None
+
+    def __post_init__(self) -> None:
+        for word in self.bad_word_ids:
+            if not 0 < len(word) <= MAX_BAD_WORD_TOKENS:
+                raise ValueError(
+                    f"bad_words: one is {len(word)} tokens long ({list(word)}); it must have 1 to "
+                    f"{MAX_BAD_WORD_TOKENS}: give a shorter part of it"
+                )
+
+    @property
+    def has_penalty(self) -> bool:
+        """Whether a token's logit depends on what was sampled or prompted before."""
+        params = self.params
+        return bool(
+            params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty
+        )
+
+    @property
+    def has_processors(self) -> bool:
+        """Whether the request has a state of logits processors."""
+        return bool(self.params.logits_processors)
+
+    @property
+    def has_slot_edits(self) -> bool:
+        """Whether the request needs its own row of `EditState`, written when it joins."""
+        has_bias = self.params.logit_bias or self.params.allowed_token_ids is not None
+        return bool(self.has_penalty or has_bias or self.bad_word_ids)
+
+    def slot_edits(self, token_ids: Any, num_prompt_tokens: int, vocab_size: int) -> SlotEdits:
+        """What `write_slot` is to write when the request joins.
+
+        Args:
+            token_ids: All of its tokens so far.
+            num_prompt_tokens: How many of them are its prompt.
+            vocab_size: V.
+        """
+        history: collections.Counter[int] = collections.Counter()
+        if self.has_penalty:
+            prompt, output = token_ids[:num_prompt_tokens], token_ids[num_prompt_tokens:]
+            history.update(output.tolist())
+            history.update(dict.fromkeys(prompt.tolist(), PROMPT_BIT))
+        bias = self._bias()
+        size = _bucket(max(len(history), len(bias)), _FEWEST_EDITS, _EDITS_FACTOR)
+        recent: Any = np.full(NUM_RECENT, ANY_TOKEN, np.int32)
+        last = token_ids[-NUM_RECENT:]
+        recent[NUM_RECENT - len(last) :] = last
+        is_listed = self.params.allowed_token_ids is not None
+        other_bias: Any = np.float32(-np.inf if is_listed else 0.0)
+        return SlotEdits(
+            *_padded(history, size, vocab_size, np.int32),
+            *_padded(bias, size, vocab_size, np.float32),
+            other_bias,
+            recent,
+        )
+
+    def bans(self, position: int) -> list[tuple[int, tuple[int, ...]]]:
+        """Tokens that may not stand at a position, each with the tokens it may not follow there."""
+        bans = [(word[-1], word[:-1]) for word in self.bad_word_ids if len(word) > 1]
+        if position < self.banned_until:
+            bans += [(token, ()) for token in self.banned_ids]
+        return bans
+
+    def _bias(self) -> dict[int, float]:
+        bias = dict(self.params.logit_bias or {})
+        allowed = self.params.allowed_token_ids
+        if allowed is not None:
+            bias = {token: bias.get(token, 0.0) for token in allowed}
+        bias |= {word[0]: -np.inf for word in self.bad_word_ids if len(word) == 1}
+        return bias
+
+
+class RowTable:
+    """One entry a slot, and a neutral one at index M for padding rows."""
+
+    def __init__(
+        self, num_slots: int, vocab_size: int, functions: UserFunctions = NO_FUNCTIONS
+    ) -> None:
+        self.functions = functions
+        self.num_slots = num_slots
+        self._vocab_size = vocab_size
+        size = num_slots + 1
+        self._temperature = np.zeros(size, np.float32)
+        self._top_k = np.full(size, vocab_size, np.int32)
+        self._top_p = np.ones(size, np.float32)
+        self._min_p = np.zeros(size, np.float32)
+        self._seed = np.zeros((size, 2), np.uint32)
+        self._edit_slot = np.full(size, num_slots, np.int32)
+        self._repetition = np.ones(size, np.float32)
+        self._presence = np.zeros(size, np.float32)
+        self._frequency = np.zeros(size, np.float32)
+        self._class = np.zeros(size, np.int32)
+        self._num_logprobs = np.full(size, NO_LOGPROBS, np.int32)
+        self._has_record = np.zeros(size, bool)
+        self._processors = np.zeros((size, len(functions.processors)), bool)
+        self._edits = np.zeros((size, len(functions.edits)), bool)
+        self._is_tapped = np.zeros(size, bool)
+        # Below this position a row has bans of a step: 0 for most, never ending for bad words.
+        self._banned_until = np.zeros(size, np.int32)
+        self._row: list[RowParams | None] = [None] * size
+
+    def put(self, slot: int, row: RowParams) -> None:
+        """Sets a slot's parameters."""
+        params = row.params
+        self._temperature[slot] = 0.0 if params.is_greedy else params.temperature
+        has_top_k = 0 < params.top_k < self._vocab_size
+        self._top_k[slot] = params.top_k if has_top_k else self._vocab_size
+        self._top_p[slot] = params.top_p
+        self._min_p[slot] = params.min_p
+        self._seed[slot] = row.seed >> 32, row.seed & 0xFFFFFFFF
+        self._edit_slot[slot] = slot if row.has_slot_edits else self.num_slots
+        self._repetition[slot] = params.repetition_penalty
+        self._presence[slot] = params.presence_penalty
+        self._frequency[slot] = params.frequency_penalty
+        self._class[slot] = SamplingClass.EDITED if row.has_slot_edits else params.sampling_class
+        self._num_logprobs[slot] = NO_LOGPROBS if row.num_logprobs is None else row.num_logprobs
+        self._has_record[slot] = params.record
+        asked, edited = params.logits_processors or (), params.activation_edits or ()
+        self._processors[slot] = [one.name in asked for one in self.functions.processors]
+        self._edits[slot] = [one.name in edited for one in self.functions.edits]
+        self._is_tapped[slot] = params.activations
+        self._banned_until[slot] = row.banned_until if row.banned_ids else 0
+        if any(len(word) > 1 for word in row.bad_word_ids):
+            self._banned_until[slot] = np.iinfo(np.int32).max
+        self._row[slot] = row
+
+    def rows(self, slot: Any) -> SamplingRows:
+        """The parameters of slots."""
+        fields: tuple[Any, ...] = (
+            self._temperature[slot],
+            self._top_k[slot],
+            self._top_p[slot],
+            self._min_p[slot],
+            self._seed[slot],
+        )
+        return SamplingRows(*fields)
+
+    def edit_rows(self, slot: Any, position: Any) -> EditRows:
+        """The edits of slots whose next token stands at `position`."""
+        (bans,) = self.bans(slot, position[None])
+        fields: tuple[Any, ...] = (
+            self._edit_slot[slot],
+            self._repetition[slot],
+            self._presence[slot],
+            self._frequency[slot],
+            bans,
+        )
+        return EditRows(*fields)
+
+    def bans(self, slot: Any, position: Any) -> Any:
+        """The bans of K steps, [K, Z, 2 + NUM_RECENT]; positions are [K, B]."""
+        found = [
+            [
+                (i, token, prefix)
+                for i in np.flatnonzero(positions < self._banned_until[slot]).tolist()
+                for token, prefix in self._row_of(int(slot[i])).bans(int(positions[i]))
+            ]
+            for positions in position
+        ]
+        size = _bucket(max(map(len, found)), _FEWEST_BANS, 4)
+        bans: Any = np.full((len(found), size, 2 + NUM_RECENT), ANY_TOKEN, np.int32)
+        bans[:, :, 0] = len(slot)
+        for table, step in zip(bans, found, strict=True):
+            for entry, (i, token, prefix) in zip(table, step, strict=False):
+                entry[:2] = i, token
+                entry[len(entry) - len(prefix) :] = prefix
+        return bans
+
+    def sampling_class(self, slot: Any, position: Any) -> SamplingClass:
+        """What the most demanding of the rows needs; arguments as for `edit_rows`."""
+        if (position < self._banned_until[slot]).any():
+            return SamplingClass.EDITED
+        return SamplingClass(int(self._class[slot].max()))
+
+    def most_logprobs(self, slot: Any) -> int | None:
+        """The most alternatives that any of the slots reports; None if none reports anything."""
+        most = int(self._num_logprobs[slot].max())
+        return None if most == NO_LOGPROBS else most
+
+    def has_record(self, slot: Any) -> bool:
+        """Whether one of the slots asks for log-probability records."""
+        return bool(self._has_record[slot].any())
+
+    def processors(self, slot: Any) -> tuple[LogitsProcessor, ...]:
+        """The logits processors that some of the slots ask for."""
+        return _some(self.functions.processors, self._processors[slot])
+
+    def processor_rows(self, slot: Any, processors: tuple[LogitsProcessor, ...]) -> ProcessorRows:
+        """Which of these processors are on for the slots."""
+        columns = [self.functions.processors.index(one) for one in processors]
+        is_on: Any = self._processors[slot][:, columns]
+        where: Any = np.where(is_on.any(axis=1), slot, self.num_slots).astype(np.int32)
+        return ProcessorRows(where, is_on)
+
+    def activation_edits(self, slot: Any) -> tuple[tuple[ActivationEdit, ...], Any]:
+        """The edits that some of the slots ask for, and for which they are on; None without."""
+        edits = _some(self.functions.edits, self._edits[slot])
+        if not edits:
+            return (), None
+        columns = [self.functions.edits.index(one) for one in edits]
+        return edits, self._edits[slot][:, columns]
+
+    def taps(self, slot: Any) -> tuple[int, ...]:
+        """The layers to be read for the slots."""
+        return self.functions.taps if self._is_tapped[slot].any() else ()
+
+    def _row_of(self, slot: int) -> RowParams:
+        row = self._row[slot]
+        assert row is not None, f"slot {slot} was never filled"
+        return row
+
+
+def empty_slot_edits(vocab_size: int) -> Iterator[SlotEdits]:
+    """Of every size that `RowParams.slot_edits` may give, one that says nothing."""
+    size, most = _FEWEST_EDITS, _bucket(vocab_size, _FEWEST_EDITS, _EDITS_FACTOR)
+    while size <= most:
+        nothing: Any = np.float32(0.0)
+        recent: Any = np.full(NUM_RECENT, ANY_TOKEN, np.int32)
+        history = _padded({}, size, vocab_size, np.int32)
+        yield SlotEdits(*history, *_padded({}, size, vocab_size, np.float32), nothing, recent)
+        size *= _EDITS_FACTOR
+
+
+def exceptional_bans(bans: Any) -> int:
+    """Z of `RowTable.bans`, where it is more than compile plans count on; else 0."""
+    size: int = bans.shape[-2]
+    return size if size > _FEWEST_BANS else 0
+
+
+def _some(functions: tuple[Any, ...], is_on: np.ndarray) -> tuple[Any, ...]:
+    """Those of the functions that are on in some row."""
+    if not functions:
+        return ()
+    is_asked: list[bool] = np.any(is_on, axis=0).tolist()
+    return tuple(itertools.compress(functions, is_asked))
+
+
+def _padded(values: Mapping[int, Any], size: int, vocab_size: int, dtype: Any) -> tuple[Any, Any]:
+    """Keys and values as arrays; ids of V fill up."""
+    ids, padded = np.full(size, vocab_size, np.int32), np.zeros(size, dtype)
+    ids[: len(values)], padded[: len(values)] = list(values), list(values.values())
+    return ids, padded
+
+
+def _bucket(count: int, smallest: int, factor: int) -> int:
+    """The smallest size that holds `count`, of few: each has its own executable."""
+    size = smallest
+    while size < count:
+        size *= factor
+    return size

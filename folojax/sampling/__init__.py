@@ -1,0 +1,1 @@
+"""Logits to tokens, and what is known of how they were drawn."""

@@ -1,0 +1,67 @@
+"""What crosses the jit boundary: the carried state, the inputs of a step and its report.
+
+One axis dictionary for the whole project, in shapes, einsums and comments:
+
+    B  rows of a decode step        R  rows of a prefill step     C  tokens of a prefill row
+    M  request slots                P  pages                      S  tokens in a page
+    N  pages of one row             T  tokens of a step, R * C    Q  queries of a row and kv head
+    H  query heads                  K  key/value heads            G  query heads per kv head
+    D  head dim                     E  hidden size                V  vocabulary
+    L  layers                       J  alternatives reported with a token
+    U  blocks of the vocabulary     W  tokens of a block          Z  bans of a step
+
+Carried state (`EngineState`) is donated to the steps that change it and dead afterwards; reported
+output (`StepOutput`) is a different type. Padding is spelled with out-of-range indices: a row whose
+slot is `M` or a table entry that is `P` is dropped by every scatter, so nothing masks it twice.
+
+Inputs may be NumPy arrays: handing those to a jitted call is their cheapest way to the device.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from folojax.kv.cache import KVCache, KVLayout, init_cache
+from folojax.sampling.rows import SlotState
+
+
+class EngineState(NamedTuple):
+    """All that lives on the device from step to step."""
+
+    cache: KVCache
+    slots: SlotState
+
+
+class PrefillInputs(NamedTuple):
+    """Chunks of prompts, cut into rows of C tokens; one request may fill several rows."""
+
+    tokens: Int[Array, "R C"]
+    start: Int[Array, " R"]  # position of the row's first token
+    length: Int[Array, " R"]  # valid tokens of the row, the rest is padding; 0 for a padding row
+    page_table: Int[Array, "R N"]  # the request's pages in order; P is padding
+
+
+class DecodeInputs(NamedTuple):
+    """One token for every running row."""
+
+    slot: Int[Array, " B"]  # M for a padding row
+    token: Int[Array, " B"]  # the input token where the host knows it; -1: the slot's last sample
+    position: Int[Array, " B"]  # of the input token: how many tokens of the row are cached
+    page_table: Int[Array, "B N"]  # the row's pages in order; P is padding
+
+
+def init_state(layout: KVLayout, max_num_seqs: int) -> EngineState:
+    """Allocates an empty cache and `max_num_seqs` slots.
+
+    Args:
+        layout: Shape of the cache: pages, page size, layers, heads, dtype.
+        max_num_seqs: M, how many requests may hold a slot at once.
+    """
+    return EngineState(init_cache(layout), SlotState(jnp.zeros(max_num_seqs, jnp.int32)))
+
+
+def is_alive(state: EngineState) -> bool:
+    """False when a step that was interrupted has consumed the state without returning one."""
+    return not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))

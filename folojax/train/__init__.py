@@ -1,0 +1,1 @@
+"""What a trainer uses: rollouts, outputs as arrays, log-likelihoods, LoRA."""

@@ -1,0 +1,74 @@
+"""Log-likelihood of token sequences as a differentiable pure function: what a trainer needs.
+
+The module and the parameters are those that the engine generates with; there is no cache, no page
+and no scheduler. Sequences are aligned at the left and padded at the right, as
+`folojax.outputs_to_arrays` lays them out: attention is causal, so what stands behind a token
+cannot change it, and padding needs no mask of its own.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from folojax.models.core.dense_attend import dense_attend
+
+
+def log_likelihood(
+    params: Any,
+    tokens: Int[Array, "*B N"],
+    mask: Bool[Array, "*B N"],
+    *,
+    model: nn.Module,
+    temperature: float | Float[Array, ""] = 1.0,
+) -> Float[Array, "*B N"]:
+    """Log-probability of every masked token, given all tokens before it.
+
+    Pure: jit it with `model` bound or static, differentiate it with respect to `params`, vmap it
+    (not with experts: give it all sequences at once, which then run one after the other).
+    The logits of one sequence at a time are in memory, [N, V] in float32, and are computed again
+    in the backward pass.
+
+    Args:
+        params: The module's parameters; through kernels in eight bits it cannot be differentiated.
+        tokens: Sequences from their first token on; what stands behind the last masked token is
+            padding, and may hold anything.
+        mask: True for the tokens that count. The first token of a sequence never does: nothing
+            comes before it.
+        model: A module of `folojax.models`.
+        temperature: Divides the logits, for the distribution that was sampled at a temperature.
+
+    Returns:
+        float32; 0 where `mask` is False, and for the first token.
+    """
+    # Here, because it takes a while to import, and an engine has no use for it.
+    import optax
+
+    *batch, length = tokens.shape
+    flat = tokens.reshape(-1, length)
+    hidden_states = functools.partial(_hidden_states, params, model=model)
+    # JAX cannot vmap the ragged products of experts.
+    has_experts = getattr(model.config, "num_experts", 0) > 0
+    hidden = lax.map(hidden_states, flat) if has_experts else jax.vmap(hidden_states)(flat)
+    targets = jnp.roll(flat, -1, axis=1)
+
+    @jax.checkpoint
+    def score(row: tuple[Float[Array, "N E"], Int[Array, " N"]]) -> Float[Array, " N"]:
+        logits: Any = model.apply({"params": params}, row[0], method="logits")
+        return -optax.losses.softmax_cross_entropy_with_integer_labels(logits / temperature, row[1])
+
+    following = lax.map(score, (hidden, targets))
+    found = jnp.pad(following[:, :-1], ((0, 0), (1, 0))).reshape(*batch, length)
+    return jnp.where(mask, found, 0.0)
+
+
+def _hidden_states(
+    params: Any, tokens: Int[Array, " N"], *, model: nn.Module
+) -> Float[Array, "N E"]:
+    positions = jnp.arange(tokens.shape[0])
+    result: Any = model.apply({"params": params}, tokens, positions, None, dense_attend)
+    return result[0]

@@ -1,0 +1,101 @@
+"""Outputs as padded arrays, ready for a trainer."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from folojax.requests.outputs import LogprobRecord, RequestOutput
+
+
+class RecordArrays(NamedTuple):
+    """The log-probability record of every output token (`LogprobRecord`); 0 elsewhere."""
+
+    raw: Float[np.ndarray, "B N"]
+    tempered: Float[np.ndarray, "B N"]
+    processed: Float[np.ndarray, "B N"]
+    log_kept: Float[np.ndarray, "B N"]
+    entropy: Float[np.ndarray, "B N"]
+    rank: Int[np.ndarray, "B N"]
+
+
+class OutputArrays(NamedTuple):
+    """B samples of N tokens, prompt and output, padded at the right.
+
+        tokens  p p p o o o o . .        p: prompt, o: output, .: padding
+        mask    0 0 0 1 1 1 1 0 0
+
+    The samples of a prompt stand together, by index.
+    """
+
+    tokens: Int[np.ndarray, "B N"]
+    mask: Bool[np.ndarray, "B N"]  # True for output tokens
+    prompt: Int[np.ndarray, " B"]  # which of the outputs the sample belongs to, from 0
+    length: Int[np.ndarray, " B"]  # tokens of the sample, prompt included
+    weights_version: Int[np.ndarray, "B N"]  # of the parameters that sampled a token; -1 elsewhere
+    record: RecordArrays | None  # None: some sample has none
+
+
+def outputs_to_arrays(
+    outputs: Sequence[RequestOutput], *, pad_token_id: int = 0, length: int | None = None
+) -> OutputArrays:
+    """Lays all samples of all outputs out in arrays, as `log_likelihood` takes them.
+
+    Args:
+        outputs: Of `generate` and the like. Records are there if all of them were asked for with
+            `SamplingParams(record=True)`.
+        pad_token_id: Fills `tokens`.
+        length: N; None is that of the longest sample. A fixed one spares a jitted trainer from
+            being compiled for every length.
+
+    Raises:
+        ValueError: there are no outputs, or a sample is longer than `length`.
+    """
+    samples = [(i, output, one) for i, output in enumerate(outputs) for one in output.outputs]
+    if not samples:
+        raise ValueError("outputs is empty; at least one output is needed to make arrays of")
+    prompt_lengths = [len(output.prompt_token_ids) for _, output, _ in samples]
+    lengths = [
+        start + len(one.token_ids)
+        for start, (_, _, one) in zip(prompt_lengths, samples, strict=True)
+    ]
+    longest = max(lengths)
+    if length is not None and length < longest:
+        raise ValueError(
+            f"length is {length}, but a sample has {longest} tokens, prompt included: raise it, or "
+            "lower max_tokens"
+        )
+    shape = (len(samples), longest if length is None else length)
+    tokens = np.full(shape, pad_token_id, np.int32)
+    mask = np.zeros(shape, bool)
+    versions = np.full(shape, -1, np.int32)
+    has_record = all(one.record is not None for _, _, one in samples)
+    record = _empty_record(shape) if has_record else None
+    for row, (start, end, (_, output, one)) in enumerate(
+        zip(prompt_lengths, lengths, samples, strict=True)
+    ):
+        tokens[row, :start] = output.prompt_token_ids
+        tokens[row, start:end] = one.token_ids
+        mask[row, start:end] = True
+        versions[row, start:end] = one.weights_versions
+        if record is not None and one.record:
+            columns = zip(*map(dataclasses.astuple, one.record), strict=True)
+            for array, column in zip(record, columns, strict=True):
+                array[row, start:end] = column
+    return OutputArrays(
+        tokens=tokens,
+        mask=mask,
+        prompt=np.array([i for i, _, _ in samples], np.int32),
+        length=np.array(lengths, np.int32),
+        weights_version=versions,
+        record=record,
+    )
+
+
+def _empty_record(shape: tuple[int, int]) -> RecordArrays:
+    names = [field.name for field in dataclasses.fields(LogprobRecord)]
+    return RecordArrays(
+        **{name: np.zeros(shape, np.int32 if name == "rank" else np.float32) for name in names}
+    )

@@ -1,0 +1,199 @@
+"""What a decoder looks like: checked and hashable, whatever family it comes from."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Literal
+
+from folojax.models.core.interface import Scoring
+from folojax.models.core.registry import FAMILIES
+from folojax.models.core.rope import LongRope, RopeScaling
+
+# No model comes near these; a config beyond them is a mistake or malice, and its shapes alone
+# would fill the memory.
+_MOST_WIDTH, _MOST_LAYERS = 2**26, 2**10
+
+Activation = Literal["silu", "gelu", "gelu_tanh"]
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
+
+Norm = Literal["rms", "rms_wide", "rms_offset", "layer"]
+NORMS = ("rms", "rms_wide", "rms_offset", "layer")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The architecture of one model; hashable, so it is static under `jax.jit`.
+
+    The defaults are Llama's; a family states where it differs.
+
+    Raises:
+        ValueError: a number is out of range, or two of them cannot go together; all are listed.
+    """
+
+    architecture: str = "LlamaForCausalLM"
+    """Row of the registry that builds the module."""
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position: int
+    """Longest sequence the model was made for, in tokens (`max_position_embeddings`)."""
+    rope_theta: float
+    rope_scaling: RopeScaling | None
+    rms_norm_eps: float
+    """Of every norm, LayerNorm included."""
+    tie_embeddings: bool
+    """The output projection is the embedding; no `lm_head` exists."""
+    qkv_bias: bool
+    qk_norm: bool
+    """Queries and keys pass an RMS norm before the rotary embedding, over head_dim by default."""
+
+    is_qk_norm_joint: bool = False
+    """That norm is over all heads at once."""
+    o_bias: bool = False
+    mlp_bias: bool = False
+
+    norm: Norm = "rms"
+    """"rms": rounded, then times the weight; "rms_wide": times the weight, then rounded;
+    "rms_offset": the same with 1 + weight; "layer": LayerNorm with a bias."""
+    has_pre_norm: bool = True
+    """Attention and MLP read a normed residual stream."""
+    has_post_norm: bool = False
+    """What they return is normed before it is added."""
+    activation: Activation = "silu"
+    is_gated: bool = True
+    """The MLP is act(gate) * up; else act(up)."""
+
+    has_learned_positions: bool = False
+    """A table of positions is added to the embedding; there is no rotary embedding."""
+    rotary_dim: int | None = None
+    """Leading dimensions of a head that rotate; None: all."""
+    ropeless_layers: tuple[int, ...] = ()
+    """Layers without rotary embedding."""
+    windows: tuple[int | None, ...] = ()
+    """By layer: how many tokens it sees, its own included; None: all. () is all, everywhere."""
+    local_rope_theta: float | None = None
+    """Of layers with a window, which have no rotary scaling then; None: as the others."""
+
+    attention_scale: float | None = None
+    """Multiplies scores; None: 1 / sqrt(head_dim)."""
+    attention_softcap: float | None = None
+    """Scores become cap * tanh(scores / cap)."""
+    logits_softcap: float | None = None
+    embed_scale: float = 1.0
+    residual_scale: float = 1.0
+    """Multiplies what attention and MLP add to the residual stream."""
+    logits_divisor: float = 1.0
+
+    num_experts: int = 0
+    """0: every MLP is dense."""
+    num_experts_per_token: int = 0
+    expert_size: int = 0
+    """Inner width of an expert, as `intermediate_size` is of a dense MLP."""
+    is_expert_weight_normed: bool = True
+    """The weights of a token's experts sum to 1."""
+    dense_layers: tuple[int, ...] = ()
+    """Layers with a dense MLP in a model of experts."""
+
+    hf_config: str = dataclasses.field(default="", compare=False, repr=False)
+    """The config.json that all this was read from, for `save_pretrained`."""
+
+    def scoring(self, layer: int) -> Scoring:
+        """What a layer's attention does with its scores."""
+        return Scoring(
+            scale=self.attention_scale,
+            softcap=self.attention_softcap,
+            window=self.windows[layer] if self.windows else None,
+        )
+
+    def is_sparse(self, layer: int) -> bool:
+        """Whether the layer's MLP is a mixture of experts."""
+        return self.num_experts > 0 and layer not in self.dense_layers
+
+    def __post_init__(self) -> None:
+        problems = (
+            []
+            if self.architecture in FAMILIES
+            else [f"architecture is {self.architecture!r}, not one of {list(FAMILIES)}"]
+        )
+        problems += self._bad_counts() or self._misfits()
+        problems += self._bad_numbers()
+        if problems:
+            raise ValueError("model config: " + "; ".join(problems))
+
+    def _bad_counts(self) -> list[str]:
+        """Sizes that are no sizes."""
+        most = dict.fromkeys(
+            (
+                "vocab_size",
+                "hidden_size",
+                "intermediate_size",
+                "num_heads",
+                "num_kv_heads",
+                "head_dim",
+                "max_position",
+            ),
+            _MOST_WIDTH,
+        )
+        most["num_layers"] = _MOST_LAYERS
+        if self.num_experts:
+            most |= {"num_experts": _MOST_LAYERS, "num_experts_per_token": _MOST_LAYERS}
+            most["expert_size"] = _MOST_WIDTH
+        found = []
+        for name, limit in most.items():
+            value = getattr(self, name)
+            # bool is an int to Python, but `num_layers: true` in a config is a mistake.
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= limit:
+                found.append(f"{name} is {value!r}; it must be an integer from 1 to {limit:,}")
+        return found
+
+    def _bad_numbers(self) -> list[str]:
+        """Factors that are not above zero, or NaN."""
+        names = ["rope_theta", "rms_norm_eps", "embed_scale", "residual_scale", "logits_divisor"]
+        optional = ("local_rope_theta", "attention_scale", "attention_softcap", "logits_softcap")
+        names += [name for name in optional if getattr(self, name) is not None]
+        found = []
+        for name in names:
+            value = getattr(self, name)
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not is_number or not 0 < value < math.inf:
+                found.append(f"{name} is {value!r}; it must be a finite number above 0")
+        return found
+
+    def _misfits(self) -> list[str]:
+        """Sizes that cannot go together."""
+        found = []
+        if self.num_heads % self.num_kv_heads:
+            found.append(
+                f"num_heads is {self.num_heads}, not a multiple of num_kv_heads {self.num_kv_heads}"
+            )
+        if self.head_dim % 2:
+            found.append(f"head_dim is {self.head_dim}; rotary embeddings need it even")
+        turning = self.head_dim if self.rotary_dim is None else self.rotary_dim
+        if turning % 2 or not 2 <= turning <= self.head_dim:
+            found.append(f"rotary_dim is {turning}; it must be even, and at most {self.head_dim}")
+        if isinstance(self.rope_scaling, LongRope) and (
+            len(self.rope_scaling.short_factor) != turning // 2
+        ):
+            found.append(
+                f"short_factor has {len(self.rope_scaling.short_factor)} entries; "
+                f"{turning // 2} pairs of dimensions turn"
+            )
+        if self.windows and len(self.windows) < self.num_layers:
+            found.append(f"windows are given for {len(self.windows)} of {self.num_layers} layers")
+        for window in self.windows:
+            if window is not None and (not isinstance(window, int) or window < 1):
+                found.append(f"a layer's window is {window!r}; it must be an integer of at least 1")
+                break
+        if self.num_experts_per_token > self.num_experts:
+            found.append(
+                f"num_experts_per_token is {self.num_experts_per_token}, of {self.num_experts}"
+            )
+        for name, options in (("norm", NORMS), ("activation", ACTIVATIONS)):
+            if getattr(self, name) not in options:
+                found.append(f"{name} is {getattr(self, name)!r}, not one of {', '.join(options)}")
+        return found

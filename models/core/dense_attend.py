@@ -1,0 +1,61 @@
+"""Attention over one whole sequence without a cache: the reference for every other form."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from folojax.models.core.interface import PLAIN, Scoring
+
+
+def dense_attend(
+    cache: Any,
+    layer: int,
+    query: Float[Array, "N H D"],
+    key: Float[Array, "N K D"],
+    value: Float[Array, "N K D"],
+    scoring: Scoring = PLAIN,
+) -> tuple[Any, Float[Array, "N H D"]]:
+    """Causal attention among N tokens of ONE sequence, in order; an `Attend` (see interface.py).
+
+    Token n sees tokens 0..n, whatever their positions say. Scores and softmax are float32, and the
+    [K, G*N, N] scores exist in full, so memory grows with N squared.
+
+    Args:
+        cache: Passed through; None by custom.
+        layer: Unused, `scoring` says how it differs from others.
+        query: Rotated queries; H is a multiple of K, and head h reads kv head h // (H / K).
+        key: Rotated keys.
+        value: Values.
+        scoring: Scale, cap and window.
+
+    Returns:
+        `cache` and the attention output in the query's dtype.
+    """
+    del layer
+    num_tokens, num_heads, head_dim = query.shape
+    num_kv_heads = key.shape[1]
+    group = num_heads // num_kv_heads
+    # One batch axis and plain matrices: XLA on CPU has no bfloat16 product for the richer forms.
+    #   query [N, K, G, D] -> [K, G*N, D]        key, value [N, K, D] -> [K, N, D]
+    grouped = query.reshape(num_tokens, num_kv_heads, group, head_dim)
+    rows = grouped.transpose(1, 2, 0, 3).reshape(num_kv_heads, group * num_tokens, head_dim)
+    scores = jnp.einsum(
+        "kmd,ksd->kms", rows, key.transpose(1, 0, 2), preferred_element_type=jnp.float32
+    )
+    scores = scores.reshape(num_kv_heads, group, num_tokens, num_tokens)
+    scores = scoring.scores(scores, head_dim)
+    place = jnp.arange(num_tokens)
+    is_visible = scoring.is_visible(place[:, None] - place[None, :])
+    weights = jax.nn.softmax(jnp.where(is_visible[None, None], scores, -jnp.inf), axis=-1)
+    out = jnp.einsum(
+        "kms,ksd->kmd",
+        weights.reshape(num_kv_heads, group * num_tokens, num_tokens).astype(value.dtype),
+        value.transpose(1, 0, 2),
+        preferred_element_type=jnp.float32,
+    )
+    out = out.reshape(num_kv_heads, group, num_tokens, head_dim).transpose(2, 0, 1, 3)
+    return cache, out.reshape(num_tokens, num_heads, head_dim).astype(query.dtype)

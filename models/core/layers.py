@@ -1,0 +1,192 @@
+"""Pure functions that decoder families share; every one works on a flat token axis.
+
+Axes: N tokens, D head dimension, R rotated pairs (D/2 mostly), F mlp width, I and O a product's
+sides.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from folojax.models.core.config import Activation, ModelConfig
+from folojax.models.core.rope import attention_factor, frequencies
+from folojax.models.machine.platforms import platform
+from folojax.models.quantized.quantize import QuantizedKernel, project_quantized, take_quantized
+
+
+def rms_norm(
+    x: Float[Array, "*batch W"], weight: Float[Array, " W"], eps: float
+) -> Float[Array, "*batch W"]:
+    """Root-mean-square norm over the last axis, in float32, returned in the dtype of `x`.
+
+    The normed value is rounded to the dtype before the weight multiplies it, as in transformers'
+    LlamaRMSNorm: the other order gives other bits in bfloat16.
+    """
+    return _normed(x, eps).astype(x.dtype) * _last_axis(weight, x.ndim)
+
+
+def rms_norm_wide(
+    x: Float[Array, "*batch W"], weight: Float[Array, " W"], eps: float, offset: float = 0.0
+) -> Float[Array, "*batch W"]:
+    """The same, times `offset + weight` in float32 and rounded once (OLMo 2; Gemma adds 1)."""
+    factor = offset + _last_axis(weight.astype(jnp.float32), x.ndim)
+    return (_normed(x, eps) * factor).astype(x.dtype)
+
+
+def layer_norm(
+    x: Float[Array, "*batch W"], weight: Float[Array, " W"], bias: Float[Array, " W"], eps: float
+) -> Float[Array, "*batch W"]:
+    """Norm by mean and variance over the last axis, in float32, rounded once."""
+    wide = x.astype(jnp.float32)
+    centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+    factor, shift = (_last_axis(one.astype(jnp.float32), x.ndim) for one in (weight, bias))
+    return (_normed(centred, eps) * factor + shift).astype(x.dtype)
+
+
+def norm(
+    x: Float[Array, "*batch W"],
+    weight: Float[Array, " W"],
+    bias: Float[Array, " W"] | None,
+    config: ModelConfig,
+) -> Float[Array, "*batch W"]:
+    """The norm of a model's kind; only LayerNorm has a bias."""
+    match config.norm:
+        case "rms":
+            return rms_norm(x, weight, config.rms_norm_eps)
+        case "rms_wide":
+            return rms_norm_wide(x, weight, config.rms_norm_eps)
+        case "rms_offset":
+            return rms_norm_wide(x, weight, config.rms_norm_eps, offset=1.0)
+        case "layer":
+            assert bias is not None
+            return layer_norm(x, weight, bias, config.rms_norm_eps)
+
+
+def _normed(x: Float[Array, "*batch W"], eps: float) -> Float[Array, "*batch W"]:
+    """Divided by the root mean square, in float32."""
+    wide = x.astype(jnp.float32)
+    return wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+
+
+def _last_axis(vector: Float[Array, " W"], ndim: int) -> Float[Array, "*ones W"]:
+    return vector.reshape((1,) * (ndim - 1) + vector.shape)
+
+
+_FAST_ROWS = (4, 8, 16, 20, 24, 32)
+"""Rows of float32 whose products take XLA on CPU no longer than those of one row less."""
+
+
+def project(
+    x: Float[Array, "N I"], kernel: Float[Array, "O I"] | QuantizedKernel, is_rounded: bool = False
+) -> Float[Array, "N O"]:
+    """A linear layer: `x` times the transposed kernel, summed in float32 whatever the dtype.
+
+    Contracts the kernel's last axis where it lies: for `kernel.T`, XLA on CPU copies a bfloat16
+    kernel in full every call.
+
+    Args:
+        x: The inputs.
+        kernel: Of the layer.
+        is_rounded: Whether the result may come in the dtype of `x`, which halves what an
+            accelerator has to write; else, and on CPU, it is float32. There a product asked for in
+            bfloat16 is several times slower than a float32 one that is cast afterwards.
+    """
+    if isinstance(kernel, QuantizedKernel):
+        return project_quantized(x, kernel)
+    if _is_kernel_first(x):
+        num_rows = x.shape[0]
+        if x.dtype == jnp.float32 and num_rows < _FAST_ROWS[-1]:
+            more = next(size for size in _FAST_ROWS if size >= num_rows) - num_rows
+            x = jnp.pad(x, ((0, more), (0, 0)))
+        # The barrier, or XLA makes of it the other order again.
+        return jax.lax.optimization_barrier(_contract_last(kernel, x)).T[:num_rows]
+    if is_rounded and platform() != "cpu":
+        return _contract_last(x, kernel, x.dtype)
+    return _contract_last(x, kernel)
+
+
+def _is_kernel_first(x: Float[Array, "N I"]) -> bool:
+    """Whether XLA on CPU is faster with the kernel as the left operand, transposition included."""
+    least = 2 if x.dtype == jnp.float32 else 9
+    return platform() == "cpu" and least <= x.shape[0] <= 64
+
+
+def _contract_last(
+    left: Float[Array, "A I"], right: Float[Array, "B I"], dtype: DTypeLike = jnp.float32
+) -> Float[Array, "A B"]:
+    dims = (((1,), (1,)), ((), ()))
+    return jax.lax.dot_general(left, right, dims, preferred_element_type=dtype)
+
+
+def embed_rows(
+    table: Float[Array, "V E"] | QuantizedKernel, index: Int[Array, " N"]
+) -> Float[Array, "N E"]:
+    """Rows of an embedding, float32 if it is quantised; an index outside reads the nearest one."""
+    if isinstance(table, QuantizedKernel):
+        return take_quantized(table, index)
+    return jnp.take(table, index, axis=0, mode="clip")
+
+
+def activate(x: Float[Array, "*batch F"], kind: Activation) -> Float[Array, "*batch F"]:
+    """The nonlinearity of an MLP."""
+    match kind:
+        case "silu":
+            return jax.nn.silu(x)
+        case "gelu":
+            return jax.nn.gelu(x, approximate=False)
+        case "gelu_tanh":
+            return jax.nn.gelu(x, approximate=True)
+
+
+def gated(gate_up: Float[Array, "N FF"], kind: Activation = "silu") -> Float[Array, "N F"]:
+    """act(gate) * up, for gate and up side by side in the last axis: FF is 2F."""
+    gate, up = jnp.split(gate_up, 2, axis=-1)
+    return activate(gate, kind) * up
+
+
+def softcap(x: Float[Array, "*shape"], cap: float | None) -> Float[Array, "*shape"]:
+    """Squeezes values smoothly into (-cap, cap)."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
+def rotary_tables(
+    positions: Int[Array, " N"], config: ModelConfig, is_local: bool = False
+) -> tuple[Float[Array, "N 1 R"], Float[Array, "N 1 R"]]:
+    """Cosine and sine of every token's rotation, float32; made once a call, not once a layer.
+
+    Args:
+        positions: Of the tokens.
+        config: Of the model.
+        is_local: For the layers with a window, where these turn at a rate of their own.
+    """
+    theta, scaling = config.rope_theta, config.rope_scaling
+    if is_local and config.local_rope_theta is not None:
+        theta, scaling = config.local_rope_theta, None
+    rates = jnp.asarray(frequencies(config.rotary_dim or config.head_dim, theta, scaling))
+    angles = positions.astype(jnp.float32)[:, None, None] * rates[None, None, :]
+    factor = attention_factor(scaling)
+    tables = jnp.concatenate((jnp.cos(angles), jnp.sin(angles)), axis=-1) * factor
+    # XLA on CPU would compute them again in every layer, for every head and page that reads them,
+    # and drops barriers. It does not fuse through a product; that with the identity is exact.
+    identity = np.eye(tables.shape[-1], dtype=np.float32)
+    tables = jnp.dot(tables, identity, precision=jax.lax.Precision.HIGHEST)
+    cos, sin = jnp.split(tables, 2, axis=-1)
+    return cos, sin
+
+
+def rotate(
+    x: Float[Array, "N heads D"], cos: Float[Array, "N 1 R"], sin: Float[Array, "N 1 R"]
+) -> Float[Array, "N heads D"]:
+    """Applies the rotary embedding in float32; dimension r turns with r + R (`rotate_half`).
+
+    Dimensions from 2R on stay as they are.
+    """
+    pairs = cos.shape[-1]
+    turning, still = x[..., : 2 * pairs], x[..., 2 * pairs :]
+    first, second = jnp.split(turning.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1)
+    return jnp.concatenate((turned.astype(x.dtype), still), axis=-1)

@@ -1,0 +1,48 @@
+"""Mixtures of experts: every token's MLP is a weighted sum of few out of many."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from folojax.models.core.config import ModelConfig
+from folojax.models.core.layers import gated, project
+
+
+def mix_experts(
+    x: Float[Array, "N E"],
+    router: Float[Array, "X E"],
+    gate_up: Float[Array, "X E FF"],
+    down: Float[Array, "X F E"],
+    config: ModelConfig,
+) -> Float[Array, "N E"]:
+    """Sends every token to its likeliest experts and adds what they return, by their weights.
+
+    The (token, expert) pairs are sorted by expert, so each expert multiplies one run of rows:
+        pairs   a.2 a.7 b.2 b.5 c.7  ->  a.2 b.2 | b.5 | a.7 c.7
+    No loop over tokens or experts, and no capacity that would drop a token for its neighbours.
+    """
+    num_tokens, width = x.shape
+    count, per_token = config.num_experts, config.num_experts_per_token
+    with jax.named_scope("route"):
+        # Rounded like the product of any linear layer, then wide.
+        scores = project(x, router).astype(x.dtype).astype(jnp.float32)
+        weight, expert = jax.lax.top_k(jax.nn.softmax(scores, axis=-1), per_token)
+        if config.is_expert_weight_normed:
+            weight = weight / weight.sum(axis=-1, keepdims=True)
+        pair_expert = expert.reshape(-1)
+        order = jnp.argsort(pair_expert)
+        sizes = jnp.bincount(pair_expert, length=count)
+    rows = x[order // per_token]
+    inner = gated(_by_expert(rows, gate_up, sizes), config.activation).astype(x.dtype)
+    sorted_out = _by_expert(inner, down, sizes)
+    out = jnp.zeros_like(sorted_out).at[order].set(sorted_out, unique_indices=True)
+    return (out.reshape(num_tokens, per_token, width) * weight[:, :, None]).sum(1).astype(x.dtype)
+
+
+def _by_expert(
+    rows: Float[Array, "M I"], kernels: Float[Array, "X I O"], sizes: Int[Array, " X"]
+) -> Float[Array, "M O"]:
+    """Each run of rows times the kernel of its expert, in float32."""
+    return jax.lax.ragged_dot(rows, kernels, sizes, preferred_element_type=jnp.float32)

@@ -1,0 +1,1 @@
+"""Checkpoints of Hugging Face and GGUF, read and written."""

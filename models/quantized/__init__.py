@@ -1,0 +1,1 @@
+"""Kernels of four and eight bits and the products with them."""

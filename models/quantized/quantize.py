@@ -1,0 +1,127 @@
+"""Which kernels of a model are kept in few bits, and what may be done with them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+import jax
+from jaxtyping import Array, Float, Int
+
+from folojax.models.quantized.group_kernels import (
+    GroupKernel,
+    fits_groups,
+    project_groups,
+    quantize_groups,
+    take_groups,
+)
+from folojax.models.quantized.int8_kernels import Int8Kernel, project_int8, quantize_int8, take_int8
+
+QUANTIZATIONS = ("int8", "int4")
+
+QuantizedKernel: TypeAlias = Int8Kernel | GroupKernel
+
+# Experts are multiplied by `lax.ragged_dot`, and a router's scores decide between experts.
+_LINEAR = frozenset({"qkv", "o", "gate_up", "up", "down"})
+
+# Four bits are too few for what tells tokens apart.
+_VOCABULARY = frozenset({"embed", "lm_head"})
+
+
+def quantize_params(params: Mapping[str, Any], quantization: str) -> dict[str, Any]:
+    """Parameters of a model with the kernels of its linear layers and its embeddings in few bits.
+
+    With "int8" these are `Int8Kernel`s. With "int4" they are `GroupKernel`s: linear layers of four
+    bits, token embedding and output of eight; where a shape cannot be cut into groups, an
+    `Int8Kernel`. Norms, biases, learned positions, routers and experts stay as they are, and so do
+    kernels that are quantised already.
+
+    Args:
+        params: As `init_params` and `load_params` give them.
+        quantization: One of QUANTIZATIONS.
+    """
+
+    def convert(name: str, leaf: Any) -> Any:
+        if isinstance(leaf, Mapping):
+            return quantize_params(leaf, quantization)
+        return leaf if is_quantized(leaf) else quantize(name, leaf, quantization)
+
+    return {name: convert(name, leaf) for name, leaf in params.items()}
+
+
+def quantize(name: str, leaf: Array, quantization: str | None) -> Array | QuantizedKernel:
+    """What becomes of a parameter of that name in its block, or of the model."""
+    quantizer = _quantizer(name, leaf.shape, quantization)
+    return leaf if quantizer is None else quantizer(leaf)
+
+
+def quantize_like(kernel: QuantizedKernel, leaf: Float[Array, "O I"]) -> QuantizedKernel:
+    """A kernel of floats, quantised as another one is."""
+    if isinstance(kernel, Int8Kernel):
+        return quantize_int8(leaf)
+    return quantize_groups(leaf, bits=kernel.bits)
+
+
+def quantized_bytes(
+    name: str, shape: tuple[int, ...], itemsize: int, quantization: str | None
+) -> int:
+    """Bytes of what `quantize` makes of a parameter with numbers of `itemsize` bytes."""
+    quantizer = _quantizer(name, shape, quantization)
+    if quantizer is None:
+        return math.prod(shape) * itemsize
+    kernel = jax.eval_shape(quantizer, jax.ShapeDtypeStruct(shape, "float32"))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kernel))
+
+
+def _quantizer(
+    name: str, shape: tuple[int, ...], quantization: str | None
+) -> Callable[[Array], QuantizedKernel] | None:
+    if quantization not in (None, *QUANTIZATIONS):
+        raise ValueError(f"quantization is {quantization!r}, not one of {', '.join(QUANTIZATIONS)}")
+    if quantization is None or name not in _LINEAR | _VOCABULARY:
+        return None
+    if quantization == "int8" or not fits_groups(shape):
+        return quantize_int8
+    bits = 4 if name in _LINEAR else 8
+    return lambda leaf: quantize_groups(leaf, bits=bits)
+
+
+def is_quantized(node: Any) -> bool:
+    """For `is_leaf` of `jax.tree.map`."""
+    return isinstance(node, QuantizedKernel)
+
+
+def quantization_of(params: Any) -> str | None:
+    """The quantisation that parameters have already, if any."""
+    leaves = jax.tree.leaves(params, is_leaf=is_quantized)
+    if any(isinstance(leaf, GroupKernel) for leaf in leaves):
+        return "int4"
+    return "int8" if any(map(is_quantized, leaves)) else None
+
+
+@jax.custom_jvp
+def project_quantized(x: Float[Array, "N I"], kernel: QuantizedKernel) -> Float[Array, "N O"]:
+    """A linear layer in float32: `x`, rounded to eight bits, times the kernel.
+
+    It has no derivative: to ask for one is a TypeError.
+    """
+    if isinstance(kernel, Int8Kernel):
+        return project_int8(x, kernel)
+    return project_groups(x, kernel)
+
+
+@project_quantized.defjvp
+def _has_no_derivative(primals: Any, tangents: Any) -> Any:
+    # Without this rule there would be one, of the scales alone: finite and wrong.
+    raise TypeError(
+        "quantised kernels cannot be differentiated through: take the float parameters that they "
+        "were made from"
+    )
+
+
+def take_quantized(table: QuantizedKernel, index: Int[Array, " N"]) -> Float[Array, "N I"]:
+    """Rows of an embedding in float32; an index outside reads the nearest row."""
+    if isinstance(table, Int8Kernel):
+        return take_int8(table, index)
+    return take_groups(table, index)
