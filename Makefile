@@ -29,7 +29,7 @@ test-all: $(VENV)/.test
 	$(BIN)/python -m pytest $(WORKERS) --slow
 
 test-gpu-programs: $(CUDA_COMPILER)/.installed
-	$(BIN)/python -m pytest tests/test_inspect_hlo.py --gpu-compiler $(CUDA_COMPILER)
+	$(BIN)/python -m pytest tests/measuring/test_inspect_hlo.py --gpu-compiler $(CUDA_COMPILER)
 
 test-adapters: $(ADAPTERS)/.installed
 	$(ADAPTERS)/bin/python -m pytest tests --adapters -m adapters

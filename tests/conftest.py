@@ -18,28 +18,15 @@ from jaxtyping import install_import_hook
 
 # Shapes in signatures are checked in every call, where arrays are handled. (Not at the user's door:
 # there a wrong type must meet our own ValueError.)
-_ARRAY_MODULES = (
-    "attention",
-    "draws",
-    "kv",
-    "logit_edits",
-    "models",
-    "processors",
-    "record",
-    "residual",
-    "rowwise",
-    "sampling",
-    "state",
-    "step",
-)
-install_import_hook([f"folojax.{name}" for name in _ARRAY_MODULES], "beartype.beartype")
+_ARRAY_ROOMS = ("attention", "kv", "models", "sampling", "steps")
+install_import_hook([f"folojax.{name}" for name in _ARRAY_ROOMS], "beartype.beartype")
 
 from folojax import LLM  # noqa: E402  (after the hook)
 from folojax.compile.compilation_cache import enable_compilation_cache  # noqa: E402
 from folojax.compile.programs import clear_programs  # noqa: E402
 from folojax.models.files.checkpoint import build_module, load_params, open_checkpoint  # noqa: E402
+from tests.letters import make_letters_tokenizer  # noqa: E402
 from tests.reference import save_tiny  # noqa: E402
-from tests.text import make_letters_tokenizer  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_key_reuse", True)

@@ -171,7 +171,7 @@ def _gguf(change: Callable[[bytes], bytes]) -> Change:
     """A GGUF file in place of the directory."""
 
     def apply(directory: Path) -> None:
-        from tests.test_models_gguf import write_tiny
+        from tests.models.test_gguf import write_tiny
 
         path = write_tiny(directory.with_suffix(".gguf"))
         path.write_bytes(change(path.read_bytes()))

@@ -7,7 +7,7 @@ import pytest
 
 from folojax import LLM, RequestOutput, SamplingParams
 from tests.conftest import check_is_empty
-from tests.text import make_letters_tokenizer
+from tests.letters import make_letters_tokenizer
 
 STOPS = list(range(3, 98, 4))
 PARAMS: list[dict[str, Any]] = [

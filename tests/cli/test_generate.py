@@ -1,0 +1,298 @@
+"""scripts/generate.py as a person calls it."""
+
+import importlib
+import io
+import json
+import random
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from folojax import SamplingParams
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "generate.py"
+
+
+@pytest.fixture(scope="module")
+def script() -> Iterator[ModuleType]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(SCRIPT.parent)  # as Python does when it runs the script
+        yield importlib.import_module("generate")
+
+
+@pytest.fixture
+def call(
+    script: ModuleType, text_directory: Path, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    def call(*options: str) -> tuple[int, str, str]:
+        limits = ("--max-model-len", "128", "--max-num-seqs", "4")
+        code = script.main(["--model", str(text_directory), *limits, *options])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+def test_the_five_default_prompts(call: Callable, script: ModuleType, tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    code, text, _ = call("--max-tokens", "4", "--json", str(out))
+    assert code == 0
+    report = json.loads(out.read_text())
+    assert [entry["prompt"] for entry in report["outputs"]] == list(script.DEFAULT_PROMPTS)
+    assert len(script.DEFAULT_PROMPTS) == 5
+    assert all(prompt in text for prompt in script.DEFAULT_PROMPTS)
+    assert report["batch"]["num_requests"] == 5
+    assert report["batch"]["output_throughput"] > 0
+    assert report["outputs"][0]["metrics"]["ttft_s"] > 0
+    assert report["outputs"][0]["outputs"][0]["finish_reason"] in ("stop", "length")
+
+
+def test_kernels_in_few_bits(call: Callable) -> None:
+    sizes = []
+    for options in ((), ("--quantization", "int4")):
+        code, _, log = call("--max-tokens", "2", *options)
+        assert code == 0
+        (size,) = re.findall(r"weights ([\d.]+) MiB", log)
+        sizes.append(float(size))
+    assert sizes[1] < 0.3 * sizes[0]
+
+
+def test_prompts_come_from_options_and_files(call: Callable, tmp_path: Path) -> None:
+    file, out = tmp_path / "prompts.txt", tmp_path / "out.json"
+    file.write_text("Three\n\nFour\n")
+    options = ["--prompts", "One", "Two", "--prompts-file", str(file), "--json", str(out)]
+    assert call(*options, "--max-tokens", "2", "--no-chat")[0] == 0
+    outputs = json.loads(out.read_text())["outputs"]
+    assert [entry["prompt"] for entry in outputs] == ["One", "Two", "Three", "Four"]
+    assert call(*options, "--max-tokens", "2", "--no-chat", "--num-prompts", "6")[0] == 0
+    outputs = json.loads(out.read_text())["outputs"]
+    assert [entry["prompt"] for entry in outputs] == ["One", "Two", "Three", "Four", "One", "Two"]
+
+
+def test_chat_is_the_default_where_there_is_a_template(call: Callable, tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    lengths = []
+    for options in ((), ("--chat",), ("--no-chat",)):
+        code, _, _ = call("--prompts", "One", "--max-tokens", "2", "--json", str(out), *options)
+        assert code == 0
+        lengths.append(len(json.loads(out.read_text())["outputs"][0]["prompt_token_ids"]))
+    assert lengths[0] == lengths[1] > lengths[2] == 1
+
+
+def test_compare_sequential_prints_both_runs(call: Callable) -> None:
+    code, text, _ = call(
+        "--num-prompts", "6", "--max-tokens", "4", "--ignore-eos", "--compare-sequential"
+    )
+    assert code == 0
+    for word in ("batch", "sequential", "speed-up", "time saved", "the same tokens"):
+        assert word in text
+    assert "NOT" not in text
+
+
+def test_a_plan_lists_executables_and_runs_nothing(call: Callable) -> None:
+    code, text, _ = call("--plan")
+    assert code == 0
+    lines = text.splitlines()
+    assert any(line.startswith("decode rows=4") for line in lines)
+    assert lines[-1].startswith(f"{len(lines) - 1} executables: ")
+    assert "compiling" not in text
+
+
+def test_one_prompt_streams_plainly(call: Callable, tmp_path: Path) -> None:
+    """Standard output has the text alone, so that it can go through a pipe."""
+    out = tmp_path / "out.json"
+    code, text, error = call(
+        "--prompts", "One", "--max-tokens", "9", "--stream", "--ignore-eos", "--json", str(out)
+    )
+    assert code == 0
+    assert (
+        text.removesuffix("\n") == json.loads(out.read_text())["outputs"][0]["outputs"][0]["text"]
+    )
+    assert "output tokens per second" in error
+
+
+def test_several_prompts_stream_in_order(call: Callable, tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    options = ["--prompts", "One", "Two", "--max-tokens", "5", "--seed", "1", "--json", str(out)]
+    options += ["--n", "2", "--temperature", "1", "--ignore-eos"]
+    assert call(*options)[0] == 0
+    expected = json.loads(out.read_text())["outputs"]
+    code, text, _ = call(*options, "--stream")
+    assert code == 0
+    assert _samples(json.loads(out.read_text())["outputs"]) == _samples(expected)
+    for index, entry in enumerate(expected):
+        head, text = text[: text.index("sample 1")], text[text.index("sample 1") :]
+        assert head == f"{index + 1}. {entry['prompt']}\n"
+        for sample, completion in enumerate(entry["outputs"]):
+            start = f"sample {sample + 1}\n{completion['text']}\n\n"
+            assert text.startswith(start)
+            text = text.removeprefix(start)
+    assert text == ""
+
+
+def _samples(outputs: list[dict[str, Any]]) -> list[list[tuple[int, str]]]:
+    return [[(one["seed"], one["text"]) for one in output["outputs"]] for output in outputs]
+
+
+def test_what_streams_only_grows(script: ModuleType) -> None:
+    """Texts of four samples grow at random; each is live once those before it have ended."""
+    printing = importlib.import_module("generate_print")
+    draw = random.Random(0)
+    finals = [["alpha :smile:", ""], ["[bold]gamma", "delta\n"]]
+    lengths = [[0, 0], [0, 0]]
+    stream = io.StringIO()
+    printer = printing.InOrder(Console(file=stream), ["first", "second"], 2)
+    before = ""
+    for _ in range(200):
+        index, sample = draw.randrange(2), draw.randrange(2)
+        lengths[index][sample] = min(lengths[index][sample] + 1, len(finals[index][sample]))
+        parts = zip(finals[index], lengths[index], strict=True)
+        outputs = [
+            SimpleNamespace(text=f[:n], finish_reason="stop" if n == len(f) else None)
+            for f, n in parts
+        ]
+        printer.show(index, SimpleNamespace(outputs=outputs))
+        assert stream.getvalue().startswith(before)
+        before = stream.getvalue()
+    assert before == (
+        "1. first\nsample 1\nalpha :smile:\n\nsample 2\n\n\n"
+        "2. second\nsample 1\n[bold]gamma\n\nsample 2\ndelta\n\n\n"
+    )
+
+
+def test_a_system_message_comes_first(call: Callable, tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    lengths = []
+    for options in ((), ("--system", "Be brief."), ("--system", "Be very very brief.")):
+        options = (*options, "--prompts", "One", "--max-tokens", "1", "--json", str(out))
+        assert call(*options)[0] == 0
+        lengths.append(len(json.loads(out.read_text())["outputs"][0]["prompt_token_ids"]))
+    assert lengths[2] == lengths[1] + 2
+
+
+def test_logprobs_are_shown_and_written(call: Callable, tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    options = ("--prompts", "One", "--max-tokens", "2", "--ignore-eos", "--json", str(out))
+    code, text, _ = call(*options, "--logprobs", "2")
+    assert code == 0
+    assert "Log-probabilities 1.1" in text
+    (completion,) = json.loads(out.read_text())["outputs"][0]["outputs"]
+    for token, logprobs in zip(completion["token_ids"], completion["logprobs"], strict=True):
+        assert len(logprobs) == 2  # greedy: the sampled token is the likeliest
+        assert logprobs[str(token)]["rank"] == 1
+        assert f"{logprobs[str(token)]['logprob']:.3f}" in text
+
+
+def test_stop_strings_end_the_text(call: Callable, tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    options = ("--prompts", "One", "--max-tokens", "12", "--ignore-eos", "--json", str(out))
+    assert call(*options)[0] == 0
+    text = json.loads(out.read_text())["outputs"][0]["outputs"][0]["text"]
+    stop = text[len(text) // 2]
+    code, shown, _ = call(*options, "--stop", "never there", "--stop", stop, "neither")
+    assert code == 0
+    (completion,) = json.loads(out.read_text())["outputs"][0]["outputs"]
+    assert completion["text"] == text[: text.index(stop)]
+    assert (completion["finish_reason"], completion["stop_reason"]) == ("stop", stop)
+    assert f"stop: {stop!r}" in shown
+
+
+def test_options_with_the_name_of_a_field_reach_it(script: ModuleType) -> None:
+    wanted: dict[str, Any] = {
+        "n": 2,
+        "max_tokens": 9,
+        "min_tokens": 3,
+        "temperature": 0.5,
+        "top_k": 5,
+        "top_p": 0.5,
+        "min_p": 0.25,
+        "repetition_penalty": 1.5,
+        "presence_penalty": -1.5,
+        "frequency_penalty": 0.5,
+        "seed": 7,
+        "logprobs": -1,
+    }
+    options = [part for k, v in wanted.items() for part in ("--" + k.replace("_", "-"), str(v))]
+    options += ["--stop", "a", "b", "--stop", "c", "--ignore-eos"]
+    assert script.sampling_params(script.parse_args(options)) == SamplingParams(
+        stop=["a", "b", "c"], ignore_eos=True, **wanted
+    )
+    assert script.sampling_params(script.parse_args([])) == SamplingParams(
+        temperature=0, max_tokens=64
+    )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--max-tokens", "0"),
+        ("--max-tokens", "many"),
+        ("--temperature", "-1"),
+        ("--top-p", "0"),
+        ("--dtype", "int3"),
+        ("--quantization", "int3"),
+        ("--num-prompts", "0"),
+        ("--prompts-file", "/no/such/file"),
+        ("--json", "/no/such/directory/out.json"),
+        ("--n", "2"),
+        ("--n", "0", "--temperature", "1"),
+        ("--stop", ""),
+        ("--stop",),
+        ("--min-tokens", "99"),
+        ("--logprobs", "-2"),
+        ("--repetition-penalty", "0"),
+        ("--presence-penalty", "3"),
+        ("--frequency-penalty", "-3"),
+        ("--system", "Be brief.", "--no-chat"),
+        ("--stream", "--compare-sequential"),
+        ("--max-num-seqs", "0"),
+        ("--max-num-seqs", "1000"),
+        ("--model", "/no/such/model"),
+        ("--prompts",),
+        ("--unknown",),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(call: Callable, options: tuple[str, ...]) -> None:
+    code, text, error = call(*options)
+    assert code == 2
+    assert text == ""
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+
+
+def test_what_only_the_engine_can_refuse_is_told_too(call: Callable) -> None:
+    code, text, error = call("--logprobs", "1000")
+    assert code == 2
+    assert text == ""
+    assert error.splitlines()[-1].startswith("error: prompt 0: logprobs is 1000; ")
+
+
+def test_help_has_examples(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        script.main(["--help"])
+    assert stop.value.code == 0
+    assert "--compare-sequential" in capsys.readouterr().out
+    assert script.__doc__ is not None
+    assert script.__doc__.count("python scripts/generate.py") >= 4
+
+
+def test_ctrl_c_ends_it_with_130(text_directory: Path) -> None:
+    """A run that would take minutes, interrupted once it has begun to generate."""
+    limits = ["--max-model-len", "128", "--max-tokens", "100", "--num-prompts", "5000"]
+    command = [sys.executable, str(SCRIPT), "--model", str(text_directory), *limits, "--ignore-eos"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        assert process.stderr is not None
+        assert process.stderr.readline().startswith(b"memory: weights ")
+        assert b"5000 prompts" in process.stderr.readline()
+        process.send_signal(signal.SIGINT)
+        error = process.stderr.read()
+        assert process.wait(timeout=60) == 130
+    assert error.decode().strip().splitlines()[-1] == "interrupted"

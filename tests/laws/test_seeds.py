@@ -1,0 +1,99 @@
+"""A seeded request gives the same tokens wherever and with whomever it runs."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from folojax import LLM, SamplingParams
+
+ROOT = Path(__file__).parents[2]
+
+# Kept as JSON: another process reads it too.
+REQUESTS: list[dict[str, Any]] = [
+    {"seed": 1},
+    {"seed": 2, "temperature": 0.7, "top_k": 20},
+    {"seed": 3, "top_p": 0.9, "min_p": 0.01},
+    {"seed": 4, "frequency_penalty": 1.0, "repetition_penalty": 1.2},
+]
+
+
+def prompt(index: int) -> list[int]:
+    return np.random.default_rng(index).integers(3, 128, 5 + 7 * index).tolist()
+
+
+def params(fields: dict[str, Any]) -> SamplingParams:
+    return SamplingParams(max_tokens=40, ignore_eos=True, **fields)
+
+
+def generate(llm: LLM, requests: list[dict[str, Any]]) -> list[list[int]]:
+    prompts = [prompt(index) for index in range(len(requests))]
+    outputs = llm.generate(prompts, [params(fields) for fields in requests], use_tqdm=False)
+    return [output.outputs[0].token_ids for output in outputs]
+
+
+def make_llm(model: Any, **options: Any) -> LLM:
+    limits = {"page_size": 16, "max_model_len": 128, "num_pages": 48, "max_num_batched_tokens": 64}
+    return LLM(model, **limits | {"max_num_seqs": 8} | options)
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_model: tuple) -> list[list[int]]:
+    llm = make_llm(tiny_model)
+    return [
+        llm.generate(prompt(index), params(fields), use_tqdm=False)[0].outputs[0].token_ids
+        for index, fields in enumerate(REQUESTS)
+    ]
+
+
+def test_in_a_batch_of_32(tiny_model: tuple, alone: list[list[int]]) -> None:
+    """Among others with other lengths, parameters and seeds, of a page each."""
+    llm = make_llm(tiny_model, max_num_seqs=32)
+    others = [
+        SamplingParams(temperature=0.1 * i, top_p=1 - i / 64, seed=i, max_tokens=5)
+        for i in range(28)
+    ]
+    prompts = [prompt(i) for i in range(4)] + [prompt(3)[i % 5 : 8] for i in range(28)]
+    mixed = [*(params(fields) for fields in REQUESTS), *others]
+    outputs = llm.generate(prompts, mixed, use_tqdm=False)
+    assert llm.metrics().num_preemptions == 0
+    assert [output.outputs[0].token_ids for output in outputs[:4]] == alone
+
+
+def test_after_preemption(tiny_model: tuple, alone: list[list[int]]) -> None:
+    llm = make_llm(tiny_model, num_pages=8)
+    assert generate(llm, REQUESTS) == alone
+    assert llm.metrics().num_preemptions > 0
+
+
+def test_as_samples_of_another_request(tiny_model: tuple, alone: list[list[int]]) -> None:
+    llm = make_llm(tiny_model)
+    first = dict(REQUESTS[0]) | {"seed": 0, "n": 3}
+    (output,) = llm.generate(prompt(0), params(first), use_tqdm=False)
+    assert output.outputs[1].token_ids == alone[0]
+
+
+def test_in_another_process(tiny_directory: Path, alone: list[list[int]]) -> None:
+    """The same checkpoint, read again; run from this file."""
+    command = [sys.executable, "-m", "tests.laws.test_seeds", str(tiny_directory)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == alone
+
+
+def _main(directory: str) -> None:
+    import jax.numpy as jnp
+
+    from folojax.models.files.checkpoint import build_module, load_params, open_checkpoint
+
+    checkpoint = open_checkpoint(directory)
+    model = (build_module(checkpoint.config, jnp.float32), load_params(checkpoint, jnp.float32))
+    print(json.dumps(generate(make_llm(model), REQUESTS)))
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1])

@@ -1,0 +1,193 @@
+"""scripts/inspect_hlo.py: what it reads in a program, and the rules of a decode step on an H200.
+
+The last test compiles for the card and needs XLA's CUDA compiler: `make test-gpu-programs` installs
+it and runs that test, `make test` leaves it out.
+"""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+# A cache of 8 pages, written in place, read where it lies, and then copied, turned and converted.
+HLO = """\
+HloModule jit_decode, is_scheduled=true
+
+%fused_scatter (p0: bf16[8,4,2], p1: s32[3], p2: bf16[3,2]) -> bf16[8,4,2] {
+  %p0 = bf16[8,4,2]{2,1,0} parameter(0)
+  %p1 = s32[3]{0} parameter(1)
+  %p2 = bf16[3,2]{1,0} parameter(2)
+  ROOT %scatter.1 = bf16[8,4,2]{2,1,0} scatter(%p0, %p1, %p2), to_apply=%region
+}
+
+%fused_transpose (p0.1: bf16[8,4,2]) -> bf16[4,8,2] {
+  %p0.1 = bf16[8,4,2]{2,1,0} parameter(0)
+  ROOT %transpose.1 = bf16[4,8,2]{2,1,0} transpose(%p0.1), dimensions={1,0,2}
+}
+
+%fused_gather (p0.2: bf16[100,2], p1.2: s32[3]) -> bf16[3,2] {
+  %p0.2 = bf16[100,2]{1,0} parameter(0)
+  %p1.2 = s32[3]{0} parameter(1)
+  ROOT %gather.1 = bf16[3,2]{1,0} gather(%p0.2, %p1.2), offset_dims={1}
+}
+
+ENTRY %main (cache: bf16[8,4,2], ids: s32[3], embed: bf16[100,2]) -> bf16[8,4,2] {
+  %keys = bf16[8,4,2]{2,1,0} parameter(0), metadata={op_name="cache.keys[0][0]"}
+  %ids = s32[3]{0} parameter(1), metadata={op_name="inputs.page"}
+  %embed = bf16[100,2]{1,0} parameter(2), metadata={op_name="params['embed']"}
+  %rows = bf16[3,2]{1,0} fusion(%embed, %ids), kind=kLoop, calls=%fused_gather
+  %new = bf16[8,4,2]{2,1,0} fusion(%keys, %ids, %rows), kind=kInput, calls=%fused_scatter
+  %flat = bf16[32,2]{1,0} bitcast(%new)
+  %product = (f32[32,1]{1,0:T(8,128)}, s8[64]{0}) custom-call(%flat, %rows), \
+custom_call_target="__cublas$lt$matmul"
+  MOVES
+  ROOT %tuple.1 = (bf16[8,4,2]{2,1,0}) tuple(%new)
+}
+"""
+COPY = "%copy.1 = bf16[8,4,2]{2,1,0} copy(%new)"
+TRANSPOSE = "%turned = bf16[4,8,2]{2,1,0} fusion(%keys), kind=kInput, calls=%fused_transpose"
+CONVERT = "%wide = f32[32,2]{1,0} convert(%flat)"
+CALLBACK = '%out = f32[2]{0} custom-call(%rows), custom_call_target="xla_ffi_python_gpu_callback"'
+
+THUNKS = """\
+000: kCommandBuffer [source | sink]
+    001: kCustomKernel   [source        | next=002 (1)] loop_fusion grid: [2, 1, 1]
+    002: kCopy           [prev=001 (1)  | next=003 (1)] kCopy
+    003: kCublasLtMatmul [prev=002 (1)  | sink        ] kCublasLtMatmul
+"""
+
+
+@pytest.fixture(scope="module")
+def read() -> Iterator[ModuleType]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "scripts")
+        yield importlib.import_module("hlo_read")
+
+
+@pytest.fixture(scope="module")
+def inspect(read: ModuleType) -> ModuleType:
+    return importlib.import_module("inspect_hlo")
+
+
+def test_a_cache_that_stays_where_it_lies(read: ModuleType) -> None:
+    program = read.Program(HLO.replace("MOVES", ""))
+    assert set(program.cache_values) == {"keys", "new", "flat"}
+    assert program.cache_moves() == []
+    assert program.host_calls() == []
+    assert program.opcodes() == {"fusion": 2, "custom-call": 1}
+
+
+@pytest.mark.parametrize(
+    ("line", "words"), [(COPY, "copy"), (TRANSPOSE, "transpose"), (CONVERT, "convert")]
+)
+def test_a_cache_that_is_moved(read: ModuleType, line: str, words: str) -> None:
+    (move,) = read.Program(HLO.replace("MOVES", line)).cache_moves()
+    assert words in move
+
+
+def test_a_call_to_the_host(read: ModuleType) -> None:
+    (call,) = read.Program(HLO.replace("MOVES", CALLBACK)).host_calls()
+    assert "python_gpu_callback" in call
+
+
+def test_bytes_are_those_that_kernels_touch(read: ModuleType) -> None:
+    ids, rows, cache, product = 3 * 4, 3 * 2 * 2, 8 * 4 * 2 * 2, 32 * 4 + 64
+    gather = (rows + ids) + rows  # of the embedding only the rows that are picked
+    scatter = rows + (ids + rows)  # of the cache only the rows that are written
+    assert (
+        read.Program(HLO.replace("MOVES", "")).bytes_moved()
+        == gather + scatter + cache + rows + product
+    )
+
+
+def test_a_text_without_a_program_is_refused(read: ModuleType) -> None:
+    with pytest.raises(ValueError, match="no ENTRY computation"):
+        read.Program("")
+
+
+def test_thunks_inside_and_outside_a_command_buffer(read: ModuleType) -> None:
+    thunks = read.read_thunks(THUNKS + "004: kCopy [source | sink] kCopy\n")
+    assert [thunk.depth for thunk in thunks] == [0, 1, 1, 1, 0]
+    assert read.num_command_buffers(thunks) == 1
+    assert read.count_kernels(thunks) == 4
+    assert [thunk.kind for thunk in read.outside_buffers(thunks)] == ["kCopy"]
+
+
+def test_kernels_of_a_layer_are_those_between_two_calls_of_cudnn(read: ModuleType) -> None:
+    kinds = ["kCopy", "kCuDnn", "kCustomKernel", "kCuDnn", "kCustomKernel", "kCopy", "kCuDnn"]
+    thunks = [read.Thunk(kind, "", 1) for kind in kinds]
+    assert read.kernels_per_layer(thunks) == 2
+    assert read.kernels_per_layer(thunks[:2]) == 0
+
+
+def test_pages_that_attention_reads_do_not_count(read: ModuleType) -> None:
+    call = '%out = (bf16[3,2]{1,0}) custom-call(%rows, %flat), custom_call_target="TARGET"'
+    attention, other = (
+        read.Program(HLO.replace("MOVES", call.replace("TARGET", name))).bytes_moved()
+        for name in ("__cudnn$fmhaSoftmax", "other")
+    )
+    assert other - attention == 8 * 4 * 2 * 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, None),
+        ({"command_buffers": 2}, "2 command buffers"),
+        ({"outside_buffers": 1, "outside": ["kCopy"]}, "kCopy"),
+        ({"moves": ["copy.1"]}, "the cache is moved"),
+        ({"temporary_share": 0.06}, "6.0% of the pool"),
+        ({"layer_kernels": 14}, "14 kernels in a layer"),
+        ({"layer_kernels": 14, "rows": 1}, None),
+        ({"host_calls": ["callback"]}, "calls to the host"),
+    ],
+)
+def test_rules_of_decode(inspect: ModuleType, changes: dict, words: str | None) -> None:
+    good = {
+        "rows": 64,
+        "layer_kernels": 12,
+        "command_buffers": 1,
+        "outside_buffers": 0,
+        "outside": [],
+        "moves": [],
+        "temporary_share": 0.01,
+        "host_calls": [],
+    }
+    broken = inspect.broken_rules(good | changes)
+    assert [words in line for line in broken if words] == ([True] if words else [])
+    assert bool(broken) == bool(words)
+
+
+@pytest.mark.gpu_compiler
+@pytest.mark.parametrize("model", ["qwen3-0.6b", "qwen3-8b"])
+def test_decode_on_an_h200_keeps_the_rules(
+    model: str, tmp_path: Path, pytestconfig: pytest.Config
+) -> None:
+    out = tmp_path / "out.json"
+    paths = os.pathsep.join([str(ROOT), pytestconfig.getoption("--gpu-compiler")])
+    subprocess.run(
+        [sys.executable, ROOT / "scripts" / "inspect_hlo.py", "--model", model, "--json", out],
+        env={**os.environ, "PYTHONPATH": paths, "JAX_PLATFORMS": "cpu"},
+        check=True,
+    )
+    report = json.loads(out.read_text())
+    assert report["broken"] == []
+    *decode, prefill = report["results"]
+    assert [(one["call"], one["rows"]) for one in decode] == [
+        (call, rows) for call in ("greedy", "truncated") for rows in (1, 64, 256)
+    ]
+    for one in decode:
+        assert one["command_buffers"] == 1
+        assert one["layer_kernels"] >= 8
+        assert 1 <= one["moved_to_weights"] < (1.1 if one["rows"] == 1 else 4.5)
+    assert prefill["host_calls"] == []
+    assert prefill["moves"] == []
+    assert prefill["command_buffers"] == 1

@@ -1,0 +1,106 @@
+"""What is refused at the boundary, and what only looks too large."""
+
+import pytest
+
+from folojax.sched.request import RequestStatus, StopRule
+from tests.sched.helpers import add, assert_empty, make_config, make_request, make_scheduler, step
+
+
+@pytest.mark.parametrize(
+    ("prompt_len", "max_tokens", "text"),
+    [
+        (0, 1, "prompt is empty"),
+        (64, 1, "prompt has 64 tokens; max_model_len is 64 .* at most 63 tokens or raise"),
+        (5000, 1, "prompt has 5,000 tokens"),
+        (30, 12, "prompt of 30 tokens, max_tokens 12.* 11 pages of 4 tokens; the pool has 10"),
+        (63, 100, "may need 16 pages"),
+    ],
+)
+def test_requests_that_can_never_run_are_refused(prompt_len, max_tokens, text):
+    scheduler = make_scheduler(num_pages=10)
+    with pytest.raises(ValueError, match=text):
+        add(scheduler, "a", prompt_len, max_tokens)
+    assert_empty(scheduler)
+
+
+def test_largest_request_that_fits_the_pool_runs_to_its_end():
+    scheduler = make_scheduler(num_pages=10)
+    request = add(scheduler, "a", 30, max_tokens=11)  # the last of 41 tokens needs no K/V
+    while scheduler.has_unfinished_requests():
+        step(scheduler)
+    assert len(request.output_token_ids) == 11
+
+
+def test_duplicate_id_is_refused_while_its_owner_lives():
+    scheduler = make_scheduler()
+    add(scheduler, "a", 3, max_tokens=1)
+    with pytest.raises(ValueError, match="'a' belongs to an unfinished request"):
+        add(scheduler, "a", 3)
+    with pytest.raises(ValueError, match=r"empty.*; .*'a' belongs"):
+        scheduler.validate(make_request("a", 0))
+    step(scheduler)
+    add(scheduler, "a", 3)
+
+
+def test_prompt_over_budget_is_chunked_and_not_stuck():
+    scheduler = make_scheduler(max_num_batched_tokens=8)
+    add(scheduler, "a", 60, max_tokens=1)
+    for _ in range(8):
+        step(scheduler)
+    assert_empty(scheduler)
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"enable_chunked_prefill": False, "max_model_len": 128}, "100; without chunked prefill"),
+        ({"max_num_seqs": 101}, "max_num_batched_tokens is 100; max_num_seqs is 101"),
+        ({"max_num_seqs": 0}, "max_num_seqs is 0; it must be an int of at least 1"),
+        ({"max_model_len": 1}, "max_model_len is 1; .* at least 2"),
+        ({"num_pages": 2.0}, "num_pages is 2.0; it must be an int"),
+        ({"page_size": True}, "page_size is True; it must be an int"),
+        ({"long_prefill_token_threshold": -1}, "long_prefill_token_threshold is -1"),
+        (
+            {"enable_chunked_prefill": False, "long_prefill_token_threshold": 9},
+            "which enable_chunked_prefill=False forbids",
+        ),
+        ({"policy": "lifo"}, "policy is 'lifo'; it must be one of fcfs, priority"),
+        ({"page_size": 0, "num_pages": 0}, "num_pages is 0.*; page_size is 0"),
+    ],
+)
+def test_config_errors(changes, text):
+    with pytest.raises(ValueError, match=text):
+        make_config(**changes)
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"max_tokens": -1}, "max_tokens is -1; .* or 0 to compute the prompt alone"),
+        ({"max_tokens": 1, "min_tokens": -1}, "min_tokens is -1"),
+    ],
+)
+def test_stop_rule_errors(fields, text):
+    with pytest.raises(ValueError, match=text):
+        StopRule(**fields)
+
+
+def test_finish_reasons():
+    assert {status.name: status.finish_reason for status in RequestStatus} == {
+        "WAITING": None,
+        "RUNNING": None,
+        "PREEMPTED": None,
+        "FINISHED_STOPPED": "stop",
+        "FINISHED_LENGTH": "length",
+        "FINISHED_ABORTED": "abort",
+        "FINISHED_ERROR": "error",
+    }
+
+
+def test_check_finds_a_leaked_page():
+    scheduler = make_scheduler()
+    request = add(scheduler, "a", 8)
+    step(scheduler)
+    request.page_ids.pop()
+    with pytest.raises(AssertionError, match="requests own 1 pages, 2 are in use"):
+        scheduler.check()
