@@ -52,9 +52,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     options = {"--slow": "slow", "--gpu-compiler": "gpu_compiler", "--adapters": "adapters"}
     for option, marker in options.items():
         if not config.getoption(option):
-            left_out = [item for item in items if marker in item.keywords]
+            left_out = [item for item in items if item.get_closest_marker(marker)]
             config.hook.pytest_deselected(items=left_out)
-            items[:] = [item for item in items if marker not in item.keywords]
+            items[:] = [item for item in items if not item.get_closest_marker(marker)]
 
 
 @pytest.fixture(autouse=True, scope="module")
