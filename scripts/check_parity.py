@@ -1,4 +1,4 @@
-"""The table of model families in the README: logits and tokens against transformers.
+"""The table of model families in docs/models.md: logits and tokens against transformers.
 
     python scripts/check_parity.py
 
