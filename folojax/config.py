@@ -60,7 +60,7 @@ class EngineConfig:
             linear layers in four bits and embedding and output in eight, in groups of 32 inputs,
             inputs rounded likewise: a fifth of the memory, and about twice as fast where a C++
             compiler is there to build the product for x86-64 (else XLA computes it, slowly, and a
-            RuntimeWarning says so). docs/decisions.md has by how much, and how far log-probabilities
+            RuntimeWarning says so). docs/models.md has by how much, and how far log-probabilities
             move. Experts and the rest stay as they are. Only on CPU, and without gradients. None
             computes in the dtype.
         max_logprobs: Most alternatives that a request may have reported with a token; -1 is no cap.

@@ -113,7 +113,7 @@ class Backend:
         )
 
 
-# Measured: docs/decisions.md and docs/gpu.md. A copy to the host faults its pages in on CPU, and goes
+# Measured: docs/decisions.md, docs/gpu.md. A copy to the host faults its pages in on CPU, and goes
 # over PCIe on a GPU.
 CPU = Backend(
     name="cpu",
