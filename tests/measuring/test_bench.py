@@ -1,4 +1,4 @@
-"""scripts/bench.py: workloads, figures and counts. No time is ever asserted."""
+"""scripts/measure/bench.py: workloads, figures and counts. No time is ever asserted."""
 
 import functools
 import gzip
@@ -17,7 +17,7 @@ from folojax import LLM, SamplingParams
 from folojax.compile.programs import clear_programs
 from tests.stub_contender import StubContender
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
+SCRIPTS = Path(__file__).parents[2] / "scripts" / "measure"
 
 
 @pytest.fixture(scope="module")
@@ -263,7 +263,7 @@ def test_a_plan_leaves_nothing_to_be_compiled(bench: ModuleType, text_directory:
 
 def test_transformers_says_the_same(bench: ModuleType, text_directory: Path) -> None:
     workload = make(bench, "uniform", num_requests=3, scale=0.1)
-    static = importlib.import_module("bench_peers_static")
+    static = importlib.import_module("bench_peers_torch")
     peer = static.Transformers(text_directory, "float32", 4)
     assert peer.prepare(workload)["batch_size"] in (1, 2, 3)
     figures = peer.run(workload)

@@ -1,4 +1,4 @@
-"""scripts/bench.py: other engines, their files, and whether they agree. No time is asserted."""
+"""The benchmark: other engines, their files, and whether they agree. No time is asserted."""
 
 import functools
 import importlib
@@ -20,7 +20,7 @@ from folojax.models.files.checkpoint import load_params, open_checkpoint
 from tests import gguf_writer, stub_llama_cpp
 from tests.families import save_family
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
+SCRIPTS = Path(__file__).parents[2] / "scripts" / "measure"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -243,8 +243,8 @@ def test_what_peers_do_not_run(llama: Any) -> None:
 
 def test_generate_batch_says_the_same(text_directory: Path) -> None:
     requests = workload(request(9, 5), request(30, 8), request(4, 2), request(17, 6))
-    batch = script("bench_peers_batch").GenerateBatch(text_directory, "float32", 4)
-    static = script("bench_peers_static").Transformers(text_directory, "float32", 4)
+    batch = script("bench_peers_torch").GenerateBatch(text_directory, "float32", 4)
+    static = script("bench_peers_torch").Transformers(text_directory, "float32", 4)
     try:
         assert batch.prepare(requests)["batch_size"] in (1, 2, 4)
         figures = batch.run(requests)
@@ -335,7 +335,7 @@ class Fixed:
 
 
 def test_agreement_ends_with_the_first_difference() -> None:
-    module = script("bench_agreement")
+    module = script("bench_peers")
     assert module.agreement([[1, 2, 3, 4]], [[1, 2, 3, 4]]) == 1
     assert module.agreement([[1, 2, 3, 4], [5, 6, 7, 8]], [[1, 9, 3, 4], [5, 6, 7, 9]]) == 4 / 8
     ours = Fixed(1, 2, 3, 4, 5, 6, 7, 8)

@@ -1,4 +1,4 @@
-"""What scripts/bench.py has to look at: plots, traces, timelines, growth, padding. No times."""
+"""What the benchmark has to look at: plots, traces, timelines, growth, padding. No times."""
 
 import functools
 import gzip
@@ -17,7 +17,7 @@ from folojax.runner.runner import Runner
 from folojax.sched.scheduler import Scheduler
 from tests.reference import TINY
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
+SCRIPTS = Path(__file__).parents[2] / "scripts" / "measure"
 LIMITS: dict[str, Any] = {"max_num_seqs": 4, "max_model_len": 64, "page_size": 16}
 
 

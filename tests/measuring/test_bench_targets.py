@@ -19,7 +19,7 @@ from folojax.models.core.decoder import init_params
 from folojax.models.core.dense_attend import dense_attend
 from folojax.models.files.checkpoint import build_module
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
+SCRIPTS = Path(__file__).parents[2] / "scripts" / "measure"
 
 
 @pytest.fixture(scope="module", autouse=True)

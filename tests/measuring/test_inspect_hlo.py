@@ -1,4 +1,4 @@
-"""scripts/inspect_hlo.py: what it reads in a program, and the rules of a decode step on an H200.
+"""inspect_hlo.py: what it reads in a program, and the rules of a decode step on an H200.
 
 The last test compiles for the card and needs XLA's CUDA compiler: `make test-gpu-programs` installs
 it and runs that test, `make test` leaves it out.
@@ -68,7 +68,7 @@ THUNKS = """\
 @pytest.fixture(scope="module")
 def read() -> Iterator[ModuleType]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT / "scripts")
+        patch.syspath_prepend(ROOT / "scripts" / "measure")
         yield importlib.import_module("hlo_read")
 
 
@@ -174,7 +174,14 @@ def test_decode_on_an_h200_keeps_the_rules(
     out = tmp_path / "out.json"
     paths = os.pathsep.join([str(ROOT), pytestconfig.getoption("--gpu-compiler")])
     subprocess.run(
-        [sys.executable, ROOT / "scripts" / "inspect_hlo.py", "--model", model, "--json", out],
+        [
+            sys.executable,
+            ROOT / "scripts" / "measure" / "inspect_hlo.py",
+            "--model",
+            model,
+            "--json",
+            out,
+        ],
         env={**os.environ, "PYTHONPATH": paths, "JAX_PLATFORMS": "cpu"},
         check=True,
     )

@@ -2,9 +2,9 @@
 
 pip install --no-deps --target DIR jax-cuda12-plugin==V jax-cuda12-pjrt==V     V: jaxlib's version
 export PYTHONPATH=DIR JAX_PLATFORMS=cpu
-python scripts/inspect_hlo.py                          decode and prefill of Qwen3-0.6B
-python scripts/inspect_hlo.py --model qwen3-8b --rows 64 --calls greedy
-python scripts/inspect_hlo.py --check                  also fails if decode breaks a rule
+python scripts/measure/inspect_hlo.py                          decode and prefill of Qwen3-0.6B
+python scripts/measure/inspect_hlo.py --model qwen3-8b --rows 64 --calls greedy
+python scripts/measure/inspect_hlo.py --check                  also fails if decode breaks a rule
 
 The programs are those that the engine runs: a decode step with greedy sampling and with truncated
 sampling in it, and a call of prefill, over a pool of 100 GB.

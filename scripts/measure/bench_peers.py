@@ -4,13 +4,13 @@ import functools
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from bench_isolation import Contender
-from bench_peers_batch import GenerateBatch
 from bench_peers_common import check_workload
 from bench_peers_files import KINDS, variant
 from bench_peers_llama import LlamaCpp, is_llama_cpp_there
-from bench_peers_static import Transformers
+from bench_peers_torch import GenerateBatch, Transformers
 from bench_workloads import Workload
 
 from folojax.models.files.checkpoint import embedded_model, open_checkpoint
@@ -113,3 +113,58 @@ def _llama_cpp(source: Path, kind: str, most_rows: int) -> Peer:
     name = f"llama.cpp {own if kind == AS_IT_IS else kind}"
     path = source if kind == AS_IT_IS else variant(source, kind)
     return name, functools.partial(LlamaCpp, name, path, most_rows)
+
+
+# Rounding may turn a close call between two tokens, so agreement is a share. A peer that reads the
+# weights, the prompt or the positions wrongly shares next to nothing, and its speed means nothing.
+_TEXTS = (
+    "The capital of France is",
+    "1, 2, 3, 4, 5, 6, 7, 8,",
+    "Monday, Tuesday, Wednesday, Thursday,",
+    "def add(a, b):\n    return",
+    "Water boils at 100 degrees",
+    "Once upon a time, there was a",
+)
+
+_NUM_TOKENS = 8
+
+_LEAST_AGREEMENT = 0.25
+
+
+def find_agreements(
+    contenders: Mapping[str, Any], encode: Callable[[str], list[int]]
+) -> dict[str, float]:
+    """By contender, the share of tokens that are the first contender's, up to the first other one.
+
+    Args:
+        contenders: By name.
+        encode: From text to token ids.
+
+    Raises:
+        RuntimeError: a contender's tokens are not those of the same model.
+    """
+    if not contenders:
+        return {}
+    prompts = [encode(text) for text in _TEXTS]
+    tokens = {
+        name: contender.greedy(prompts, _NUM_TOKENS) for name, contender in contenders.items()
+    }
+    first = next(iter(tokens.values()))
+    shares = {name: agreement(first, theirs) for name, theirs in tokens.items()}
+    for name, share in shares.items():
+        if share < _LEAST_AGREEMENT:
+            raise RuntimeError(
+                f"{name} does not run the same model: of {_NUM_TOKENS} tokens after each of "
+                f"{len(_TEXTS)} prompts it shares {share:.0%}; its first are {tokens[name][0]}, "
+                f"not {first[0]}"
+            )
+    return shares
+
+
+def agreement(ours: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]]) -> float:
+    """Tokens before the first that differs, as a share of all."""
+    common = 0
+    for left, right in zip(ours, theirs, strict=True):
+        is_same = [a == b for a, b in zip(left, right, strict=True)]
+        common += (*is_same, False).index(False)
+    return common / sum(map(len, ours))

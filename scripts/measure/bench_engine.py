@@ -12,9 +12,7 @@ import jax
 from bench_ceilings import time_decode_steps
 from bench_counters import EngineCounts, count_compilations, peak_memory_gib
 from bench_metrics import Trace, serving_metrics
-from bench_profile import profile_steps
-from bench_timeline import Timeline
-from bench_trace import trace_run
+from bench_profile import Timeline, profile_steps, trace_run
 from bench_workloads import BenchRequest, Workload
 
 from folojax import LLM, SamplingClass, SamplingParams

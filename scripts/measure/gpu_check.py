@@ -1,12 +1,12 @@
 """Is the engine right on an accelerator, and how fast is another one there?
 
-    python scripts/gpu_check.py right     kernels, engines against a CPU, bfloat16 against float32
-    python scripts/gpu_check.py bits      what leaves a row's bits alone
-    python scripts/gpu_check.py peer      256 requests end to end through transformers
+    python scripts/measure/gpu_check.py right     kernels; engines against a CPU; bfloat16
+    python scripts/measure/gpu_check.py bits      what leaves a row's bits alone
+    python scripts/measure/gpu_check.py peer      256 requests end to end through transformers
 
 Weights are random; shapes are the true ones. `--small` shrinks everything, to try the script
 itself on a CPU. Each part prints a table; `--json OUT` keeps the figures. How fast the engine
-itself is: scripts/gpu_serve.py.
+itself is: scripts/measure/gpu_serve.py.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """How much memory it takes to load a model, against the model's own size.
 
-    python scripts/check_memory.py --gigabytes 2
+    python scripts/measure/check_memory.py --gigabytes 2
 
 Writes a Llama of random weights to a temporary directory, loads it in a process of its own, and
 prints the peak of that process's resident memory. Fails above 1.25 times the model's size.

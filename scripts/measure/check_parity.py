@@ -1,6 +1,6 @@
 """The table of model families in docs/models.md: logits and tokens against transformers.
 
-    python scripts/check_parity.py
+    python scripts/measure/check_parity.py
 
 Needs what the tests need. Makes the tiny models of tests/families.py, compares the logits of 64
 tokens and 32 greedy tokens from the engine, prints a table, and fails if one does not agree.
@@ -22,7 +22,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("cases", nargs="*", help="of tests/families.py; all by default")
     args = parser.parse_args()
-    sys.path.insert(0, str(Path(__file__).parent.parent))
+    sys.path.insert(0, str(Path(__file__).parents[2]))
     from tests.families import FAMILIES
 
     print("| model | largest difference of a logit | 32 greedy tokens |")

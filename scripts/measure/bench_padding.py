@@ -1,7 +1,7 @@
 """How much of what an engine computes is padding, by workload: counted, without a device.
 
-    python scripts/bench_padding.py
-    python scripts/bench_padding.py sharegpt --num-running 8
+    python scripts/measure/bench_padding.py
+    python scripts/measure/bench_padding.py sharegpt --num-running 8
 
 Every plan and every shape is that of a real run in which all requests are there from the start;
 only the results are made up, so it takes seconds. (Samples at random arrive and end alike.)

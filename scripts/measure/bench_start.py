@@ -1,6 +1,6 @@
 """Time from the start of a process to its first token, cold and warm, against transformers.
 
-    python scripts/bench_start.py --rounds 3
+    python scripts/measure/bench_start.py --rounds 3
 
 Every run is a process of its own with the embedded model. Cold: nothing is in folojax's cache, so
 the GGUF file is converted and every program compiled; transformers reads the same file. Warm: both

@@ -1,6 +1,6 @@
 """Figures as plots, from what bench.py --json has written or is about to write.
 
-    python scripts/bench_plots.py out.json DIR
+    python scripts/measure/bench_plots.py out.json DIR
 
 throughput.png    output tokens a second by requests at once, a line for each contender
 latencies.png     percentiles of ttft, tpot, itl and e2el
@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench_timeline import FIELDS
+from bench_profile import TIMELINE_FIELDS
 
 LATENCIES = ("ttft", "tpot", "itl", "e2el")
 _SHOWN = ("p50", "p90", "p99", "max")
@@ -112,8 +112,8 @@ def plot_latencies(path: Path, title: str, results: Mapping[str, Mapping[str, An
 
 
 def plot_occupancy(path: Path, title: str, timeline: Mapping[str, Sequence[float]]) -> Path:
-    """Rows and requests above, the pool below; `timeline` as `bench_timeline` gives it."""
-    assert set(FIELDS) <= timeline.keys(), f"a timeline has {sorted(timeline)}"
+    """Rows and requests above, the pool below; `timeline` as `Timeline` gives it."""
+    assert set(TIMELINE_FIELDS) <= timeline.keys(), f"a timeline has {sorted(timeline)}"
     figure = _figure(10, 6)
     above, below = figure.subplots(2, 1, sharex=True)
     times_s = timeline["time_s"]

@@ -54,7 +54,7 @@ class Isolated:
         return self._call("run", workload)
 
     def greedy(self, prompts: Sequence[Sequence[int]], num_tokens: int) -> list[list[int]]:
-        """As `bench_agreement.Greedy`."""
+        """The likeliest tokens after each prompt."""
         return self._call("greedy", prompts, num_tokens)
 
     def close(self) -> None:

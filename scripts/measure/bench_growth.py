@@ -1,7 +1,7 @@
 """How the time of a decode step grows with its rows, and the host's part of it.
 
-    python scripts/bench_growth.py --plot DIR --json OUT
-    python scripts/bench_growth.py --what host       without a model: up to 1,024 rows
+    python scripts/measure/bench_growth.py --plot DIR --json OUT
+    python scripts/measure/bench_growth.py --what host       without a model: up to 1,024 rows
 
 "step": the real model, 1 to 64 rows; the whole step, the thread's time in calls to the device, and
 the host's own time. "host": the same host work without a device, 1 to 1,024 rows. Host times are
@@ -26,10 +26,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench_host import host_ms
 from bench_plots import add_plot_option, plot_growth
 from bench_profile import HOST_PHASES, profile_steps
-from bench_stub import start_rows
+from bench_stub import make_stub_llm, start_rows, without_device
 from rich.console import Console
 from rich.table import Table
 
@@ -84,6 +83,28 @@ def fit_exponent(ms: Mapping[int, float]) -> float:
     """
     slope, _ = np.polyfit(np.log(list(ms)), np.log(list(ms.values())), 1)
     return float(slope)
+
+
+def host_ms(rows: int, num_steps: int = 40) -> list[float]:
+    """Milliseconds of thread time of decode steps with so many rows, without a device."""
+    llm = make_stub_llm(
+        page_size=64,
+        num_pages=2 * rows,
+        max_num_seqs=rows,
+        max_num_batched_tokens=max(512, 4 * rows),
+        max_model_len=128,
+    )
+    times = []
+    with without_device(llm):
+        prompts = [[3 + number % 100] * (1 + number % 30) for number in range(rows)]
+        start_rows(llm, prompts, num_tokens=2 * num_steps + 16)
+        for _ in range(num_steps):
+            before = time.thread_time()
+            llm.engine.step()
+            times.append(1e3 * (time.thread_time() - before))
+        assert llm.metrics().num_running == rows, "requests ended while they were measured"
+        llm.engine.reset()
+    return times
 
 
 def measure_host(rows: Sequence[int], rounds: int, num_steps: int) -> list[Growth]:

@@ -1,13 +1,13 @@
 """Measure folojax on this machine. Everything is compiled before anything is timed.
 
-python scripts/bench.py uniform --num-running 32 --peers transformers --json out.json
-python scripts/bench.py sharegpt --request-rate 1
-python scripts/bench.py group        what samples of one prompt share, against separate requests
-python scripts/bench.py prefix       first tokens after a cached prefix, against a fresh one
-python scripts/bench.py long         long prompts in chunks, against whole ones
-python scripts/bench.py uniform --profile --peers none
-python scripts/bench.py uniform --sweep 1 2 4 8 16 --plot DIR --trace DIR
-python scripts/bench.py sampling     what sampling parameters cost, against greedy
+python scripts/measure/bench.py uniform --num-running 32 --peers transformers --json out.json
+python scripts/measure/bench.py sharegpt --request-rate 1
+python scripts/measure/bench.py group    what samples of one prompt share, against separate requests
+python scripts/measure/bench.py prefix   first tokens after a cached prefix, against a fresh one
+python scripts/measure/bench.py long     long prompts in chunks, against whole ones
+python scripts/measure/bench.py uniform --profile --peers none
+python scripts/measure/bench.py uniform --sweep 1 2 4 8 16 --plot DIR --trace DIR
+python scripts/measure/bench.py sampling what sampling parameters cost, against greedy
 
 Contenders run in processes of their own, one at a time and by turns; figures are medians over
 rounds, with the spread of the throughput: the machine may be shared, so only ratios within one run
@@ -28,12 +28,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench_agreement import find_agreements
 from bench_ceilings import CEILINGS, DECODE_ROWS, Ceilings, compare
 from bench_engine import WARM_UPS, Folojax
 from bench_isolation import Contender, Isolated
 from bench_metrics import medians
-from bench_peers import FILES, PEERS, find_far_behind, find_peers
+from bench_peers import FILES, PEERS, find_agreements, find_far_behind, find_peers
 from bench_plots import add_plot_option, file_name, plot_report
 from bench_ratios import ONE_AT_A_TIME, find_ratios
 from bench_sampling import measure_sampling, print_sampling

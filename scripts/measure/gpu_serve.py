@@ -1,7 +1,7 @@
 """How fast an engine of true shapes is ready and generates, as a user meets it: default options.
 
-    python scripts/gpu_serve.py qwen3-0.6b                     everything below
-    python scripts/gpu_serve.py qwen3-8b --parts ready nano rows
+    python scripts/measure/gpu_serve.py qwen3-0.6b                     everything below
+    python scripts/measure/gpu_serve.py qwen3-8b --parts ready nano rows
 
 Parts: `ready` (seconds until the engine is made, which is warm by then), `nano` (256 requests of
 100-1,024 tokens in and out, three runs), `rows` (1, 8 and 64 requests of 128 tokens in and out),

@@ -1,4 +1,6 @@
-"""Where the time of a step goes. Functions of the engine are wrapped from outside, for a while.
+"""A look inside the engine: shares of a step, a trace of one run, and what it held over time.
+
+Functions of the engine are wrapped from outside, for a while.
 
 A phase's time is that of its own functions, less that of other phases inside them. A device that
 works while the host dispatches is waited for the less: the phases are what the host does. While
@@ -7,8 +9,10 @@ nothing is measured nothing is wrapped, and nothing is paid.
 
 import contextlib
 import functools
+import shutil
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import jax
@@ -119,3 +123,67 @@ def wrap_phases(wrap: Wrap) -> Iterator[None]:
             for owner, name in functions:
                 replace(owner, name, wrap(getattr(owner, name), phase))
         yield
+
+
+_TRACE_NAMES = {"other": "step"}
+"""Phases that are called differently here: what is left of a step is the step without the rest."""
+
+
+def trace_run(path: Path, run: Callable[[], Any]) -> Path:
+    """Runs something under JAX's profiler.
+
+    Args:
+        path: Becomes the trace, JSON in gzip. The profiler's own files, which XProf reads, go into
+            the directory of the same name without a suffix.
+        run: Steps engines; it takes a few times as long as without.
+
+    Returns:
+        The path.
+    """
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0  # a slice for each call of Python would hide the phases
+    directory = path.with_name(path.name.partition(".")[0])
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    with (
+        jax.profiler.trace(directory, create_perfetto_trace=True, profiler_options=options),
+        wrap_phases(_annotate),
+    ):
+        run()
+    (found,) = directory.glob("plugins/profile/*/perfetto_trace.json.gz")
+    shutil.copyfile(found, path)
+    return path
+
+
+def _annotate(function: Callable[..., Any], phase: str) -> Callable[..., Any]:
+    return jax.profiler.annotate_function(function, name=_TRACE_NAMES.get(phase, phase))
+
+
+TIMELINE_FIELDS = ("running", "waiting", "used_pages", "idle_pages", "free_pages")
+
+
+class Timeline:
+    """Looks at an engine after each step; a look costs microseconds."""
+
+    def __init__(self, llm: LLM) -> None:
+        self._llm = llm
+        self._times_s: list[float] = []
+        self._values: dict[str, list[int]] = {name: [] for name in TIMELINE_FIELDS}
+
+    def look(self, now_s: float) -> None:
+        """Notes how the engine stands, at a time of any clock."""
+        metrics = self._llm.metrics()
+        used, idle = metrics.num_used_pages, metrics.num_cached_pages
+        free = metrics.num_pages - used - idle
+        self._times_s.append(now_s)
+        now = (metrics.num_running, metrics.num_waiting, used, idle, free)
+        for name, value in zip(TIMELINE_FIELDS, now, strict=True):
+            self._values[name].append(value)
+
+    def as_dict(self, start_s: float) -> dict[str, list[float] | list[int]]:
+        """The looks: "time_s" from a start on the same clock, and the TIMELINE_FIELDS.
+
+        `running` and `waiting` are samples; idle pages belong to nobody and are kept for prompts
+        that begin alike.
+        """
+        return {"time_s": [time_s - start_s for time_s in self._times_s], **self._values}
