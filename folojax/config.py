@@ -1,153 +1,154 @@
-"""The engine's limits and sizes, checked once and frozen."""
+"""The engine's options, declared once: what they mean, may be, and are unless they are given.
 
+From a field of `EngineConfig` follow its check, its line in the docstring and in docs/options.md,
+and its flag on a command line (`add_flags`). `EngineOptions` tells type checkers of them.
+"""
+
+import argparse
 import dataclasses
-from typing import TypedDict
+from collections.abc import Collection, Mapping
+from typing import Any, TypedDict
 
 from folojax.backend import Backend
 from folojax.models.quantized.quantize import QUANTIZATIONS
+from folojax.requests.sampling_params import SamplingParams
 from folojax.sched.config import SchedulerConfig
+from folojax.sched.option_fields import (
+    documented,
+    option,
+    option_like,
+    option_problems,
+    options_of,
+)
 from folojax.sched.pages import pages_for
-from folojax.sched.queue import POLICIES
 
 LOGPROBS_MODES = ("raw", "processed")
 
 
+@documented
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """What an engine is built for.
 
-    Attributes:
-        max_model_len: Most tokens of one request, prompt and output; None takes the model's limit.
-        max_num_seqs: Most requests that run at once. None is 32 on CPU, 256 elsewhere.
-        max_num_batched_tokens: Most tokens computed in one step; longer prompts are cut in chunks.
-            None is 512 on CPU, 4,096 elsewhere.
-        page_size: Tokens in a KV page. None is 64.
-        num_pages: Pages in the pool. None: as many as `memory_fraction` has room for. If that is
-            None too, on CPU, room for `max_num_seqs` requests of 512 tokens and for one request
-            of `max_model_len`.
-        memory_fraction: Share of the device's memory that may be in use in all: by weights, pages
-            and temporaries, and by what others hold, such as a training process's arrays; vLLM's
-            gpu_memory_utilization. None is 0.9 on a GPU, of what JAX may have of it
-            (XLA_PYTHON_CLIENT_MEM_FRACTION, 0.75 by default), and nothing on CPU, whose memory is
-            not ours alone.
-        scheduling_policy: "fcfs", or "priority" (smallest priority first, then arrival).
-        enable_chunked_prefill: False schedules a prompt whole or not at all; the budget must then
-            hold `max_model_len` tokens.
-        long_prefill_token_threshold: Most tokens of one prompt in one step; 0 is no cap.
-        prefill_row_len: Prompts are computed in rows of so many tokens: short rows waste less on
-            padding, long rows copy fewer pages. None is 16 on CPU, 128 elsewhere.
-        enable_prefix_caching: Pages of earlier requests serve later ones that begin alike.
-        async_scheduling: The next step is planned and handed to the device before the last one is
-            read, so that the device does not wait for the host. The tokens are the same; a request
-            that ends by a token may have one more computed, which nobody sees.
-        max_decode_steps: Most tokens that a request may get in one step. With more than 1, steps in
-            which nobody waits and nobody's prompt is computed become one call of so many: less host
-            work a token, the same tokens. Streamed tokens then come in bursts, a new request
-            waits for the burst to end, and up to so many tokens more are computed for nobody. 1 in
-            deterministic mode.
-        num_host_pages: Pages of room in host memory for the K/V of preempted requests; 0: they are
-            computed again.
-        min_swap_tokens: From how many tokens on K/V are moved there and back rather than computed
-            again. None: estimated from the sizes of model and cache and the kind of machine.
-        watermark: Share of the pages that stays free when a request is admitted beside others, so
-            that these can grow before anyone is preempted.
-        check_integrity: After every step, pages, owners, slots and queues are checked against each
-            other; an AssertionError tells of a fault of the engine. For those who look for one:
-            it goes through everything.
-        quantization: "int8" keeps the kernels of linear layers, token embedding and output in eight
-            bits, a scale for each output, and multiplies them with inputs rounded to eight bits row
-            by row (W8A8): a quarter of float32's memory, and faster with few rows. "int4" keeps
-            linear layers in four bits and embedding and output in eight, in groups of 32 inputs,
-            inputs rounded likewise: a fifth of the memory, and about twice as fast where a C++
-            compiler is there to build the product for x86-64 (else XLA computes it, slowly, and a
-            RuntimeWarning says so). docs/models.md has by how much, and how far log-probabilities
-            move. Experts and the rest stay as they are. Only on CPU, and without gradients. None
-            computes in the dtype.
-        max_logprobs: Most alternatives that a request may have reported with a token; -1 is no cap.
-        logprobs_mode: "raw" reports the model's own distribution, "processed" the one that was
-            sampled from: after penalties, masks, temperature and truncation.
-        deterministic: A request's tokens and log-probabilities are the same bits whatever its
-            neighbours, the limits above (`page_size` aside), preemptions and cached prefixes; and
-            `LLM.score` gives the bits that sampling gave. Every call then has one fixed shape,
-            which costs time.
-        seed: Of the seeds that requests without one are given.
-        warm_up: Whether an engine compiles, when it is made, what greedy and random sampling need.
-            None: on a GPU, where a program takes 10 s to compile, and a step would wait for each.
-            `LLM.warm_up` compiles more, such as for penalties and log-probabilities.
-        strict: A step that needs an executable outside the compile plan raises a RuntimeError, and
-            its requests are aborted. Otherwise it waits for the compiler; after a warm-up the
-            first such step is told in the log. For tests and measurements.
+    Raises:
+        ValueError: some options are out of range or contradict each other; all of them are named.
     """
 
-    max_model_len: int | None = None
-    max_num_seqs: int | None = None
-    max_num_batched_tokens: int | None = None
-    page_size: int | None = None
-    num_pages: int | None = None
-    memory_fraction: float | None = None
-    scheduling_policy: str = "fcfs"
-    enable_chunked_prefill: bool = True
-    long_prefill_token_threshold: int = 0
-    prefill_row_len: int | None = None
-    enable_prefix_caching: bool = True
-    async_scheduling: bool = True
-    max_decode_steps: int = 1
-    num_host_pages: int = 0
-    min_swap_tokens: int | None = None
-    watermark: float = 0.0
-    check_integrity: bool = False
-    quantization: str | None = None
-    max_logprobs: int = 20
-    logprobs_mode: str = "raw"
-    deterministic: bool = False
-    seed: int = 0
-    warm_up: bool | None = None
-    strict: bool = False
+    max_model_len: int | None = option_like(
+        SchedulerConfig, "max_model_len", None, "None takes the model's limit."
+    )
+    max_num_seqs: int | None = option_like(
+        SchedulerConfig, "max_num_seqs", None, "None is 32 on CPU, 256 elsewhere."
+    )
+    max_num_batched_tokens: int | None = option_like(
+        SchedulerConfig, "max_num_batched_tokens", None, "None is 512 on CPU, 4,096 elsewhere."
+    )
+    page_size: int | None = option_like(SchedulerConfig, "page_size", None, "None is 64.")
+    num_pages: int | None = option_like(
+        SchedulerConfig,
+        "num_pages",
+        None,
+        """None: as many as `memory_fraction` has room for. If that is None too, on CPU, room for
+        `max_num_seqs` requests of 512 tokens and for one request of `max_model_len`.""",
+    )
+    memory_fraction: float | None = option(
+        None,
+        """Share of the device's memory that may be in use in all: by weights, pages and
+        temporaries, and by what others hold, such as a training process's arrays; vLLM's
+        gpu_memory_utilization. None is 0.9 on a GPU, of what JAX may have of it
+        (XLA_PYTHON_CLIENT_MEM_FRACTION, 0.75 by default), and nothing on CPU, whose memory is not
+        ours alone.""",
+        above=0,
+        at_most=1,
+    )
+    scheduling_policy: str = option_like(SchedulerConfig, "scheduling_policy", "fcfs")
+    enable_chunked_prefill: bool = option_like(SchedulerConfig, "enable_chunked_prefill", True)
+    long_prefill_token_threshold: int = option_like(
+        SchedulerConfig, "long_prefill_token_threshold", 0
+    )
+    prefill_row_len: int | None = option(
+        None,
+        """Prompts are computed in rows of so many tokens: short rows waste less on padding, long
+        rows copy fewer pages. None is 16 on CPU, 128 elsewhere.""",
+        at_least=1,
+    )
+    enable_prefix_caching: bool = option_like(SchedulerConfig, "enable_prefix_caching", True)
+    async_scheduling: bool = option(
+        True,
+        """The next step is planned and handed to the device before the last one is read, so that
+        the device does not wait for the host. The tokens are the same; a request that ends by a
+        token may have one more computed, which nobody sees.""",
+    )
+    max_decode_steps: int = option_like(
+        SchedulerConfig, "max_decode_steps", 1, "1 in deterministic mode."
+    )
+    num_host_pages: int = option_like(SchedulerConfig, "num_host_pages", 0)
+    min_swap_tokens: int | None = option_like(
+        SchedulerConfig,
+        "min_swap_tokens",
+        None,
+        "None: estimated from the sizes of model and cache and the kind of machine.",
+    )
+    watermark: float = option_like(SchedulerConfig, "watermark", 0.0)
+    check_integrity: bool = option(
+        False,
+        """After every step, pages, owners, slots and queues are checked against each other; an
+        AssertionError tells of a fault of the engine. For those who look for one: it goes through
+        everything.""",
+    )
+    quantization: str | None = option(
+        None,
+        """"int8" keeps the kernels of linear layers, token embedding and output in eight bits, a
+        scale for each output, and multiplies them with inputs rounded to eight bits row by row
+        (W8A8): a quarter of float32's memory, and faster with few rows. "int4" keeps linear layers
+        in four bits and embedding and output in eight, in groups of 32 inputs, inputs rounded
+        likewise: a fifth of the memory, and about twice as fast where a C++ compiler is there to
+        build the product for x86-64 (else XLA computes it, slowly, and a RuntimeWarning says so).
+        docs/models.md has by how much, and how far log-probabilities move. Experts and the rest
+        stay as they are. Only on CPU, and without gradients. None computes in the dtype.""",
+        choices=tuple(QUANTIZATIONS),
+    )
+    max_logprobs: int = option(
+        20,
+        "Most alternatives that a request may have reported with a token; -1 is no cap.",
+        at_least=-1,
+    )
+    logprobs_mode: str = option(
+        "raw",
+        """"raw" reports the model's own distribution, "processed" the one that was sampled from:
+        after penalties, masks, temperature and truncation.""",
+        choices=LOGPROBS_MODES,
+    )
+    deterministic: bool = option(
+        False,
+        """A request's tokens and log-probabilities are the same bits whatever its neighbours, the
+        limits above (`page_size` aside), preemptions and cached prefixes; and `LLM.score` gives the
+        bits that sampling gave. Every call then has one fixed shape, which costs time.""",
+    )
+    seed: int = option(0, "Of the seeds that requests without one are given.", at_least=0)
+    warm_up: bool | None = option(
+        None,
+        """Whether an engine compiles, when it is made, what greedy and random sampling need. None:
+        on a GPU, where a program takes 10 s to compile, and a step would wait for each.
+        `LLM.warm_up` compiles more, such as for penalties and log-probabilities.""",
+    )
+    strict: bool = option(
+        False,
+        """A step that needs an executable outside the compile plan raises a RuntimeError, and its
+        requests are aborted. Otherwise it waits for the compiler; after a warm-up the first such
+        step is told in the log. For tests and measurements.""",
+    )
 
     def __post_init__(self) -> None:
-        problems = []
-        for name, low in _LOWEST.items():
-            value = getattr(self, name)
-            if value is None and name in _OPTIONAL:
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < low:
-                problems.append(f"{name} is {value!r}; it must be an integer of at least {low}")
-        fraction = self.memory_fraction
-        if fraction is not None and not _is_fraction(fraction):
+        problems = option_problems(self)
+        if self.num_pages is not None and self.memory_fraction is not None:
             problems.append(
-                f"memory_fraction is {fraction!r}; it must be a number above 0 and at most 1"
+                f"num_pages is {self.num_pages!r} and memory_fraction is {self.memory_fraction!r}; "
+                "both size the pool: give one of them"
             )
-        elif fraction is not None and self.num_pages is not None:
+        if self.deterministic is True and self.max_decode_steps != 1:
             problems.append(
-                f"num_pages is {self.num_pages!r} and memory_fraction is {fraction!r}; both size "
-                "the pool: give one of them"
-            )
-        for name in _SWITCHES:
-            is_open = name == "warm_up" and self.warm_up is None
-            if not isinstance(getattr(self, name), bool) and not is_open:
-                problems.append(f"{name} is {getattr(self, name)!r}; it must be True or False")
-        if not _is_fraction(self.watermark, 0) or self.watermark >= 1:
-            problems.append(
-                f"watermark is {self.watermark!r}; it must be a number from 0 up to, and not, 1"
-            )
-        if self.logprobs_mode not in LOGPROBS_MODES:
-            problems.append(
-                f"logprobs_mode is {self.logprobs_mode!r}; "
-                f"it must be one of {', '.join(LOGPROBS_MODES)}"
-            )
-        if self.quantization is not None and self.quantization not in QUANTIZATIONS:
-            problems.append(
-                f"quantization is {self.quantization!r}; it must be None or one of "
-                + ", ".join(QUANTIZATIONS)
-            )
-        if self.scheduling_policy not in POLICIES:
-            problems.append(
-                f"scheduling_policy is {self.scheduling_policy!r}; "
-                f"it must be one of {', '.join(POLICIES)}"
-            )
-        if self.deterministic is True and _is_above_one(self.max_decode_steps):
-            problems.append(
-                f"deterministic is True and max_decode_steps is {self.max_decode_steps}; "
+                f"deterministic is True and max_decode_steps is {self.max_decode_steps!r}; "
                 "deterministic mode takes one step at a time: set max_decode_steps to 1"
             )
         if problems:
@@ -184,13 +185,12 @@ class EngineConfig:
                 f"{backend.name}: leave it out"
             )
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        if self.warm_up is None:
-            fields["warm_up"] = backend.warms_up
-        defaults = backend.defaults | {
+        left_open = {
             "max_model_len": max_position,
             "min_swap_tokens": min_swap_tokens,
+            "warm_up": backend.warms_up,
         }
-        for name, default in defaults.items():
+        for name, default in (backend.defaults | left_open).items():
             if fields[name] is None:
                 fields[name] = default
         max_model_len = fields["max_model_len"]
@@ -226,21 +226,10 @@ class ResolvedConfig(EngineConfig):
 
     def scheduler(self) -> SchedulerConfig:
         """The scheduler's part."""
+        names = {one.name for one in options_of(SchedulerConfig)} - {"max_plans_in_flight"}
         return SchedulerConfig(
-            max_num_seqs=self.max_num_seqs,
-            max_num_batched_tokens=self.max_num_batched_tokens,
-            max_model_len=self.max_model_len,
-            num_pages=self.num_pages,
-            page_size=self.page_size,
-            policy=self.scheduling_policy,
-            enable_chunked_prefill=self.enable_chunked_prefill,
-            long_prefill_token_threshold=self.long_prefill_token_threshold,
-            enable_prefix_caching=self.enable_prefix_caching,
+            **{name: getattr(self, name) for name in names},
             max_plans_in_flight=2 if self.async_scheduling else 1,
-            max_decode_steps=self.max_decode_steps,
-            num_host_pages=self.num_host_pages,
-            min_swap_tokens=self.min_swap_tokens,
-            watermark=self.watermark,
         )
 
 
@@ -275,45 +264,68 @@ class EngineOptions(TypedDict, total=False):
     tensor_parallel_size: int  # of other engines; only 1
 
 
-_OPTIONAL = (
-    "max_model_len",
-    "max_num_seqs",
-    "num_pages",
-    "max_num_batched_tokens",
-    "page_size",
-    "prefill_row_len",
-    "min_swap_tokens",
-)
+def add_flags(
+    parser: Any, cls: type, names: Collection[str], defaults: Mapping[str, Any] = {}
+) -> None:
+    """Adds options of EngineConfig or SamplingParams to a command line.
 
-_SWITCHES = (
-    "enable_chunked_prefill",
-    "enable_prefix_caching",
-    "async_scheduling",
-    "deterministic",
-    "check_integrity",
-    "warm_up",
-    "strict",
-)
+    `max_num_seqs` becomes ``--max-num-seqs``; a bool has a ``--no-`` form, a list takes several
+    values. An option that is not given is None, and `given_options` leaves it out::
 
-_LOWEST = {
-    "max_model_len": 2,
-    "max_num_seqs": 1,
-    "max_num_batched_tokens": 1,
-    "page_size": 1,
-    "num_pages": 1,
-    "long_prefill_token_threshold": 0,
-    "prefill_row_len": 1,
-    "max_decode_steps": 1,
-    "num_host_pages": 0,
-    "min_swap_tokens": 0,
-    "max_logprobs": -1,
-    "seed": 0,
-}
+        parser = argparse.ArgumentParser()
+        add_flags(parser, EngineConfig, ["max_num_seqs", "quantization"], {"max_num_seqs": 8})
+        add_flags(parser, SamplingParams, ["temperature", "stop"])
+        args = parser.parse_args()
+        llm = LLM(**given_options(args, EngineConfig))
+        params = SamplingParams(**given_options(args, SamplingParams))
+
+    What a value may be is not checked here but where the options are used, with their own errors.
+
+    Args:
+        parser: An `argparse.ArgumentParser`, or one of its groups.
+        cls: Whose options.
+        names: Which of them, in this order.
+        defaults: In place of the options' own.
+
+    Raises:
+        KeyError: there is no option of a name.
+    """
+    known = {one.name: one for one in options_of(cls)}
+    for name in names:
+        one = known[name]
+        told = one.doc.split(". ")[0].rstrip(".")
+        default = defaults.get(name, one.default)
+        if default not in (None, (), dataclasses.MISSING):
+            told += f"; default: {default}"
+        keywords: dict[str, Any] = {"help": told.replace("%", "%%")}
+        if one.kind is bool:
+            keywords["action"] = argparse.BooleanOptionalAction
+        else:
+            keywords["type"] = one.kind
+            keywords["metavar"] = {int: "N", float: "X", str: "TEXT"}[one.kind]
+        if one.choices:
+            keywords["metavar"] = "{" + ",".join(one.choices) + "}"
+        if one.is_list:
+            keywords |= {"nargs": "+", "action": "extend"}
+        parser.add_argument(f"--{name.replace('_', '-')}", default=defaults.get(name), **keywords)
 
 
-def _is_above_one(value: object) -> bool:
-    return isinstance(value, int) and value > 1
+def given_options(args: argparse.Namespace, cls: type) -> dict[str, Any]:
+    """What a command line says of the options of a class; those that it leaves open are not in."""
+    given = {one.name: getattr(args, one.name, None) for one in options_of(cls)}
+    return {name: value for name, value in given.items() if value is not None}
 
 
-def _is_fraction(value: object, least: float = 1e-9) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= 1
+def options_page() -> str:
+    """The text of docs/options.md: all options, in tables."""
+    head = "# Options\n\nFields of `EngineConfig`, which are keywords of `LLM` too.\n"
+    middle = "\nFields of `SamplingParams`.\n"
+    return "\n".join([head, _table(EngineConfig), middle, _table(SamplingParams)])
+
+
+def _table(cls: type) -> str:
+    rows = ["| option | default | it may be | meaning |", "|---|---|---|---|"]
+    for one in options_of(cls):
+        wanted = ("None or " if one.has_none and not one.choices else "") + one.wanted
+        rows.append(f"| `{one.name}` | `{one.default!r}` | {wanted} | {one.doc} |")
+    return "\n".join(rows)

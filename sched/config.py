@@ -1,75 +1,88 @@
 """The scheduler's limits, checked once and frozen."""
 
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 
+from folojax.sched.option_fields import documented, option, option_problems
 from folojax.sched.pages import pages_for
 from folojax.sched.queue import POLICIES
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class SchedulerConfig:
     """Limits of every step and of every request.
-
-    Attributes:
-        max_num_seqs: most requests that run at once.
-        max_num_batched_tokens: most tokens in one step, the budget.
-        max_model_len: most tokens of one request, prompt and output; at least 2.
-        num_pages: pages in the KV pool.
-        page_size: tokens in a page.
-        policy: "fcfs", or "priority" (smallest priority first, then arrival).
-        enable_chunked_prefill: whether a prompt may be spread over several steps.
-        long_prefill_token_threshold: most tokens of one request in one step; 0 is no cap.
-        enable_prefix_caching: whether K/V are kept, as long as there is room, for later requests
-            that begin with the same tokens.
-        max_plans_in_flight: plans that may be made before the first of them is taken in; with 2,
-            one is planned while the device computes the one before.
-        max_decode_steps: most tokens that a request may get in one plan. More than 1 are planned
-            when all requests run, and none of them has anything but its next token to compute.
-        num_host_pages: room for K/V of preempted requests in host memory; 0: all is computed again.
-        min_swap_tokens: from how many tokens on it is cheaper to move their K/V to host memory and
-            back than to compute them again.
-        watermark: share of the pages that is to stay free when a request is admitted while others
-            run: they have some room to grow before anyone is preempted.
 
     Raises:
         ValueError: with every mismatch in one text.
     """
 
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    max_model_len: int
-    num_pages: int
-    page_size: int
-    policy: str = "fcfs"
-    enable_chunked_prefill: bool = True
-    long_prefill_token_threshold: int = 0
-    enable_prefix_caching: bool = False
-    max_plans_in_flight: int = 1
-    max_decode_steps: int = 1
-    num_host_pages: int = 0
-    min_swap_tokens: int = 1
-    watermark: float = 0.0
+    max_num_seqs: int = option(MISSING, "Most requests that run at once.", at_least=1)
+    max_num_batched_tokens: int = option(
+        MISSING,
+        "Most tokens computed in one step; longer prompts are cut in chunks.",
+        at_least=1,
+    )
+    max_model_len: int = option(
+        MISSING,
+        "Most tokens of one request, prompt and output.",
+        at_least=2,  # one to start from and one to answer with
+    )
+    num_pages: int = option(MISSING, "Pages in the KV pool.", at_least=1)
+    page_size: int = option(MISSING, "Tokens in a KV page.", at_least=1)
+    scheduling_policy: str = option(
+        "fcfs",
+        """"fcfs", first come first served, or "priority": the smallest priority first, then
+        arrival.""",
+        choices=POLICIES,
+    )
+    enable_chunked_prefill: bool = option(
+        True,
+        """False schedules a prompt whole or not at all; `max_num_batched_tokens` must then hold
+        `max_model_len` tokens.""",
+    )
+    long_prefill_token_threshold: int = option(
+        0, "Most tokens of one prompt in one step; 0 is no cap.", at_least=0
+    )
+    enable_prefix_caching: bool = option(
+        True, "Pages of earlier requests serve later ones that begin alike."
+    )
+    max_plans_in_flight: int = option(
+        1,
+        """Plans that may be made before the first of them is taken in; with 2, one is planned while
+        the device computes the one before.""",
+        at_least=1,
+    )
+    max_decode_steps: int = option(
+        1,
+        """Most tokens that a request may get in one step. With more than 1, steps in which nobody
+        waits and nobody's prompt is computed become one call of so many: less host work a token,
+        the same tokens. Streamed tokens then come in bursts, a new request waits for the burst to
+        end, and up to so many tokens more are computed for nobody.""",
+        at_least=1,
+    )
+    num_host_pages: int = option(
+        0,
+        """Pages of room in host memory for the K/V of preempted requests; 0: they are computed
+        again.""",
+        at_least=0,
+    )
+    min_swap_tokens: int = option(
+        1,
+        """From how many tokens on K/V are moved to host memory and back rather than computed
+        again.""",
+        at_least=0,
+    )
+    watermark: float = option(
+        0.0,
+        """Share of the pages that stays free when a request is admitted beside others, so that
+        these can grow before anyone is preempted.""",
+        at_least=0,
+        below=1,
+    )
 
     def __post_init__(self) -> None:
-        problems = [
-            f"{name} is {getattr(self, name)!r}; it must be an int of at least {least}"
-            for name, least in _LEAST.items()
-            if not _is_int_from(getattr(self, name), least)
-        ]
-        problems += [
-            f"{name} is {getattr(self, name)!r}; it must be True or False"
-            for name in ("enable_chunked_prefill", "enable_prefix_caching")
-            if not isinstance(getattr(self, name), bool)
-        ]
-        if not _is_share(self.watermark):
-            problems.append(
-                f"watermark is {self.watermark!r}; it must be a number from 0 up to, and not, 1"
-            )
-        if self.policy not in POLICIES:
-            problems.append(f"policy is {self.policy!r}; it must be one of {', '.join(POLICIES)}")
-        if not problems:  # the limits can be compared only once each of them is a number
-            problems = self._conflicts()
-        if problems:
+        # The limits can be compared only once each of them is a number.
+        if problems := option_problems(self) or self._conflicts():
             raise ValueError("; ".join(problems))
 
     def request_problems(self, prompt_len: int, max_tokens: int, num_outputs: int = 0) -> list[str]:
@@ -125,25 +138,3 @@ class SchedulerConfig:
                     f"it to 0 or enable chunked prefill"
                 )
         return conflicts
-
-
-_LEAST = {
-    "max_num_seqs": 1,
-    "max_num_batched_tokens": 1,
-    "max_model_len": 2,  # one token to start from and one to answer with
-    "num_pages": 1,
-    "page_size": 1,
-    "long_prefill_token_threshold": 0,
-    "max_plans_in_flight": 1,
-    "max_decode_steps": 1,
-    "num_host_pages": 0,
-    "min_swap_tokens": 0,
-}
-
-
-def _is_int_from(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _is_share(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1

@@ -77,7 +77,7 @@ def _check_places(
     assert len(placed) == len(requests), "a request is lost, or in two places"
     assert set(placed) == set(requests), "batch and queue hold other requests than are remembered"
     assert len(running) <= config.max_num_seqs, f"{len(running)} requests run"
-    if config.policy == "fcfs":
+    if config.scheduling_policy == "fcfs":
         # (One of a group may be passed by others while it waits for the prompt to be computed.)
         arrivals = [request.arrival_index for request in placed if request.group is None]
         assert arrivals == sorted(arrivals), f"out of the order of arrival: {arrivals}"

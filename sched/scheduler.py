@@ -75,7 +75,7 @@ class Scheduler:
         self.config = config
         self.memory = KVMemory(config)
         self._requests: dict[str, Request] = {}
-        self._waiting = make_queue(config.policy)
+        self._waiting = make_queue(config.scheduling_policy)
         self._running: list[Request] = []
         self._groups = Groups()
         self._num_arrived = 0
@@ -367,7 +367,7 @@ class Scheduler:
                 draft.is_short_of_pages = True
                 return None
             running = [r for r in self._running if r.status is RequestStatus.RUNNING]
-            victim = choose_victim(running, self.config.policy)
+            victim = choose_victim(running, self.config.scheduling_policy)
             self.memory.save(victim)
             self._preempt(victim)
             draft.put_victim(victim)

@@ -135,11 +135,10 @@ def test_the_scheduler_gets_every_limit() -> None:
         long_prefill_token_threshold=9,
     ).resolve(64, CPU)
     scheduler = config.scheduler()
-    assert scheduler.policy == "priority"
     assert scheduler.max_plans_in_flight == 2
     assert dataclasses.replace(config, async_scheduling=False).scheduler().max_plans_in_flight == 1
     for field in dataclasses.fields(scheduler):
-        if field.name not in ("policy", "max_plans_in_flight"):
+        if field.name != "max_plans_in_flight":
             assert getattr(scheduler, field.name) == getattr(config, field.name)
 
 

@@ -24,7 +24,7 @@ ROOMS: dict[str, set[str]] = {
     "backend": {"compile", "kv", "models/core", "sched"},
     "text": {"models/files", "models/machine"},
     "requests": {"sampling", "sched", "steps", "text"},
-    "config": {"backend", "models/quantized", "sched"},
+    "config": {"backend", "models/quantized", "requests", "sched"},
     "runner": {
         *("backend", "compile", "kv", "requests", "sampling", "sched", "steps"),
         *("models/core", "models/machine", "models/quantized"),

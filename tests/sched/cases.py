@@ -104,7 +104,7 @@ def configs(draw: st.DrawFn) -> SchedulerConfig:
         max_model_len=MAX_MODEL_LEN,
         num_pages=least_pages + draw(st.integers(0, 3 * least_pages)),
         page_size=page_size,
-        policy=draw(st.sampled_from(["fcfs", "priority"])),
+        scheduling_policy=draw(st.sampled_from(["fcfs", "priority"])),
         enable_chunked_prefill=is_chunked,
         long_prefill_token_threshold=draw(st.integers(0, 8)) if is_chunked else 0,
         enable_prefix_caching=draw(st.booleans()),

@@ -15,6 +15,7 @@ def make_config(**changes) -> SchedulerConfig:
         "max_model_len": 64,
         "num_pages": 64,
         "page_size": 4,
+        "enable_prefix_caching": False,
     }
     return SchedulerConfig(**(fields | changes))
 

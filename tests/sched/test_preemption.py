@@ -68,7 +68,7 @@ def test_request_may_be_its_own_victim():
 
 
 def test_victim_has_the_lowest_priority_and_its_tokens_leave_the_plan():
-    scheduler = make_scheduler(num_pages=6, policy="priority", max_num_batched_tokens=16)
+    scheduler = make_scheduler(num_pages=6, scheduling_policy="priority", max_num_batched_tokens=16)
     add(scheduler, "low", 7, max_tokens=8, priority=2)
     step(scheduler)
     low, middle, high = (
@@ -88,7 +88,7 @@ def test_victim_has_the_lowest_priority_and_its_tokens_leave_the_plan():
 
 
 def test_latest_arrival_is_the_victim_among_equal_priorities():
-    scheduler = make_scheduler(num_pages=4, policy="priority")
+    scheduler = make_scheduler(num_pages=4, scheduling_policy="priority")
     requests = [add(scheduler, name, 8, max_tokens=8, priority=1) for name in "ab"]
     step(scheduler)
     plan = step(scheduler)
@@ -99,7 +99,10 @@ def test_latest_arrival_is_the_victim_among_equal_priorities():
 
 def test_budget_of_a_victim_is_given_back():
     scheduler = make_scheduler(
-        num_pages=8, policy="priority", max_num_batched_tokens=16, long_prefill_token_threshold=8
+        num_pages=8,
+        scheduling_policy="priority",
+        max_num_batched_tokens=16,
+        long_prefill_token_threshold=8,
     )
     add(scheduler, "low", 7, max_tokens=8, priority=2)
     step(scheduler)
@@ -129,7 +132,7 @@ def test_several_victims_of_one_step_keep_their_order():
 
 @pytest.mark.parametrize("policy", ["fcfs", "priority"])
 def test_preempt_all_empties_the_pool_and_keeps_output_and_order(policy):
-    scheduler = make_scheduler(policy=policy, max_num_seqs=3, max_num_batched_tokens=20)
+    scheduler = make_scheduler(scheduling_policy=policy, max_num_seqs=3, max_num_batched_tokens=20)
     requests = [add(scheduler, name, 6, max_tokens=4) for name in "abcd"]
     step(scheduler)
     scheduler.preempt_all()

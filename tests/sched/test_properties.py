@@ -80,7 +80,7 @@ def check_laws(
     assert scheduler.memory.allocator.num_free == config.num_pages
     assert memory.cache.root.children == {}
 
-    if config.policy == "fcfs":
+    if config.scheduling_policy == "fcfs":
         arrivals = [
             history.requests[name].arrival_index
             for name in history.admission_order
@@ -108,7 +108,7 @@ def test_most_urgent_is_never_a_victim(config: SchedulerConfig, jobs: list[Job])
     history = History(config, all_at_once(jobs))
     history.run()
     requests = history.requests.values()
-    if config.policy == "priority":
+    if config.scheduling_policy == "priority":
         assert min(requests, key=lambda request: request.urgency).num_preemptions == 0
     else:
         assert min(requests, key=lambda request: request.arrival_index).num_preemptions == 0
@@ -124,7 +124,7 @@ def test_histories_do_preempt(policy, enable_prefix_caching):
         max_model_len=MAX_MODEL_LEN,
         num_pages=8,
         page_size=3,
-        policy=policy,
+        scheduling_policy=policy,
         enable_prefix_caching=enable_prefix_caching,
     )
     stop = StopRule(max_tokens=MAX_MODEL_LEN)

@@ -55,16 +55,19 @@ def test_prompt_over_budget_is_chunked_and_not_stuck():
     [
         ({"enable_chunked_prefill": False, "max_model_len": 128}, "100; without chunked prefill"),
         ({"max_num_seqs": 101}, "max_num_batched_tokens is 100; max_num_seqs is 101"),
-        ({"max_num_seqs": 0}, "max_num_seqs is 0; it must be an int of at least 1"),
+        ({"max_num_seqs": 0}, "max_num_seqs is 0; it must be an integer of at least 1"),
         ({"max_model_len": 1}, "max_model_len is 1; .* at least 2"),
-        ({"num_pages": 2.0}, "num_pages is 2.0; it must be an int"),
-        ({"page_size": True}, "page_size is True; it must be an int"),
+        ({"num_pages": 2.0}, "num_pages is 2.0; it must be an integer"),
+        ({"page_size": True}, "page_size is True; it must be an integer"),
         ({"long_prefill_token_threshold": -1}, "long_prefill_token_threshold is -1"),
         (
             {"enable_chunked_prefill": False, "long_prefill_token_threshold": 9},
             "which enable_chunked_prefill=False forbids",
         ),
-        ({"policy": "lifo"}, "policy is 'lifo'; it must be one of fcfs, priority"),
+        (
+            {"scheduling_policy": "lifo"},
+            "scheduling_policy is 'lifo'; it must be one of fcfs, priority",
+        ),
         ({"page_size": 0, "num_pages": 0}, "num_pages is 0.*; page_size is 0"),
     ],
 )

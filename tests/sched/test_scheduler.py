@@ -123,7 +123,7 @@ def test_late_arrival_joins_behind_the_running():
 
 
 def test_priority_decides_who_is_admitted():
-    scheduler = make_scheduler(max_num_seqs=1, policy="priority")
+    scheduler = make_scheduler(max_num_seqs=1, scheduling_policy="priority")
     for name, priority in [("low", 3), ("first", 1), ("second", 1)]:
         add(scheduler, name, 3, max_tokens=1, priority=priority)
     assert [list(step(scheduler).num_scheduled_tokens) for _ in range(3)] == [
