@@ -16,7 +16,8 @@ ADAPTERS = (pytest.mark.adapters, pytest.mark.filterwarnings("default"))
 @pytest.mark.parametrize(
     ("name", "count"),
     [
-        ("README.md", 5),
+        ("README.md", 2),
+        ("docs/using.md", 9),
         ("docs/research.md", 8),
         pytest.param("docs/adapters.md", 2, marks=ADAPTERS),
     ],
