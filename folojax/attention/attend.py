@@ -31,7 +31,11 @@ def attend(
     """Attention of every token to all of its request so far, in the shape that models ask for.
 
     With the placement bound it is a `folojax.models.core.interface.Attend`. New keys and values are
-    stored first, so a chunk sees its own tokens and those of earlier rows of the same call.
+    stored first, so a chunk sees its own tokens and those of earlier rows of the same call. The
+    kernel is the first of the cache's format that takes the layer.
+
+    Returns:
+        The cache with the new tokens, and the result for each token in the dtype of `query`.
     """
     cache = write(cache, layer, placement.page, placement.offset, key, value)
     spec = AttentionSpec(query.dtype, cache.dtype, query.shape[-1], cache.format, scoring)

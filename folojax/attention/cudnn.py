@@ -95,7 +95,7 @@ class _CuDNN:
     """The kernel; see `folojax.attention.interface.Kernel`."""
 
     def refusal(self, spec: AttentionSpec) -> str | None:
-        """Half precision, no cap on scores, head dims that are multiples of 8."""
+        """Refuses all but half precision, uncapped scores and head dims that are multiples of 8."""
         if spec.page_format.order != "tokens":
             return "reads pages in the order of tokens"
         if spec.dtype not in (jnp.bfloat16, jnp.float16) or spec.storage_dtype != spec.dtype:
@@ -117,7 +117,7 @@ class _CuDNN:
         placement: Placement,
         spec: AttentionSpec,
     ) -> Float[Array, "R C H D"]:
-        """As `Kernel.attend`."""
+        """As `Kernel.attend`; one call for single tokens, two for chunks."""
         scale = spec.scoring.scale
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         window = spec.scoring.window

@@ -26,7 +26,7 @@ _UNBOUNDED = np.iinfo(np.int64).max // 2
 
 @functools.cache
 def problem() -> str | None:
-    """Why programs on CPU cannot call the kernel; it is compiled if nobody has done so before."""
+    """Why programs on CPU cannot call the kernel; None: they can. The first call compiles it."""
     return native.register(_SOURCE, _NAME, "NativeAttention")
 
 
@@ -34,7 +34,7 @@ class _Native:
     """The kernel; see `folojax.attention.interface.Kernel`."""
 
     def refusal(self, spec: AttentionSpec) -> str | None:
-        """Pages are read in whole registers, and scores have no cap."""
+        """Refuses capped scores, and pages that are not of whole registers of float32 by head."""
         if spec.page_format.order != "heads" or spec.storage_dtype != jnp.float32:
             return "reads pages of float32 in the order of heads"
         if spec.scoring.softcap is not None:

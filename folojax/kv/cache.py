@@ -40,14 +40,14 @@ class PageFormat:
     kernels: tuple[str, ...]
 
     def shape(self, num_pages: int, num_kv_heads: int, head_dim: int) -> tuple[int, ...]:
-        """Of a layer's array."""
+        """The shape of a layer's array of pages."""
         inner = (num_kv_heads, self.page_size)
         if self.order == "tokens":
             inner = (self.page_size, num_kv_heads)
         return (num_pages, 2, *inner, head_dim)
 
     def by_token(self, pages: Any) -> Any:
-        """Pages [*, 2, _, _, D] of either order as [*, 2, S, K, D], and such pages as they lie."""
+        """Pages as they lie, [*, 2, _, _, D], to [*, 2, S, K, D], and the inverse."""
         return pages if self.order == "tokens" else pages.swapaxes(-2, -3)
 
 
@@ -65,21 +65,21 @@ class KVCache:
 
     @property
     def num_pages(self) -> int:
-        """P."""
+        """P, pages of the pool."""
         return self.layers[0].shape[0]
 
     @property
     def page_size(self) -> int:
-        """S."""
+        """S, tokens of a page."""
         return self.format.page_size
 
     @property
     def dtype(self) -> jnp.dtype:
-        """Of the arrays."""
+        """Of the arrays that keep keys and values."""
         return self.layers[0].dtype
 
     def layer(self, index: int) -> "KVCache":
-        """The cache of one layer, which has index 0 in it; copies nothing."""
+        """A cache of one layer alone, as its layer 0; copies nothing."""
         return KVCache((self.layers[index],), self.format)
 
 
@@ -88,16 +88,16 @@ jax.tree_util.register_dataclass(KVCache, data_fields=["layers"], meta_fields=["
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KVLayout:
-    """Shape of a cache.
+    """What a cache is allocated from: its sizes, dtypes and format.
 
     Attributes:
-        num_pages: P.
-        num_layers: L.
-        num_kv_heads: K.
-        head_dim: D.
+        num_pages: P, pages of the pool.
+        num_layers: L, layers of the model.
+        num_kv_heads: K, heads of keys and values in a layer.
+        head_dim: D, numbers of a key or a value in a head.
         dtype: Of the keys and values that go in.
         storage_dtype: Of the arrays that keep them.
-        format: How a page lies in memory.
+        format: How a page lies in memory, and who reads it.
     """
 
     num_pages: int
@@ -141,7 +141,7 @@ class KVLayout:
 
 
 def init_cache(layout: KVLayout) -> KVCache:
-    """A cache of zeros."""
+    """Allocates the cache of a layout, full of zeros."""
     shape = layout.format.shape(layout.num_pages, layout.num_kv_heads, layout.head_dim)
     layers = tuple(jnp.zeros(shape, layout.storage_dtype) for _ in range(layout.num_layers))
     return KVCache(layers, layout.format)
@@ -173,11 +173,10 @@ def write(
     key: Float[Array, "T K D"],
     value: Float[Array, "T K D"],
 ) -> KVCache:
-    """Stores one token per row at (page, offset) of a layer; a page outside of it drops its token.
+    """Stores the keys and values of T tokens in a layer, each at its page and offset.
 
-    In place where the cache is donated to the jitted function that calls this.
-
-    No value of NaN or infinity is ever stored (`finite_values`).
+    A page outside of the pool drops its token. In place where the cache is donated to the jitted
+    function that calls this. No value of NaN or infinity is ever stored (`finite_values`).
     """
     pages = cache.layers[layer]
     both = jnp.stack(finite_values(key, value), axis=1).astype(pages.dtype)

@@ -16,11 +16,11 @@ COPY_SIZES = (4, 16)
 
 
 class TakenPages(NamedTuple):
-    """Some pages, out of the cache.
+    """Copies of X pages of a cache.
 
     Attributes:
-        place: Which of the pages asked for they are; -1 is padding.
-        layers: Of every layer, X pages [X, 2, _, _, D] as they lie in the cache.
+        place: For each of them its place among the pages that were asked for; -1 is padding.
+        layers: Of every layer the pages, [X, 2, _, _, D], as they lie in the cache.
     """
 
     place: np.ndarray
@@ -35,11 +35,11 @@ class PageCopies:
     """
 
     def __init__(self, arrays_per_call: int | None) -> None:
-        """`arrays_per_call`: None is all layers in one."""
+        """`arrays_per_call`: layers whose pages a call moves; None is all of them."""
         self._size = arrays_per_call
 
     def take(self, cache: KVCache, pages: Sequence[int]) -> list[TakenPages]:
-        """Copies pages, by their ids, out of the cache, which is not donated."""
+        """Copies the pages of these ids out of the cache, which is not donated."""
         taken = []
         for first in range(0, len(pages), COPY_SIZES[-1]):
             some = pages[first : first + COPY_SIZES[-1]]
@@ -59,7 +59,7 @@ class PageCopies:
         DONATES `cache`.
 
         Args:
-            cache: Pages, new or old.
+            cache: That gets them.
             taken: What `take` gave, from this cache or one of the same layout.
             targets: Page ids by the place of what is to be written there; pages of other places are
                 passed over.
@@ -79,14 +79,14 @@ class PageCopies:
         DONATES `cache`.
 
         Args:
-            cache: Pages, new or old.
-            copies: (source, target) page ids; targets differ.
+            cache: That has the sources, and gets the targets.
+            copies: (source, target) page ids; no target is there twice.
         """
         taken = self.take(cache, [source for source, _ in copies])
         return self.put(cache, taken, dict(enumerate(target for _, target in copies)))
 
     def compile(self, cache: KVCache) -> KVCache:
-        """Compiles what the others may need, by copying nothing. DONATES `cache`."""
+        """Compiles all that the other methods call, by runs that copy nothing. DONATES `cache`."""
         layers: Sequence[Array] = cache.layers
         for size in COPY_SIZES:
             index, nowhere = np.zeros(size, np.int32), np.full(size, cache.num_pages, np.int32)

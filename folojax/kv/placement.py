@@ -27,13 +27,13 @@ class Placement(NamedTuple):
     place: Int[Array, "R C"] | None = None  # the inverse; of padding, that of some other token
 
     def by_row(self, tokens: Array) -> Array:
-        """What there is of each token, [T, ...] to [R, C, ...]."""
+        """Lays an array of tokens, [T, ...], out by rows, [R, C, ...]; padding holds anything."""
         if self.place is None:
             return tokens.reshape(self.first.shape[0], -1, *tokens.shape[1:])
         return tokens[self.place]
 
     def by_token(self, rows: Array) -> Array:
-        """The inverse: [R, C, ...] to [T, ...]."""
+        """The inverse of `by_row`: an array by rows, [R, C, ...], to one of tokens, [T, ...]."""
         flat = rows.reshape(-1, *rows.shape[2:])
         return flat if self.source is None else flat[self.source]
 
@@ -50,9 +50,9 @@ def place_tokens(
 
     Args:
         cache: Whose pages the table names.
-        page_table: As in `Placement`.
-        first: Likewise.
-        length: Likewise.
+        page_table: As in `Placement`, like the next two.
+        first: Position of each row's first token.
+        length: Tokens of each row that are no padding.
         columns: C, tokens of a row.
         num_tokens: T, if the tokens are to lie one behind the other: at least as many as are no
             padding. None: they are all there.
