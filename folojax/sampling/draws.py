@@ -97,7 +97,7 @@ def top_k(x: Float[Array, "B U W"], count: int) -> tuple[Float[Array, "B J"], In
 
 
 def kth_largest(x: Float[Array, "B U W"], k: Int[Array, " B"]) -> Float[Array, " B"]:
-    """The k-th largest value of each row, counting equals; -inf for a k of V or more."""
+    """The k-th largest value of each row, counting equals; -inf for a k of U * W or more."""
     size = x.shape[1] * x.shape[2]
     is_off = k >= size
 

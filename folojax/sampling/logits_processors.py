@@ -41,7 +41,7 @@ class LogitsProcessor:
         name: What `SamplingParams.logits_processors` calls it.
         apply: From logits [V] in float32 and a `RequestState` to logits and a new `value`, whose
             shapes and dtypes are the old one's. -inf bans a token. Pure, traced once.
-        init: Makes the `value` of a new request; None where there is none.
+        init: Makes the `value` of a new request; left out, that is an empty tuple.
     """
 
     name: str

@@ -22,7 +22,7 @@ class SamplingRows(NamedTuple):
     """Sampling parameters, one row per sequence; see `folojax.sampling.sampler`."""
 
     temperature: Float[Array, " B"]  # 0 is greedy
-    top_k: Int[Array, " B"]  # V is off
+    top_k: Int[Array, " B"]  # V or more is off
     top_p: Float[Array, " B"]  # 1 is off
     min_p: Float[Array, " B"]  # 0 is off
     seed: UInt[Array, "B 2"]  # high and low word of the request's seed
@@ -44,7 +44,7 @@ class StepOutput(NamedTuple):
     tokens: Int[Array, " B"]
     logprobs: Float[Array, " B"]  # of the token, in the distribution that the spec names
     ranks: Int[Array, " B"]  # 1 is the likeliest; 0 where the spec asks for no log-probabilities
-    is_valid: Bool[Array, " B"]  # False: the row's logits hold a NaN or no finite value at all
+    is_valid: Bool[Array, " B"]  # False: a logit is NaN, or edits leave no finite one: no token
     top_tokens: Int[Array, "B J"]  # the likeliest tokens, descending
     top_logprobs: Float[Array, "B J"]
     record: TokenRecord | None = None  # where the spec asks for it

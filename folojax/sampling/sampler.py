@@ -4,9 +4,9 @@ A row's token depends on its own logits, parameters, seed and position alone: it
 key = fold_in(key(seed), position of the token), so a seed gives the same text in any batch and
 after any preemption.
 
-Order, as in vLLM and transformers: penalties, biases and bans (`folojax.sampling.logit_edits`),
-temperature, min-p, top-k, top-p, draw (`folojax.sampling.draws`). A greedy row takes the largest
-logit and is divided by nothing.
+Order: the user's processors, then as in vLLM and transformers penalties, biases and bans
+(`folojax.sampling.logit_edits`), temperature, min-p, top-k, top-p, draw (`folojax.sampling.draws`).
+A greedy row takes the largest logit and is divided by nothing.
 """
 
 import dataclasses
@@ -196,7 +196,7 @@ def _kept(
 
 
 def report_shapes(spec: SamplingSpec, num_rows: int) -> Any:
-    """A `StepOutput` of shapes: the report of a step that samples so."""
+    """What a step of so many rows reports, as a `StepOutput` of `jax.ShapeDtypeStruct`."""
     one: dict[str, Any] = {
         kind: jax.ShapeDtypeStruct((num_rows,), dtype)
         for kind, dtype in (("int", jnp.int32), ("float", jnp.float32), ("bool", jnp.bool_))
