@@ -56,8 +56,8 @@ class Summary:
         num_bad: Lines that went wrong in this run.
         num_bad_before: Entries of lines that went wrong before.
         num_foreign: Entries from before whose line is not in the input (any more).
-        num_prompt_tokens: Of the lines done.
-        num_output_tokens: Of the lines done.
+        num_prompt_tokens: Of the lines that the engine has run, those with a failed sample too.
+        num_output_tokens: Of the same lines.
         duration_s: Time since the job's start.
     """
 
@@ -103,15 +103,16 @@ class JsonlJob:
     A line's tokens do not depend on when it runs (see `line_seed`), so a job that was killed and
     resumed, with the same input and parameters, ends with the entries of an unbroken one.
 
-    Memory: the ids of all lines, and no more than `max_queued` samples' requests.
+    Memory: the ids of all lines, and the requests that are queued.
 
     Args:
         engine: An LLM with nothing queued.
         output: Where entries go; lines that have one are skipped.
         defaults: What lines do not say. Without a seed: all lines would share it.
         seed: Lines that give no seed derive theirs from it.
-        max_queued: Samples in the engine at once. Twice its max_num_seqs keeps it busy: then
-            even if all that run end in one step, as many are waiting.
+        max_queued: A further line is read while fewer samples than this are in the engine. Twice
+            its max_num_seqs keeps it busy: then even if all that run end in one step, as many are
+            waiting.
         on_entry: Called with every entry once it is written.
 
     Raises:

@@ -20,7 +20,8 @@ class JsonlOutput:
 
     Attributes:
         finished_ids: The ids that have an entry, as text.
-        finished_lines: The numbers of lines without an id of their own that have an entry.
+        finished_lines: The numbers of lines whose entry has no id: they could not be read, or
+            repeat the id of another.
         num_bad: Entries of lines that went wrong, those from before included.
         num_dropped_bytes: Length of the torn last line that was cut off.
     """

@@ -34,7 +34,7 @@ def log_likelihood(
     in the backward pass.
 
     Args:
-        params: The module's parameters; through kernels in eight bits it cannot be differentiated.
+        params: The module's parameters; through quantised kernels it cannot be differentiated.
         tokens: Sequences from their first token on; what stands behind the last masked token is
             padding, and may hold anything.
         mask: True for the tokens that count. The first token of a sequence never does: nothing

@@ -71,7 +71,7 @@ def merge_lora(params: Mapping[str, Any], lora: Mapping[str, Any], scale: float 
 
     Args:
         params: The model's parameters, unmerged.
-        lora: As above.
+        lora: A tree as `init_lora` makes it.
         scale: Of all updates; often alpha / r.
 
     Raises:
