@@ -1,24 +1,19 @@
 """What a decoder looks like: checked and hashable, whatever family it comes from."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
-from typing import Literal
+from typing import Any, Literal, get_args
 
 from folojax.models.core.interface import Scoring
-from folojax.models.core.registry import FAMILIES
-from folojax.models.core.rope import LongRope, RopeScaling
+from folojax.models.core.rope import RopeScaling
 
 # No model comes near these; a config beyond them is a mistake or malice, and its shapes alone
 # would fill the memory.
 _MOST_WIDTH, _MOST_LAYERS = 2**26, 2**10
+_COUNTED_LIKE_LAYERS = ("num_layers", "num_experts", "num_experts_per_token")
 
 Activation = Literal["silu", "gelu", "gelu_tanh"]
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
-
 Norm = Literal["rms", "rms_wide", "rms_offset", "layer"]
-NORMS = ("rms", "rms_wide", "rms_offset", "layer")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,7 +27,7 @@ class ModelConfig:
     """
 
     architecture: str = "LlamaForCausalLM"
-    """Row of the registry that builds the module."""
+    """Key of `folojax.models.families.registry.FAMILIES`."""
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -115,57 +110,33 @@ class ModelConfig:
         return self.num_experts > 0 and layer not in self.dense_layers
 
     def __post_init__(self) -> None:
-        problems = (
-            []
-            if self.architecture in FAMILIES
-            else [f"architecture is {self.architecture!r}, not one of {list(FAMILIES)}"]
-        )
-        problems += self._bad_counts() or self._misfits()
-        problems += self._bad_numbers()
+        problems = self._bad_numbers() or self._misfits()
         if problems:
             raise ValueError("model config: " + "; ".join(problems))
 
-    def _bad_counts(self) -> list[str]:
-        """Sizes that are no sizes."""
-        most = dict.fromkeys(
-            (
-                "vocab_size",
-                "hidden_size",
-                "intermediate_size",
-                "num_heads",
-                "num_kv_heads",
-                "head_dim",
-                "max_position",
-            ),
-            _MOST_WIDTH,
-        )
-        most["num_layers"] = _MOST_LAYERS
-        if self.num_experts:
-            most |= {"num_experts": _MOST_LAYERS, "num_experts_per_token": _MOST_LAYERS}
-            most["expert_size"] = _MOST_WIDTH
-        found = []
-        for name, limit in most.items():
-            value = getattr(self, name)
-            # bool is an int to Python, but `num_layers: true` in a config is a mistake.
-            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= limit:
-                found.append(f"{name} is {value!r}; it must be an integer from 1 to {limit:,}")
-        return found
-
     def _bad_numbers(self) -> list[str]:
-        """Factors that are not above zero, or NaN."""
-        names = ["rope_theta", "rms_norm_eps", "embed_scale", "residual_scale", "logits_divisor"]
-        optional = ("local_rope_theta", "attention_scale", "attention_softcap", "logits_softcap")
-        names += [name for name in optional if getattr(self, name) is not None]
+        """Sizes that are no sizes, and factors that are NaN or not above zero."""
         found = []
-        for name in names:
-            value = getattr(self, name)
+        for field in dataclasses.fields(self):
+            value: Any = getattr(self, field.name)
+            # bool is an int to Python, but `num_layers: true` in a config is a mistake.
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not is_number or not 0 < value < math.inf:
-                found.append(f"{name} is {value!r}; it must be a finite number above 0")
+            if field.type is int:
+                most = _MOST_LAYERS if field.name in _COUNTED_LIKE_LAYERS else _MOST_WIDTH
+                # Counts of experts may be 0 where there are none.
+                least = 0 if field.default == 0 and not self.num_experts else 1
+                if not is_number or isinstance(value, float) or not least <= value <= most:
+                    found.append(
+                        f"{field.name} is {value!r}; it must be an integer from {least} to {most:,}"
+                    )
+            is_unset = field.type == (float | None) and value is None
+            is_factor = field.type in (float, float | None) and not is_unset
+            if is_factor and not (is_number and 0 < value < math.inf):
+                found.append(f"{field.name} is {value!r}; it must be a finite number above 0")
         return found
 
     def _misfits(self) -> list[str]:
-        """Sizes that cannot go together."""
+        """Sizes that cannot go together, and names of nothing."""
         found = []
         if self.num_heads % self.num_kv_heads:
             found.append(
@@ -176,13 +147,6 @@ class ModelConfig:
         turning = self.head_dim if self.rotary_dim is None else self.rotary_dim
         if turning % 2 or not 2 <= turning <= self.head_dim:
             found.append(f"rotary_dim is {turning}; it must be even, and at most {self.head_dim}")
-        if isinstance(self.rope_scaling, LongRope) and (
-            len(self.rope_scaling.short_factor) != turning // 2
-        ):
-            found.append(
-                f"short_factor has {len(self.rope_scaling.short_factor)} entries; "
-                f"{turning // 2} pairs of dimensions turn"
-            )
         if self.windows and len(self.windows) < self.num_layers:
             found.append(f"windows are given for {len(self.windows)} of {self.num_layers} layers")
         for window in self.windows:
@@ -193,7 +157,7 @@ class ModelConfig:
             found.append(
                 f"num_experts_per_token is {self.num_experts_per_token}, of {self.num_experts}"
             )
-        for name, options in (("norm", NORMS), ("activation", ACTIVATIONS)):
+        for name, options in (("norm", get_args(Norm)), ("activation", get_args(Activation))):
             if getattr(self, name) not in options:
                 found.append(f"{name} is {getattr(self, name)!r}, not one of {', '.join(options)}")
         return found

@@ -1,7 +1,5 @@
 """The Llama decoder as a Flax module, and every family that differs from it by a config's flags."""
 
-from __future__ import annotations
-
 from typing import Any, TypeAlias
 
 import jax

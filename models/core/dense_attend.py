@@ -1,7 +1,5 @@
 """Attention over one whole sequence without a cache: the reference for every other form."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import jax

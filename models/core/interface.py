@@ -1,7 +1,5 @@
 """The seam between a model and whoever runs it: attention is a callable the caller provides."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any, Protocol, runtime_checkable
 

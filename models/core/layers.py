@@ -4,8 +4,6 @@ Axes: N tokens, D head dimension, R rotated pairs (D/2 mostly), F mlp width, I a
 sides.
 """
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from folojax.models.core.config import Activation, ModelConfig
-from folojax.models.core.rope import attention_factor, frequencies
+from folojax.models.core.rope import plain_rates
 from folojax.models.machine.platforms import platform
 from folojax.models.quantized.quantize import QuantizedKernel, project_quantized, take_quantized
 
@@ -166,9 +164,10 @@ def rotary_tables(
     theta, scaling = config.rope_theta, config.rope_scaling
     if is_local and config.local_rope_theta is not None:
         theta, scaling = config.local_rope_theta, None
-    rates = jnp.asarray(frequencies(config.rotary_dim or config.head_dim, theta, scaling))
-    angles = positions.astype(jnp.float32)[:, None, None] * rates[None, None, :]
-    factor = attention_factor(scaling)
+    rates, factor = plain_rates(config.rotary_dim or config.head_dim, theta), 1.0
+    if scaling is not None:
+        rates, factor = np.asarray(scaling.rates, np.float32), scaling.attention_factor
+    angles = positions.astype(jnp.float32)[:, None, None] * jnp.asarray(rates)[None, None, :]
     tables = jnp.concatenate((jnp.cos(angles), jnp.sin(angles)), axis=-1) * factor
     # XLA on CPU would compute them again in every layer, for every head and page that reads them,
     # and drops barriers. It does not fuse through a product; that with the identity is exact.

@@ -1,7 +1,5 @@
 """Mixtures of experts: every token's MLP is a weighted sum of few out of many."""
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int

@@ -1,11 +1,9 @@
 """GPT-2: learned positions, LayerNorm, biases everywhere, a plain MLP, kernels as [in, out]."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 
-from folojax.models.core.family import Family, renamed
+from folojax.models.families.family import Family, renamed
 
 _WORDS = {
     "n_embd": "hidden_size",
@@ -18,29 +16,22 @@ _WORDS = {
 }
 
 
-def _normalize(mapping: Mapping[str, Any]) -> Mapping[str, Any]:
+def _normalize(mapping: Mapping[str, Any]) -> dict[str, Any]:
     words = renamed(mapping, _WORDS)
     if words.get("intermediate_size") is None and isinstance(words.get("hidden_size"), int):
         words["intermediate_size"] = 4 * words["hidden_size"]
     return words
 
 
-def _fields(mapping: Mapping[str, Any]) -> dict[str, Any]:
+def _derive(mapping: Mapping[str, Any]) -> dict[str, Any]:
     for name in ("scale_attn_by_inverse_layer_idx", "add_cross_attention"):
         if mapping.get(name):
             raise ValueError(f"{name} true is not supported")
-    return {
-        "norm": "layer",
-        "qkv_bias": True,
-        "o_bias": True,
-        "mlp_bias": True,
-        "is_gated": False,
-        "has_learned_positions": True,
-        "attention_scale": None if mapping.get("scale_attn_weights", True) else 1.0,
-    }
+    return {"attention_scale": None if mapping.get("scale_attn_weights", True) else 1.0}
 
 
 GPT2 = Family(
+    model_type="gpt2",
     defaults={
         "tie_word_embeddings": True,
         "vocab_size": 50257,
@@ -49,7 +40,15 @@ GPT2 = Family(
         "rms_norm_eps": 1e-5,
     },
     normalize=_normalize,
-    fields=_fields,
+    fixed={
+        "norm": "layer",
+        "qkv_bias": True,
+        "o_bias": True,
+        "mlp_bias": True,
+        "is_gated": False,
+        "has_learned_positions": True,
+    },
+    derive=_derive,
     head_names={
         "embed": ("transformer.wte.weight",),
         "position_embed": ("transformer.wpe.weight",),

@@ -1,9 +1,6 @@
 """From whatever the user names to a directory that holds a model in the Hugging Face layout."""
 
-from __future__ import annotations
-
 import dataclasses
-import importlib
 import importlib.util
 import os
 import re
@@ -13,7 +10,7 @@ from typing import Any
 from flax import linen as nn
 
 from folojax.models.core.config import ModelConfig
-from folojax.models.core.registry import family_of
+from folojax.models.families.families import family_of
 from folojax.models.files.gguf_reader import convert_gguf
 from folojax.models.files.hf_config import config_from_hf
 from folojax.models.files.local_files import (
@@ -31,7 +28,6 @@ _EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 # Configs, safetensors and tokenizers; no pickles, no code.
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "vocab.txt", "tokenizer.model"]
-_HUB_SUBFOLDERS = ["*/*"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,8 +95,7 @@ def load_params(
 
 def build_module(config: ModelConfig, dtype: Any) -> nn.Module:
     """The Flax module of the config's architecture, computing in `dtype`."""
-    module_name, class_name = family_of(config.architecture)[1].module.split(":")
-    return getattr(importlib.import_module(module_name), class_name)(config, dtype)
+    return family_of(config.architecture)[1].module(config, dtype)
 
 
 def _is_hub_name(source: str) -> bool:
@@ -131,23 +126,17 @@ def _download(repo_id: str, revision: str | None) -> Path:
     # Here, because it costs start-up time that a local model has no use for.
     from huggingface_hub import snapshot_download
 
+    options: dict[str, Any] = {"allow_patterns": _HUB_FILES, "ignore_patterns": ["*/*"]}
     try:
-        return Path(
-            snapshot_download(
-                repo_id,
-                revision=revision,
-                allow_patterns=_HUB_FILES,
-                ignore_patterns=_HUB_SUBFOLDERS,
-            )
-        )
+        return Path(snapshot_download(repo_id, revision=revision, **options))
     # Of the Hub's own kinds, of the network's, of the disk's: all mean that there is no model.
     except Exception as error:
         at = "" if revision is None else f" at revision {revision!r}"
+        details = str(error).strip().partition("\n")[0] or "no details"
         raise FileNotFoundError(
             f"there is no folder {repo_id!r} in {Path.cwd()}, and no repository {repo_id!r}{at} on "
-            f"the Hugging Face Hub could be read ({type(error).__name__}: "
-            f"{str(error).strip().splitlines()[0] if str(error).strip() else 'no details'}): "
-            "correct the path or the name, or download the model and give its folder"
+            f"the Hugging Face Hub could be read ({type(error).__name__}: {details}): correct the "
+            "path or the name, or download the model and give its folder"
         ) from error
 
 
@@ -157,31 +146,17 @@ def _from_directory(directory: Path) -> Checkpoint:
     if pickles and not any(directory.glob("*.safetensors")):
         raise ValueError(f"{directory} has only {', '.join(pickles)}: {REFUSED_PICKLE}")
     mapping = read_json(directory, "config.json")
-    generation_config: dict[str, Any] = {}
-    if resolve_inside(directory, "generation_config.json").is_file():
-        generation_config = read_json(directory, "generation_config.json")
+    has_generation_config = resolve_inside(directory, "generation_config.json").is_file()
+    generation = read_json(directory, "generation_config.json") if has_generation_config else {}
     config = untie_if_different(directory, config_from_hf(mapping))
-    files = {"generation_config.json": generation_config, "config.json": mapping}
-    ends = [
-        token
-        for name, content in files.items()
-        for token in _token_ids(content.get("eos_token_id"), config.vocab_size, directory / name)
-    ]
-    return Checkpoint(
-        directory=directory,
-        config=config,
-        generation_config=generation_config,
-        eos_token_ids=tuple(dict.fromkeys(ends)),
-    )
-
-
-def _token_ids(value: Any, vocab_size: int, path: Path) -> tuple[int, ...]:
-    """One id, a list of ids or None, as a tuple."""
-    values = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(isinstance(item, int) and not isinstance(item, bool) for item in values):
-        raise ValueError(f"eos_token_id of {path} is {value!r}: not token ids")
-    if not all(0 <= item < vocab_size for item in values):
-        raise ValueError(
-            f"eos_token_id of {path} is {value!r}; the model has ids from 0 to {vocab_size - 1}"
-        )
-    return tuple(values)
+    ends: list[int] = []
+    for name, content in (("generation_config.json", generation), ("config.json", mapping)):
+        stated = content.get("eos_token_id")
+        ids = stated if isinstance(stated, list) else [] if stated is None else [stated]
+        what = f"eos_token_id of {directory / name} is {stated!r}"
+        if not all(isinstance(item, int) and not isinstance(item, bool) for item in ids):
+            raise ValueError(f"{what}: not token ids")
+        if not all(0 <= item < config.vocab_size for item in ids):
+            raise ValueError(f"{what}; the model has ids from 0 to {config.vocab_size - 1}")
+        ends += ids
+    return Checkpoint(directory, config, generation, tuple(dict.fromkeys(ends)))

@@ -3,15 +3,14 @@
 Keys of the metadata begin with the architecture's name: here they are asked for without it.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
-from folojax.models.core.rope import Llama3Rope, frequencies
+from folojax.models.core.rope import plain_rates, read_scaling
+from folojax.models.families.families import FAMILIES
 from folojax.models.files.gguf_tokenizer import CONTROL
 
 Metadata = Mapping[str, Any]
@@ -25,10 +24,9 @@ class GgufFamily:
 
     architecture: str
     """Of the Hugging Face config."""
-    model_type: str
-    """The same, as transformers looks for it."""
     extra: Callable[[Read], dict[str, Any]] = lambda read: {}
-    """Further entries of its config; `read(key, default)` gives metadata."""
+    """Further entries of its config; `read(key, default)` gives metadata, and counts a key without
+    a default as missing."""
     is_permuted: bool = False
     """Rows of queries and keys are in llama.cpp's order (see `half_rotation_rows`)."""
     norm_offset: float = 0.0
@@ -42,11 +40,11 @@ def _window(read: Read) -> dict[str, Any]:
 
 
 def _experts(read: Read) -> dict[str, Any]:
-    return {
+    experts = {
         "num_local_experts": read("expert_count"),
         "num_experts_per_tok": read("expert_used_count"),
-        **_window(read),
     }
+    return experts | _window(read)
 
 
 def _qwen3_moe(read: Read) -> dict[str, Any]:
@@ -58,7 +56,7 @@ def _qwen3_moe(read: Read) -> dict[str, Any]:
     }
 
 
-def _gemma(read: Read, num_layers_of_27b: int) -> dict[str, Any]:
+def _gemma(read: Read, num_layers_of_27b: int, final_cap: float | None) -> dict[str, Any]:
     """The file does not say by what queries are scaled: by head_dim, but for the largest model."""
     scalar = read("attention.key_length", 256)
     if read("block_count") == num_layers_of_27b:
@@ -67,20 +65,18 @@ def _gemma(read: Read, num_layers_of_27b: int) -> dict[str, Any]:
         "query_pre_attn_scalar": scalar,
         "sliding_window": read("attention.sliding_window", 4096),
         "hidden_activation": "gelu_pytorch_tanh",
-        "final_logit_softcapping": shortest(read("final_logit_softcapping", None)),
+        "final_logit_softcapping": read("final_logit_softcapping", final_cap),
     }
 
 
 def _gemma2(read: Read) -> dict[str, Any]:
-    cap = shortest(read("attn_logit_softcapping", 50.0))
-    final = shortest(read("final_logit_softcapping", 30.0))
-    found = _gemma(read, num_layers_of_27b=46)
-    return found | {"attn_logit_softcapping": cap, "final_logit_softcapping": final}
+    cap = {"attn_logit_softcapping": read("attn_logit_softcapping", 50.0)}
+    return cap | _gemma(read, num_layers_of_27b=46, final_cap=30.0)
 
 
 def _gemma3(read: Read) -> dict[str, Any]:
-    local = shortest(read("rope.freq_base_swa", 10_000.0))
-    return _gemma(read, num_layers_of_27b=62) | {"rope_local_base_freq": local}
+    local = {"rope_local_base_freq": read("rope.freq_base_swa", 10_000.0)}
+    return local | _gemma(read, num_layers_of_27b=62, final_cap=None)
 
 
 def _gpt2(read: Read) -> dict[str, Any]:
@@ -88,14 +84,14 @@ def _gpt2(read: Read) -> dict[str, Any]:
 
 
 GGUF_FAMILIES: dict[str, GgufFamily] = {
-    "llama": GgufFamily("LlamaForCausalLM", "llama", is_permuted=True),
-    "qwen2": GgufFamily("Qwen2ForCausalLM", "qwen2"),
-    "qwen3": GgufFamily("Qwen3ForCausalLM", "qwen3"),
-    "qwen3moe": GgufFamily("Qwen3MoeForCausalLM", "qwen3_moe", extra=_qwen3_moe),
-    "gemma2": GgufFamily("Gemma2ForCausalLM", "gemma2", extra=_gemma2, norm_offset=1.0),
-    "gemma3": GgufFamily("Gemma3ForCausalLM", "gemma3_text", extra=_gemma3, norm_offset=1.0),
-    "phi3": GgufFamily("Phi3ForCausalLM", "phi3", extra=_window),
-    "gpt2": GgufFamily("GPT2LMHeadModel", "gpt2", extra=_gpt2, is_conv1d=True),
+    "llama": GgufFamily("LlamaForCausalLM", is_permuted=True),
+    "qwen2": GgufFamily("Qwen2ForCausalLM"),
+    "qwen3": GgufFamily("Qwen3ForCausalLM"),
+    "qwen3moe": GgufFamily("Qwen3MoeForCausalLM", _qwen3_moe),
+    "gemma2": GgufFamily("Gemma2ForCausalLM", _gemma2, norm_offset=1.0),
+    "gemma3": GgufFamily("Gemma3ForCausalLM", _gemma3, norm_offset=1.0),
+    "phi3": GgufFamily("Phi3ForCausalLM", _window),
+    "gpt2": GgufFamily("GPT2LMHeadModel", _gpt2, is_conv1d=True),
 }
 """By `general.architecture`."""
 
@@ -103,8 +99,8 @@ GGUF_FAMILIES: dict[str, GgufFamily] = {
 _TURN_ENDS = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>")
 
 # Mistral and Mixtral call themselves llama in GGUF.
-_MISTRAL = GgufFamily("MistralForCausalLM", "mistral", extra=_window, is_permuted=True)
-_MIXTRAL = GgufFamily("MixtralForCausalLM", "mixtral", extra=_experts, is_permuted=True)
+_MISTRAL = GgufFamily("MistralForCausalLM", _window, is_permuted=True)
+_MIXTRAL = GgufFamily("MixtralForCausalLM", _experts, is_permuted=True)
 
 
 def gguf_family(metadata: Metadata) -> GgufFamily:
@@ -128,7 +124,9 @@ def gguf_family(metadata: Metadata) -> GgufFamily:
     return GGUF_FAMILIES[name]
 
 
-def hf_config(metadata: Metadata, family: GgufFamily, tables: Tables, is_tied: bool) -> Any:
+def hf_config(
+    metadata: Metadata, family: GgufFamily, tables: Tables, is_tied: bool
+) -> dict[str, Any]:
     """The config.json that says what the metadata of a GGUF file says.
 
     Args:
@@ -148,28 +146,29 @@ def hf_config(metadata: Metadata, family: GgufFamily, tables: Tables, is_tied: b
         if full not in metadata and not default:
             missing.append(full)
             return 1
-        return metadata.get(full, *default)
+        value = metadata.get(full, *default)
+        return _shortest(value) if isinstance(value, float) else value
 
+    described = FAMILIES[family.architecture]
     config = {
         "hidden_size": read("embedding_length"),
         "intermediate_size": read("feed_forward_length"),
         "num_hidden_layers": read("block_count"),
         "num_attention_heads": read("attention.head_count"),
         "max_position_embeddings": read("context_length"),
+        **family.extra(read),
     }
-    num_heads = config["num_attention_heads"]
-    if not family.is_conv1d:
-        config["rms_norm_eps"] = shortest(read("attention.layer_norm_rms_epsilon"))
-    config |= family.extra(read)
-    if "tokenizer.ggml.tokens" not in metadata:
+    if described.fixed.get("norm") != "layer":
+        config["rms_norm_eps"] = read("attention.layer_norm_rms_epsilon")
+    tokens: Any = metadata.get("tokenizer.ggml.tokens")
+    if tokens is None:
         missing.append("tokenizer.ggml.tokens")
     if missing:
         raise ValueError(f"the metadata lacks {', '.join(missing)}")
-    head_dim = read("attention.key_length", config["hidden_size"] // num_heads)
+    num_heads = config["num_attention_heads"]
     eos = _ends(metadata)
-    if "layer_norm_epsilon" in config:
-        config["layer_norm_epsilon"] = shortest(config["layer_norm_epsilon"])
-    else:
+    head_dim = read("attention.key_length", config["hidden_size"] // num_heads)
+    if not described.fixed.get("has_learned_positions"):
         config["rope_parameters"] = _rope(read, tables, head_dim)
     local = config.pop("rope_local_base_freq", None)
     if local is not None:
@@ -179,8 +178,8 @@ def hf_config(metadata: Metadata, family: GgufFamily, tables: Tables, is_tied: b
         }
     defaults = {
         "architectures": [family.architecture],
-        "model_type": family.model_type,
-        "vocab_size": len(metadata["tokenizer.ggml.tokens"]),
+        "model_type": described.model_type,
+        "vocab_size": len(tokens),
         "num_key_value_heads": read("attention.head_count_kv", num_heads),
         "head_dim": head_dim,
         "hidden_act": "silu",
@@ -211,60 +210,54 @@ def _ends(metadata: Metadata) -> list[int]:
 
 def _rope(read: Read, tables: Tables, head_dim: int) -> dict[str, Any]:
     """Rotary settings in the words of transformers 5."""
-    rope: dict[str, Any] = {"rope_theta": shortest(read("rope.freq_base", 10_000.0))}
+    rope: dict[str, Any] = {"rope_theta": read("rope.freq_base", 10_000.0)}
     turning = read("rope.dimension_count", head_dim)
     if turning != head_dim:
         rope["partial_rotary_factor"] = turning / head_dim
     if "rope_freqs.weight" in tables:
         return rope | _llama3(tables["rope_freqs.weight"], rope["rope_theta"])
     original = read("rope.scaling.original_context_length", None)
+    stated = {} if original is None else {"original_max_position_embeddings": original}
     if "rope_factors_short.weight" in tables:
-        factors = [shortest(value) for value in tables["rope_factors_short.weight"].tolist()]
-        scaling = {"rope_type": "longrope", "short_factor": factors}
-        attention = shortest(read("rope.scaling.attn_factor", None))
-        return (
-            rope
-            | scaling
-            | _stated(attention_factor=attention, original_max_position_embeddings=original)
-        )
-    kind = read("rope.scaling.type", "none")
-    factor = shortest(read("rope.scaling.factor", 1.0))
+        rope["short_factor"] = list(map(_shortest, tables["rope_factors_short.weight"].tolist()))
+        attention_factor = read("rope.scaling.attn_factor", None)
+        if attention_factor is not None:
+            stated["attention_factor"] = attention_factor
+        return rope | stated | {"rope_type": "longrope"}
+    kind, factor = read("rope.scaling.type", "none"), read("rope.scaling.factor", 1.0)
     match kind:
         case "none":
             return rope | {"rope_type": "default"}
         case "linear":
             return rope | {"rope_type": "linear", "factor": factor}
         case "yarn":
-            scaling = {"rope_type": "yarn", "factor": factor}
-            return rope | scaling | _stated(original_max_position_embeddings=original)
+            return rope | stated | {"rope_type": "yarn", "factor": factor}
     raise ValueError(f"rope scaling {kind!r} is not supported; supported: 'none', 'linear', 'yarn'")
 
 
-def _stated(**entries: Any) -> dict[str, Any]:
-    return {name: value for name, value in entries.items() if value is not None}
-
-
 def _llama3(factors: np.ndarray, theta: float) -> dict[str, Any]:
-    """The scaling of Llama 3.1 and later, which the file has only as what every frequency becomes.
+    """The scaling of Llama 3.1 and later, which the file has only as what every rate becomes.
 
-    The factor is that of the slowest frequency; the other settings never differed.
+    The factor is that of the slowest rate; the other settings never differed.
     """
-    scaling = Llama3Rope(
-        factor=shortest(factors.max()),
-        low_freq_factor=1.0,
-        high_freq_factor=4.0,
-        original_max_position_embeddings=8192,
-    )
+    rope = {
+        "rope_type": "llama3",
+        "factor": _shortest(float(factors.max())),
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
     size = 2 * len(factors)
-    expected = frequencies(size, theta, None) / frequencies(size, theta, scaling)
-    if not np.allclose(expected, factors, rtol=1e-3):
+    scaling = read_scaling(rope, size, theta, 8192)
+    assert scaling is not None
+    if not np.allclose(plain_rates(size, theta) / scaling.rates, factors, rtol=1e-3):
         raise ValueError(
             "rope_freqs.weight is not the rotary scaling of Llama 3: use the model's safetensors "
             "version"
         )
-    return {"rope_type": "llama3", **dataclasses.asdict(scaling)}
+    return rope
 
 
-def shortest(value: Any) -> Any:
+def _shortest(value: float) -> float:
     """The shortest decimal that is the same float32: 1e-05 for the 9.999999747e-06 of the file."""
-    return None if value is None else float(str(np.float32(value)))
+    return float(str(np.float32(value)))

@@ -1,7 +1,5 @@
 """GGUF files, converted to the Hugging Face layout and kept in the cache."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path
@@ -29,11 +27,9 @@ _TABLES = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.
 def convert_gguf(path: Path) -> Path:
     """Converts a GGUF file once, and finds the conversion again by the file's content.
 
-    The result holds config.json, generation_config.json, safetensors (quantised tensors in
-    float32) and the tokenizer's files.
-
     Returns:
-        A directory under `cache_root()`.
+        A directory under `cache_root()` with config.json, generation_config.json, safetensors
+        (quantised tensors in float32) and the tokenizer's files.
 
     Raises:
         ValueError: the file is malformed, or of an architecture, quantisation, rotary scaling or
@@ -65,11 +61,9 @@ def _convert(path: Path, directory: Path) -> None:
     # A word where a number should be fails somewhere, in some way.
     except (TypeError, AttributeError, LookupError, ArithmeticError) as error:
         raise ValueError(f"{path}: the metadata is malformed: {error!r}") from error
-    generation_config = {
-        key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")
-    }
-    _write_json(directory / "config.json", config)
-    _write_json(directory / "generation_config.json", generation_config)
+    generation = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    for name, content in (("config.json", config), ("generation_config.json", generation)):
+        (directory / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _save_tensors(
@@ -82,10 +76,10 @@ def _save_tensors(
     """Writes every tensor, dequantised and in transformers' layout, under its Hugging Face name."""
     config = config_from_hf(hf_mapping)
     uses = _uses(architecture, config)
-    problems = [f"missing: {name}" for name in uses if name not in tensors]
-    problems += [f"of no known use: {name}" for name in sorted(tensors) if name not in uses]
+    problems = [f"missing: {name}" for name in uses.keys() - tensors.keys()]
+    problems += [f"of no known use: {name}" for name in tensors.keys() - uses.keys()]
     if problems:
-        raise ValueError("the tensors do not fit the metadata: " + ", ".join(problems))
+        raise ValueError("the tensors do not fit the metadata: " + ", ".join(sorted(problems)))
     writer = ShardWriter(directory)
     for name, tensor in tensors.items():
         array = _in_hf_layout(name, tensor, family, config)
@@ -154,7 +148,3 @@ def _half_rotation_rows(array: np.ndarray, num_heads: int) -> np.ndarray:
     rows, width = array.shape
     pairs = array.reshape(num_heads, rows // num_heads // 2, 2, width)
     return pairs.swapaxes(1, 2).reshape(rows, width)
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

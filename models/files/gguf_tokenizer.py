@@ -4,14 +4,12 @@ transformers can do this too, but only where PyTorch is installed, and it splits
 family's `smollm` vocabularies without the rule that keeps every digit apart.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, processors
+from tokenizers.pre_tokenizers import ByteLevel, Digits, PreTokenizer, Sequence, Split
 
 # Values of tokenizer.ggml.token_type, as llama.cpp numbers them.
 CONTROL, USER_DEFINED = 3, 4
@@ -70,22 +68,18 @@ def save_tokenizer(metadata: dict[str, Any], directory: Path) -> None:
         (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
 
 
-def special_token(text: str) -> tokenizers.AddedToken:
+def special_token(text: str) -> AddedToken:
     """What transformers adds for a token that a config gives a role."""
-    from tokenizers import AddedToken
-
     return AddedToken(text, normalized=False, special=True)
 
 
-def build_tokenizer(metadata: dict[str, Any]) -> tokenizers.Tokenizer:
+def build_tokenizer(metadata: dict[str, Any]) -> Tokenizer:
     """Builds the tokenizer that the metadata of a GGUF file describes.
 
     Raises:
         ValueError: another kind of vocabulary, an unknown pre-tokenizer, or lists that are missing
             or do not fit each other.
     """
-    from tokenizers import AddedToken, processors
-
     kind = metadata.get("tokenizer.ggml.model")
     tokens, types = metadata["tokenizer.ggml.tokens"], metadata.get("tokenizer.ggml.token_type", [])
     if len(types) != len(tokens):
@@ -125,19 +119,15 @@ def _token(metadata: dict[str, Any], key: str) -> str:
     return tokens[token_id]
 
 
-def _bpe(**options: Any) -> tokenizers.models.BPE:
-    from tokenizers import models
-
+def _bpe(**options: Any) -> models.BPE:
     try:
         return models.BPE(**options)
     except Exception as error:  # the library raises nothing more precise
         raise ValueError(f"tokens and merges do not fit each other: {error}") from error
 
 
-def _byte_level(metadata: dict[str, Any], tokens: list[str]) -> tokenizers.Tokenizer:
+def _byte_level(metadata: dict[str, Any], tokens: list[str]) -> Tokenizer:
     """BPE over bytes, as GPT-2 has it."""
-    from tokenizers import Tokenizer, decoders, normalizers
-
     pre = metadata.get("tokenizer.ggml.pre")
     merges = [tuple(merge.split(" ", 1)) for merge in metadata.get("tokenizer.ggml.merges", [])]
     if not merges:
@@ -158,12 +148,11 @@ def _byte_level(metadata: dict[str, Any], tokens: list[str]) -> tokenizers.Token
     return tokenizer
 
 
-def _sentencepiece(metadata: dict[str, Any], tokens: list[str]) -> tokenizers.Tokenizer:
+def _sentencepiece(metadata: dict[str, Any], tokens: list[str]) -> Tokenizer:
     """SentencePiece's BPE, as Llama 2, Mistral, Phi-3 and Gemma have it.
 
     Pieces have scores, the best pair is merged first, and bytes are the last resort.
     """
-    from tokenizers import Tokenizer, decoders, normalizers
     from transformers.convert_slow_tokenizer import generate_merges
 
     scores = metadata.get("tokenizer.ggml.scores", [])
@@ -192,11 +181,8 @@ def _sentencepiece(metadata: dict[str, Any], tokens: list[str]) -> tokenizers.To
     return tokenizer
 
 
-def _pre_tokenizer(pre: str | None) -> tokenizers.pre_tokenizers.PreTokenizer:
+def _pre_tokenizer(pre: str | None) -> PreTokenizer:
     """How text is cut before merging, by llama.cpp's name for it."""
-    from tokenizers import Regex
-    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, Split
-
     if pre == "smollm":
         return Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
     if pre == "gpt-2":

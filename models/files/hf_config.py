@@ -1,7 +1,5 @@
 """From a Hugging Face `config.json` to a ModelConfig, whatever the family."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import logging
@@ -9,9 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from folojax.models.core.config import ModelConfig
-from folojax.models.core.family import Family, windows
-from folojax.models.core.registry import MODEL_TYPES, family_of
-from folojax.models.core.rope import LongRope, scaling_from_hf
+from folojax.models.core.rope import read_scaling
+from folojax.models.families.families import FAMILIES, family_of
+from folojax.models.families.family import Family
 
 # What the sizes are called there and here; without one of them there is no model.
 _SIZES = {
@@ -30,10 +28,7 @@ _ACTIVATIONS = {
     "gelu_fast": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
 }
-_FLOATS = frozenset(
-    field.name for field in dataclasses.fields(ModelConfig) if str(field.type).startswith("float")
-)
-_LAYER_TYPES = ("full_attention", "sliding_attention")
+_FULL, _LOCAL = _LAYER_TYPES = ("full_attention", "sliding_attention")
 
 # Where a config says that its weights are quantised: transformers, older files of
 # compressed-tensors, and MLX.
@@ -50,9 +45,9 @@ def config_from_hf(mapping: Mapping[str, Any]) -> ModelConfig:
     as in transformers. What else contradicts itself is refused, unless transformers reads it.
 
     Raises:
-        ValueError: the architecture is not in the registry, a key is missing or malformed, the
-            file contradicts itself, or the model uses a feature that is not implemented; every
-            such feature is named.
+        ValueError: the architecture is not supported, a key is missing or malformed, the file
+            contradicts itself, or the model uses a feature that is not implemented; every such
+            feature is named.
     """
     architecture, family = family_of(mapping.get("architectures"))
     try:
@@ -77,12 +72,13 @@ def _fields(architecture: str, family: Family, stated: Mapping[str, Any]) -> dic
     contradictions = _contradictions(architecture, mapping, family)
     if contradictions:
         raise ValueError(f"config.json contradicts itself: {'; '.join(contradictions)}")
-    fields = {ours: mapping[theirs] for theirs, ours in _SIZES.items()}
-    num_kv_heads = mapping.get("num_key_value_heads")
     has_bias = bool(mapping.get("attention_bias"))
+    num_kv_heads = mapping.get("num_key_value_heads")
+    head_dim = _head_dim(mapping)
+    fields = {ours: mapping[theirs] for theirs, ours in _SIZES.items()}
     fields |= {
         "num_kv_heads": fields["num_heads"] if num_kv_heads is None else num_kv_heads,
-        "head_dim": _head_dim(mapping),
+        "head_dim": head_dim,
         "rms_norm_eps": mapping["rms_norm_eps"],
         # transformers writes the key unless it is False.
         "tie_embeddings": bool(mapping.get("tie_word_embeddings", False)),
@@ -91,16 +87,18 @@ def _fields(architecture: str, family: Family, stated: Mapping[str, Any]) -> dic
         "mlp_bias": bool(mapping.get("mlp_bias")),
         "qk_norm": False,
         "activation": _ACTIVATIONS[mapping.get("hidden_act", "silu")],
-        "windows": _windows(mapping),
+        "windows": _windows(mapping, family),
         "hf_config": json.dumps(dict(stated)),
+        **_rope_fields(mapping, family, head_dim),
+        **{ours: mapping.get(theirs) for theirs, ours in family.keys.items()},
+        **family.fixed,
+        **family.derive(mapping),
     }
-    fields |= _rope_fields(mapping, fields["head_dim"]) | family.fields(mapping)
-    _check_windows(mapping, family, fields["windows"])
     # "factor": 8 means 8.0; true means a mistake, and stays for ModelConfig to find.
-    return {
-        name: float(value) if name in _FLOATS and type(value) is int else value
-        for name, value in fields.items()
-    }
+    for field in dataclasses.fields(ModelConfig):
+        if field.type in (float, float | None) and type(fields.get(field.name)) is int:
+            fields[field.name] = float(fields[field.name])
+    return fields
 
 
 def _is_size(value: Any) -> bool:
@@ -121,14 +119,6 @@ def _head_dim(mapping: Mapping[str, Any]) -> int:
     return hidden_size // num_heads
 
 
-def _windows(mapping: Mapping[str, Any]) -> tuple[int | None, ...]:
-    """What `layer_types` says, where it is stated."""
-    kinds = mapping.get("layer_types")
-    if not kinds or "sliding_attention" not in kinds:
-        return ()
-    return windows(mapping, lambda layer: kinds[layer] == "sliding_attention")
-
-
 def _unsupported_features(mapping: Mapping[str, Any], family: Family) -> list[str]:
     """What the config switches on that the decoder does not have, in words."""
     found = []
@@ -137,7 +127,7 @@ def _unsupported_features(mapping: Mapping[str, Any], family: Family) -> list[st
         found.append(f"hidden_act {activation!r}: supported are {', '.join(_ACTIVATIONS)}")
     if mapping.get("rope_interleaved"):
         found.append("rope_interleaved true: only the half-rotation layout is supported")
-    known = _LAYER_TYPES if family.has_layer_types else _LAYER_TYPES[:1]
+    known = _LAYER_TYPES if family.has_layer_types else (_FULL,)
     kinds = sorted(set(mapping.get("layer_types") or ()) - set(known))
     if kinds:
         found.append(f"layer_types {kinds}: supported here are {', '.join(known)}")
@@ -145,97 +135,97 @@ def _unsupported_features(mapping: Mapping[str, Any], family: Family) -> list[st
     if partial != 1.0 and not family.has_partial_rotary:
         found.append(f"partial_rotary_factor {partial}: only 1.0 is supported")
     for key in _QUANTIZED:
-        if mapping.get(key):
+        stated = mapping.get(key)
+        if stated:
+            named = stated.get("quant_method") if isinstance(stated, Mapping) else None
             found.append(
-                f"{key} ({_method(mapping[key])}): quantised safetensors are not read. Use the "
-                'model\'s unquantised version, on CPU with quantization="int8" or "int4" if it is '
-                "to be small, or its GGUF file"
+                f"{key} ({stated if named is None else named!s:.60}): quantised safetensors are "
+                "not read. Use the model's unquantised version, on CPU with "
+                'quantization="int8" or "int4" if it is to be small, or its GGUF file'
             )
     if mapping.get("per_layer_config"):
         found.append("per_layer_config: layers that differ in size are not supported")
     return found
 
 
-def _method(quantization: Any) -> str:
-    """What a config calls the way in which its weights are quantised."""
-    stated = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
-    return f"{quantization if stated is None else stated!s:.60}"
-
-
 def _contradictions(architecture: str, mapping: Mapping[str, Any], family: Family) -> list[str]:
     """Pairs of entries that cannot both be meant, of which transformers would drop one or fail."""
     found = []
     model_type = mapping.get("model_type")
-    other = MODEL_TYPES.get(model_type) if isinstance(model_type, str) else None
-    if other not in (None, architecture):
-        found.append(
-            f"architectures is {architecture} and model_type {model_type!r}, which is {other}: "
-            "correct the one that is wrong"
-        )
+    for other, its_family in FAMILIES.items():
+        if other != architecture and model_type == its_family.model_type:
+            found.append(
+                f"architectures is {architecture} and model_type {model_type!r}, which is {other}: "
+                "correct the one that is wrong"
+            )
     kinds = mapping.get("layer_types") or ()
     if family.has_layer_types and kinds and len(kinds) != mapping["num_hidden_layers"]:
         found.append(
             f"layer_types has {len(kinds)} entries for num_hidden_layers "
             f"{mapping['num_hidden_layers']}"
         )
-    return found + _rope_contradictions(mapping, family)
+    stated = mapping.get("rope_parameters") or {}
+    by_kind = {kind: stated[kind] for kind in _LAYER_TYPES if kind in stated}
+    others = ", ".join(sorted(stated.keys() - by_kind.keys()))
+    if by_kind and others:
+        found.append(
+            f"rope_parameters has settings by kind of layer ({', '.join(by_kind)}) beside "
+            f"{others}: put these into the kinds"
+        )
+    elif by_kind and not family.has_rope_by_kind:
+        if len({json.dumps(rope, sort_keys=True) for rope in by_kind.values()}) > 1:
+            found.append(
+                "rope_parameters has different settings for full_attention and sliding_attention; "
+                "this architecture has the same for all layers"
+            )
+    elif others and family.has_rope_by_kind:
+        found.append(
+            f"rope_parameters has {others} for all layers; this architecture needs full_attention "
+            "and sliding_attention in it"
+        )
+    return found
 
 
-def _check_windows(
-    mapping: Mapping[str, Any], family: Family, found: tuple[int | None, ...]
-) -> None:
-    """Raises a ValueError if layers that are to have a window have none."""
-    if family.has_layer_types and "sliding_attention" in (mapping.get("layer_types") or ()):
-        if any(found):
-            return
+def _windows(mapping: Mapping[str, Any], family: Family) -> tuple[int | None, ...]:
+    """By layer, `sliding_window` where the layer has one; () where no layer has."""
+    window = mapping.get("sliding_window")
+    if family.has_window_switch and not mapping.get("use_sliding_window"):
+        window = None
+    kinds = (mapping.get("layer_types") or ()) if family.has_layer_types else ()
+    if window is None and _LOCAL in kinds:
         raise ValueError(
             "config.json contradicts itself: layer_types has sliding_attention, but sliding_window "
             f"is {mapping.get('sliding_window')} and use_sliding_window "
             f"{mapping.get('use_sliding_window', 'not stated')}: give such layers a window, or "
             "call them full_attention"
         )
-
-
-def _rope_contradictions(mapping: Mapping[str, Any], family: Family) -> list[str]:
-    """Rotary settings that no layer would get."""
-    stated = mapping.get("rope_parameters") or {}
-    by_kind = {kind: stated[kind] for kind in _LAYER_TYPES if kind in stated}
-    others = sorted(stated.keys() - by_kind.keys())
-    if by_kind and others:
-        return [
-            f"rope_parameters has settings by kind of layer ({', '.join(by_kind)}) beside "
-            f"{', '.join(others)}: put these into the kinds"
-        ]
-    if by_kind and not family.has_rope_by_kind and len(set(map(_spelled, by_kind.values()))) > 1:
-        return [
-            "rope_parameters has different settings for full_attention and sliding_attention; "
-            "this architecture has the same for all layers"
-        ]
-    if others and family.has_rope_by_kind:
-        return [
-            f"rope_parameters has {', '.join(others)} for all layers; this architecture needs "
-            "full_attention and sliding_attention in it"
-        ]
-    return []
-
-
-def _spelled(value: Any) -> str:
-    return json.dumps(value, sort_keys=True)
+    if window is None:
+        return ()
+    layers = range(mapping["num_hidden_layers"])
+    is_local = [kinds[i] == _LOCAL if kinds else family.is_local(mapping, i) for i in layers]
+    return tuple(window if one else None for one in is_local) if any(is_local) else ()
 
 
 def _rope(mapping: Mapping[str, Any]) -> dict[str, Any]:
     """The rotary settings from either generation of config, of full attention if by kind."""
     new, old = dict(mapping.get("rope_parameters") or {}), dict(mapping.get("rope_scaling") or {})
     if any(kind in new for kind in _LAYER_TYPES):
-        return dict(new.get("full_attention") or {}) | old
+        return dict(new.get(_FULL) or {}) | old
     rope = old or new
     original = mapping.get("original_max_position_embeddings")
     return rope if original is None else rope | {"original_max_position_embeddings": original}
 
 
-def _warn_of_lost_theta(mapping: Mapping[str, Any], theta: float) -> None:
-    """Says so where `rope_scaling` makes transformers lose the base that a model was made with."""
-    lost = (mapping.get("rope_parameters") or {}).get("rope_theta")
+def _partial_rotary(mapping: Mapping[str, Any]) -> float:
+    stated = _rope(mapping).get("partial_rotary_factor") or mapping.get("partial_rotary_factor")
+    return 1.0 if stated is None else stated
+
+
+def _rope_fields(mapping: Mapping[str, Any], family: Family, head_dim: int) -> dict[str, Any]:
+    rope, max_position = _rope(mapping), mapping["max_position_embeddings"]
+    theta = float(rope.get("rope_theta") or mapping.get("rope_theta") or 10_000.0)
+    stated = mapping.get("rope_parameters") or {}
+    lost = stated.get("rope_theta")
     if mapping.get("rope_scaling") and lost not in (None, theta):
         _LOG.warning(
             "config.json has rope_scaling beside rope_parameters. The first counts, as in "
@@ -244,24 +234,22 @@ def _warn_of_lost_theta(mapping: Mapping[str, Any], theta: float) -> None:
             theta,
             lost,
         )
-
-
-def _partial_rotary(mapping: Mapping[str, Any]) -> float:
-    stated = _rope(mapping).get("partial_rotary_factor") or mapping.get("partial_rotary_factor")
-    return 1.0 if stated is None else stated
-
-
-def _rope_fields(mapping: Mapping[str, Any], head_dim: int) -> dict[str, Any]:
-    rope = _rope(mapping)
-    partial, max_position = _partial_rotary(mapping), mapping["max_position_embeddings"]
-    scaling = scaling_from_hf(rope, max_position)
-    if isinstance(scaling, LongRope):
-        max_position = min(max_position, scaling.original_max_position_embeddings)
-    theta = float(rope.get("rope_theta") or mapping.get("rope_theta") or 10_000.0)
-    _warn_of_lost_theta(mapping, theta)
-    return {
+    partial = _partial_rotary(mapping)
+    rotary_dim = None if partial == 1.0 else int(head_dim * partial)
+    scaling = read_scaling(rope, rotary_dim or head_dim, theta, max_position)
+    if scaling is not None and scaling.kind in ("longrope", "su"):
+        original = rope.get("original_max_position_embeddings") or max_position
+        max_position = min(max_position, original)
+    fields = {
         "rope_theta": theta,
         "rope_scaling": scaling,
-        "rotary_dim": None if partial == 1.0 else int(head_dim * partial),
+        "rotary_dim": rotary_dim,
         "max_position": max_position,
     }
+    if family.has_rope_by_kind:
+        local = stated.get(_LOCAL) or {}
+        if (local.get("rope_type") or "default") != "default":
+            raise ValueError(f"rope type {local['rope_type']!r} of local layers: only 'default' is")
+        theta = local.get("rope_theta") or mapping["rope_local_base_freq"]
+        fields["local_rope_theta"] = theta
+    return fields

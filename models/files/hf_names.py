@@ -1,17 +1,19 @@
 """Where each parameter of a decoder lies in a Hugging Face checkpoint, under which names."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from folojax.models.core.config import ModelConfig
-from folojax.models.core.family import Family
-from folojax.models.core.registry import family_of
+from folojax.models.families.families import family_of
+from folojax.models.families.family import Family, Names
+
+Shape: TypeAlias = tuple[int, ...]
+Parts: TypeAlias = tuple[list[Shape], bool]
+"""Shapes that are joined along their first axis, and whether there is a bias too."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +24,7 @@ class Source:
     and lies as [out, in] like them; GPT-2's Conv1D lies as [in, out] there.
     """
 
-    tensors: tuple[tuple[str, tuple[int, ...]], ...]
+    tensors: tuple[tuple[str, Shape], ...]
     """(name, shape) in the checkpoint, joined along their first axis in this order."""
     is_transposed: bool = False
     """The parameter is the transpose of the joined tensors."""
@@ -31,7 +33,7 @@ class Source:
     its own, and they are stacked."""
 
     @property
-    def shape(self) -> tuple[int, ...]:
+    def shape(self) -> Shape:
         """Of the parameter."""
         group = self.tensors[: len(self.tensors) // (self.num_stacked or 1)]
         joined = (sum(shape[0] for _, shape in group), *group[0][1][1:])
@@ -55,20 +57,23 @@ class Source:
 def parameter_sources(config: ModelConfig) -> dict[str, Any]:
     """The tree of `init_params`, with a `Source` in the place of each array."""
     _, family = family_of(config.architecture)
-    names, width = family.head_names, config.hidden_size
-    sources: dict[str, Any] = {
-        "embed": Source(((names["embed"][0], (config.vocab_size, width)),)),
-        **_norm(config, "final_norm", names["final_norm"], width),
+    width, vocab = config.hidden_size, config.vocab_size
+    parts: dict[str, Parts] = {
+        "embed": ([(vocab, width)], False),
+        "final_norm": ([(width,)], config.norm == "layer"),
     }
     if config.has_learned_positions:
-        shape = (config.max_position, width)
-        sources["position_embed"] = Source(((names["position_embed"][0], shape),))
+        parts["position_embed"] = ([(config.max_position, width)], False)
     if not config.tie_embeddings:
-        # A Linear also where the layers have Conv1D.
-        lm_head = ((names["lm_head"][0], (config.vocab_size, width)),)
-        sources["lm_head"] = Source(lm_head)
+        parts["lm_head"] = ([(vocab, width)], False)
+    sources: dict[str, Any] = _sources(parts, family.head_names, "")
     for layer in range(config.num_layers):
-        sources[f"layers_{layer}"] = _block_sources(config, family, layer)
+        prefix = family.block_prefix.format(layer)
+        parts = _block_parts(config, layer)
+        block = _sources(parts, family.block_names, prefix, family.is_kernel_in_out)
+        if config.is_sparse(layer):
+            block |= _expert_sources(config, family, prefix)
+        sources[f"layers_{layer}"] = block
     return sources
 
 
@@ -84,77 +89,66 @@ def is_ignorable(name: str, config: ModelConfig) -> bool:
     return re.fullmatch(family.ignorable, name) is not None
 
 
-def _block_sources(config: ModelConfig, family: Family, layer: int) -> dict[str, Source]:
-    width, head_dim = config.hidden_size, config.head_dim
-    prefix = family.block_prefix.format(layer)
-    names = {
-        parameter: tuple(prefix + name for name in tensors)
-        for parameter, tensors in family.block_names.items()
+def _block_parts(config: ModelConfig, layer: int) -> dict[str, Parts]:
+    """What each parameter of a layer joins, kernels as [out, in]; experts apart."""
+    width, inner = config.hidden_size, config.intermediate_size
+    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    has_norm_bias = config.norm == "layer"
+    parts: dict[str, Parts] = {
+        "qkv": ([(queries, width), (keys, width), (keys, width)], config.qkv_bias),
+        "o": ([(width, queries)], config.o_bias),
     }
-    queries, keys = config.num_heads * head_dim, config.num_kv_heads * head_dim
-    sources: dict[str, Source] = {}
-
-    def add(parameter: str, width_in: int, rows: tuple[int, ...], has_bias: bool) -> None:
-        """A kernel of several outputs, which may be one tensor in the checkpoint, and its bias."""
-        tensors = names[parameter]
-        if len(tensors) == 1:
-            rows = (sum(rows),)
-        if family.is_kernel_in_out:
-            sources[parameter] = Source(((tensors[0], (width_in, *rows)),), is_transposed=True)
-        else:
-            shapes = tuple((name, (r, width_in)) for name, r in zip(tensors, rows, strict=True))
-            sources[parameter] = Source(shapes)
-        if has_bias:
-            biases = (name.removesuffix("weight") + "bias" for name in tensors)
-            sources[f"{parameter}_bias"] = Source(
-                tuple((name, (r,)) for name, r in zip(biases, rows, strict=True))
-            )
-
     for part in ("attn", "mlp"):
         if config.has_pre_norm:
-            sources |= _norm(config, f"{part}_norm", names[f"{part}_norm"], width)
+            parts[f"{part}_norm"] = ([(width,)], has_norm_bias)
         if config.has_post_norm:
-            sources |= _norm(config, f"{part}_post_norm", names[f"{part}_post_norm"], width)
-    add("qkv", width, (queries, keys, keys), config.qkv_bias)
+            parts[f"{part}_post_norm"] = ([(width,)], has_norm_bias)
     if config.qk_norm:
-        for part, size in (("q_norm", queries), ("k_norm", keys)):
-            shape = (size if config.is_qk_norm_joint else head_dim,)
-            sources[part] = Source(((names[part][0], shape),))
-    add("o", queries, (width,), config.o_bias)
+        is_joint, head_dim = config.is_qk_norm_joint, config.head_dim
+        parts["q_norm"] = ([(queries if is_joint else head_dim,)], has_norm_bias)
+        parts["k_norm"] = ([(keys if is_joint else head_dim,)], has_norm_bias)
     if config.is_sparse(layer):
-        return sources | _expert_sources(config, names)
-    inner = config.intermediate_size
+        return parts | {"router": ([(config.num_experts, width)], False)}
     if config.is_gated:
-        add("gate_up", width, (inner, inner), config.mlp_bias)
+        parts["gate_up"] = ([(inner, width), (inner, width)], config.mlp_bias)
     else:
-        add("up", width, (inner,), config.mlp_bias)
-    add("down", inner, (width,), config.mlp_bias)
-    return sources
+        parts["up"] = ([(inner, width)], config.mlp_bias)
+    return parts | {"down": ([(width, inner)], config.mlp_bias)}
 
 
-def _expert_sources(config: ModelConfig, names: dict[str, tuple[str, ...]]) -> dict[str, Source]:
-    """The router, and the kernels of all experts, each in one array."""
-    width, inner, count = config.hidden_size, config.expert_size, config.num_experts
-
-    def stack(parameter: str, shape: tuple[int, int]) -> Source:
-        tensors = tuple(
-            (name.format(expert), shape) for expert in range(count) for name in names[parameter]
-        )
-        return Source(tensors, is_transposed=True, num_stacked=count)
-
-    return {
-        "router": Source(((names["router"][0], (count, width)),)),
-        "experts_gate_up": stack("experts_gate_up", (inner, width)),
-        "experts_down": stack("experts_down", (width, inner)),
-    }
-
-
-def _norm(
-    config: ModelConfig, parameter: str, names: tuple[str, ...], width: int
+def _sources(
+    parts: dict[str, Parts], names: Names, prefix: str, is_in_out: bool = False
 ) -> dict[str, Source]:
-    """A norm's weight, and its bias if it is a LayerNorm."""
-    sources = {parameter: Source(((names[0], (width,)),))}
-    if config.norm == "layer":
-        bias = names[0].removesuffix("weight") + "bias"
-        sources[f"{parameter}_bias"] = Source(((bias, (width,)),))
+    """Parameters with the names of their tensors; one name for several shapes has them joined."""
+    sources = {}
+    for parameter, (shapes, has_bias) in parts.items():
+        tensors = [prefix + name for name in names[parameter]]
+        if len(tensors) == 1:
+            shapes = [(sum(shape[0] for shape in shapes), *shapes[0][1:])]
+        if has_bias:
+            biases = [name.removesuffix("weight") + "bias" for name in tensors]
+            rows = [shape[:1] for shape in shapes]
+            sources[f"{parameter}_bias"] = Source(tuple(zip(biases, rows, strict=True)))
+        is_transposed = is_in_out and len(shapes[0]) == 2
+        if is_transposed:
+            shapes = [shape[::-1] for shape in shapes]
+        sources[parameter] = Source(tuple(zip(tensors, shapes, strict=True)), is_transposed)
     return sources
+
+
+def _expert_sources(config: ModelConfig, family: Family, prefix: str) -> dict[str, Source]:
+    """The kernels of all experts, in one array each."""
+    width, inner, count = config.hidden_size, config.expert_size, config.num_experts
+    shapes = {"experts_gate_up": (inner, width), "experts_down": (width, inner)}
+    return {
+        parameter: Source(
+            tuple(
+                (prefix + name.format(expert), shape)
+                for expert in range(count)
+                for name in family.block_names[parameter]
+            ),
+            is_transposed=True,
+            num_stacked=count,
+        )
+        for parameter, shape in shapes.items()
+    }

@@ -1,7 +1,5 @@
 """Reading a model directory that came from somewhere else: nothing outside it is ever opened."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

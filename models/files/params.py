@@ -1,7 +1,5 @@
 """From a checkpoint's tensors to the parameter tree of a module."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,7 @@ from tqdm import tqdm
 
 from folojax.models.core.config import ModelConfig
 from folojax.models.files.hf_names import Source, is_ignorable, parameter_sources
-from folojax.models.files.safetensors_files import DTYPES, TensorFiles, open_tensors
+from folojax.models.files.safetensors_files import DTYPES, StoredTensor, open_tensors
 from folojax.models.quantized.quantize import quantize, quantized_bytes
 
 _SILENT_SECONDS = 2.0
@@ -42,9 +40,10 @@ def read_params(
         ValueError: a file is malformed, or the tensors are not those the config asks for; every
             missing, unexpected and misshapen tensor is listed.
     """
-    tensors = open_tensors(directory)
     sources = parameter_sources(config)
-    names = _find(tensors, config, sources, directory)
+    tensors = _find(config, sources, directory)
+    named, tree = _named(sources), jax.tree.structure(sources)
+    arrays: list[Any] = [None] * len(named)
     with tqdm(
         total=params_bytes(config, dtype),
         desc="Loading weights",
@@ -54,23 +53,18 @@ def read_params(
         disable=None,  # where there is no terminal
         leave=False,
     ) as bar:
-
-        def read(source: Source, name: str) -> Any:
+        # The largest first: what is in memory twice meanwhile is small when memory is fullest.
+        for i in sorted(range(len(named)), key=lambda i: -math.prod(named[i][1].shape)):
+            name, source = named[i]
             array = _empty(source, np.dtype(dtype))
             for tensor, view in source.views(array):
-                tensors.read_into(names[tensor], view)
+                tensors[tensor].read_into(view)
             bar.update(array.nbytes)
             # Not `jnp.asarray`, which has NumPy transpose first, ten times slower. Waited for, or
             # several would be in memory twice.
             placed = jax.device_put(array).block_until_ready()
-            return jax.block_until_ready(quantize(name, placed, quantization))
-
-        leaves, tree = jax.tree.flatten(sources)
-        names_of = _last_names(sources)
-        # The largest first: what is in memory twice meanwhile is small when memory is fullest.
-        order = sorted(range(len(leaves)), key=lambda i: -math.prod(leaves[i].shape))
-        arrays = {i: read(leaves[i], names_of[i]) for i in order}
-        return jax.tree.unflatten(tree, [arrays[i] for i in range(len(leaves))])
+            arrays[i] = jax.block_until_ready(quantize(name, placed, quantization))
+    return jax.tree.unflatten(tree, arrays)
 
 
 def _empty(source: Source, dtype: np.dtype) -> np.ndarray:
@@ -83,59 +77,57 @@ def _empty(source: Source, dtype: np.dtype) -> np.ndarray:
 
 def params_bytes(config: ModelConfig, dtype: Any, quantization: str | None = None) -> int:
     """Bytes of the tree that `read_params` gives for this config, known before it is read."""
-    sources = parameter_sources(config)
     itemsize = np.dtype(dtype).itemsize
     return sum(
         quantized_bytes(name, source.shape, itemsize, quantization)
-        for source, name in zip(jax.tree.leaves(sources), _last_names(sources), strict=True)
+        for name, source in _named(parameter_sources(config))
     )
 
 
 def num_params(config: ModelConfig) -> int:
     """How many parameters the config's module has."""
-    return sum(math.prod(source.shape) for source in jax.tree.leaves(parameter_sources(config)))
+    return sum(math.prod(source.shape) for _, source in _named(parameter_sources(config)))
 
 
-def _last_names(tree: Any) -> list[str]:
-    """What each leaf of nested dicts is called in its own."""
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return [path[-1].key for path, _ in flat]
+def _named(sources: dict[str, Any]) -> list[tuple[str, Source]]:
+    """Every source with what it is called in its block, in the order of `jax.tree.leaves`."""
+    leaves = jax.tree_util.tree_leaves_with_path(sources)
+    return [(path[-1].key, source) for path, source in leaves]
 
 
-def _find(
-    tensors: TensorFiles, config: ModelConfig, sources: dict[str, Any], directory: Path
-) -> dict[str, str]:
-    """What the files call each wanted tensor.
+def _find(config: ModelConfig, sources: dict[str, Any], directory: Path) -> dict[str, StoredTensor]:
+    """The wanted tensors, by the names that the sources have for them.
 
-    Mostly by its name; without the first part of it where the model was saved without its head,
-    as the first GPT-2 was.
+    Where a model was saved without its head, as the first GPT-2 was, the files leave out the first
+    part of every name.
 
     Raises:
         ValueError: says at once all there is to say against the tensors.
     """
+    tensors = open_tensors(directory)
     wanted = dict(pair for source in jax.tree.leaves(sources) for pair in source.tensors)
-    there = tensors.names()
-    names = {}
-    for name in wanted:
+    missing, found = [], {}
+    for name, shape in wanted.items():
         short = name.partition(".")[2]
-        names[name] = short if name not in there and short in there else name
-    problems = [
-        f"missing: {name} {shape}" for name, shape in wanted.items() if names[name] not in there
-    ]
-    problems += [
-        f"unexpected: {name} {tensors.shape(name)}"
-        for name in sorted(there - set(names.values()))
+        tensor = tensors.get(name) or tensors.get(short)
+        if tensor is None:
+            missing.append(f"missing: {name} {shape}")
+        else:
+            found[name] = tensor
+    used = {tensor.name for tensor in found.values()}
+    problems = missing + [
+        f"unexpected: {name} {tensors[name].shape}"
+        for name in sorted(tensors.keys() - used)
         if not is_ignorable(name, config)
     ]
-    found = {names[name]: shape for name, shape in wanted.items() if names[name] in there}
-    for name, shape in sorted(found.items()):
-        if tensors.shape(name) != shape:
+    for name, tensor in sorted(found.items()):
+        if tensor.shape != wanted[name]:
             problems.append(
-                f"wrong shape: {name} is {tensors.shape(name)}, config.json asks for {shape}"
+                f"wrong shape: {tensor.name} is {tensor.shape}, config.json asks for {wanted[name]}"
             )
-        if tensors.dtype(name) not in DTYPES:
+        if tensor.dtype not in DTYPES:
             problems.append(
-                f"wrong dtype: {name} is {tensors.dtype(name)}, not one of "
+                f"wrong dtype: {tensor.name} is {tensor.dtype}, not one of "
                 + ", ".join(sorted(DTYPES))
             )
     if problems:
@@ -144,4 +136,4 @@ def _find(
         raise ValueError(
             f"the weights in {directory} do not fit its config.json:\n  " + "\n  ".join(shown)
         )
-    return names
+    return found

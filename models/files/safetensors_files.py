@@ -1,12 +1,13 @@
-"""The tensors of a model directory, one file or many shards, read one at a time."""
+"""The tensors of a model directory, one file or many shards, read one at a time.
 
-from __future__ import annotations
+The safetensors library checks the files. It does not read them here: it copies a tensor as Python
+bytes first, and what it maps counts as this process's memory, so it takes four times as long.
+"""
 
 import io
 import json
 import math
 import struct
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +19,6 @@ from folojax.models.files.local_files import REFUSED_PICKLE, pickle_files, read_
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-
 
 # float8 and packed types exist too, but then scales lie beside them that nobody would apply.
 DTYPES = {
@@ -32,56 +32,33 @@ DTYPES = {
 _BLOCK_BYTES = 2**24
 
 
-class _Place(NamedTuple):
-    """Where a tensor's bytes are."""
+class StoredTensor(NamedTuple):
+    """A tensor in a checked file, as the file's header says."""
 
+    name: str
     path: Path
-    start: int
-    end: int
+    start: int  # of its bytes in the file
     shape: tuple[int, ...]
-    dtype: str
+    dtype: str  # by safetensors' name, perhaps none of DTYPES
 
+    def read_into(self, target: np.ndarray) -> None:
+        """Copies it to where it is wanted, if its dtype is in `DTYPES`.
 
-class TensorFiles:
-    """Checked safetensors files as one mapping from tensor name to array."""
-
-    def __init__(self, places: Mapping[str, _Place]):
-        """`places` has every tensor."""
-        self._places = places
-
-    def names(self) -> set[str]:
-        """Every tensor's name."""
-        return set(self._places)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """A tensor's shape, from the file's header."""
-        return self._places[name].shape
-
-    def dtype(self, name: str) -> str:
-        """A tensor's dtype as safetensors spells it ("F32", "BF16"), from the file's header."""
-        return self._places[name].dtype
-
-    def read_into(self, name: str, target: np.ndarray) -> None:
-        """Copies one tensor, of a dtype in `DTYPES`, to where it is wanted.
-
-        Block by block, converted on the way, so little more than `target` is in memory. Not from
-        a memory map, whose pages would count as this process's own.
+        Block by block, converted on the way, so little more than `target` is in memory.
 
         Args:
-            name: The tensor.
             target: Of its shape and any float dtype; may be a view, such as a transposed one.
 
         Raises:
             ValueError: the file cannot be read; it is named.
         """
-        place = self._places[name]
-        dtype = DTYPES[place.dtype]
-        row_bytes = dtype.itemsize * math.prod(place.shape[1:])
+        dtype = DTYPES[self.dtype]
+        row_bytes = dtype.itemsize * math.prod(self.shape[1:])
         num_rows = max(1, _BLOCK_BYTES // max(1, row_bytes))
         try:
-            with place.path.open("rb", buffering=0) as file:
-                file.seek(place.start)
-                for first in range(0, place.shape[0], num_rows):
+            with self.path.open("rb", buffering=0) as file:
+                file.seek(self.start)
+                for first in range(0, self.shape[0], num_rows):
                     rows = target[first : first + num_rows]
                     if rows.dtype == dtype and rows.flags.c_contiguous:
                         _fill(file, rows)
@@ -92,68 +69,9 @@ class TensorFiles:
                     with np.errstate(over="ignore"):
                         rows[...] = block
         except OSError as error:
-            raise ValueError(f"{place.path}: tensor {name!r} cannot be read: {error}") from error
-
-    def blocks(self, name: str) -> Iterator[np.ndarray]:
-        """The bytes of a tensor, block by block, whatever its dtype.
-
-        Raises:
-            ValueError: the file cannot be read; it is named.
-        """
-        place = self._places[name]
-        try:
-            with place.path.open("rb", buffering=0) as file:
-                for start in range(place.start, place.end, _BLOCK_BYTES):
-                    file.seek(start)
-                    block = np.empty(min(_BLOCK_BYTES, place.end - start), np.uint8)
-                    _fill(file, block)
-                    yield block
-        except OSError as error:
-            raise ValueError(f"{place.path}: tensor {name!r} cannot be read: {error}") from error
-
-
-def open_tensors(directory: Path) -> TensorFiles:
-    """Checks model.safetensors, or else every shard of model.safetensors.index.json.
-
-    Raises:
-        FileNotFoundError: there are no weights, or the index names files that are absent (all are
-            listed).
-        ValueError: a file is truncated or malformed, the index is malformed or leaves the
-            directory, a tensor is in two shards, or the only weights are pickles.
-    """
-    places: dict[str, _Place] = {}
-    for path in _weight_files(directory):
-        for name, place in _read_header(path).items():
-            if name in places:
-                raise ValueError(f"tensor {name!r} is in {places[name].path} and in {path}")
-            places[name] = place
-    return TensorFiles(places)
-
-
-def _read_header(path: Path) -> dict[str, _Place]:
-    """Where the tensors of one file are.
-
-    The library has checked by then that all lie inside the file, side by side and without gaps.
-    """
-    try:
-        with safe_open(path, framework="numpy"):
-            pass
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is truncated or no safetensors file: {error}") from error
-    with path.open("rb") as file:
-        (header_size,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(header_size))
-    header.pop("__metadata__", None)
-    return {
-        name: _Place(
-            path=path,
-            start=8 + header_size + entry["data_offsets"][0],
-            end=8 + header_size + entry["data_offsets"][1],
-            shape=tuple(entry["shape"]),
-            dtype=entry["dtype"],
-        )
-        for name, entry in header.items()
-    }
+            raise ValueError(
+                f"{self.path}: tensor {self.name!r} cannot be read: {error}"
+            ) from error
 
 
 def _fill(file: io.FileIO, block: np.ndarray) -> None:
@@ -166,38 +84,76 @@ def _fill(file: io.FileIO, block: np.ndarray) -> None:
         rest = rest[count:]
 
 
+def open_tensors(directory: Path) -> dict[str, StoredTensor]:
+    """Checks model.safetensors, or else every shard of model.safetensors.index.json.
+
+    Returns:
+        Every tensor, by name.
+
+    Raises:
+        FileNotFoundError: there are no weights, or the index names files that are absent (all are
+            listed).
+        ValueError: a file is truncated or malformed, the index is malformed or leaves the
+            directory, a tensor is in two shards, or the only weights are pickles.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    for path in _weight_files(directory):
+        for tensor in _read_header(path):
+            name = tensor.name
+            if name in tensors:
+                raise ValueError(f"tensor {name!r} is in {tensors[name].path} and in {path}")
+            tensors[name] = tensor
+    return tensors
+
+
+def _read_header(path: Path) -> list[StoredTensor]:
+    """The tensors of one file; that they fill it without gaps the library has checked by then."""
+    try:
+        with safe_open(path, framework="numpy"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is truncated or no safetensors file: {error}") from error
+    with path.open("rb") as file:
+        (header_size,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(header_size))
+    header.pop("__metadata__", None)
+    return [
+        StoredTensor(
+            name,
+            path,
+            8 + header_size + entry["data_offsets"][0],
+            tuple(entry["shape"]),
+            entry["dtype"],
+        )
+        for name, entry in header.items()
+    ]
+
+
 def _weight_files(directory: Path) -> list[Path]:
     """Paths of the files that hold the weights, each checked to lie inside the directory."""
     single = resolve_inside(directory, SINGLE_FILE)
     if single.is_file():
         return [single]
+    index = directory / INDEX_FILE
     if not resolve_inside(directory, INDEX_FILE).is_file():
         pickles = pickle_files(directory)
         if pickles:
             raise ValueError(f"{directory} has only {', '.join(pickles)}: {REFUSED_PICKLE}")
         raise FileNotFoundError(f"{directory} has neither {SINGLE_FILE} nor {INDEX_FILE}")
-    shards = _index_shards(directory)
-    paths = {shard: resolve_inside(directory, shard) for shard in shards}
-    absent = [shard for shard, path in paths.items() if not path.is_file()]
-    if absent:
-        raise FileNotFoundError(f"{directory / INDEX_FILE} names absent files: {', '.join(absent)}")
-    return list(paths.values())
-
-
-def _index_shards(directory: Path) -> list[str]:
-    """The shard names of the index, sorted."""
     weight_map = read_json(directory, INDEX_FILE).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{directory / INDEX_FILE} has no weight_map of tensor name to file name")
-    shards = {shard for shard in weight_map.values() if isinstance(shard, str)}
-    bad = sorted(
-        name
-        for name, shard in weight_map.items()
+        raise ValueError(f"{index} has no weight_map of tensor name to file name")
+    bad = [
+        f"{name} in {shard!r}"
+        for name, shard in sorted(weight_map.items())
         if not isinstance(shard, str) or not shard.endswith(".safetensors")
-    )
+    ]
     if bad:
         raise ValueError(
-            f"{directory / INDEX_FILE} puts tensors in files that are not .safetensors: "
-            + ", ".join(f"{name} in {weight_map[name]!r}" for name in bad)
+            f"{index} puts tensors in files that are not .safetensors: {', '.join(bad)}"
         )
-    return sorted(shards)
+    paths = {shard: resolve_inside(directory, shard) for shard in sorted(set(weight_map.values()))}
+    absent = [shard for shard, path in paths.items() if not path.is_file()]
+    if absent:
+        raise FileNotFoundError(f"{index} names absent files: {', '.join(absent)}")
+    return list(paths.values())

@@ -1,7 +1,5 @@
 """Writing tensors one after the other, as one safetensors file or as shards with an index."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -14,10 +12,12 @@ SHARD_BYTES = 2**30
 
 
 class ShardWriter:
-    """Collects tensors up to a shard's size, then writes them; names are final after `close`."""
+    """Collects tensors up to a shard's size, then writes them into an existing directory.
+
+    No more than a shard is in memory. The files have their names after `close`.
+    """
 
     def __init__(self, directory: Path, shard_bytes: int = SHARD_BYTES):
-        """Writes into an existing directory; no more than a shard is kept in memory."""
         self._directory, self._shard_bytes = directory, shard_bytes
         self._pending: dict[str, np.ndarray] = {}
         self._shards: list[list[str]] = []

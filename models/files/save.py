@@ -1,7 +1,5 @@
 """Writing parameters as a directory that transformers loads: the way back from training."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -101,7 +99,7 @@ def _mapping(config: ModelConfig, hf_config: Mapping[str, Any] | None) -> dict[s
 def _check(params: Any, sources: dict[str, Any]) -> None:
     """Raises one ValueError with all that does not fit."""
     wanted = {name: source.shape for name, source in _flat(sources).items()}
-    found = {name: tuple(np.shape(leaf)) for name, leaf in _flat(params).items()}
+    found = {name: np.shape(leaf) for name, leaf in _flat(params).items()}
     problems = [f"{name} is missing" for name in wanted if name not in found]
     problems += [f"{name} is unknown" for name in found if name not in wanted]
     problems += [

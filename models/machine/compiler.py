@@ -4,8 +4,6 @@ JAX brings the headers (`jax.ffi`); what is needed beside is a C++ compiler. The
 the user's cache, under a name that says all that it depends on.
 """
 
-from __future__ import annotations
-
 import ctypes
 import functools
 import hashlib

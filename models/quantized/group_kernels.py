@@ -9,8 +9,6 @@ group and in float32 over groups; a row's result has the same bits whatever the 
 x86-64 it is `group_product.cc`; elsewhere, and where nothing can compile that, XLA.
 """
 
-from __future__ import annotations
-
 import functools
 import warnings
 from pathlib import Path

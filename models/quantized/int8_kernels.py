@@ -6,8 +6,6 @@ exactly, and both scales are applied to the sum. A row's result has the same bit
 beside it.
 """
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """Which kernels of a model are kept in few bits, and what may be done with them."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias

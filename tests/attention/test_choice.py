@@ -10,7 +10,7 @@ import transformers
 
 from folojax.attention import cudnn, kernels_of
 from folojax.backend.backend import CPU, GPU, Backend
-from folojax.models.core.registry import FAMILIES as ARCHITECTURES
+from folojax.models.families.families import FAMILIES as ARCHITECTURES
 from folojax.models.files.hf_config import config_from_hf
 from tests.families import FAMILIES, config_of
 

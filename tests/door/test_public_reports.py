@@ -191,7 +191,7 @@ def test_the_end_of_a_turn_is_known_in_older_files(
     ("keys", "windows"),
     [
         ({"sliding_window": 7}, ()),
-        ({"sliding_window": 7, "use_sliding_window": True}, (None, None)),
+        ({"sliding_window": 7, "use_sliding_window": True}, ()),
         ({"sliding_window": 7, "use_sliding_window": True, "max_window_layers": 1}, (None, 7)),
         (
             {

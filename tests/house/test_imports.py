@@ -15,7 +15,7 @@ ROOMS: dict[str, set[str]] = {
     "models/quantized": {"models/machine"},
     "models/core": {"models/machine", "models/quantized"},
     "models/families": {"models/core"},
-    "models/files": {"models/core", "models/machine", "models/quantized"},
+    "models/files": {"models/core", "models/families", "models/machine", "models/quantized"},
     "kv": {"models/core"},
     "attention": {"kv", "models/core", "models/machine"},
     "sampling": set(),

@@ -13,7 +13,7 @@ import pytest
 from folojax import LLM, SamplingParams
 from folojax.models.core.decoder import init_params
 from folojax.models.core.dense_attend import dense_attend
-from folojax.models.core.registry import FAMILIES as REGISTRY
+from folojax.models.families.families import FAMILIES as REGISTRY
 from folojax.models.files.checkpoint import build_module, load_params, open_checkpoint
 from folojax.models.files.save import save_pretrained
 from tests import reference

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from folojax.models.core.dense_attend import dense_attend
-from folojax.models.core.rope import Llama3Rope, LongRope, frequencies
+from folojax.models.core.rope import plain_rates, read_scaling
 from folojax.models.files.checkpoint import build_module, load_params, open_checkpoint
 from folojax.models.files.gguf_config import GGUF_FAMILIES
 from folojax.models.files.gguf_tokenizer import build_tokenizer
@@ -139,13 +139,16 @@ def test_every_quantisation_of_the_library_is_read(kind: Any, tmp_path: Path) ->
 
 
 def test_the_scaling_of_llama_3_is_found_in_its_table(tmp_path: Path) -> None:
-    scaling = Llama3Rope(
-        factor=8.0,
-        low_freq_factor=1.0,
-        high_freq_factor=4.0,
-        original_max_position_embeddings=8192,
-    )
-    table = frequencies(8, 500_000.0, None) / frequencies(8, 500_000.0, scaling)
+    rope = {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    scaling = read_scaling(rope, 8, 500_000.0, 8192)
+    assert scaling is not None
+    table = plain_rates(8, 500_000.0) / scaling.rates
     path = llama_file(
         tmp_path / "tiny.gguf",
         {"rope_freqs.weight": table.astype(np.float32)},
@@ -169,9 +172,12 @@ def test_longrope_factors_are_read_from_their_tables(tmp_path: Path) -> None:
     metadata["phi3.rope.scaling.original_context_length"] = 128
     gguf_writer.write(tmp_path / "long.gguf", "phi3", metadata, tensors)
     config = open_checkpoint(tmp_path / "long.gguf").config
-    assert isinstance(config.rope_scaling, LongRope)
     assert config.max_position == 128
-    np.testing.assert_allclose(config.rope_scaling.short_factor, np.linspace(1, 3, 8), rtol=1e-6)
+    scaling = config.rope_scaling
+    assert scaling is not None
+    assert scaling.kind == "longrope"
+    factors = plain_rates(16, config.rope_theta) / scaling.rates
+    np.testing.assert_allclose(factors, np.linspace(1, 3, 8), rtol=1e-6)
 
 
 TEXTS = ["the cat sat", " a  b", "naïve 日本 🙂", "", "cat\n\tcat", "<s> the"]

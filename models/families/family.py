@@ -1,10 +1,13 @@
 """What a family of models is: how its config.json reads, and what its tensors are called."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
+
+from flax import linen as nn
+
+from folojax.models.core.config import ModelConfig
+from folojax.models.core.decoder import Llama
 
 Names = Mapping[str, tuple[str, ...]]
 
@@ -42,17 +45,28 @@ POST_NORM_NAMES: Names = {
 class Family:
     """How one architecture differs from Llama; a family that says nothing is Llama."""
 
+    model_type: str
+    """What transformers goes by, beside the architecture's name."""
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """What config.json may leave out, in its words."""
     normalize: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict
     """Puts a config.json into the words that Llama's has; called first. See `renamed`."""
-    fields: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda mapping: {}
-    """Fields of ModelConfig that are not as in Llama, from a normalised config.json that has all
-    sizes. ValueError for what is not supported."""
+    fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Fields of ModelConfig that every model of the family has, whatever its config.json says."""
+    keys: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Further keys of config.json, each with the field of ModelConfig that it is."""
+    derive: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda mapping: {}
+    """Further fields of ModelConfig, from a normalised config.json that has all sizes. ValueError
+    for what is not supported."""
+    is_local: Callable[[Mapping[str, Any], int], bool] = lambda mapping, layer: False
+    """Whether a layer has the window of `sliding_window`, where no `layer_types` says so."""
+    has_window_switch: bool = False
+    """There are windows only if `use_sliding_window` is true."""
     has_layer_types: bool = False
     """`layer_types` may name layers with a window; elsewhere transformers has no eye for it."""
     has_rope_by_kind: bool = False
-    """`rope_parameters` has settings for layers with a window and for those without."""
+    """`rope_parameters` has settings for layers with a window and for those without. Where the
+    first state no base, it is `rope_local_base_freq`."""
     has_partial_rotary: bool = False
     """`partial_rotary_factor` may be other than 1."""
     head_names: Names = dataclasses.field(default_factory=lambda: HEAD_NAMES)
@@ -62,11 +76,8 @@ class Family:
     """Kernels lie as [in, out] in the checkpoint (Conv1D), not as [out, in] (Linear)."""
     ignorable: str = r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
     """Regular expression of tensors that old exports have and that mean nothing."""
-    module: str = "folojax.models.core.decoder:Llama"
-    """`package.module:Class` of the Flax module."""
-
-
-LLAMA = Family()
+    module: Callable[[ModelConfig, Any], nn.Module] = Llama
+    """Makes the Flax module, of a config and the dtype that it computes in."""
 
 
 def renamed(mapping: Mapping[str, Any], words: Mapping[str, str]) -> dict[str, Any]:
@@ -86,23 +97,3 @@ def renamed(mapping: Mapping[str, Any], words: Mapping[str, str]) -> dict[str, A
             "keep one of them"
         )
     return {words.get(name, name): value for name, value in mapping.items()}
-
-
-def windows(mapping: Mapping[str, Any], is_local: Callable[[int], bool]) -> tuple[int | None, ...]:
-    """By layer, `sliding_window` where `is_local` says so, else None."""
-    window = mapping.get("sliding_window")
-    return tuple(
-        window if is_local(layer) else None for layer in range(mapping["num_hidden_layers"])
-    )
-
-
-def local_rope_theta(mapping: Mapping[str, Any], default: float) -> float:
-    """The base of the rotary rates of layers with a window; `default` where none is stated.
-
-    Raises:
-        ValueError: those layers scale their rates.
-    """
-    local = (mapping.get("rope_parameters") or {}).get("sliding_attention") or {}
-    if (local.get("rope_type") or "default") != "default":
-        raise ValueError(f"rope type {local['rope_type']!r} of local layers: only 'default' is")
-    return local.get("rope_theta") or default
