@@ -25,8 +25,9 @@ def run(
     **options: Any,
 ) -> Summary:
     defaults = options.pop("defaults", SamplingParams(max_tokens=4))
+    stub: Any = llm or StubLLM()
     with open_output(target, resume=resume) as output:
-        return JsonlJob(llm or StubLLM(), output, defaults, **options).run(lines)
+        return JsonlJob(stub, output, defaults, **options).run(lines)
 
 
 def entries(target: Path) -> list[dict[str, Any]]:

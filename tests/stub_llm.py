@@ -105,8 +105,9 @@ def _output(
 
 def main(source: str, target: str, step_s: str) -> None:
     """Runs or resumes a job."""
+    stub: Any = StubLLM(float(step_s))
     with open(source, "rb") as lines, open_output(Path(target), resume=True) as output:
-        JsonlJob(StubLLM(float(step_s)), output, SamplingParams(max_tokens=4)).run(lines)
+        JsonlJob(stub, output, SamplingParams(max_tokens=4)).run(lines)
 
 
 if __name__ == "__main__":

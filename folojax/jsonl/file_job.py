@@ -2,8 +2,8 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 from folojax.jsonl.lines import (
     PROMPT_KEYS,
@@ -17,6 +17,7 @@ from folojax.jsonl.lines import (
     sampling_params,
 )
 from folojax.jsonl.output_file import JsonlOutput
+from folojax.llm import LLM
 from folojax.requests.outputs import RequestOutput
 from folojax.requests.prompts import Prompt
 from folojax.requests.sampling_params import SamplingParams
@@ -25,50 +26,18 @@ _IDLE_S = 0.005
 """Between two looks for a line while there is nothing to run."""
 
 
-class Engine(Protocol):
-    """What a job asks of an LLM."""
-
-    def add_request(
-        self, request_id: str, prompt: Prompt, sampling_params: SamplingParams, /
-    ) -> None:
-        """Queues a request; a ValueError refuses it."""
-
-    def step(self) -> list[RequestOutput]:
-        """Runs a step; returns at least the requests that finished in it."""
-
-    def abort_request(self, request_ids: Sequence[str], /) -> Any:
-        """Ends requests."""
-
-    def has_unfinished_requests(self) -> bool:
-        """Whether any request is queued."""
-
-    def render_chat(self, messages: Sequence[Mapping[str, Any]], /) -> Prompt:
-        """The prompt of a conversation; a ValueError refuses it."""
-
-
 @dataclasses.dataclass
 class Summary:
-    """What has become of a job's lines.
+    """What has become of a job's lines; tokens are of all that the engine has run."""
 
-    Attributes:
-        num_done: Lines that were run to their end.
-        num_skipped: Lines that had their entry from before.
-        num_bad: Lines that went wrong in this run.
-        num_bad_before: Entries of lines that went wrong before.
-        num_foreign: Entries from before whose line is not in the input (any more).
-        num_prompt_tokens: Of the lines that the engine has run, those with a failed sample too.
-        num_output_tokens: Of the same lines.
-        duration_s: Time since the job's start.
-    """
-
-    num_done: int = 0
-    num_skipped: int = 0
-    num_bad: int = 0
-    num_bad_before: int = 0
-    num_foreign: int = 0
+    num_done: int = 0  # lines that were run to their end
+    num_skipped: int = 0  # lines that had their entry from before
+    num_bad: int = 0  # lines that went wrong in this run
+    num_bad_before: int = 0  # entries of lines that went wrong before
+    num_foreign: int = 0  # entries from before whose line is not in the input (any more)
     num_prompt_tokens: int = 0
     num_output_tokens: int = 0
-    duration_s: float = 0.0
+    duration_s: float = 0.0  # from start to end of the job
 
     @property
     def output_throughput(self) -> float:
@@ -106,7 +75,7 @@ class JsonlJob:
     Memory: the ids of all lines, and the requests that are queued.
 
     Args:
-        engine: An LLM with nothing queued.
+        llm: With nothing queued.
         output: Where entries go; lines that have one are skipped.
         defaults: What lines do not say. Without a seed: all lines would share it.
         seed: Lines that give no seed derive theirs from it.
@@ -121,7 +90,7 @@ class JsonlJob:
 
     def __init__(
         self,
-        engine: Engine,
+        llm: LLM,
         output: JsonlOutput,
         defaults: SamplingParams | None = None,
         *,
@@ -136,10 +105,10 @@ class JsonlJob:
             )
         if max_queued < 1:
             raise ValueError(f"max_queued is {max_queued}; it must be at least 1")
-        if engine.has_unfinished_requests():
+        if llm.has_unfinished_requests():
             raise ValueError("the engine has unfinished requests: finish or abort them first")
         self.summary = Summary(num_bad_before=output.num_bad)
-        self._engine = engine
+        self._llm = llm
         self._output = output
         self._defaults = defaults
         self._seed = seed
@@ -162,15 +131,15 @@ class JsonlJob:
         arriving = iter(lines)
         try:
             while self._fill(arriving):
-                for output in self._engine.step():
+                for output in self._llm.step():
                     if output.finished:
                         self._finish(output)
             self.summary.num_foreign = len(self._output.finished_ids - self._line_of_id.keys())
         finally:
-            self._engine.abort_request(list(self._queued))
+            self._llm.abort_request(list(self._queued))
             self._queued.clear()
-            if self._engine.has_unfinished_requests():
-                self._engine.step()  # takes what an interrupted step has aborted out of the engine
+            if self._llm.has_unfinished_requests():
+                self._llm.step()  # takes what an interrupted step has aborted out of the engine
             self.summary.duration_s = time.perf_counter() - start_s
         return self.summary
 
@@ -219,11 +188,11 @@ class JsonlJob:
         params = sampling_params(fields.get("sampling"), self._defaults, self._seed, line_id)
         prompt: Prompt
         if "messages" in fields:
-            prompt = self._engine.render_chat(fields["messages"])
+            prompt = self._llm.render_chat(fields["messages"])
         else:
             prompt = {key: fields[key] for key in PROMPT_KEYS if key in fields}
         request_id = f"line-{number}"
-        self._engine.add_request(request_id, prompt, params)
+        self._llm.add_request(request_id, prompt, params)
         self._queued[request_id] = _Queued(line_id, number, params.n)
         self._num_samples += params.n
 

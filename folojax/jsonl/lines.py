@@ -30,10 +30,12 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn, TypeAlias
 
-from folojax.requests.outputs import CompletionOutput, Logprob, RequestOutput
+import numpy as np
+
+from folojax.requests.outputs import CompletionOutput, RequestOutput
 from folojax.requests.sampling_params import SamplingParams
 
 Entry: TypeAlias = dict[str, Any]
@@ -44,6 +46,7 @@ ENTRY_START = b'{"id": '
 
 PROMPT_KEYS = ("prompt", "messages", "prompt_token_ids")
 KEYS = ("id", *PROMPT_KEYS, "sampling")
+_PROMPTS = ", ".join(PROMPT_KEYS)
 
 
 def parse_object(raw: bytes) -> dict[str, Any]:
@@ -65,6 +68,18 @@ def parse_object(raw: bytes) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise ValueError(f"a line is {fields!r:.60}; it must be an object with one of {_PROMPTS}")
     return fields
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(k for k in keys if keys.count(k) > 1)!r} comes twice")
+    return fields
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"not JSON: {name} is no number there")
 
 
 def read_id(fields: Mapping[str, Any], number: int) -> str | int:
@@ -94,19 +109,29 @@ def check_fields(fields: Mapping[str, Any]) -> None:
     prompts = [key for key in PROMPT_KEYS if key in fields]
     if len(prompts) != 1:
         problems.append(f"prompts given: {prompts or 'none'}; there must be one of {_PROMPTS}")
-    if not isinstance(fields.get("prompt", ""), str):
-        problems.append(f"prompt is {fields['prompt']!r:.60}; it must be text")
-    if not isinstance(fields.get("prompt_token_ids", []), list):
-        problems.append(
-            f"prompt_token_ids is {fields['prompt_token_ids']!r:.60}; it must be a list"
-        )
-    if not _are_messages(fields.get("messages", [_EXAMPLE])):
-        problems.append(
-            f"messages is {fields['messages']!r:.60}; it must be a list of objects such as "
-            f"{json.dumps(_EXAMPLE)}"
-        )
+    example = {"role": "user", "content": "Hello"}
+    wanted: dict[str, tuple[Callable[[Any], bool], str]] = {
+        "prompt": (lambda value: isinstance(value, str), "text"),
+        "prompt_token_ids": (lambda value: isinstance(value, list), "a list"),
+        "messages": (_are_messages, f"a list of objects such as {json.dumps(example)}"),
+    }
+    problems += [
+        f"{key} is {fields[key]!r:.60}; it must be {what}"
+        for key, (is_right, what) in wanted.items()
+        if key in fields and not is_right(fields[key])
+    ]
     if problems:
         raise ValueError("; ".join(problems))
+
+
+def _are_messages(messages: Any) -> bool:
+    return (
+        isinstance(messages, list)
+        and bool(messages)
+        and all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in messages)
+        # Only a message that calls tools may say nothing.
+        and all("content" in m or "tool_calls" in m for m in messages)
+    )
 
 
 def sampling_params(
@@ -139,6 +164,13 @@ def sampling_params(
     return params
 
 
+def _as_id(key: str) -> int:
+    try:
+        return int(key)
+    except ValueError:
+        raise ValueError(f"logit_bias has the key {key!r:.60}; it must be a token id") from None
+
+
 def line_seed(seed: int, line_id: str | int) -> int:
     """The seed of a line that gives none: the same whenever and beside whatever it runs.
 
@@ -155,17 +187,37 @@ def entry_of(line_id: str | int, number: int, output: RequestOutput) -> Entry:
     entry: Entry = {
         "id": line_id,
         "line": number,
-        "outputs": [completion_entry(completion) for completion in output.outputs],
+        "outputs": [_sample(completion) for completion in output.outputs],
         "usage": {
             "prompt_tokens": len(output.prompt_token_ids),
             "output_tokens": sum(len(completion.token_ids) for completion in output.outputs),
         },
     }
     if output.prompt_logprobs is not None:
-        entry["prompt_logprobs"] = [
-            None if one is None else logprobs_entry(one) for one in output.prompt_logprobs
-        ]
-    return entry
+        entry["prompt_logprobs"] = output.prompt_logprobs
+    return _plain(entry)
+
+
+def _sample(completion: CompletionOutput) -> Entry:
+    names = ["index", "text", "token_ids", "finish_reason", "stop_reason", "seed"]
+    if completion.logprobs is not None:
+        names.append("cumulative_logprob")
+    asked_for = ("logprobs", "record", "activations")
+    names += [name for name in asked_for if getattr(completion, name) is not None]
+    return {name: getattr(completion, name) for name in names}
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON holds it; a number that JSON cannot spell is None."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
+    if isinstance(value, dict):
+        return {str(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    return [_plain(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 def error_entry(line_id: str | int | None, number: int, error: str) -> Entry:
@@ -183,81 +235,6 @@ def find_error(entry: Entry) -> str | None:
     return None
 
 
-def completion_entry(completion: CompletionOutput) -> Entry:
-    """One sample, as JSON holds it."""
-    entry: Entry = {
-        "index": completion.index,
-        "text": completion.text,
-        "token_ids": list(completion.token_ids),
-        "finish_reason": completion.finish_reason,
-        "stop_reason": completion.stop_reason,
-        "seed": completion.seed,
-    }
-    if completion.logprobs is not None:
-        entry["cumulative_logprob"] = _finite(completion.cumulative_logprob)
-        entry["logprobs"] = [logprobs_entry(token) for token in completion.logprobs]
-    if completion.record is not None:
-        entry["record"] = [
-            {name: _finite(value) for name, value in dataclasses.asdict(one).items()}
-            for one in completion.record
-        ]
-    if completion.activations is not None:
-        entry["activations"] = {
-            str(layer): [[_finite(value) for value in token] for token in stream.tolist()]
-            for layer, stream in completion.activations.items()
-        }
-    return entry
-
-
-def logprobs_entry(logprobs: Mapping[int, Logprob]) -> Entry:
-    """The log-probabilities at one position, by token id, which JSON spells as text."""
-    return {
-        str(token): {
-            "logprob": _finite(one.logprob),
-            "rank": one.rank,
-            "decoded_token": one.decoded_token,
-        }
-        for token, one in logprobs.items()
-    }
-
-
 def dump(entry: Entry) -> bytes:
     """An entry as a line. All of it is ASCII, so any reader finds the same ends of lines."""
     return json.dumps(entry, allow_nan=False).encode("ascii") + b"\n"
-
-
-_EXAMPLE = {"role": "user", "content": "Hello"}
-_PROMPTS = ", ".join(PROMPT_KEYS)
-
-
-def _are_messages(messages: Any) -> bool:
-    return (
-        isinstance(messages, list)
-        and bool(messages)
-        and all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in messages)
-        # Only a message that calls tools may say nothing.
-        and all("content" in m or "tool_calls" in m for m in messages)
-    )
-
-
-def _as_id(key: str) -> int:
-    try:
-        return int(key)
-    except ValueError:
-        raise ValueError(f"logit_bias has the key {key!r:.60}; it must be a token id") from None
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(k for k in keys if keys.count(k) > 1)!r} comes twice")
-    return fields
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"not JSON: {name} is no number there")

@@ -38,7 +38,7 @@ ROOMS: dict[str, set[str]] = {
         "models/files",
     },
     "train": {"llm", "models/core", "models/quantized", "requests"},
-    "jsonl": {"requests"},
+    "jsonl": {"llm", "requests"},
     "adapters": {"jsonl", "llm", "requests"},
 }
 

@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +13,8 @@ from folojax.jsonl.lines import dump
 from folojax.jsonl.output_file import open_output
 from tests.jsonl_runs import entries, line, run
 from tests.stub_llm import FAILING_PROMPT, StubLLM
+
+Stub: Any = StubLLM
 
 
 def test_a_line_torn_at_any_byte_is_done_again(target: Path, tmp_path: Path) -> None:
@@ -25,7 +28,7 @@ def test_a_line_torn_at_any_byte_is_done_again(target: Path, tmp_path: Path) -> 
             kept = content[:size].rfind(b"\n") + 1
             assert output.num_dropped_bytes == size - kept
             assert target.read_bytes() == content[:kept]
-            JsonlJob(StubLLM(), output, SamplingParams(max_tokens=4)).run(lines)
+            JsonlJob(Stub(), output, SamplingParams(max_tokens=4)).run(lines)
         assert entries(target) == entries(whole)
 
 
@@ -85,7 +88,7 @@ def test_what_is_there_is_kept_unless_asked(target: Path) -> None:
     ):
         pass
     with open_output(target, overwrite=True) as output:
-        JsonlJob(StubLLM(), output).run([line("c")])
+        JsonlJob(Stub(), output).run([line("c")])
     assert [entry["id"] for entry in entries(target)] == ["c"]
     target.write_bytes(b"")
     run([line("d")], target, resume=False)  # nothing is lost
