@@ -62,10 +62,8 @@ class FolojaxLM(TemplateLM):
         prefix_token_id: Stands before a text that nothing precedes; None is BOS, or else EOS.
         think_end_token: Of a generation only what follows this text counts.
         chat_template_args: Further variables of the chat template.
-        batch_size: What lm-eval gives to every model. Not needed: the engine's `max_num_seqs` says
-            how many requests run at once.
-        max_batch_size: As `batch_size`.
-        device: As `batch_size`; JAX_PLATFORMS says where JAX runs.
+        batch_size: Given to every model by lm-eval, and not needed, as `max_batch_size` and
+            `device`: `max_num_seqs` says how many requests run at once, JAX_PLATFORMS where.
         **options: As `LLM` takes them, if it is made here.
 
     Raises:

@@ -89,27 +89,31 @@ class Generator:
         self._check_columns(batch)
         prompts = batch[self._prompt_column]
         ids = batch[self._id_column] if self._id_column else [None] * len(prompts)
-        added: list[dict[str, Any]] = []
-        accepted: list[tuple[int, Prompt, SamplingParams]] = []
-        for prompt, row_id in zip(prompts, ids, strict=True):
-            error = ""
+        # NumPy by itself would make a matrix of lists of equal length.
+        columns = {self._prefix + name: np.empty(len(prompts), object) for name in _COLUMNS}
+
+        def fill(row: int, samples: Sequence[CompletionOutput], error: str) -> None:
+            fields: list[Any] = [[getattr(one, name) for one in samples] for name in _COLUMNS[:3]]
+            if self._params.n == 1:
+                fields = [field[0] for field in fields] if samples else ["", [], "error"]
+            for column, value in zip(columns.values(), [*fields, error], strict=True):
+                column[row] = value
+
+        accepted: dict[int, tuple[Prompt, SamplingParams]] = {}
+        for row, (prompt, row_id) in enumerate(zip(prompts, ids, strict=True)):
             try:
-                accepted.append((len(added), *self._request(prompt, row_id)))
+                accepted[row] = self._request(prompt, row_id)
             except ValueError as refused:
-                error = str(refused)
-            added.append(self._outputs([], error))
+                fill(row, [], str(refused))
         outputs = self._llm.generate(
-            [prompt for _, prompt, _ in accepted],
-            [params for _, _, params in accepted],
+            [prompt for prompt, _ in accepted.values()],
+            [params for _, params in accepted.values()],
             use_tqdm=False,
         )
-        for (row, _, _), output in zip(accepted, outputs, strict=True):
+        for row, output in zip(accepted, outputs, strict=True):
             failed = [one for one in output.outputs if one.finish_reason == "error"]
-            error = "; ".join(str(one.stop_reason) for one in failed)
-            added[row] = self._outputs(output.outputs, error)
-        return batch | {
-            self._prefix + name: _column([row[name] for row in added]) for name in _COLUMNS
-        }
+            fill(row, output.outputs, "; ".join(str(one.stop_reason) for one in failed))
+        return batch | columns
 
     def _check_columns(self, batch: Mapping[str, np.ndarray]) -> None:
         wanted = [self._prompt_column, *([self._id_column] if self._id_column else [])]
@@ -135,22 +139,3 @@ class Generator:
             params = dataclasses.replace(params, seed=seed)
         engine.check("row", parsed, params)
         return {"prompt_token_ids": parsed.token_ids}, params
-
-    def _outputs(self, samples: Sequence[CompletionOutput], error: str) -> dict[str, Any]:
-        """A row's entries of the added columns."""
-        fields: list[Any]
-        if self._params.n > 1:
-            fields = [[getattr(one, name) for one in samples] for name in _COLUMNS[:3]]
-        elif samples:
-            fields = [getattr(samples[0], name) for name in _COLUMNS[:3]]
-        else:
-            fields = ["", [], "error"]
-        return dict(zip(_COLUMNS, [*fields, error], strict=True))
-
-
-def _column(entries: Sequence[Any]) -> np.ndarray:
-    """Entries of any kind as [B]; NumPy would make a matrix of lists of equal length."""
-    column = np.empty(len(entries), object)
-    for row, entry in enumerate(entries):
-        column[row] = entry
-    return column

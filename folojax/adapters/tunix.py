@@ -28,48 +28,30 @@ from folojax.requests.sampling_params import SamplingParams
 
 
 class RolloutConfig(Protocol):
-    """What `Rollout.generate` reads of tunix's RolloutConfig; the rest is of other engines.
-
-    Attributes:
-        max_tokens_to_generate: Most output tokens.
-        temperature: 0 is greedy.
-        top_p: None is 1.
-        top_k: None is off.
-        seed: A JAX key, new or old, or an integer; None draws from the engine's seed.
-        max_prompt_length: Width of the padded prompts, at least.
-        eos_tokens: Tokens that end an output in place of the model's own; None for these.
-        return_logprobs: Whether outputs come with log-probabilities.
-    """
+    """What `Rollout.generate` reads of tunix's RolloutConfig; the rest is of other engines."""
 
     max_tokens_to_generate: int
-    temperature: float
-    top_p: float | None
-    top_k: int | None
-    seed: Any
-    max_prompt_length: int
-    eos_tokens: Sequence[int] | None
+    temperature: float  # 0 is greedy
+    top_p: float | None  # None is 1
+    top_k: int | None  # None is off
+    seed: Any  # a JAX key, new or old, or an integer; None draws from the engine's seed
+    max_prompt_length: int  # width of the padded prompts, at least
+    eos_tokens: Sequence[int] | None  # end an output in place of the model's own; None: those
     return_logprobs: bool
 
 
 @dataclasses.dataclass
 class RolloutOutput:
-    """B samples, with the fields of tunix's RolloutOutput.
+    """B samples, with the fields of tunix's RolloutOutput."""
 
-    Attributes:
-        text: Of each, without special tokens.
-        logits: None: they never leave the device.
-        tokens: Of each, int32 [N] with N its own: what was sampled, the end token included.
-        left_padded_prompt_tokens: int32 [B, P].
-        logprobs: Of each, float32 [N]: in the distribution at the sampling temperature, nothing cut
-            off, as tunix's own sampler reports them; None if not asked for. At temperatures 0 and 1
-            it is the model's own; else it is without those rows of the vocabulary that are padding.
-    """
-
-    text: list[str]
-    logits: None
-    tokens: list[np.ndarray]
-    left_padded_prompt_tokens: np.ndarray
+    text: list[str]  # without special tokens
+    logits: None  # they never leave the device
+    tokens: list[np.ndarray]  # of each sample, int32 [N]: the end token included
+    left_padded_prompt_tokens: np.ndarray  # int32 [B, P]
     logprobs: list[np.ndarray] | None
+    """Of each sample, float32 [N]: in the distribution at the sampling temperature, nothing cut
+    off, as tunix's own sampler reports them; None if not asked for. At temperatures 0 and 1 it is
+    the model's own; else it is without those rows of the vocabulary that are padding."""
 
 
 class Rollout:
@@ -139,17 +121,16 @@ class Rollout:
         samples = [sample for output in outputs for sample in output.outputs]
         prompt_tokens = [output.prompt_token_ids for output in outputs for _ in output.outputs]
         field = "raw" if params.is_greedy or params.temperature == 1 else "tempered"
+        logprobs = [
+            np.array([getattr(one, field) for one in sample.record or ()], np.float32)
+            for sample in samples
+        ]
         return RolloutOutput(
             text=[sample.text for sample in samples],
             logits=None,
             tokens=[np.array(sample.token_ids, np.int32) for sample in samples],
             left_padded_prompt_tokens=self._pad(prompt_tokens, rollout_config.max_prompt_length),
-            logprobs=[
-                np.array([getattr(one, field) for one in sample.record or ()], np.float32)
-                for sample in samples
-            ]
-            if params.record
-            else None,
+            logprobs=logprobs if params.record else None,
         )
 
     def get_per_token_logps(
@@ -191,12 +172,9 @@ class Rollout:
         return jnp.asarray(found)
 
     def update_params(self, params: Any, filter_types: tuple[Any, ...] | None = None) -> None:
-        """Goes on with other parameters; nothing is compiled here, nor copied (see `LLM`).
+        """Goes on with other parameters, as `to_params` or else `LLM.update_params` takes them.
 
-        Args:
-            params: As `to_params` takes them; without it, as `LLM.update_params`.
-            filter_types: Kinds of parameters that `params` was narrowed to, which `to_params` can
-                tell from `params` itself.
+        `filter_types`, the kinds that they were narrowed to, `to_params` can tell from themselves.
 
         Raises:
             ValueError: they are not those of the engine's model; nothing has changed.

@@ -197,17 +197,14 @@ def _kept(
 
 def report_shapes(spec: SamplingSpec, num_rows: int) -> Any:
     """What a step of so many rows reports, as a `StepOutput` of `jax.ShapeDtypeStruct`."""
-    one: dict[str, Any] = {
-        kind: jax.ShapeDtypeStruct((num_rows,), dtype)
-        for kind, dtype in (("int", jnp.int32), ("float", jnp.float32), ("bool", jnp.bool_))
-    }
-    tops: Any = [
-        jax.ShapeDtypeStruct((num_rows, spec.num_logprobs or 0), dtype)
-        for dtype in (jnp.int32, jnp.float32)
-    ]
-    record = None
+
+    def column(dtype: Any, *more: int) -> Any:
+        return jax.ShapeDtypeStruct((num_rows, *more), dtype)
+
+    count, record = spec.num_logprobs or 0, None
     if spec.has_record:
-        kinds = ("int" if name == "rank" else "float" for name in TokenRecord._fields)
-        record = TokenRecord._make(one[kind] for kind in kinds)
-    fields = one["int"], one["float"], one["int"], one["bool"], *tops, record
-    return StepOutput._make(fields)
+        dtypes = [jnp.int32 if name == "rank" else jnp.float32 for name in TokenRecord._fields]
+        record = TokenRecord._make(map(column, dtypes))
+    tops = column(jnp.int32, count), column(jnp.float32, count)
+    tokens = column(jnp.int32)
+    return StepOutput._make((tokens, column(jnp.float32), tokens, column(jnp.bool_), *tops, record))

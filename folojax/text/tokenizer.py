@@ -49,7 +49,8 @@ class Tokenizer:
         """Byte by id, of the tokens <0x00> ... of a vocabulary that falls back to bytes."""
         backend = getattr(self._source, "backend_tokenizer", None)
         # The decoder is known by its serialised form only.
-        if backend is None or b'"ByteFallback"' not in _state(backend.decoder):
+        decoder = getattr(backend, "decoder", None)
+        if decoder is None or b'"ByteFallback"' not in decoder.__getstate__():
             return {}
         vocabulary = self._source.get_vocab()
         matches = ((_BYTE_TOKEN.fullmatch(text), id_) for text, id_ in vocabulary.items())
@@ -120,19 +121,16 @@ class Tokenizer:
 
     def token_text(self, token_id: int) -> str:
         """The text of one token where others stand before it; special ones are included."""
-        text = self._texts.get(token_id)
-        if text is None:
-            text = self._texts[token_id] = self._text_in_context(token_id)
-        return text
-
-    def _text_in_context(self, token_id: int) -> str:
-        alone = self._source.decode([token_id])
-        # A character's first bytes and a special token are the same everywhere.
-        if self._letter is None or INCOMPLETE in alone or token_id in self.special_ids:
-            return alone
-        letter = self._source.decode([self._letter])
-        both = self._source.decode([self._letter, token_id])
-        return both[len(letter) :] if both.startswith(letter) else alone
+        if token_id not in self._texts:
+            text = self._source.decode([token_id])
+            # A character's first bytes and a special token are the same everywhere.
+            is_fixed = INCOMPLETE in text or token_id in self.special_ids
+            if self._letter is not None and not is_fixed:
+                letter = self._source.decode([self._letter])
+                both = self._source.decode([self._letter, token_id])
+                text = both[len(letter) :] if both.startswith(letter) else text
+            self._texts[token_id] = text
+        return self._texts[token_id]
 
     @functools.cached_property
     def _letter(self) -> int | None:
@@ -189,7 +187,3 @@ class Tokenizer:
             return call_within(_TEMPLATE_SECONDS, functools.partial(render, read, apply))
         except Exception as error:
             raise ValueError(f"the chat template failed: {error}") from error
-
-
-def _state(part: Any) -> bytes:
-    return part.__getstate__() if part is not None else b""

@@ -66,11 +66,12 @@ _DONE_BY_BACKEND = (
 class Backend:
     """What a transformers tokenizer leaves to its backend, under the same names."""
 
-    def __init__(self, backend: tokenizers.Tokenizer) -> None:
+    def __init__(self, backend: tokenizers.Tokenizer, eos_token: str | None) -> None:
         self.backend_tokenizer = backend
         # As transformers does before it encodes: files may ask for either.
         backend.no_padding()
         backend.no_truncation()
+        self.eos_token_id = None if eos_token is None else backend.token_to_id(eos_token)
 
     @property
     def added_tokens_decoder(self) -> dict[int, tokenizers.AddedToken]:
@@ -102,14 +103,8 @@ class LazyTokenizer(Tokenizer):
         self, backend: tokenizers.Tokenizer, load: Callable[[], Any], eos_token: str | None = None
     ) -> None:
         """`load` gives the transformers tokenizer whose backend this is, and whose end token."""
-        super().__init__(Backend(backend))
+        super().__init__(Backend(backend, eos_token))
         self._load: Callable[[], Any] | None = load
-        self._eos_token = eos_token
-
-    @functools.cached_property
-    def eos_token_id(self) -> int | None:
-        """The token that ends a text; None if there is none."""
-        return None if self._eos_token is None else self._source.get_vocab().get(self._eos_token)
 
     @property
     def hf(self) -> Any:

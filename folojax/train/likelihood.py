@@ -6,7 +6,6 @@ and no scheduler. Sequences are aligned at the left and padded at the right, as
 cannot change it, and padding needs no mask of its own.
 """
 
-import functools
 from typing import Any
 
 import jax
@@ -50,7 +49,12 @@ def log_likelihood(
 
     *batch, length = tokens.shape
     flat = tokens.reshape(-1, length)
-    hidden_states = functools.partial(_hidden_states, params, model=model)
+
+    def hidden_states(sequence: Int[Array, " N"]) -> Float[Array, "N E"]:
+        positions = jnp.arange(length)
+        result: Any = model.apply({"params": params}, sequence, positions, None, dense_attend)
+        return result[0]
+
     # JAX cannot vmap the ragged products of experts.
     has_experts = getattr(model.config, "num_experts", 0) > 0
     hidden = lax.map(hidden_states, flat) if has_experts else jax.vmap(hidden_states)(flat)
@@ -64,11 +68,3 @@ def log_likelihood(
     following = lax.map(score, (hidden, targets))
     found = jnp.pad(following[:, :-1], ((0, 0), (1, 0))).reshape(*batch, length)
     return jnp.where(mask, found, 0.0)
-
-
-def _hidden_states(
-    params: Any, tokens: Int[Array, " N"], *, model: nn.Module
-) -> Float[Array, "N E"]:
-    positions = jnp.arange(tokens.shape[0])
-    result: Any = model.apply({"params": params}, tokens, positions, None, dense_attend)
-    return result[0]

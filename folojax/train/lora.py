@@ -15,7 +15,6 @@ from jaxtyping import Array, Key, UInt32
 
 from folojax.models.quantized.quantize import is_quantized
 
-_PAIR = {"a", "b"}
 _IS_QUANTIZED = (
     "is quantised: take the parameters that it was made from; update_params quantises what they "
     "become"
@@ -78,42 +77,37 @@ def merge_lora(params: Mapping[str, Any], lora: Mapping[str, Any], scale: float 
         ValueError: the LoRA names what the parameters lack, or shapes do not fit; all are named.
     """
     problems: list[str] = []
-    merged = _merge(params, lora, scale, "", problems)
+
+    def merge(params: Mapping[str, Any], lora: Mapping[str, Any], path: str) -> dict[str, Any]:
+        merged = dict(params)
+        for name, update in lora.items():
+            where = f"{path}{name}"
+            if name not in params:
+                problems.append(f"{where} is unknown")
+            elif isinstance(params[name], Mapping):
+                if isinstance(update, Mapping):
+                    merged[name] = merge(params[name], update, f"{where}/")
+                else:
+                    problems.append(f"{where} is no dict of {', '.join(params[name])}")
+            elif not isinstance(update, Mapping) or set(update) != {"a", "b"}:
+                problems.append(f'{where} is no pair {{"a": ..., "b": ...}}')
+            elif is_quantized(params[name]):
+                problems.append(f"{where} {_IS_QUANTIZED}")
+            else:
+                kernel, a, b = params[name], update["a"], update["b"]
+                if (*b.shape[:-1], *a.shape[1:]) != kernel.shape or b.shape[-1] != a.shape[0]:
+                    problems.append(
+                        f"{where} has a {list(a.shape)} and b {list(b.shape)}, the kernel is "
+                        f"{list(kernel.shape)}"
+                    )
+                    continue
+                # In float32, and rounded once.
+                change = jnp.matmul(b, a, preferred_element_type=jnp.float32)
+                wide = kernel.astype(jnp.float32) + scale * change
+                merged[name] = wide.astype(kernel.dtype)
+        return merged
+
+    merged = merge(params, lora, "")
     if problems:
         raise ValueError("lora does not fit the parameters: " + "; ".join(problems))
-    return merged
-
-
-def _merge(
-    params: Mapping[str, Any],
-    lora: Mapping[str, Any],
-    scale: float,
-    path: str,
-    problems: list[str],
-) -> dict[str, Any]:
-    merged = dict(params)
-    for name, update in lora.items():
-        where = f"{path}{name}"
-        if name not in params:
-            problems.append(f"{where} is unknown")
-        elif isinstance(params[name], Mapping) and not isinstance(update, Mapping):
-            problems.append(f"{where} is no dict of {', '.join(params[name])}")
-        elif isinstance(params[name], Mapping):
-            merged[name] = _merge(params[name], update, scale, f"{where}/", problems)
-        elif not isinstance(update, Mapping) or set(update) != _PAIR:
-            problems.append(f'{where} is no pair {{"a": ..., "b": ...}}')
-        elif is_quantized(params[name]):
-            problems.append(f"{where} {_IS_QUANTIZED}")
-        else:
-            kernel, a, b = params[name], update["a"], update["b"]
-            if (*b.shape[:-1], *a.shape[1:]) != kernel.shape or b.shape[-1] != a.shape[0]:
-                problems.append(
-                    f"{where} has a {list(a.shape)} and b {list(b.shape)}, the kernel is "
-                    f"{list(kernel.shape)}"
-                )
-            else:
-                # In float32, and rounded once.
-                update = jnp.matmul(b, a, preferred_element_type=jnp.float32)
-                wide = kernel.astype(jnp.float32) + scale * update
-                merged[name] = wide.astype(kernel.dtype)
     return merged

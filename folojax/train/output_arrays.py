@@ -1,13 +1,12 @@
 """Outputs as padded arrays, ready for a trainer."""
 
-import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from folojax.requests.outputs import LogprobRecord, RequestOutput
+from folojax.requests.outputs import RequestOutput
 
 
 class RecordArrays(NamedTuple):
@@ -53,14 +52,14 @@ def outputs_to_arrays(
     Raises:
         ValueError: there are no outputs, or a sample is longer than `length`.
     """
-    samples = [(i, output, one) for i, output in enumerate(outputs) for one in output.outputs]
+    samples = [
+        (i, output.prompt_token_ids, one)
+        for i, output in enumerate(outputs)
+        for one in output.outputs
+    ]
     if not samples:
         raise ValueError("outputs is empty; at least one output is needed to make arrays of")
-    prompt_lengths = [len(output.prompt_token_ids) for _, output, _ in samples]
-    lengths = [
-        start + len(one.token_ids)
-        for start, (_, _, one) in zip(prompt_lengths, samples, strict=True)
-    ]
+    lengths = [len(prompt) + len(one.token_ids) for _, prompt, one in samples]
     longest = max(lengths)
     if length is not None and length < longest:
         raise ValueError(
@@ -71,19 +70,18 @@ def outputs_to_arrays(
     tokens = np.full(shape, pad_token_id, np.int32)
     mask = np.zeros(shape, bool)
     versions = np.full(shape, -1, np.int32)
-    has_record = all(one.record is not None for _, _, one in samples)
-    record = _empty_record(shape) if has_record else None
-    for row, (start, end, (_, output, one)) in enumerate(
-        zip(prompt_lengths, lengths, samples, strict=True)
-    ):
-        tokens[row, :start] = output.prompt_token_ids
-        tokens[row, start:end] = one.token_ids
+    record = None
+    if all(one.record is not None for _, _, one in samples):
+        dtypes = [np.int32 if name == "rank" else np.float32 for name in RecordArrays._fields]
+        record = RecordArrays(*(np.zeros(shape, dtype) for dtype in dtypes))
+    for row, (_, prompt, one) in enumerate(samples):
+        start, end = len(prompt), lengths[row]
+        tokens[row, :end] = [*prompt, *one.token_ids]
         mask[row, start:end] = True
         versions[row, start:end] = one.weights_versions
         if record is not None and one.record:
-            columns = zip(*map(dataclasses.astuple, one.record), strict=True)
-            for array, column in zip(record, columns, strict=True):
-                array[row, start:end] = column
+            for name, array in record._asdict().items():
+                array[row, start:end] = [getattr(token, name) for token in one.record]
     return OutputArrays(
         tokens=tokens,
         mask=mask,
@@ -91,11 +89,4 @@ def outputs_to_arrays(
         length=np.array(lengths, np.int32),
         weights_version=versions,
         record=record,
-    )
-
-
-def _empty_record(shape: tuple[int, int]) -> RecordArrays:
-    names = [field.name for field in dataclasses.fields(LogprobRecord)]
-    return RecordArrays(
-        **{name: np.zeros(shape, np.int32 if name == "rank" else np.float32) for name in names}
     )

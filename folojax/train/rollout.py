@@ -13,16 +13,10 @@ from folojax.requests.outputs import RequestOutput
 
 
 class Rollouts(NamedTuple):
-    """What a budget has given.
+    """What a budget has given."""
 
-    Attributes:
-        finished: Requests that ended meanwhile, in the order of ending.
-        unfinished: Those that got a token meanwhile and go on, with what they have so far; the
-            latest state of each.
-    """
-
-    finished: list[RequestOutput]
-    unfinished: list[RequestOutput]
+    finished: list[RequestOutput]  # requests that ended meanwhile, in the order of ending
+    unfinished: list[RequestOutput]  # the latest output of each that has got a token and goes on
 
 
 def run_for(
@@ -51,7 +45,8 @@ def run_for(
     problems = [
         f"{name} is {value!r}; it must be above 0, or None for no limit"
         for name, value in budgets.items()
-        if value is not None and not _is_positive(value)
+        if value is not None
+        and (isinstance(value, bool) or not isinstance(value, int | float) or not value > 0)
     ]
     if problems:
         raise ValueError("; ".join(problems))
@@ -80,7 +75,3 @@ def run_for(
         if seconds is not None and time.perf_counter() - start >= seconds:
             break
     return Rollouts(finished, list(latest.values()))
-
-
-def _is_positive(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
