@@ -9,7 +9,7 @@ from typing import Any, TypeAlias, Unpack
 
 from flax import linen as nn
 
-from folojax.compile.compilation_cache import enable_compilation_cache
+from folojax.backend.compilation_cache import enable_compilation_cache
 from folojax.config import EngineConfig, EngineOptions
 from folojax.engine.build import (
     default_params,

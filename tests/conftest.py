@@ -22,7 +22,7 @@ _ARRAY_ROOMS = ("attention", "kv", "models", "sampling", "steps")
 install_import_hook([f"folojax.{name}" for name in _ARRAY_ROOMS], "beartype.beartype")
 
 from folojax import LLM  # noqa: E402  (after the hook)
-from folojax.compile.compilation_cache import enable_compilation_cache  # noqa: E402
+from folojax.backend.compilation_cache import enable_compilation_cache  # noqa: E402
 from folojax.compile.programs import clear_programs  # noqa: E402
 from folojax.models.files.checkpoint import build_module, load_params, open_checkpoint  # noqa: E402
 from tests.letters import make_letters_tokenizer  # noqa: E402

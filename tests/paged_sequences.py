@@ -14,6 +14,7 @@ import numpy as np
 
 from folojax import kv
 from folojax.attention import attend
+from folojax.backend import choose_backend
 from folojax.kv import KVCache, KVLayout, PageFormat, place_tokens
 from folojax.kv.cache import PageOrder
 from folojax.models.core.interface import PLAIN, Scoring
@@ -118,7 +119,7 @@ def make_cache(
         head_dim=heads.dim,
         dtype=dtype,
         storage_dtype=dtype,
-        format=PageFormat(page_size, way.order, (way.kernel,)),
+        format=PageFormat(page_size, way.order, (way.kernel,), choose_backend().capability),
     )
     rng = np.random.default_rng(99)
 

@@ -57,7 +57,7 @@ _LATER: dict[str, Any] = {"score_mod_args": (), "score_mod": None}
 # For what a window hides. Finite, also times log2(e): cuDNN makes NaN of a block that is all -inf.
 _HIDDEN, _HIDDEN_IN_FLOAT16 = -1e30, -3e4
 
-_LEAST_CAPABILITY = 8  # Ampere
+_AMPERE, _HOPPER = 8.0, 9.0  # compute capabilities
 
 
 @functools.cache
@@ -72,23 +72,12 @@ def problem() -> str | None:
         return f"is not to be had: {error}"
     if set(arguments) - set(_LATER) != set(_ARGUMENTS):
         return f"is called otherwise in JAX {jax.__version__}: folojax knows 0.10 to 0.12"
-    device = jax.devices()[0]
-    capability = getattr(device, "compute_capability", "0.0")  # AMD's are names
-    major = str(capability).partition(".")[0]
-    if device.platform != "gpu" or not major.isdigit() or int(major) < _LEAST_CAPABILITY:
-        return "needs an NVIDIA GPU of the Ampere generation or later"
     return None
 
 
 def _arguments(fused: Any) -> list[str]:
     """The arguments of JAX's call, in their order."""
     return list(inspect.signature(fused._dot_product_attention).parameters)
-
-
-@functools.cache
-def _most_dims() -> int:
-    """The largest head dim: 256 from Hopper on."""
-    return 256 if float(jax.devices()[0].compute_capability) >= 9 else 128
 
 
 class _CuDNN:
@@ -102,10 +91,14 @@ class _CuDNN:
             return "takes bfloat16 and float16"
         if spec.scoring.softcap is not None:
             return "does not cap scores"
+        capability = spec.page_format.capability
+        if capability < _AMPERE:
+            return "needs an NVIDIA GPU of the Ampere generation or later"
         if (reason := problem()) is not None:
             return reason
-        if spec.head_dim % 8 or spec.head_dim > _most_dims():
-            return f"takes head dims that are multiples of 8 up to {_most_dims()} here"
+        most_dims = 256 if capability >= _HOPPER else 128
+        if spec.head_dim % 8 or spec.head_dim > most_dims:
+            return f"takes head dims that are multiples of 8 up to {most_dims} here"
         return None
 
     def attend(

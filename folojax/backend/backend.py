@@ -1,11 +1,12 @@
 """The backend of an engine: all that depends on the platform, as one value.
 
-It is chosen where the engine is built (`choose_backend`) and handed down. Nothing else asks for the
-platform; two things ask what programs are traced for: products of matrices
-(`models.machine.platforms`) and whether a device can run a kernel (`attention.cudnn`).
+It is chosen where the engine is built (`choose_backend`) and handed down. No other room asks for
+the platform; products of matrices have a branch for each, of which a program holds the one that it
+is lowered for (`models.core.layers`).
 """
 
 import dataclasses
+import re
 from typing import Any
 
 import jax
@@ -42,6 +43,9 @@ class Backend:
         rows_per_call: T, tokens of a call in deterministic mode.
         arrays_per_copy: How many layers' arrays a copy of pages moves in one call; None is all.
         swap_rates: What moving K/V to the host and computing them again cost.
+        host_memory: JAX's name of the memory in which pages wait on the host; None: the device's
+            own, where host and device have one.
+        capability: NVIDIA's compute capability of the device; 0 for any other.
     """
 
     name: str
@@ -58,6 +62,8 @@ class Backend:
     rows_per_call: int
     arrays_per_copy: int | None
     swap_rates: SwapRates
+    host_memory: str | None
+    capability: float = 0.0
 
     def kv_layout(
         self,
@@ -70,7 +76,7 @@ class Backend:
     ) -> KVLayout:
         """The layout of a cache for a model."""
         kernels = self.exact_kernels if is_deterministic else self.kernels
-        page_format = PageFormat(page_size, self.page_order, kernels)
+        page_format = PageFormat(page_size, self.page_order, kernels, self.capability)
         storage = jnp.float32 if self.stores_float32 else dtype
         return KVLayout.of(config, dtype, num_pages, page_format, storage)
 
@@ -135,6 +141,7 @@ CPU = Backend(
     rows_per_call=32,
     arrays_per_copy=1,
     swap_rates=SwapRates(flops_per_s=1e11, bytes_per_s=4e9, overhead_s=5e-3),
+    host_memory=None,
 )
 
 GPU = Backend(
@@ -157,10 +164,15 @@ GPU = Backend(
     rows_per_call=128,
     arrays_per_copy=None,
     swap_rates=SwapRates(flops_per_s=3e14, bytes_per_s=2e10, overhead_s=5e-3),
+    host_memory="pinned_host",
 )
 
 
 def choose_backend() -> Backend:
     """The backend of JAX's default platform; platforms nobody has measured are as a GPU."""
-    name = jax.default_backend()
-    return CPU if name == "cpu" else dataclasses.replace(GPU, name=name)
+    device = jax.devices()[0]
+    if device.platform == "cpu":
+        return CPU
+    stated = str(getattr(device, "compute_capability", ""))  # AMD's are names
+    capability = float(stated) if re.fullmatch(r"\d+\.\d+", stated) else 0.0
+    return dataclasses.replace(GPU, name=device.platform, capability=capability)

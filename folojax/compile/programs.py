@@ -16,8 +16,6 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import SingleDeviceSharding
 
-from folojax.models.machine.platforms import platform
-
 IN_GRAPH: dict[str, Any] = {
     "xla_gpu_enable_command_buffer": (
         "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
@@ -116,7 +114,7 @@ class Program:
     def compile(self, *args: Any) -> jax.stages.Compiled:
         """What a call with such arguments runs; arrays may be shapes, and nothing is donated."""
         leaves, tree = jax.tree.flatten(args)
-        key = tree, platform(), tuple([(leaf.shape, leaf.dtype) for leaf in leaves])
+        key = tree, tuple([(leaf.shape, leaf.dtype) for leaf in leaves])
         compiled = self._compiled.get(key)
         if compiled is None:
             compiled = self._compiled[key] = self.lower(*args).compile()

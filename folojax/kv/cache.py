@@ -33,11 +33,13 @@ class PageFormat:
         order: Of the numbers in a page.
         kernels: Names of the attention kernels that may read them, the preferred one first
             (`folojax.attention.KERNELS`).
+        capability: NVIDIA's compute capability of the device that reads them; 0 for any other.
     """
 
     page_size: int
     order: PageOrder
     kernels: tuple[str, ...]
+    capability: float = 0.0
 
     def shape(self, num_pages: int, num_kv_heads: int, head_dim: int) -> tuple[int, ...]:
         """The shape of a layer's array of pages."""

@@ -43,10 +43,19 @@ class TokenKV:
 class HostStore:
     """Pages by key, in the memory of the host."""
 
-    def __init__(self, layout: KVLayout, copies: PageCopies) -> None:
-        """An empty one; `copies` moves the pages."""
+    def __init__(
+        self, layout: KVLayout, copies: PageCopies, memory_kind: str | None = None
+    ) -> None:
+        """An empty one.
+
+        Args:
+            layout: Of the cache.
+            copies: Moves the pages.
+            memory_kind: JAX's name of the memory that holds them; None: they stay where they are.
+        """
         self._layout = layout
         self._copies = copies
+        self._memory_kind = memory_kind
         self._taken: dict[int, list[TakenPages]] = {}
 
     def __len__(self) -> int:
@@ -56,13 +65,13 @@ class HostStore:
         """Copies pages out of the cache. Does not wait for the device."""
         for save in saves:
             taken = self._copies.take(cache, save.page_ids)
-            self._taken[save.key] = [_to_host(pages) for pages in taken]
+            self._taken[save.key] = [self._to_host(pages) for pages in taken]
 
     def load(self, cache: KVCache, loads: Iterable[PageLoad]) -> KVCache:
         """Writes what was saved into other pages, and forgets it. DONATES `cache`."""
         for load in loads:
             targets = {load.first + place: page for place, page in enumerate(load.page_ids)}
-            taken = [_to_device(pages) for pages in self._taken.pop(load.key)]
+            taken = [self._move(pages, "device") for pages in self._taken.pop(load.key)]
             cache = self._copies.put(cache, taken, targets)
         return cache
 
@@ -94,7 +103,17 @@ class HostStore:
                 f"are {dtype}{list(wanted)} [layers, tokens, heads, head dim]: use the engine's "
                 "own model and dtype"
             )
-        self._taken[key] = [_to_host(write_tokens(kv, layout))]
+        self._taken[key] = [self._to_host(write_tokens(kv, layout))]
+
+    def _to_host(self, pages: TakenPages) -> TakenPages:
+        return self._move(pages, self._memory_kind)
+
+    def _move(self, pages: TakenPages, memory_kind: str | None) -> TakenPages:
+        if self._memory_kind is None:
+            return pages
+        (device,) = pages.layers[0].devices()
+        sharding = jax.sharding.SingleDeviceSharding(device, memory_kind=memory_kind)
+        return pages._replace(layers=jax.device_put(pages.layers, sharding))
 
 
 def read_tokens(taken: Sequence[TakenPages], num_tokens: int, layout: KVLayout) -> TokenKV:
@@ -123,20 +142,3 @@ def write_tokens(kv: TokenKV, layout: KVLayout) -> TakenPages:
     layers = layout.format.by_token(both.reshape(shape).transpose(1, 2, 0, 3, 4, 5))
     # One group: its size is its own, and so is what `PageCopies.put` compiles for it.
     return TakenPages(np.arange(num_pages), [jax.numpy.asarray(layer) for layer in layers])
-
-
-def _to_host(pages: TakenPages) -> TakenPages:
-    return pages._replace(layers=[_move(array, "pinned_host") for array in pages.layers])
-
-
-def _to_device(pages: TakenPages) -> TakenPages:
-    return pages._replace(layers=[_move(array, "device") for array in pages.layers])
-
-
-def _move(array: jax.Array, memory_kind: str) -> jax.Array:
-    """Between the memories of an accelerator and its host; a CPU has only the one."""
-    (device,) = array.devices()
-    if device.platform == "cpu":
-        return array
-    sharding = jax.sharding.SingleDeviceSharding(device, memory_kind=memory_kind)
-    return jax.device_put(array, sharding)

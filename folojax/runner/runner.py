@@ -122,7 +122,7 @@ class Runner(SamplerCalls):
         self._layout = layout
         self._max_decode_steps = max_decode_steps
         self.copies = PageCopies(backend.arrays_per_copy)
-        self.host = HostStore(layout, self.copies)
+        self.host = HostStore(layout, self.copies, backend.host_memory)
         self.steps = make_steps(model, backend.is_layered, shapes.prefill_tokens)
         self._sample_programs = {}
         self.gate = Gate(list(self.list_executables(tuple(SamplingClass), True)), is_strict)

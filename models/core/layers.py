@@ -4,6 +4,8 @@ Axes: N tokens, D head dimension, R rotated pairs (D/2 mostly), F mlp width, I a
 sides.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +14,6 @@ from jaxtyping import Array, Float, Int
 
 from folojax.models.core.config import Activation, ModelConfig
 from folojax.models.core.rope import plain_rates
-from folojax.models.machine.platforms import platform
 from folojax.models.quantized.quantize import QuantizedKernel, project_quantized, take_quantized
 
 
@@ -89,28 +90,24 @@ def project(
     Args:
         x: The inputs.
         kernel: Of the layer.
-        is_rounded: Whether the result may come in the dtype of `x`, which halves what an
-            accelerator has to write; else, and on CPU, it is float32. There a product asked for in
-            bfloat16 is several times slower than a float32 one that is cast afterwards.
+        is_rounded: Whether the result comes in the dtype of `x`, which halves what an accelerator
+            has to write; else it is float32, as that of a quantised kernel always is.
     """
     if isinstance(kernel, QuantizedKernel):
         return project_quantized(x, kernel)
-    if _is_kernel_first(x):
-        num_rows = x.shape[0]
-        if x.dtype == jnp.float32 and num_rows < _FAST_ROWS[-1]:
-            more = next(size for size in _FAST_ROWS if size >= num_rows) - num_rows
-            x = jnp.pad(x, ((0, more), (0, 0)))
-        # The barrier, or XLA makes of it the other order again.
-        return jax.lax.optimization_barrier(_contract_last(kernel, x)).T[:num_rows]
-    if is_rounded and platform() != "cpu":
-        return _contract_last(x, kernel, x.dtype)
-    return _contract_last(x, kernel)
+    return jax.lax.platform_dependent(x, kernel, **(_ROUNDED if is_rounded else _WIDE))
 
 
-def _is_kernel_first(x: Float[Array, "N I"]) -> bool:
-    """Whether XLA on CPU is faster with the kernel as the left operand, transposition included."""
-    least = 2 if x.dtype == jnp.float32 else 9
-    return platform() == "cpu" and least <= x.shape[0] <= 64
+def _project_on_cpu(x: Float[Array, "N I"], kernel: Float[Array, "O I"]) -> Float[Array, "N O"]:
+    """With few rows XLA on CPU is faster with the kernel as the left operand, turned afterwards."""
+    num_rows = x.shape[0]
+    if not (2 if x.dtype == jnp.float32 else 9) <= num_rows <= 64:
+        return _contract_last(x, kernel)
+    if x.dtype == jnp.float32 and num_rows < _FAST_ROWS[-1]:
+        more = next(size for size in _FAST_ROWS if size >= num_rows) - num_rows
+        x = jnp.pad(x, ((0, more), (0, 0)))
+    # The barrier, or XLA makes of it the other order again.
+    return jax.lax.optimization_barrier(_contract_last(kernel, x)).T[:num_rows]
 
 
 def _contract_last(
@@ -118,6 +115,15 @@ def _contract_last(
 ) -> Float[Array, "A B"]:
     dims = (((1,), (1,)), ((), ()))
     return jax.lax.dot_general(left, right, dims, preferred_element_type=dtype)
+
+
+# What is lowered for a platform holds its branch alone. On CPU a product that is asked for in
+# bfloat16 is several times slower than one in float32 that is cast afterwards.
+_WIDE: dict[str, Any] = {"cpu": _project_on_cpu, "default": _contract_last}
+_ROUNDED: dict[str, Any] = {
+    "cpu": lambda x, kernel: _project_on_cpu(x, kernel).astype(x.dtype),
+    "default": lambda x, kernel: _contract_last(x, kernel, x.dtype),
+}
 
 
 def embed_rows(

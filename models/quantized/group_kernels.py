@@ -20,7 +20,6 @@ import numpy as np
 from jaxtyping import Array, Float, Float16, Int, Int8, UInt8
 
 from folojax.models.machine import compiler as native
-from folojax.models.machine.platforms import platform
 
 GROUP = 32
 """Inputs that share a scale."""
@@ -103,11 +102,9 @@ def project_groups(x: Float[Array, "N I"], kernel: GroupKernel) -> Float[Array, 
         shapes = [list(one.shape) for one in kernel]
         raise ValueError(f"x {list(x.shape)} does not fit a kernel in groups of {shapes}")
     x = x.astype(jnp.float32)
-    if platform() != "cpu" or not has_product():
+    if not has_product():
         return multiply_by_xla(x, kernel)
-    result = jax.ShapeDtypeStruct((x.shape[0], kernel.shape[0]), jnp.float32)
-    call = jax.ffi.ffi_call(_NAME, result, vmap_method="sequential")
-    return call(x, *kernel)
+    return jax.lax.platform_dependent(x, kernel, cpu=_multiply_in_cpp, default=multiply_by_xla)
 
 
 @functools.cache
@@ -122,6 +119,11 @@ def has_product() -> bool:
             stacklevel=2,
         )
     return problem is None
+
+
+def _multiply_in_cpp(x: Float[Array, "N I"], kernel: GroupKernel) -> Float[Array, "N O"]:
+    result = jax.ShapeDtypeStruct((x.shape[0], kernel.shape[0]), jnp.float32)
+    return jax.ffi.ffi_call(_NAME, result, vmap_method="sequential")(x, *kernel)
 
 
 def multiply_by_xla(x: Float[Array, "N I"], kernel: GroupKernel) -> Float[Array, "N O"]:

@@ -80,7 +80,7 @@ def _compare_kernels(case: _Case, report: Report) -> None:
     first, length = (np.array(x, np.int32) for x in (case.before, case.length))
     tokens = rows * case.columns
     keys = jax.random.split(jax.random.key(0), 4)
-    format_ = PageFormat(_PAGE, backend.page_order, ("reference",))
+    format_ = PageFormat(_PAGE, backend.page_order, ("reference",), backend.capability)
     shapes = [
         format_.shape(num_pages, kv_heads, case.head_dim),
         *((tokens, count, case.head_dim) for count in (heads, kv_heads, kv_heads)),

@@ -6,7 +6,7 @@ card is like by a description (data/h200_target.textproto). Without a card nothi
 tile sizes are guesses; what kernels there are, their order, and what they copy is as on the card.
 
 cuDNN is a library call to XLA, which need not be installed either; those who ask for its version
-and for the card's generation are told what `_pretend_card` says.
+and for the card's generation are told what `_pretend_cudnn` says.
 """
 
 import contextlib
@@ -28,7 +28,6 @@ from folojax.backend.backend import GPU
 from folojax.compile.programs import Call
 from folojax.compile.shapes import DecodeShape, PrefillShape, slots_for
 from folojax.models.core.decoder import Llama, init_params
-from folojax.models.machine.platforms import tracing_for
 from folojax.runner.batch import Batch, ints
 from folojax.sampling.rows import SampleInputs
 from folojax.sampling.sampler import SamplingSpec
@@ -38,6 +37,7 @@ from folojax.steps.state import init_state
 TARGET = Path(__file__).parent / "data" / "h200_target.textproto"
 
 _CUDNN_VERSION = 91900
+_HOPPER = 9.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +99,9 @@ class Steps:
         self._sharding = SingleDeviceSharding(device)
         shapes = jax.eval_shape(functools.partial(init_params, module), jax.random.key(0))
         self._params = self._on_device(shapes)
-        self._layout = GPU.kv_layout(module.config, module.dtype, num_pages, page_size)
+        self._layout = dataclasses.replace(GPU, capability=_HOPPER).kv_layout(
+            module.config, module.dtype, num_pages, page_size
+        )
 
     def decode(self, shape: DecodeShape, spec: SamplingSpec) -> Compiled:
         """The decode step, with its sampling."""
@@ -107,19 +109,17 @@ class Steps:
         inputs = batch.decode_inputs(shape, [])
         slot, position = inputs.slot, ints(shape.rows)
         both = inputs, SampleInputs(slot, position, batch.params.rows(slot))
-        with tracing_for("gpu"):
-            found = self._steps.sampled_calls(self._params, state.cache, state.slots, both, spec)
+        found = self._steps.sampled_calls(self._params, state.cache, state.slots, both, spec)
         return self._compile(*found)
 
     def prefill(self, shape: PrefillShape) -> Compiled:
         """The prefill step."""
         inputs = self._batch(shape.rows).prefill_inputs(shape, [])
-        with tracing_for("gpu"):
-            found = self._steps.prefill_calls(self._params, self._state(1).cache, inputs)
+        found = self._steps.prefill_calls(self._params, self._state(1).cache, inputs)
         return self._compile(*found)
 
     def _compile(self, call: Call) -> Compiled:
-        with tracing_for("gpu"), _pretend_card():
+        with _pretend_cudnn():
             lowered = call.lower()
         with tempfile.TemporaryDirectory() as dump:
             options: Any = {"xla_dump_to": dump, "xla_dump_hlo_as_text": True}
@@ -156,14 +156,13 @@ class Steps:
 
 
 @contextlib.contextmanager
-def _pretend_card() -> Iterator[None]:
+def _pretend_cudnn() -> Iterator[None]:
     """Answers what is asked while cuDNN's call is traced: a Hopper card, and a cuDNN."""
     from jax._src.cudnn import fused_attention_stablehlo as fused
 
     with contextlib.ExitStack() as stack:
         for owner, name, answer in (
             (cudnn, "problem", lambda: None),
-            (cudnn, "_most_dims", lambda: 256),
             (fused, "check_cudnn_version", lambda: _CUDNN_VERSION),
             (fused, "check_compute_capability", lambda capability: True),
             (fused, "is_cuda_compute_capability_equal", lambda capability: False),

@@ -1,5 +1,6 @@
 """Which attention kernel the layers of each family use: the table of docs/gpu.md."""
 
+import dataclasses
 import re
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,14 @@ from folojax.models.families.families import FAMILIES as ARCHITECTURES
 from folojax.models.files.hf_config import config_from_hf
 from tests.families import FAMILIES, config_of
 
+HOPPER = dataclasses.replace(GPU, capability=9.0)
 DOCS = Path(__file__).parents[2] / "docs" / "gpu.md"
 
 
 @pytest.fixture(autouse=True)
-def a_hopper_card(monkeypatch: pytest.MonkeyPatch) -> None:
+def with_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if there were one; nothing is compiled for it."""
     monkeypatch.setattr(cudnn, "problem", lambda: None)
-    monkeypatch.setattr(cudnn, "_most_dims", lambda: 256)
 
 
 def kernels(config: Any, backend: Backend, dtype: Any) -> tuple[set[str], set[str]]:
@@ -34,7 +35,7 @@ def kernels(config: Any, backend: Backend, dtype: Any) -> tuple[set[str], set[st
 def test_families_attend_as_the_table_says(case: str) -> None:
     config = config_from_hf(config_of(case, transformers))
     (row,) = re.findall(rf"^\| `{config.architecture}` \| (.*?) \|", DOCS.read_text(), re.M)
-    assert kernels(config, GPU, jnp.bfloat16)[0] == {row}
+    assert kernels(config, HOPPER, jnp.bfloat16)[0] == {row}
 
 
 def test_the_table_has_every_architecture() -> None:
@@ -44,7 +45,7 @@ def test_the_table_has_every_architecture() -> None:
 
 def test_float32_on_a_gpu_says_why_it_is_slow() -> None:
     config = config_from_hf(config_of("llama", transformers))
-    names, reasons = kernels(config, GPU, jnp.float32)
+    names, reasons = kernels(config, HOPPER, jnp.float32)
     assert names == {"reference"}
     assert reasons == {"cudnn takes bfloat16 and float16"}
 
@@ -52,7 +53,7 @@ def test_float32_on_a_gpu_says_why_it_is_slow() -> None:
 def test_another_call_in_jax_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cudnn, "problem", lambda: "is called otherwise in JAX 0.99")
     config = config_from_hf(config_of("llama", transformers))
-    assert kernels(config, GPU, jnp.bfloat16) == (
+    assert kernels(config, HOPPER, jnp.bfloat16) == (
         {"reference"},
         {"cudnn is called otherwise in JAX 0.99"},
     )

@@ -3,6 +3,7 @@
 cuDNN itself is in `test_attention_kernels`, where there is a card.
 """
 
+import dataclasses
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -13,6 +14,8 @@ import numpy as np
 import pytest
 
 from folojax.attention import KERNELS, AttentionSpec, choose_kernel, cudnn
+from folojax.backend import choose_backend
+from folojax.backend.backend import GPU
 from folojax.kv import PageFormat
 from folojax.models.core.interface import PLAIN, Scoring
 from tests.paged_sequences import (
@@ -44,7 +47,6 @@ def forget() -> Iterator[None]:
     """What is asked once a process is asked anew."""
     yield
     cudnn.problem.cache_clear()
-    cudnn._most_dims.cache_clear()
 
 
 class Imitation:
@@ -238,25 +240,23 @@ SPEC = AttentionSpec(
     jnp.dtype(jnp.bfloat16),
     jnp.dtype(jnp.bfloat16),
     128,
-    PageFormat(64, "tokens", ("cudnn",)),
+    PageFormat(64, "tokens", ("cudnn",), 9.0),
     PLAIN,
 )
+AMPERE = PageFormat(64, "tokens", ("cudnn",), 8.9)
 
 
 def change(**fields: Any) -> AttentionSpec:
     return AttentionSpec(**{**vars(SPEC), **fields})
 
 
-def on_device(monkeypatch: pytest.MonkeyPatch, platform: str, capability: str | None) -> None:
-    """A machine with such a device, and cuDNN on it."""
+@pytest.fixture
+def with_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with cuDNN."""
     from jax._src.cudnn import fused_attention_stablehlo as fused
 
-    fields = {} if capability is None else {"compute_capability": capability}
-    device = types.SimpleNamespace(platform=platform, **fields)
-    monkeypatch.setattr(jax, "devices", lambda: [device])
     monkeypatch.setattr(fused, "check_cudnn_version", lambda: 90000)
     cudnn.problem.cache_clear()
-    cudnn._most_dims.cache_clear()
 
 
 FLOAT32 = jnp.dtype(jnp.float32)
@@ -264,26 +264,26 @@ FLOAT16 = jnp.dtype(jnp.float16)
 
 
 @pytest.mark.parametrize(
-    ("capability", "spec", "reason"),
+    ("spec", "reason"),
     [
-        ("9.0", SPEC, None),
-        ("8.0", change(dtype=FLOAT16, storage_dtype=FLOAT16, head_dim=64), None),
-        ("9.0", change(head_dim=256), None),
-        ("8.0", change(scoring=Scoring(window=16, scale=0.2)), None),
-        ("9.0", change(page_format=PageFormat(64, "heads", ("cudnn",))), "order of tokens"),
-        ("9.0", change(dtype=FLOAT32, storage_dtype=FLOAT32), "takes bfloat16 and float16"),
-        ("9.0", change(storage_dtype=FLOAT32), "takes bfloat16 and float16"),
-        ("9.0", change(scoring=Scoring(softcap=30.0)), "does not cap scores"),
-        ("9.0", change(head_dim=20), "multiples of 8 up to 256 here"),
-        ("8.9", change(head_dim=256), "multiples of 8 up to 128 here"),
-        ("7.5", SPEC, "needs an NVIDIA GPU of the Ampere generation or later"),
-        ("gfx942", SPEC, "needs an NVIDIA GPU"),
+        (SPEC, None),
+        (change(dtype=FLOAT16, storage_dtype=FLOAT16, head_dim=64, page_format=AMPERE), None),
+        (change(head_dim=256), None),
+        (change(scoring=Scoring(window=16, scale=0.2), page_format=AMPERE), None),
+        (change(page_format=PageFormat(64, "heads", ("cudnn",), 9.0)), "order of tokens"),
+        (change(dtype=FLOAT32, storage_dtype=FLOAT32), "takes bfloat16 and float16"),
+        (change(storage_dtype=FLOAT32), "takes bfloat16 and float16"),
+        (change(scoring=Scoring(softcap=30.0)), "does not cap scores"),
+        (change(head_dim=20), "multiples of 8 up to 256 here"),
+        (change(head_dim=256, page_format=AMPERE), "multiples of 8 up to 128 here"),
+        (
+            change(page_format=PageFormat(64, "tokens", ("cudnn",), 7.5)),
+            "needs an NVIDIA GPU of the Ampere generation or later",
+        ),
+        (change(page_format=PageFormat(64, "tokens", ("cudnn",))), "needs an NVIDIA GPU"),
     ],
 )
-def test_what_it_is_not_for(
-    capability: str, spec: AttentionSpec, reason: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    on_device(monkeypatch, "gpu", capability)
+def test_what_it_is_not_for(spec: AttentionSpec, reason: str | None, with_cudnn: None) -> None:
     found = KERNELS["cudnn"].refusal(spec)
     if reason is None:
         assert found is None
@@ -294,9 +294,25 @@ def test_what_it_is_not_for(
             choose_kernel(spec)
 
 
-def test_it_needs_a_gpu_and_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
-    on_device(monkeypatch, "cpu", None)
-    assert "needs an NVIDIA GPU" in str(cudnn.KERNEL.refusal(SPEC))
+@pytest.mark.parametrize(
+    ("platform", "fields", "capability"),
+    [
+        ("gpu", {"compute_capability": "8.9"}, 8.9),
+        ("gpu", {"compute_capability": "gfx942"}, 0.0),
+        ("tpu", {}, 0.0),
+    ],
+)
+def test_the_backend_knows_the_card(
+    monkeypatch: pytest.MonkeyPatch, platform: str, fields: dict[str, str], capability: float
+) -> None:
+    device = types.SimpleNamespace(platform=platform, **fields)
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    backend = choose_backend()
+    assert (backend.name, backend.capability) == (platform, capability)
+    assert backend == dataclasses.replace(GPU, name=platform, capability=capability)
+
+
+def test_it_needs_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
     from jax._src.cudnn import fused_attention_stablehlo as fused
 
     def fail() -> None:
@@ -307,9 +323,10 @@ def test_it_needs_a_gpu_and_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cudnn.KERNEL.refusal(SPEC) == "is not to be had: cuDNN is not detected."
 
 
-def test_a_jax_whose_call_is_another_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_jax_whose_call_is_another_is_refused(
+    monkeypatch: pytest.MonkeyPatch, with_cudnn: None
+) -> None:
     """By its arguments: it is private to JAX, and may change at any time."""
-    on_device(monkeypatch, "gpu", "9.0")
     from jax._src.cudnn import fused_attention_stablehlo as fused
 
     monkeypatch.setattr(jax, "__version__", "0.99.1")

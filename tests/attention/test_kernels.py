@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from folojax.attention import KERNELS, AttentionSpec
+from folojax.backend import choose_backend
 from folojax.kv import KVCache, PageFormat
 from folojax.models.core.interface import PLAIN, Scoring
 from tests.paged_sequences import (
@@ -41,7 +42,7 @@ def way(request: pytest.FixtureRequest) -> Way:
     """A kernel that runs on this machine."""
     found: Way = request.param
     dtype = jnp.dtype(found.dtype)
-    page_format = PageFormat(PAGE_SIZE, found.order, (found.kernel,))
+    page_format = PageFormat(PAGE_SIZE, found.order, (found.kernel,), choose_backend().capability)
     spec = AttentionSpec(dtype, dtype, HEADS.dim, page_format, PLAIN)
     reason = KERNELS[found.kernel].refusal(spec)
     if reason is not None:

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from folojax.compile.programs import Call, Programs, clear_programs
-from folojax.models.machine.platforms import tracing_for
 
 
 class Counted:
@@ -125,12 +124,4 @@ def test_programs_are_forgotten_when_asked(counted: Any) -> None:
     programs.of(factor=1)(np.ones(1), np.ones(1))
     clear_programs()
     programs.of(factor=1)(np.ones(1), np.ones(1))
-    assert counter.count == 2
-
-
-def test_another_platform_has_programs_of_its_own(counted: Any) -> None:
-    counter, programs = counted
-    programs.of(factor=1)(np.ones(1), np.ones(1))
-    with tracing_for("gpu"):
-        programs.of(factor=1)(np.ones(1), np.ones(1))
     assert counter.count == 2
