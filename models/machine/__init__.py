@@ -1,1 +1,1 @@
-"""What depends on the machine: its platform, its C++ compiler, the order of its sums."""
+"""What depends on the machine: its C++ compiler, the order of its sums."""
