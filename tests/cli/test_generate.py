@@ -1,6 +1,5 @@
-"""scripts/generate.py as a person calls it."""
+"""`folojax` as a person calls it."""
 
-import importlib
 import io
 import json
 import random
@@ -8,47 +7,44 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from rich.console import Console
 
 from folojax import SamplingParams
+from folojax.cli.arguments import sampling_params
+from folojax.cli.generate import DEFAULT_PROMPTS
+from folojax.cli.main import main, parse_args
+from folojax.cli.show import InOrder
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "generate.py"
-
-
-@pytest.fixture(scope="module")
-def script() -> Iterator[ModuleType]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(SCRIPT.parent)  # as Python does when it runs the script
-        yield importlib.import_module("generate")
+COMMAND = [sys.executable, "-c", "from folojax.cli.main import main; raise SystemExit(main())"]
 
 
 @pytest.fixture
 def call(
-    script: ModuleType, text_directory: Path, capsys: pytest.CaptureFixture[str]
+    text_directory: Path, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., tuple[int, str, str]]:
     def call(*options: str) -> tuple[int, str, str]:
         limits = ("--max-model-len", "128", "--max-num-seqs", "4")
-        code = script.main(["--model", str(text_directory), *limits, *options])
+        code = main(["generate", "--model", str(text_directory), *limits, *options])
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 
     return call
 
 
-def test_the_five_default_prompts(call: Callable, script: ModuleType, tmp_path: Path) -> None:
+def test_the_five_default_prompts(call: Callable, tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     code, text, _ = call("--max-tokens", "4", "--json", str(out))
     assert code == 0
     report = json.loads(out.read_text())
-    assert [entry["prompt"] for entry in report["outputs"]] == list(script.DEFAULT_PROMPTS)
-    assert len(script.DEFAULT_PROMPTS) == 5
-    assert all(prompt in text for prompt in script.DEFAULT_PROMPTS)
+    assert [entry["prompt"] for entry in report["outputs"]] == list(DEFAULT_PROMPTS)
+    assert len(DEFAULT_PROMPTS) == 5
+    assert all(prompt in text for prompt in DEFAULT_PROMPTS)
     assert report["batch"]["num_requests"] == 5
     assert report["batch"]["output_throughput"] > 0
     assert report["outputs"][0]["metrics"]["ttft_s"] > 0
@@ -97,15 +93,6 @@ def test_compare_sequential_prints_both_runs(call: Callable) -> None:
     assert "NOT" not in text
 
 
-def test_a_plan_lists_executables_and_runs_nothing(call: Callable) -> None:
-    code, text, _ = call("--plan")
-    assert code == 0
-    lines = text.splitlines()
-    assert any(line.startswith("decode rows=4") for line in lines)
-    assert lines[-1].startswith(f"{len(lines) - 1} executables: ")
-    assert "compiling" not in text
-
-
 def test_one_prompt_streams_plainly(call: Callable, tmp_path: Path) -> None:
     """Standard output has the text alone, so that it can go through a pipe."""
     out = tmp_path / "out.json"
@@ -142,14 +129,13 @@ def _samples(outputs: list[dict[str, Any]]) -> list[list[tuple[int, str]]]:
     return [[(one["seed"], one["text"]) for one in output["outputs"]] for output in outputs]
 
 
-def test_what_streams_only_grows(script: ModuleType) -> None:
+def test_what_streams_only_grows() -> None:
     """Texts of four samples grow at random; each is live once those before it have ended."""
-    printing = importlib.import_module("generate_print")
     draw = random.Random(0)
     finals = [["alpha :smile:", ""], ["[bold]gamma", "delta\n"]]
     lengths = [[0, 0], [0, 0]]
     stream = io.StringIO()
-    printer = printing.InOrder(Console(file=stream), ["first", "second"], 2)
+    printer = InOrder(Console(file=stream), ["first", "second"], 2)
     before = ""
     for _ in range(200):
         index, sample = draw.randrange(2), draw.randrange(2)
@@ -159,7 +145,8 @@ def test_what_streams_only_grows(script: ModuleType) -> None:
             SimpleNamespace(text=f[:n], finish_reason="stop" if n == len(f) else None)
             for f, n in parts
         ]
-        printer.show(index, SimpleNamespace(outputs=outputs))
+        newest: Any = SimpleNamespace(outputs=outputs)
+        printer.show(index, newest)
         assert stream.getvalue().startswith(before)
         before = stream.getvalue()
     assert before == (
@@ -205,7 +192,7 @@ def test_stop_strings_end_the_text(call: Callable, tmp_path: Path) -> None:
     assert f"stop: {stop!r}" in shown
 
 
-def test_options_with_the_name_of_a_field_reach_it(script: ModuleType) -> None:
+def test_options_with_the_name_of_a_field_reach_it() -> None:
     wanted: dict[str, Any] = {
         "n": 2,
         "max_tokens": 9,
@@ -222,12 +209,10 @@ def test_options_with_the_name_of_a_field_reach_it(script: ModuleType) -> None:
     }
     options = [part for k, v in wanted.items() for part in ("--" + k.replace("_", "-"), str(v))]
     options += ["--stop", "a", "b", "--stop", "c", "--ignore-eos"]
-    assert script.sampling_params(script.parse_args(options)) == SamplingParams(
+    assert sampling_params(parse_args(["generate", *options])) == SamplingParams(
         stop=["a", "b", "c"], ignore_eos=True, **wanted
     )
-    assert script.sampling_params(script.parse_args([])) == SamplingParams(
-        temperature=0, max_tokens=64
-    )
+    assert sampling_params(parse_args(["generate"])) == SamplingParams(temperature=0, max_tokens=64)
 
 
 @pytest.mark.parametrize(
@@ -275,19 +260,19 @@ def test_what_only_the_engine_can_refuse_is_told_too(call: Callable) -> None:
     assert error.splitlines()[-1].startswith("error: prompt 0: logprobs is 1000; ")
 
 
-def test_help_has_examples(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        script.main(["--help"])
-    assert stop.value.code == 0
-    assert "--compare-sequential" in capsys.readouterr().out
-    assert script.__doc__ is not None
-    assert script.__doc__.count("python scripts/generate.py") >= 4
+@pytest.mark.parametrize("command", ["generate", "bench", "plan"])
+def test_help_has_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for argv, count in (([command, "--help"], 3), (["--help"], 1)):
+        with pytest.raises(SystemExit) as stop:
+            main(argv)
+        assert stop.value.code == 0
+        assert capsys.readouterr().out.count(f"folojax {command}") >= count
 
 
 def test_ctrl_c_ends_it_with_130(text_directory: Path) -> None:
     """A run that would take minutes, interrupted once it has begun to generate."""
     limits = ["--max-model-len", "128", "--max-tokens", "100", "--num-prompts", "5000"]
-    command = [sys.executable, str(SCRIPT), "--model", str(text_directory), *limits, "--ignore-eos"]
+    command = [*COMMAND, "generate", "--model", str(text_directory), *limits, "--ignore-eos"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
         assert process.stderr is not None
         assert process.stderr.readline().startswith(b"memory: weights ")

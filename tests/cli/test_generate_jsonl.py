@@ -1,6 +1,5 @@
-"""scripts/generate.py with JSON Lines in and out."""
+"""`folojax generate` with JSON Lines in and out."""
 
-import importlib
 import json
 import random
 import shutil
@@ -14,9 +13,10 @@ from typing import Any
 
 import pytest
 
+from folojax.cli.main import main
 from tests.reference import save_tiny
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "generate.py"
+SCRIPT = Path(__file__).parents[2] / "scripts" / "generate.py"  # is `folojax generate`
 LIMITS = ("--max-model-len", "128", "--max-num-seqs", "4", "--max-tokens", "3")
 
 
@@ -27,14 +27,11 @@ def call(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> Callable[..., tuple[int, str, str]]:
-    monkeypatch.syspath_prepend(SCRIPT.parent)  # as Python does when it runs the script
-    script = importlib.import_module("generate")
-
     def call(*options: Any, stdin: str = "") -> tuple[int, str, str]:
         (tmp_path / "stdin").write_text(stdin)
         with (tmp_path / "stdin").open() as file:
             monkeypatch.setattr(sys, "stdin", file)
-            code = script.main(["--model", str(text_directory), *LIMITS, *map(str, options)])
+            code = main(["generate", "--model", str(text_directory), *LIMITS, *map(str, options)])
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 

@@ -40,6 +40,7 @@ ROOMS: dict[str, set[str]] = {
     "train": {"llm", "models/core", "models/quantized", "requests"},
     "jsonl": {"llm", "requests"},
     "adapters": {"jsonl", "llm", "requests"},
+    "cli": {"config", "jsonl", "llm", "requests"},
 }
 
 

@@ -1,4 +1,4 @@
-"""The part of generate.py that reads and writes JSON Lines."""
+"""A job of JSON Lines from the command line: its files, its progress, its exit code."""
 
 import contextlib
 import os
@@ -12,10 +12,11 @@ from typing import BinaryIO
 
 from tqdm.auto import tqdm
 
-from folojax import LLM, SamplingParams
 from folojax.jsonl.file_job import JsonlJob
 from folojax.jsonl.lines import Entry, find_error
 from folojax.jsonl.output_file import JsonlOutput, open_output
+from folojax.llm import LLM
+from folojax.requests.sampling_params import SamplingParams
 
 STANDARD = Path("-")
 """Standard input or output, in place of a file."""

@@ -1,4 +1,4 @@
-"""The part of generate.py that shows texts and figures to a person."""
+"""Texts and figures as a person reads them, and as JSON."""
 
 import collections
 import dataclasses
@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from folojax import CompletionOutput, RequestOutput
+from folojax.requests.outputs import CompletionOutput, RequestOutput
 
 
 class InOrder:
