@@ -46,7 +46,7 @@ class Family:
     """How one architecture differs from Llama; a family that says nothing is Llama."""
 
     model_type: str
-    """What transformers goes by, beside the architecture's name."""
+    """`model_type` of its config.json; one that disagrees with the architecture is refused."""
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """What config.json may leave out, in its words."""
     normalize: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict
@@ -70,8 +70,11 @@ class Family:
     has_partial_rotary: bool = False
     """`partial_rotary_factor` may be other than 1."""
     head_names: Names = dataclasses.field(default_factory=lambda: HEAD_NAMES)
+    """Tensors of each parameter outside the layers; several are joined in one array."""
     block_names: Names = dataclasses.field(default_factory=lambda: BLOCK_NAMES)
+    """Tensors of each parameter of a layer, behind `block_prefix`."""
     block_prefix: str = "model.layers.{}."
+    """What stands before the names of a layer's tensors; {} is its number."""
     is_kernel_in_out: bool = False
     """Kernels lie as [in, out] in the checkpoint (Conv1D), not as [out, in] (Linear)."""
     ignorable: str = r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"

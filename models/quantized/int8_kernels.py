@@ -39,7 +39,7 @@ class Int8Kernel(NamedTuple):
 
 @jax.jit
 def quantize_int8(kernel: Float[Array, "O I"]) -> Int8Kernel:
-    """The nearest kernel in eight bits; every output's largest weight becomes 127 or -127."""
+    """The nearest kernel in eight bits; of each output the largest weight becomes 127 or -127."""
     values, scale = _round(kernel.astype(jnp.float32))
     return Int8Kernel(values, scale[:, 0])
 

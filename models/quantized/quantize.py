@@ -49,13 +49,13 @@ def quantize_params(params: Mapping[str, Any], quantization: str) -> dict[str, A
 
 
 def quantize(name: str, leaf: Array, quantization: str | None) -> Array | QuantizedKernel:
-    """What becomes of a parameter of that name in its block, or of the model."""
+    """A parameter as it is kept: its name in a layer or model says whether it is quantised."""
     quantizer = _quantizer(name, leaf.shape, quantization)
     return leaf if quantizer is None else quantizer(leaf)
 
 
 def quantize_like(kernel: QuantizedKernel, leaf: Float[Array, "O I"]) -> QuantizedKernel:
-    """A kernel of floats, quantised as another one is."""
+    """A kernel of floats, quantised in the way of another one."""
     if isinstance(kernel, Int8Kernel):
         return quantize_int8(leaf)
     return quantize_groups(leaf, bits=kernel.bits)
@@ -86,12 +86,12 @@ def _quantizer(
 
 
 def is_quantized(node: Any) -> bool:
-    """For `is_leaf` of `jax.tree.map`."""
+    """Whether a node of a parameter tree is a quantised kernel; as `is_leaf` of `jax.tree.map`."""
     return isinstance(node, QuantizedKernel)
 
 
 def quantization_of(params: Any) -> str | None:
-    """The quantisation that parameters have already, if any."""
+    """The quantisation that parameters have already; None: all are floats."""
     leaves = jax.tree.leaves(params, is_leaf=is_quantized)
     if any(isinstance(leaf, GroupKernel) for leaf in leaves):
         return "int4"
