@@ -21,6 +21,7 @@ from folojax.engine.build import (
 from folojax.engine.fair_lock import exclusive
 from folojax.engine.metrics import EngineMetrics
 from folojax.engine.request_loop import RequestLoop
+from folojax.models.core.config import ModelConfig
 from folojax.models.files.save import save_pretrained
 from folojax.requests.continuations import pair_continuations
 from folojax.requests.outputs import RequestOutput, ScoreOutput
@@ -302,6 +303,16 @@ class LLM(RequestLoop):
         """The parameters in use: the arrays themselves, not copies."""
         return self.engine.runner.params
 
+    @property
+    def model(self) -> nn.Module:
+        """The Flax module, whose `apply` takes `params`; `LLM((model, params))` is another engine."""
+        return self.engine.runner.model
+
+    @property
+    def model_config(self) -> ModelConfig:
+        """What kind of model it is: its sizes, its layers."""
+        return self.engine.runner.model.config
+
     @exclusive
     def save_pretrained(
         self, path: str | os.PathLike[str], hf_config: Mapping[str, Any] | None = None
@@ -316,11 +327,10 @@ class LLM(RequestLoop):
         Raises:
             ValueError: the config is not that of a config.json, or kernels are in eight bits.
         """
-        runner = self.engine.runner
         save_pretrained(
-            runner.params,
+            self.params,
             path,
-            runner.model.config,
+            self.model_config,
             hf_config=hf_config,
             generation_config=self._generation_config,
             tokenizer=self.get_tokenizer(),

@@ -121,7 +121,7 @@ def train(args: argparse.Namespace) -> tuple[list[dict[str, float]], dict[str, f
     limits: dict[str, Any] = {"max_model_len": 64, "page_size": 16, "max_num_seqs": args.batch}
     limits |= {"num_pages": 4 * args.batch, "seed": args.seed}
     teacher = LLM(dtype="float32", **limits)
-    model, params = make_student(teacher.engine.runner.model, teacher.params, args.layers)
+    model, params = make_student(teacher.model, teacher.params, args.layers)
     student = LLM((model, params), **limits)
     rng = np.random.default_rng(args.seed)
     prompts = [f"{a} {b}" for a, b in itertools.product(OPENINGS, TOPICS)]

@@ -107,7 +107,7 @@ def train(args: argparse.Namespace) -> list[dict[str, float]]:
     )
     rng = np.random.default_rng(args.seed)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(args.learning_rate))
-    step = make_train_step(llm.engine.runner.model, optimizer)
+    step = make_train_step(llm.model, optimizer)
     # From here on these arrays are both the engine's and the trainer's.
     params = llm.params
     state = optimizer.init(params)

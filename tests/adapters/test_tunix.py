@@ -100,7 +100,6 @@ def test_logps_of_any_tokens_are_those_of_the_references(
     found = rollout.get_per_token_logps(jnp.array(left), jnp.array(right))
     assert found.shape == (4, 9)
     assert found.dtype == jnp.float32
-    runner = letters_llm.engine.runner
     for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         length = len(completion)
         assert not found[row, length:].any()
@@ -108,7 +107,7 @@ def test_logps_of_any_tokens_are_those_of_the_references(
             continue
         tokens = jnp.array([*prompt, *completion])
         mask = jnp.arange(len(tokens)) >= len(prompt)
-        ours = log_likelihood(runner.params, tokens, mask, model=runner.model)
+        ours = log_likelihood(letters_llm.params, tokens, mask, model=letters_llm.model)
         np.testing.assert_allclose(found[row, :length], ours[len(prompt) :], atol=2e-5)
         theirs = transformers_logps(torch_model, prompt, completion)
         np.testing.assert_allclose(found[row, :length], theirs, atol=2e-5)

@@ -197,7 +197,7 @@ def test_the_plan_is_what_the_engine_allocates(
     assert plan.device == small_device
     assert plan.is_measured
     assert plan.pages_bytes == nbytes(state.cache)
-    assert plan.weights_bytes == nbytes(llm.engine.runner.params)
+    assert plan.weights_bytes == nbytes(llm.params)
     edits = init_edits(32, tiny_model[0].config.vocab_size)
     assert plan.slots_bytes == nbytes(state.slots) + nbytes(edits)
 

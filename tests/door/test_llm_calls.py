@@ -209,7 +209,7 @@ def test_update_params(tiny_model: tuple, own_llm: LLM) -> None:
         jax.device_put(new, jax.devices()[0]),
     ]
     own_llm.update_params(new)
-    ours, theirs = own_llm.engine.runner.params["embed"], new["embed"]
+    ours, theirs = own_llm.params["embed"], new["embed"]
     assert ours.unsafe_buffer_pointer() == theirs.unsafe_buffer_pointer()
     mixed = finish(own_llm)["a"]
     after = run(own_llm, prompt)

@@ -35,7 +35,7 @@ ROOMS: dict[str, set[str]] = {
     },
     "llm": {
         *("backend", "compile", "config", "engine", "requests", "runner", "sampling", "steps"),
-        "models/files",
+        *("models/core", "models/files"),
     },
     "train": {"llm", "models/core", "models/quantized", "requests"},
     "jsonl": {"llm", "requests"},

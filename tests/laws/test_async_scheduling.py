@@ -67,7 +67,7 @@ def sleep_and_wake_up(llm: LLM) -> None:
 
 DISTURBANCES: dict[str, Callable[[LLM], Any]] = {
     "sleep": sleep_and_wake_up,
-    "update_params": lambda llm: llm.update_params(llm.engine.runner.params),
+    "update_params": lambda llm: llm.update_params(llm.params),
     "reset_prefix_cache": lambda llm: llm.reset_prefix_cache(reset_running_requests=True),
 }
 

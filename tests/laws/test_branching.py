@@ -279,7 +279,7 @@ def test_a_snapshot_of_a_waiting_or_swapped_request(
 def test_other_weights_are_refused_but_for_the_kv(tiny_model: tuple) -> None:
     llm = make(tiny_model)
     snapshot = take(llm, GREEDY)
-    params = jax.tree.map(lambda leaf: leaf * 1.01, llm.engine.runner.params)
+    params = jax.tree.map(lambda leaf: leaf * 1.01, llm.params)
     llm.update_params(params)
     with pytest.raises(ValueError, match="other weights"):
         llm.resume(snapshot, "y")
@@ -296,7 +296,7 @@ def test_new_weights_drop_what_waits_in_host_memory(tiny_model: tuple) -> None:
     llm = make(tiny_model)
     snapshot = take(llm, GREEDY)
     llm.resume(snapshot, "y")
-    params = jax.tree.map(lambda leaf: leaf * 1.01, llm.engine.runner.params)
+    params = jax.tree.map(lambda leaf: leaf * 1.01, llm.params)
     llm.update_params(params)
     tokens = finish(llm)["y"].outputs[0].token_ids
     begin = list(snapshot.output_token_ids)

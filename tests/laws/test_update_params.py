@@ -75,7 +75,7 @@ def test_no_request_hits_what_old_weights_computed(llm: LLM, new_params: Any, ru
     """With the pages of the one that still runs, and those that it left in the cache."""
     before = tokens(llm)
     _, new, version = update_midway(llm, new_params, running)
-    after = tokens(LLM((llm.engine.runner.model, new_params), **TINY_LIMITS))
+    after = tokens(LLM((llm.model, new_params), **TINY_LIMITS))
     assert before != after
     assert new.outputs[0].token_ids == after
     assert set(new.outputs[0].weights_versions) == {version + 1}
@@ -120,7 +120,7 @@ def test_keep_goes_on_with_old_keys_and_new_weights(llm: LLM, new_params: Any) -
 def test_groups_survive_every_policy(llm: LLM, new_params: Any) -> None:
     """More samples than run at once: later ones may not take the pages of kept siblings."""
     asked = SamplingParams(n=6, seed=1, max_tokens=20, ignore_eos=True)
-    (expected,) = LLM((llm.engine.runner.model, new_params), **TINY_LIMITS).generate(
+    (expected,) = LLM((llm.model, new_params), **TINY_LIMITS).generate(
         [PROMPT], asked, use_tqdm=False
     )
     for running in ("recompute", "keep", "restart"):
@@ -145,7 +145,7 @@ def test_forks_do_not_share_what_old_weights_computed(llm: LLM, new_params: Any)
     llm.fork("a", "b", num_output_tokens=4)
     done = finish(llm)
     forked = done["b"].outputs[0].token_ids
-    clean = LLM((llm.engine.runner.model, new_params), **TINY_LIMITS)
+    clean = LLM((llm.model, new_params), **TINY_LIMITS)
     asked = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
     (expected,) = clean.generate([PROMPT + forked[:4]], asked, use_tqdm=False)
     assert forked[4:] == expected.outputs[0].token_ids

@@ -135,7 +135,7 @@ def test_in_bfloat16_and_several_steps_a_call(tiny_directory: Path, quantization
     found = [[tokens for tokens, _ in outputs(llm, PROMPTS)] for llm in llms]
     assert found[0] == found[1]
     # The kernels are those of bfloat16, and the module computes what lies between them in it.
-    module, params = llms[0].engine.runner.model, llms[0].params
+    module, params = llms[0].model, llms[0].params
     assert params["layers_0"]["attn_norm"].dtype == module.dtype == jnp.bfloat16
     for prompt, tokens in zip(PROMPTS, found[0], strict=True):
         scores = logits(module, params, prompt + tokens)[len(prompt) - 1 : -1, : len(letters)]
