@@ -1,6 +1,5 @@
 """`LLM`: the user's door, with the names that code written for vLLM knows."""
 
-import functools
 import itertools
 import logging
 import os
@@ -18,9 +17,10 @@ from folojax.engine.build import (
     make_config,
     make_engine,
 )
-from folojax.engine.fair_lock import exclusive
+from folojax.engine.live_request import LiveGeneration
 from folojax.engine.metrics import EngineMetrics
 from folojax.engine.request_loop import RequestLoop
+from folojax.engine.shared_engine import exclusive
 from folojax.models.core.config import ModelConfig
 from folojax.models.files.save import save_pretrained
 from folojax.requests.continuations import pair_continuations
@@ -34,7 +34,6 @@ from folojax.requests.prompts import (
 )
 from folojax.requests.sampling_params import SamplingParams
 from folojax.requests.user_functions import UserFunctions
-from folojax.requests.validation import CheckedRequest
 from folojax.runner.executables import CompilePlan
 from folojax.runner.warm_up import make_plan, warm_up
 from folojax.sampling.logits_processors import LogitsProcessor
@@ -139,11 +138,8 @@ class LLM(RequestLoop):
             ValueError: a prompt or its parameters are refused.
             RuntimeError: the engine sleeps.
         """
-        checked = self._check_all(prompts, sampling_params)
-        self.engine.check_is_awake()
-        ids = [one.request_id for one in checked]
-        queue = functools.partial(self.engine.add, checked, is_streamed=False)
-        return self._calls.wait(ids, queue, use_tqdm, RequestOutput)
+        requests = self._make_requests("generate", prompts, sampling_params)
+        return self._shared.wait(requests, use_tqdm)
 
     def chat(
         self,
@@ -238,12 +234,12 @@ class LLM(RequestLoop):
         """
         with self.lock:
             pairs = pair_continuations(prompts, continuations, self.engine.tokenizer)
-            each_named("continuation", pairs, lambda pair: self.engine.check_score(*pair))
-            self.engine.check_is_awake()
-        scored = [(self._draw_id("score"), *pair) for pair in pairs]
-        ids = [request_id for request_id, _, _ in scored]
-        queue = functools.partial(self.engine.add_scores, scored)
-        return self._calls.wait(ids, queue, use_tqdm, ScoreOutput)
+            scores = each_named(
+                "continuation",
+                pairs,
+                lambda pair: self.engine.make_score(self._draw_id("score"), *pair),
+            )
+        return self._shared.wait(scores, use_tqdm)
 
     def stream(
         self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None
@@ -265,9 +261,9 @@ class LLM(RequestLoop):
             ValueError: a prompt or its parameters are refused.
             RuntimeError: the engine sleeps.
         """
-        checked = self._check_all(prompts, sampling_params, "stream")
+        requests = self._make_requests("stream", prompts, sampling_params)
         self.engine.check_is_awake()
-        return self._calls.stream(checked)
+        return self._shared.stream(requests)
 
     @exclusive
     def update_params(self, params: Any, running: str = "recompute") -> None:
@@ -305,7 +301,7 @@ class LLM(RequestLoop):
 
     @property
     def model(self) -> nn.Module:
-        """The Flax module, whose `apply` takes `params`; `LLM((model, params))` is another engine."""
+        """The Flax module, whose `apply` takes `params`."""
         return self.engine.runner.model
 
     @property
@@ -386,17 +382,20 @@ class LLM(RequestLoop):
         return len(warm_up(self.engine.runner, sampling, logprobs, is_shown=True))
 
     @exclusive
-    def _check_all(
-        self, prompts: Prompt | Sequence[Prompt], sampling_params: Params, kind: str = "generate"
-    ) -> list[CheckedRequest]:
+    def _make_requests(
+        self, kind: str, prompts: Prompt | Sequence[Prompt], sampling_params: Params
+    ) -> list[LiveGeneration]:
+        """Parses and checks the prompts of a call; nothing is queued yet."""
         parsed = parse_prompts(prompts, self.engine.tokenizer)
-        params = params_per_prompt(self.or_default(sampling_params), len(parsed))
+        params = params_per_prompt(sampling_params, len(parsed), self.default_params)
         return each_named(
             "prompt",
             list(zip(parsed, params, strict=True)),
-            lambda pair: self.engine.check(self._draw_id(kind), *pair),
+            lambda pair: self.engine.make_request(
+                self._draw_id(kind), *pair, is_streamed=kind == "stream"
+            ),
         )
 
     def _draw_id(self, kind: str) -> str:
         ids = (f"{kind}-{number}" for number in self._numbers)
-        return next(id_ for id_ in ids if not self.engine.has_request(id_))
+        return next(id_ for id_ in ids if id_ not in self.engine.live)

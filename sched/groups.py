@@ -12,24 +12,17 @@ class Groups:
         self._members: dict[str | None, dict[Request, None]] = {}
         self._running: dict[str | None, dict[Request, None]] = {}
 
-    def problems(self, request: Request) -> list[str]:
-        """Says why a request can't join its group; empty when it can."""
-        for member in self._members.get(request.group, ()):
-            # The samples of a job carry the same tuple; comparing those would be O(length) each.
-            if member.prompt_token_ids is request.prompt_token_ids:
-                break
-            if member.prompt_token_ids != request.prompt_token_ids:
-                return [
-                    f"group {request.group!r} has another prompt, that of request "
-                    f"{member.request_id!r}: use another group"
-                ]
-            break
-        return []
-
     def add(self, request: Request) -> None:
-        """Takes in a new request."""
+        """Takes in a new request, which has the prompt of its group."""
         if request.group is not None:
-            self._members.setdefault(request.group, {})[request] = None
+            members = self._members.setdefault(request.group, {})
+            for member in members:
+                # The samples of a request carry the same tuple: comparing others would be slow.
+                is_same = member.prompt_token_ids is request.prompt_token_ids
+                is_same = is_same or member.prompt_token_ids == request.prompt_token_ids
+                assert is_same, f"group {request.group!r} has another prompt"
+                break
+            members[request] = None
 
     def remove(self, request: Request) -> None:
         """Forgets a finished request."""

@@ -16,9 +16,9 @@ from typing import NamedTuple
 from folojax.sched.config import SchedulerConfig
 from folojax.sched.host_pages import HostPages, SavedPages
 from folojax.sched.pages import PageAllocator, pages_for
-from folojax.sched.plan import PageMoves
 from folojax.sched.prefix_cache import PrefixCache, PrefixNode
 from folojax.sched.request import Request
+from folojax.sched.step_plan import PageMoves
 
 
 class Source(NamedTuple):

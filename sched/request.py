@@ -15,7 +15,7 @@ The life of a request::
                          |     v
                         PREEMPTED
 
-     finish_requests: WAITING, RUNNING or PREEMPTED --> FINISHED_ABORTED (or FINISHED_STOPPED,
+     abort_requests: WAITING, RUNNING or PREEMPTED --> FINISHED_ABORTED (or FINISHED_STOPPED,
      for a stop string, which only the caller can see)
 
 A token that was under way when its request was preempted still counts, and can end it.
@@ -74,24 +74,12 @@ class StopRule:
         stop_token_ids: the user's own end tokens.
         min_tokens: outputs that must exist, the newest included, before either kind of token
             ends the request. `max_tokens` ends it all the same.
-
-    Raises:
-        ValueError: `max_tokens` or `min_tokens` is below 0.
     """
 
     max_tokens: int
     eos_token_ids: frozenset[int] = frozenset()
     stop_token_ids: frozenset[int] = frozenset()
     min_tokens: int = 0
-
-    def __post_init__(self) -> None:
-        if self.max_tokens < 0:
-            raise ValueError(
-                f"max_tokens is {self.max_tokens}; it must be at least 1, or 0 to compute the "
-                f"prompt alone"
-            )
-        if self.min_tokens < 0:
-            raise ValueError(f"min_tokens is {self.min_tokens}; it must be at least 0")
 
     def check(self, num_output_tokens: int, token: int) -> tuple[RequestStatus | None, int | None]:
         """Says whether the newest token ends the request.
@@ -119,14 +107,14 @@ class StopRule:
 class Request:
     """A prompt, its stop rule and the state that the scheduler keeps of it.
 
-    The caller sets the first fields, up to `saved`, and may give output tokens that
-    are known already; the rest belongs to the scheduler, and is for reading.
+    The caller sets the first fields, up to `is_private`, and may give output tokens that are known
+    already; the rest is written by the scheduler alone. What others want to know of a request is
+    in a subclass of theirs: the plan hands the same object on.
 
     Attributes:
         request_id: unique among the live requests.
         prompt_token_ids: what to continue.
         stop: when to end.
-        params: opaque here; carried to the plan for whoever samples.
         priority: smaller is more urgent; the "fcfs" policy does not look at it.
         group: requests of one group have the same prompt, and share the K/V of it: it is computed
             for one of them, while the others wait. None: it is alone.
@@ -154,7 +142,6 @@ class Request:
     request_id: str
     prompt_token_ids: tuple[int, ...]
     stop: StopRule
-    params: object = None
     priority: int = 0
     group: str | None = None
     skip_prefix_cache: bool = False

@@ -11,7 +11,7 @@ There are no phases: prompt chunks, decoding and recomputation are all a request
                               until the budget, max_num_seqs or the pages end; not in a step     |
                               that preempted, and past nobody but those that wait for the        |
                               prompt of their group                                              v
-    (the device runs it) <-------------------------------------------------------- SchedulerOutput
+    (the device runs it) <-------------------------------------------------------- StepPlan
          |
          v  sampled tokens
     update_from_output()
@@ -36,11 +36,9 @@ Laws that follow, and that its parts lean on:
 from collections.abc import Iterable, Mapping, Sequence
 
 from folojax.sched.config import SchedulerConfig
-from folojax.sched.flight import Flights
 from folojax.sched.groups import Groups
 from folojax.sched.integrity import check_integrity
 from folojax.sched.memory import KVMemory, Source
-from folojax.sched.plan import PlanDraft, RequestUpdate, SchedulerOutput
 from folojax.sched.progress import (
     append_tokens,
     num_decode_steps,
@@ -49,13 +47,14 @@ from folojax.sched.progress import (
 )
 from folojax.sched.queue import choose_victim, make_queue
 from folojax.sched.request import Request, RequestStatus
+from folojax.sched.step_plan import Flights, PlanDraft, RequestUpdate, StepPlan
 
 
 class Scheduler:
     """Keeps every unfinished request, and plans one step at a time.
 
     `schedule` makes a plan, `update_from_output` takes in what it gave. Plans are run and taken in
-    in order; up to `max_plans_in_flight` may be under way (`folojax.sched.flight`). Requests may
+    in order; up to `max_plans_in_flight` may be under way (`folojax.sched.step_plan`). Requests may
     be added and finished at any time. The latest plan may be dropped before it is run: `schedule`,
     when no more plans may be under way, plans its tokens and its page moves again (but reports
     new, finished and preempted requests only once). After a step that was broken off half way
@@ -106,29 +105,13 @@ class Scheduler:
         """Returns an unfinished request, or None: finished ones are not remembered."""
         return self._requests.get(request_id)
 
-    def validate(self, request: Request) -> None:
-        """Raises the ValueError that `add_request` would raise, and changes nothing."""
-        problems = self.config.request_problems(
-            request.num_prompt_tokens, request.stop.max_tokens, request.num_output_tokens
-        )
-        problems += self._groups.problems(request)
-        if request.request_id in self._requests:
-            problems.append(
-                f"request id {request.request_id!r} belongs to an unfinished request: use another "
-                f"id, or abort that request first"
-            )
-        if problems:
-            raise ValueError("; ".join(problems))
-
     def add_request(self, request: Request) -> None:
         """Queues a new request; it may have outputs already, and K/V in host memory.
 
-        Raises:
-            ValueError: the id belongs to an unfinished request, the prompt is empty, leaves no
-                room for one token or is not that of the group, the outputs are as many as it may
-                get, or the request could outgrow the whole pool.
+        `SchedulerConfig.request_problems` says beforehand whether one of its size can run, and
+        `get_request` whether its id is in use.
         """
-        self.validate(request)
+        assert request.request_id not in self._requests, f"{request.request_id!r} is in use"
         assert request.status is RequestStatus.WAITING, f"a used request: {request.status}"
         request.arrival_index = self._num_arrived
         self._num_arrived += 1
@@ -136,7 +119,7 @@ class Scheduler:
         self._groups.add(request)
         self._waiting.add(request)
 
-    def schedule(self) -> SchedulerOutput:
+    def schedule(self) -> StepPlan:
         """Plans the next step and reserves its pages."""
         if len(self.flights) == self.config.max_plans_in_flight:
             self.flights.take_back()
@@ -164,15 +147,15 @@ class Scheduler:
 
     def update_from_output(
         self,
-        output: SchedulerOutput,
+        plan: StepPlan,
         sampled: Mapping[str, Sequence[int]],
         failed: Mapping[str, str] = {},
     ) -> list[RequestUpdate]:
         """Takes in what a step computed.
 
         Args:
-            output: the plan that was run, the earliest that has not been taken in.
-            sampled: the new tokens of each request in `output.sampled_request_ids`, one for each
+            plan: the one that was run, the earliest that has not been taken in.
+            sampled: the new tokens of each request in `plan.sampled_request_ids`, one for each
                 decode step that it took part in. Those finished since may be in it or not.
             failed: requests of the plan whose row went wrong, with the reason. They keep what they
                 got before and finish with FINISHED_ERROR, unless that ends them; their neighbours
@@ -188,13 +171,13 @@ class Scheduler:
         updates = []
         num_before = len(self._requests)
         max_model_len = self.config.max_model_len
-        is_multiple = output.num_decode_steps > 1
-        for request_id, request in self.flights.land(output, sampled, failed).items():
+        is_multiple = plan.num_decode_steps > 1
+        for request_id, request in self.flights.land(plan, sampled, failed).items():
             has_pages = request.status is not RequestStatus.PREEMPTED
             tokens = sampled.get(request_id, ())
             if failed and request_id in failed:
-                if request_id in output.sampled_request_ids:
-                    request.num_samples_in_flight -= output.num_samples(request_id)
+                if request_id in plan.sampled_request_ids:
+                    request.num_samples_in_flight -= plan.num_samples(request_id)
                 if not has_pages:
                     self.memory.drop_saved(request)  # it may hold the reason
                     continue
@@ -212,7 +195,7 @@ class Scheduler:
                 tokens, status, stop_reason = append_tokens(request, tokens, max_model_len)
                 self.flights.num_discarded_tokens += len(sampled[request_id]) - len(tokens)
             if has_pages:
-                num_scheduled = output.num_scheduled_tokens[request_id]
+                num_scheduled = plan.num_scheduled_tokens[request_id]
                 self.memory.advance(request, len(tokens) if is_multiple else num_scheduled)
             if tokens:
                 updates.append(RequestUpdate(request, tuple(tokens)))
@@ -227,30 +210,31 @@ class Scheduler:
             self._running = [request for request in self._running if not request.is_finished]
         return updates
 
-    def finish_requests(
-        self,
-        request_ids: str | Iterable[str],
-        status: RequestStatus,
-        stop_reason: int | str | None = None,
-    ) -> list[Request]:
+    def abort_requests(self, request_ids: str | Iterable[str]) -> list[Request]:
         """Ends requests from outside, in whatever state they are, and frees their pages.
 
         Args:
             request_ids: one id or several; ids that are unknown or finished are ignored.
-            status: the finished status to give them, FINISHED_ABORTED for an abort.
-            stop_reason: what ended them, such as a stop string.
 
         Returns:
-            Those that this call has finished.
+            Those that this call has ended.
         """
-        assert status.is_finished, f"{status} does not finish a request"
         ids = (request_ids,) if isinstance(request_ids, str) else dict.fromkeys(request_ids)
         requests = [self._requests[id_] for id_ in ids if id_ in self._requests]
         self._waiting.remove_many(r for r in requests if r.status is not RequestStatus.RUNNING)
         for request in requests:
-            self._finish(request, status, stop_reason)
+            self._finish(request, RequestStatus.FINISHED_ABORTED, None)
         self._running = [request for request in self._running if not request.is_finished]
         return requests
+
+    def stop_at(self, request: Request, num_output_tokens: int, stop_reason: str) -> None:
+        """Ends a request with so many tokens, which complete a stop string; the others go.
+
+        Also one that the last of those tokens, or a later one, has ended for another reason.
+        """
+        self.abort_requests(request.request_id)
+        del request.output_token_ids[num_output_tokens:]
+        request.status, request.stop_reason = RequestStatus.FINISHED_STOPPED, stop_reason
 
     def preempt_all(self) -> None:
         """Sends all running requests back to the front of the queue, their output kept, no K/V.
@@ -286,7 +270,7 @@ class Scheduler:
 
         The scheduler can be used on, also after an interrupted step. Plans under way are void.
         """
-        requests = self.finish_requests(tuple(self._requests), RequestStatus.FINISHED_ABORTED)
+        requests = self.abort_requests(tuple(self._requests))
         self.flights.clear()
         self.reset_prefix_cache()
         return requests

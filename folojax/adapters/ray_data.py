@@ -137,5 +137,5 @@ class Generator:
             told_apart_by = list(parsed.token_ids) if row_id is None else row_id
             seed = line_seed(self._llm.config.seed, str(told_apart_by))
             params = dataclasses.replace(params, seed=seed)
-        engine.check("row", parsed, params)
+        engine.make_request("row", parsed, params)
         return {"prompt_token_ids": parsed.token_ids}, params

@@ -10,7 +10,7 @@
 import dataclasses
 
 from folojax.engine.engine import Engine
-from folojax.engine.live_request import Job, Sample
+from folojax.engine.live_request import LiveGeneration, Sample
 from folojax.engine.snapshot import Snapshot
 from folojax.requests.prompts import ParsedPrompt
 from folojax.requests.sampling_params import SamplingParams
@@ -30,28 +30,32 @@ def fork(
     priority: int = 0,
 ) -> None:
     """Queues a request that begins with what a sample of another has; see `LLM.fork`."""
-    job, sample = _find_sample(engine, parent_id, index)
-    progress = job.progress(sample).take(num_output_tokens)
-    prompt = ParsedPrompt(job.request.prompt, job.request.prompt_token_ids)
+    live, sample = _find_sample(engine, parent_id, index)
     if params is None:
-        params = dataclasses.replace(job.request.params, n=1, seed=sample.seed)
-    checked = engine.check(request_id, prompt, params, priority)
-    parent = None if sample.request.is_finished else sample.request
-    engine.queue([engine.make_job(checked, progress=progress, forked_from=parent)])
+        params = dataclasses.replace(sample.sampling_params, n=1, seed=sample.seed)
+    forked = engine.make_request(
+        request_id,
+        ParsedPrompt(live.asked.prompt, live.asked.prompt_token_ids),
+        params,
+        priority,
+        progress=sample.progress().take(num_output_tokens),
+        forked_from=None if sample.is_finished else sample,
+    )
+    engine.queue([forked])
 
 
 def take_snapshot(engine: Engine, request_id: str, index: int = 0) -> Snapshot:
     """Copies a sample; see `LLM.snapshot`. What is under way is taken in first."""
     _find_sample(engine, request_id, index)
     engine.drain()
-    job, sample = _find_sample(engine, request_id, index)
+    live, sample = _find_sample(engine, request_id, index)
     return Snapshot(
-        prompt=job.request.prompt,
-        prompt_token_ids=job.request.prompt_token_ids,
-        params=dataclasses.replace(job.request.params, n=1),
+        prompt=live.asked.prompt,
+        prompt_token_ids=sample.prompt_token_ids,
+        params=dataclasses.replace(sample.sampling_params, n=1),
         seed=sample.seed,
-        progress=job.progress(sample),
-        kv=_read_kv(engine, sample.request),
+        progress=sample.progress(),
+        kv=_read_kv(engine, sample),
         weights=engine.weights,
         kv_bits=_kv_bits(engine),
     )
@@ -79,30 +83,24 @@ def resume(
     if params is None:
         params = dataclasses.replace(snapshot.params, seed=snapshot.seed)
     prompt = ParsedPrompt(snapshot.prompt, snapshot.prompt_token_ids)
-    checked = engine.check(request_id, prompt, params, priority)
-    job = engine.make_job(checked, progress=snapshot.progress)
-    request = job.samples[0].request  # one of several would share its K/V with the others
-    if snapshot.kv is not None and not request.skip_prefix_cache:
-        kv = snapshot.kv.take(min(snapshot.kv.num_tokens, request.num_tokens - 1))
-        request.saved = engine.scheduler.memory.host.adopt(kv.num_tokens)
-        engine.runner.host.put(request.saved.key, kv)
-    try:
-        engine.queue([job])
-    except ValueError:
-        if request.saved is not None:
-            engine.runner.host.drop([request.saved.key])
-        raise
+    live = engine.make_request(request_id, prompt, params, priority, progress=snapshot.progress)
+    engine.queue([live])
+    first = live.samples[0]  # one of several would share its K/V with the others
+    if snapshot.kv is not None and not first.skip_prefix_cache:
+        kv = snapshot.kv.take(min(snapshot.kv.num_tokens, first.num_tokens - 1))
+        first.saved = engine.scheduler.memory.host.adopt(kv.num_tokens)
+        engine.runner.host.put(first.saved.key, kv)
 
 
-def _find_sample(engine: Engine, request_id: str, index: int) -> tuple[Job, Sample]:
+def _find_sample(engine: Engine, request_id: str, index: int) -> tuple[LiveGeneration, Sample]:
     """An unfinished request and one of its samples; ValueError if there is no such."""
-    job = engine.jobs.get(request_id)
-    if not isinstance(job, Job):
+    live = engine.live.get(request_id)
+    if not isinstance(live, LiveGeneration):
         raise ValueError(f"there is no unfinished request {request_id!r} that generates")
-    if isinstance(index, bool) or not 0 <= index < len(job.samples):
-        most = len(job.samples) - 1
+    if isinstance(index, bool) or not 0 <= index < len(live.samples):
+        most = len(live.samples) - 1
         raise ValueError(f"index is {index!r}; request {request_id!r} has samples 0 to {most}")
-    return job, job.samples[index]
+    return live, live.samples[index]
 
 
 def _kv_bits(engine: Engine) -> str | None:

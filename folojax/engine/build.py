@@ -26,6 +26,7 @@ from folojax.models.files.params import num_params, params_bytes
 from folojax.models.quantized.quantize import is_quantized, quantization_of, quantize_params
 from folojax.requests.sampling_params import SamplingParams
 from folojax.requests.user_functions import NO_FUNCTIONS, UserFunctions
+from folojax.requests.validation import Validator
 from folojax.runner import temporaries as step_memory
 from folojax.runner.deterministic import DeterministicRunner
 from folojax.runner.runner import Runner
@@ -236,13 +237,19 @@ def make_engine(
     return Engine(
         Scheduler(config.scheduler()),
         runner,
-        tokenizer,
-        _end_tokens(model.checkpoint, tokenizer, vocab_size),
-        num_tokens=num_tokens,
-        max_logprobs=config.max_logprobs,
+        Validator(
+            config.scheduler(),
+            vocab_size=vocab_size,
+            num_tokens=num_tokens,
+            max_logprobs=config.max_logprobs,
+            tokenizer=tokenizer,
+            eos_token_ids=_end_tokens(model.checkpoint, tokenizer, vocab_size),
+            functions=functions,
+            tapped_bytes=functions.tapped_bytes(module),
+            is_strict=config.strict,
+        ),
         seed=config.seed,
         is_checked=config.check_integrity,
-        functions=functions,
     )
 
 

@@ -1,12 +1,13 @@
 """One step of the engine: schedule, dispatch, collect, commit.
 
-add_request ─> Job ─> scheduler ─(plan)─> runner ─(tokens)─> scheduler ─(updates)─> outputs
+make_request ─> queue ─> scheduler ─(plan)─> runner ─(tokens)─> scheduler ─(updates)─> outputs
 
 With asynchronous scheduling the plan that a step dispatches is one ahead of the tokens that it
 collects, and the device has always something to do. Whatever ends, moves or replaces what the
 device works with (sleep, other parameters) first takes in all that is under way.
 """
 
+import math
 import time
 from collections import deque
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -14,157 +15,152 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from folojax.engine.live_request import NOTHING_YET, Job, Sample, make_job
-from folojax.engine.live_score import ScoreJob, make_score_job
+from folojax.engine.live_request import (
+    NOTHING_YET,
+    LiveGeneration,
+    Sample,
+    make_generation,
+)
+from folojax.engine.live_score import LiveScore, make_score
 from folojax.engine.metrics import EngineMetrics, read_metrics
 from folojax.engine.snapshot import Progress
-from folojax.engine.step_reports import take_reports
 from folojax.engine.weights import check_same_shapes, fingerprint
 from folojax.requests.outputs import RequestOutput, ScoreOutput
 from folojax.requests.prompts import ParsedPrompt
 from folojax.requests.sampling_params import SamplingParams
-from folojax.requests.user_functions import NO_FUNCTIONS, UserFunctions
-from folojax.requests.validation import CheckedRequest, Validator
-from folojax.runner.results import Pending, StepResult, TokenLogprob
+from folojax.requests.sampling_request import SamplingRequest
+from folojax.requests.validation import Validator
+from folojax.runner.results import Pending, StepResult
 from folojax.runner.runner import Runner
-from folojax.sched.plan import SchedulerOutput
 from folojax.sched.request import Request, RequestStatus
 from folojax.sched.scheduler import Scheduler
+from folojax.sched.step_plan import StepPlan
 from folojax.text.tokenizer import Tokenizer
 
 UPDATE_POLICIES = ("recompute", "keep", "restart")
 
+NO_DISTRIBUTION = "a NaN, or nothing finite, in the logits or in what bans and processors leave"
+
+Live: TypeAlias = LiveGeneration | LiveScore
 Output: TypeAlias = RequestOutput | ScoreOutput
 
 
 class Engine:
-    """Requests in, outputs out; the caller owns the loop."""
+    """Requests in, outputs out; the caller owns the loop.
+
+    Attributes:
+        live: The unfinished requests by id; for reading.
+        weights_version: How often the parameters have been updated.
+    """
 
     def __init__(
         self,
         scheduler: Scheduler,
         runner: Runner,
-        tokenizer: Tokenizer | None,
-        eos_token_ids: Iterable[int],
+        validator: Validator,
         *,
-        num_tokens: int | None = None,
-        max_logprobs: int = 20,
         seed: int = 0,
         is_checked: bool = False,
-        functions: UserFunctions = NO_FUNCTIONS,
     ) -> None:
         """Makes an engine without requests.
 
         Args:
             scheduler: An empty one.
             runner: An empty one.
-            tokenizer: None: there is no text.
-            eos_token_ids: The model's end tokens, the one first that is no `stop_reason`.
-            num_tokens: Ids that can be sampled; None is the model's whole vocabulary.
-            max_logprobs: Most alternatives that are reported with a token; -1 is no cap.
+            validator: What it asks of a request, with the tokenizer and the model's end tokens.
             seed: Of the seeds that requests without one are given.
             is_checked: Whether every step ends with `check_integrity`.
-            functions: The user's, as the runner knows them.
         """
         self.scheduler = scheduler
         self.runner = runner
-        self.tokenizer = tokenizer
+        self.validator = validator
         self.num_steps = 0
         self.is_asleep = False
         self.weights_version = 0
+        self.live: dict[str, Live] = {}
         self._num_preemptions = 0
         self._is_checked = is_checked
         self._fingerprint: str | None = None
-        self._eos_token_ids = tuple(eos_token_ids)
-        self._jobs: dict[str, Job | ScoreJob] = {}
-        self._owner: dict[str, tuple[Job, Sample] | tuple[ScoreJob, None]] = {}
         # Plans under way, the earliest first: those that the scheduler knows of.
-        self._in_flight: deque[tuple[SchedulerOutput, list[Pending]]] = deque()
+        self._in_flight: deque[tuple[StepPlan, list[Pending]]] = deque()
         # Outputs that no step has returned yet.
         self._untold: list[Output] = []
         self._seeds = np.random.default_rng(seed)
-        vocab_size = runner.model.config.vocab_size
-        self._validator = Validator(
-            scheduler.config,
-            vocab_size=vocab_size,
-            num_tokens=vocab_size if num_tokens is None else num_tokens,
-            max_logprobs=max_logprobs,
-            tokenizer=tokenizer,
-            eos_token_ids=self._eos_token_ids,
-            functions=functions,
-            tapped_bytes=functions.tapped_bytes(runner.model),
-            is_strict=runner.gate.is_strict,
-        )
 
-    def check(
-        self, request_id: str, prompt: ParsedPrompt, params: SamplingParams, priority: int = 0
-    ) -> CheckedRequest:
-        """Checks a request for `add`; queues nothing.
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """None: there is no text."""
+        return self.validator.tokenizer
 
-        Raises:
-            ValueError: the id is in use, the prompt is empty, too long or holds an id outside the
-                vocabulary, or the parameters ask for what this engine cannot do.
-        """
-        checked = self._validator.check(request_id, prompt, params, priority)
-        if request_id in self._jobs:
-            raise ValueError(
-                f"request id {request_id!r} belongs to an unfinished request: use another id, or "
-                "abort that request first"
-            )
-        return checked
-
-    def check_score(self, prompt: ParsedPrompt, continuation: ParsedPrompt) -> None:
-        """Checks a continuation for `add_scores`; ValueError if it is refused."""
-        self._validator.check_score(prompt, continuation)
-
-    def add(self, checked: Iterable[CheckedRequest], is_streamed: bool) -> None:
-        """Queues requests, all or none.
-
-        Args:
-            checked: As `check` gave them, and no other request has come since.
-            is_streamed: Whether every step that gives one a token reports it, or only the last.
-        """
-        self.queue([self.make_job(request, is_streamed=is_streamed) for request in checked])
-
-    def make_job(
+    def make_request(
         self,
-        request: CheckedRequest,
+        request_id: str,
+        prompt: ParsedPrompt,
+        sampling_params: SamplingParams,
+        priority: int = 0,
         *,
         is_streamed: bool = True,
         progress: Progress = NOTHING_YET,
-        forked_from: Request | None = None,
-    ) -> Job:
-        """A job of this engine, not queued yet; the last arguments are those of `job.make_job`."""
-        seed = request.params.seed
-        if request.params.is_greedy:
-            seed = None
-        elif seed is None:
-            seed = int(self._seeds.integers(2**63))
-        return make_job(
-            request,
-            seed=seed,
-            eos_token_ids=self._eos_token_ids,
+        forked_from: SamplingRequest | None = None,
+    ) -> LiveGeneration:
+        """Checks a request, once and for all, and makes what `queue` takes.
+
+        Args:
+            request_id: Of the user, or drawn.
+            prompt: Its tokens, and its text if there is one.
+            sampling_params: Of it.
+            priority: Smaller is more urgent.
+            is_streamed: Whether every step that gives it a token reports it, or only the last.
+            progress: What every sample has already.
+            forked_from: Whose progress that was, while it goes on; else None.
+
+        Raises:
+            ValueError: as of `Validator.check`.
+        """
+        asked = self.validator.check(
+            request_id,
+            prompt,
+            sampling_params,
+            priority,
+            num_given=len(progress.token_ids),
+            has_given_logprobs=progress.logprobs is not None,
+        )
+        return make_generation(
+            asked,
+            eos_token_ids=self.validator.eos_token_ids,
             tokenizer=self.tokenizer,
             is_streamed=is_streamed,
             progress=progress,
             forked_from=forked_from,
         )
 
-    def queue(self, jobs: Sequence[Job]) -> None:
-        """Queues jobs, all or none; ValueError if the scheduler refuses one."""
-        for job in jobs:
-            for part in job.requests:
-                self.scheduler.validate(part)
-        for job in jobs:
-            self._jobs[job.request_id] = job
-            for sample in job.samples:
-                self.scheduler.add_request(sample.request)
-                self._owner[sample.request.request_id] = (job, sample)
+    def make_score(
+        self, request_id: str, prompt: ParsedPrompt, continuation: ParsedPrompt
+    ) -> LiveScore:
+        """The same for a continuation to be scored; ValueError if it is refused."""
+        self.validator.check_score(prompt, continuation)
+        return make_score(request_id, prompt, continuation)
 
-    @property
-    def jobs(self) -> Mapping[str, Job | ScoreJob]:
-        """The unfinished requests by id; for reading."""
-        return self._jobs
+    def queue(self, requests: Sequence[Live]) -> None:
+        """Queues requests; those without a seed are given one.
+
+        Raises:
+            ValueError: the id of one is in use; none was queued.
+        """
+        for live in requests:
+            ids = [part.request_id for part in live.parts]
+            if live.request_id in self.live or any(map(self.scheduler.get_request, ids)):
+                raise ValueError(
+                    f"request id {live.request_id!r} belongs to an unfinished request: use "
+                    "another id, or abort that request first"
+                )
+        for live in requests:
+            live.arrival_time_s = time.perf_counter()
+            if isinstance(live, LiveGeneration) and live.is_seedless:
+                live.set_seed(int(self._seeds.integers(2**63)))
+            self.live[live.request_id] = live
+            for part in live.parts:
+                self.scheduler.add_request(part)
 
     @property
     def weights(self) -> str:
@@ -172,13 +168,6 @@ class Engine:
         if self._fingerprint is None:
             self._fingerprint = fingerprint(self.runner.params)
         return self._fingerprint
-
-    def add_scores(self, scored: Iterable[tuple[str, ParsedPrompt, ParsedPrompt]]) -> None:
-        """Queues continuations to be scored: request id, prompt and continuation of each."""
-        for job in [make_score_job(*one) for one in scored]:
-            self._jobs[job.request_id] = job
-            self.scheduler.add_request(job.request)
-            self._owner[job.request.request_id] = (job, None)
 
     def step(self) -> list[Output]:
         """Reads one step of the device, and keeps it busy with the next meanwhile.
@@ -189,18 +178,26 @@ class Engine:
 
         Raises:
             RuntimeError: the engine sleeps.
+            BaseException: whatever interrupts the step. It may have consumed the state of all
+                requests, so they are aborted; the next step returns them.
         """
         self.check_is_awake()
-        self._take_in_unawaited()
-        while len(self._in_flight) < self.scheduler.config.max_plans_in_flight:
-            plan = self._dispatch()
-            if plan.is_empty:
-                break
-        self._take_in_unawaited()
-        if self._in_flight:
-            self._take_in()
-        if self._is_checked:
-            self.check_integrity()
+        try:
+            self._take_in_unawaited()
+            while len(self._in_flight) < self.scheduler.config.max_plans_in_flight:
+                plan = self.scheduler.schedule()
+                self._in_flight.append((plan, self.runner.dispatch(plan)))
+                self._count(plan)
+                if plan.is_empty:
+                    break
+            self._take_in_unawaited()
+            if self._in_flight:
+                self._take_in()
+            if self._is_checked:
+                self.check_integrity()
+        except BaseException:
+            self._untold = self.reset()
+            raise
         outputs, self._untold = self._untold, []
         return outputs
 
@@ -222,23 +219,24 @@ class Engine:
         ids = [request_ids] if isinstance(request_ids, str) else list(request_ids)
         outputs = []
         for request_id in ids:
-            job = self._jobs.get(request_id)
-            if job is not None:
-                self._finish(job.requests, RequestStatus.FINISHED_ABORTED)
-                outputs.append(self._close(job))
+            live = self.live.get(request_id)
+            if live is not None:
+                self.scheduler.abort_requests(part.request_id for part in live.parts)
+                outputs.append(self._close(live))
         # What no step has told of them yet is out of date.
         told = {output.request_id for output in outputs}
         self._untold = [one for one in self._untold if one.finished or one.request_id not in told]
         return outputs
 
-    def discard(self, request_ids: Collection[str]) -> None:
+    def discard(self, requests: Collection[Live]) -> None:
         """Ends requests, and forgets what no step has told of them yet."""
-        self.abort(request_ids)
-        self._untold = [one for one in self._untold if one.request_id not in request_ids]
+        ids = {one.request_id for one in requests if self.live.get(one.request_id, one) is one}
+        self.abort(ids)
+        self._untold = [one for one in self._untold if one.request_id not in ids]
 
     def reset(self) -> list[Output]:
         """Aborts everything and makes the engine usable again, also after an interrupted step."""
-        aborted = self.abort(list(self._jobs))
+        aborted = self.abort(list(self.live))
         outputs, self._untold = [*self._untold, *aborted], []
         self._in_flight.clear()
         self.scheduler.shutdown()
@@ -286,8 +284,8 @@ class Engine:
         else:
             self.scheduler.reset_prefix_cache(preempt_running=True)
             if running == "restart":
-                for job in self._jobs.values():
-                    job.restart()
+                for live in self.live.values():
+                    live.restart()
         self.runner.params = params
         self._fingerprint = None
         self.weights_version += 1
@@ -303,13 +301,9 @@ class Engine:
             self.drain()
         return self.scheduler.reset_prefix_cache(preempt_running=preempt_running)
 
-    def has_request(self, request_id: str) -> bool:
-        """Whether an unfinished request has this id."""
-        return request_id in self._jobs
-
     def has_unfinished_requests(self) -> bool:
         """Whether a step has anything to do or to return."""
-        return bool(self._jobs or self._untold)
+        return bool(self.live or self._untold)
 
     def metrics(self) -> EngineMetrics:
         """Counts as they stand now."""
@@ -320,18 +314,14 @@ class Engine:
         while self._in_flight:
             self._take_in()
 
-    def _dispatch(self) -> SchedulerOutput:
-        """Plans a step, and hands it to the device."""
-        plan = self.scheduler.schedule()
+    def _count(self, plan: StepPlan) -> None:
         now = time.perf_counter()
-        self._in_flight.append((plan, self.runner.dispatch(plan)))
         self._num_preemptions += len(plan.preempted_request_ids)
         self.num_steps += not plan.is_empty
         for new in plan.new_requests:
-            job = self._owner[new.request_id][0]
-            if job.first_scheduled_time_s is None:
-                job.first_scheduled_time_s = now
-        return plan
+            live = _owner(new)
+            if live.first_scheduled_time_s is None:
+                live.first_scheduled_time_s = now
 
     def _take_in(self) -> None:
         """Reads the earliest plan under way."""
@@ -347,47 +337,63 @@ class Engine:
             plan, _ = self._in_flight.popleft()
             self.scheduler.update_from_output(plan, {})
 
-    def _commit(self, plan: SchedulerOutput, result: StepResult) -> list[Output]:
-        awaited = self.scheduler.flights.awaited(plan)
-        failed = take_reports(result, awaited.keys(), self._owner)
+    def _commit(self, plan: StepPlan, result: StepResult) -> list[Output]:
+        """Hands out what a step gave, to the scheduler first, and ends what has ended."""
+        failed = self._take_reports(result, self.scheduler.flights.awaited(plan))
         sampled = result.sampled
         tokens = {
             request_id: [entry.token for entry in entries]
             for request_id, entries in sampled.items()
         }
         now = time.perf_counter()
-        told: dict[str, Job | ScoreJob] = {}  # and perhaps finished
-        owner = self._owner
+        told: dict[str, Live] = {}  # and perhaps finished
         for request, new_token_ids in self.scheduler.update_from_output(plan, tokens, failed):
-            job, sample = owner[request.request_id]
-            if new_token_ids and isinstance(job, Job) and sample is not None:
+            live = _owner(request)
+            if new_token_ids and isinstance(request, Sample):
+                if live.first_token_time_s is None:
+                    live.first_token_time_s = now
                 entries = sampled[request.request_id][: len(new_token_ids)]
-                self._take_tokens(job, sample, entries, now)
-            if job.is_streamed or request.is_finished:
-                told[job.request_id] = job
+                stop = request.take(entries, self.weights_version)
+                if stop is not None:
+                    self.scheduler.stop_at(request, *stop)
+            if live.is_streamed or request.is_finished:
+                told[live.request_id] = live
         return [
-            self._close(job) if job.is_finished else job.output()
-            for job in told.values()
-            if job.is_finished or job.is_streamed
+            self._close(live) if live.is_finished else live.output()
+            for live in told.values()
+            if live.is_finished or live.is_streamed
         ]
 
-    def _take_tokens(
-        self, job: Job, sample: Sample, entries: Sequence[TokenLogprob], now: float
-    ) -> None:
-        if job.first_token_time_s is None:
-            job.first_token_time_s = now
-        stop = job.add_tokens(sample, entries, self.weights_version)
-        if stop is not None:
-            # It ends a sample also where the newest token has just ended it for another reason.
-            self._finish([sample.request], RequestStatus.FINISHED_STOPPED)
-            sample.request.status = RequestStatus.FINISHED_STOPPED
-            sample.request.stop_reason = stop
+    def _take_reports(self, result: StepResult, awaited: Mapping[str, Request]) -> dict[str, str]:
+        """Hands out log-probabilities of prompts and residual streams to those that await them.
 
-    def _finish(self, requests: Sequence[Request], status: RequestStatus) -> None:
-        self.scheduler.finish_requests([request.request_id for request in requests], status)
+        Returns:
+            Requests for which the model gave no usable distribution, and what they are told. They
+            have lost their samples if it was in the prompt.
+        """
+        failed = dict.fromkeys(result.failed, NO_DISTRIBUTION)
+        for request_id, chunk in result.prompt_logprobs.items():
+            if any(math.isnan(entry.logprob) for entry in chunk.entries):
+                failed[request_id] = NO_DISTRIBUTION
+                result.sampled.pop(request_id, None)
+            elif request_id in awaited:
+                _owner(awaited[request_id]).add_prompt_logprobs(chunk)
+        for request_id, pieces in result.streams.items():
+            sample = awaited.get(request_id)
+            if isinstance(sample, Sample):
+                for piece in pieces:
+                    sample.add_activations(piece)
+        return failed
 
-    def _close(self, job: Job | ScoreJob) -> Output:
-        del self._jobs[job.request_id]
-        for request in job.requests:
-            del self._owner[request.request_id]
-        return job.output()
+    def _close(self, live: Live) -> Output:
+        del self.live[live.request_id]
+        output = live.output()
+        for part in live.parts:
+            part.owner = None  # or each would keep the other in memory
+        return output
+
+
+def _owner(request: Request) -> Live:
+    assert isinstance(request, SamplingRequest), f"{request.request_id} is not the engine's"
+    owner: Live = request.owner
+    return owner

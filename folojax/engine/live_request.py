@@ -1,12 +1,16 @@
-"""A user's request: its `n` samples, each a request of the scheduler, and what becomes of them."""
+"""A user's request under way: the samples that the scheduler knows, and what has come of them.
 
+One record goes from the door to the runner and back. `Sample` is the scheduler's `Request`, which
+the scheduler writes; with what the sampler needs, which the runner reads (`SamplingRequest`); and
+with what the engine keeps of its tokens.
+"""
+
+import abc
 import dataclasses
 import math
 import time
 from collections.abc import Sequence
-from typing import Any
-
-import numpy as np
+from typing import Any, Generic, TypeVar
 
 from folojax.engine.snapshot import Progress
 from folojax.requests.outputs import (
@@ -15,17 +19,17 @@ from folojax.requests.outputs import (
     LogprobRecord,
     RequestMetrics,
     RequestOutput,
+    ScoreOutput,
 )
+from folojax.requests.sampling_request import SamplingRequest
 from folojax.requests.validation import CheckedRequest
 from folojax.runner.activation_taps import Streams
 from folojax.runner.results import PromptLogprobs, TokenLogprob
-from folojax.runner.row_params import RowParams
-from folojax.sched.request import Request, StopRule
+from folojax.sched.request import StopRule
 from folojax.text.detokenizer import Detokenizer
 from folojax.text.tokenizer import Tokenizer
 
 NOTHING_YET = Progress()
-
 
 UNKNOWN_VERSION = -1
 """Of the weights, for tokens that a fork or a snapshot began with."""
@@ -33,175 +37,54 @@ UNKNOWN_VERSION = -1
 UNKNOWN_RECORD = LogprobRecord(math.nan, math.nan, math.nan, math.nan, math.nan, rank=0)
 """Of such tokens."""
 
-
-@dataclasses.dataclass(eq=False)
-class Sample:
-    """One of the samples of a job.
-
-    Attributes:
-        index: Its place among them.
-        request: What the scheduler knows of it.
-        seed: None for greedy.
-        detokenizer: None where there is no text. It reads tokens when text is wanted.
-        cumulative_logprob: Of its tokens so far.
-        token_logprobs: Of each of them.
-        logprobs: One entry a token; empty if not asked for.
-        record: The same.
-        weights_versions: One entry a token.
-        streams: Of the residual stream, where it is asked for.
-    """
-
-    index: int
-    request: Request
-    seed: int | None
-    detokenizer: Detokenizer | None
-    cumulative_logprob: float = 0.0
-    token_logprobs: list[float] = dataclasses.field(default_factory=list)
-    logprobs: list[dict[int, Logprob]] = dataclasses.field(default_factory=list)
-    record: list[LogprobRecord] = dataclasses.field(default_factory=list)
-    weights_versions: list[int] = dataclasses.field(default_factory=list)
-    streams: Streams = dataclasses.field(default_factory=Streams)
-
-    def text_tokens(self, is_stop_included: bool) -> list[int]:
-        """The tokens that have text: a token that ended the sample has none, unless asked for."""
-        tokens = self.request.output_token_ids
-        is_stopped = self.request.status.finish_reason == "stop"
-        return tokens[:-1] if is_stopped and not is_stop_included else tokens
+_Output = TypeVar("_Output", RequestOutput, ScoreOutput)
 
 
-@dataclasses.dataclass(eq=False)
-class Job:
-    """A request for outputs, with its samples and times.
+@dataclasses.dataclass(eq=False, kw_only=True)
+class LiveRequest(abc.ABC, Generic[_Output]):
+    """What a user has asked for, until its last output.
 
     Attributes:
-        request: As it was checked.
-        samples: By index.
-        tokenizer: For the text of single tokens; None: there is none.
+        request_id: Of the user, or drawn.
         is_streamed: Whether every step reports it, or only the last one.
-        arrival_time_s: When it was added; the times are of `time.perf_counter`.
+        arrival_time_s: When it was queued; the times are of `time.perf_counter`.
         first_scheduled_time_s: When a step first computed some of it.
         first_token_time_s: When its first token was read.
         prompt_logprobs: Of the prompt's tokens after the first, as far as they are known.
-        told_prompt_logprobs: The same as the user gets them, once they are complete.
     """
 
-    request: CheckedRequest
-    samples: list[Sample]
-    tokenizer: Tokenizer | None
-    is_streamed: bool
-    arrival_time_s: float
+    request_id: str
+    is_streamed: bool = False
+    arrival_time_s: float = math.nan
     first_scheduled_time_s: float | None = None
     first_token_time_s: float | None = None
     prompt_logprobs: list[TokenLogprob] = dataclasses.field(default_factory=list)
-    told_prompt_logprobs: list[dict[int, Logprob] | None] | None = None
 
     @property
-    def request_id(self) -> str:
-        """The user's id of it."""
-        return self.request.request_id
+    @abc.abstractmethod
+    def parts(self) -> Sequence[SamplingRequest]:
+        """What the scheduler knows of it."""
 
-    @property
-    def requests(self) -> list[Request]:
-        """The scheduler's part."""
-        return [sample.request for sample in self.samples]
+    @abc.abstractmethod
+    def output(self) -> _Output:
+        """What the user gets: all that there is so far; a finished request ends now."""
 
     @property
     def is_finished(self) -> bool:
-        """Whether every sample has ended."""
-        return all(sample.request.is_finished for sample in self.samples)
-
-    def add_tokens(
-        self, sample: Sample, entries: Sequence[TokenLogprob], weights_version: int
-    ) -> str | None:
-        """Takes in tokens that the scheduler has; returns the stop string that one completes.
-
-        Tokens behind that one are taken away from the sample again.
-        """
-        params = self.request.params
-        for entry in entries:
-            sample.cumulative_logprob += entry.logprob
-            sample.token_logprobs.append(entry.logprob)
-            sample.weights_versions.append(weights_version)
-            if entry.record is not None:
-                raw, tempered, processed, log_kept, entropy, rank = entry.record
-                sample.record.append(
-                    LogprobRecord(raw, tempered, processed, log_kept, entropy, int(rank))
-                )
-            if params.logprobs is not None:
-                sample.logprobs.append(as_logprobs(entry, self._token_texts()))
-        if not params.stop or sample.detokenizer is None:
-            return None
-        num_before = sample.request.num_output_tokens - len(entries)
-        for count in range(1, len(entries) + 1):
-            stop = self._find_stop(sample, num_before + count)
-            if stop is not None:
-                self._cut(sample, num_before + count)
-                return stop
-        return None
-
-    def _cut(self, sample: Sample, num_tokens: int) -> None:
-        """Takes tokens away from the end of a sample."""
-        by_token: tuple[list[Any], ...] = (
-            sample.request.output_token_ids,
-            sample.token_logprobs,
-            sample.logprobs,
-            sample.record,
-            sample.weights_versions,
-        )
-        for entries in by_token:
-            del entries[num_tokens:]
-        sample.cumulative_logprob = sum(sample.token_logprobs)
-
-    def _find_stop(self, sample: Sample, num_tokens: int) -> str | None:
-        """The stop string that the first `num_tokens` tokens complete."""
-        assert sample.detokenizer is not None, "stop strings are found in text"
-        is_stop_included = self.request.params.include_stop_str_in_output
-        tokens = sample.text_tokens(is_stop_included)[:num_tokens]
-        return sample.detokenizer.read(tokens)
-
-    def progress(self, sample: Sample) -> Progress:
-        """What a sample has so far."""
-        has_logprobs = self.request.params.logprobs is not None
-        return Progress(
-            tuple(sample.request.output_token_ids),
-            tuple(sample.token_logprobs),
-            tuple(sample.logprobs) if has_logprobs else None,
-        )
+        """Whether every part has ended."""
+        return all(part.is_finished for part in self.parts)
 
     def add_prompt_logprobs(self, chunk: PromptLogprobs) -> None:
         """Takes in a chunk; after a preemption it may be known already."""
         del self.prompt_logprobs[chunk.first - 1 :]
         self.prompt_logprobs += chunk.entries
-        self.told_prompt_logprobs = None
-        if len(self.prompt_logprobs) == len(self.request.prompt_token_ids) - 1:
-            texts = self._token_texts()
-            entries = (as_logprobs(entry, texts) for entry in self.prompt_logprobs)
-            self.told_prompt_logprobs = [None, *entries]
 
     def restart(self) -> None:
-        """Forgets what unfinished samples have, and the log-probabilities of the prompt."""
-        for sample in self.samples:
-            if not sample.request.is_finished:
-                sample.request.restart()
-                sample.detokenizer = _make_detokenizer(self.request, self.tokenizer, 0)
-                sample.cumulative_logprob = 0.0
-                sample.token_logprobs, sample.logprobs = [], []
-                sample.record, sample.weights_versions = [], []
-                sample.streams = Streams()
-        self.prompt_logprobs, self.told_prompt_logprobs = [], None
-
-    def output(self) -> RequestOutput:
-        """What the user gets: all that there is so far; a finished job ends now."""
-        return RequestOutput(
-            request_id=self.request_id,
-            prompt=self.request.prompt,
-            prompt_token_ids=list(self.request.prompt_token_ids),
-            prompt_logprobs=self._prompt_logprobs(),
-            outputs=[self._completion(sample) for sample in self.samples],
-            finished=self.is_finished,
-            metrics=self.metrics(),
-            num_cached_tokens=self.samples[0].request.num_cached_tokens,
-        )
+        """Forgets what unfinished parts have, and the log-probabilities of the prompt."""
+        for part in self.parts:
+            if not part.is_finished:
+                part.restart()
+        self.prompt_logprobs = []
 
     def metrics(self) -> RequestMetrics:
         """Times and counts so far."""
@@ -210,134 +93,284 @@ class Job:
             first_scheduled_time_s=self.first_scheduled_time_s,
             first_token_time_s=self.first_token_time_s,
             finish_time_s=time.perf_counter() if self.is_finished else None,
-            num_output_tokens=sum(request.num_output_tokens for request in self.requests),
-            num_preemptions=sum(request.num_preemptions for request in self.requests),
+            num_output_tokens=sum(part.num_output_tokens for part in self.parts),
+            num_preemptions=sum(part.num_preemptions for part in self.parts),
         )
 
-    def _completion(self, sample: Sample) -> CompletionOutput:
+
+@dataclasses.dataclass(eq=False, kw_only=True)
+class Sample(SamplingRequest):
+    """One of the samples of a `LiveGeneration`, its owner.
+
+    Attributes:
+        index: Its place among them.
+        tokenizer: None where it has no text.
+        num_given: Output tokens that it began with; no stop string ends in them.
+        token_logprobs: One entry an output token, as in the next three.
+        logprobs: Empty if not asked for.
+        records: Likewise.
+        weights_versions: How often the parameters had been replaced when it was sampled.
+        activations: The residual streams of its tokens, where they are asked for.
+        detokenizer: Made when text is first wanted.
+    """
+
+    index: int
+    tokenizer: Tokenizer | None
+    num_given: int = 0
+    token_logprobs: list[float] = dataclasses.field(default_factory=list)
+    logprobs: list[dict[int, Logprob]] = dataclasses.field(default_factory=list)
+    records: list[LogprobRecord] = dataclasses.field(default_factory=list)
+    weights_versions: list[int] = dataclasses.field(default_factory=list)
+    activations: Streams | None = None
+    detokenizer: Detokenizer | None = None
+
+    def take(self, entries: Sequence[TokenLogprob], weights_version: int) -> tuple[int, str] | None:
+        """Takes in tokens that the scheduler has appended.
+
+        Returns:
+            Where one of them completes a stop string, how many output tokens there are up to it,
+            and the string. What is known of tokens behind it is gone.
+        """
+        params = self.sampling_params
+        for entry in entries:
+            self.token_logprobs.append(entry.logprob)
+            self.weights_versions.append(weights_version)
+            if entry.record is not None:
+                raw, tempered, processed, log_kept, entropy, rank = entry.record
+                self.records.append(
+                    LogprobRecord(raw, tempered, processed, log_kept, entropy, int(rank))
+                )
+            if params.logprobs is not None:
+                self.logprobs.append(as_logprobs(entry, self.tokenizer))
+        if params.stop and self.tokenizer is not None:
+            for count in range(
+                self.num_output_tokens - len(entries) + 1, self.num_output_tokens + 1
+            ):
+                stop = self._reader(self.tokenizer).read(self._text_tokens()[:count])
+                if stop is not None:
+                    self._cut(count)
+                    return count, stop
+        return None
+
+    def restart(self) -> None:
+        """Forgets its output, as if it had just arrived."""
+        super().restart()
+        self._cut(0)
+        self.num_given = 0
+        self.activations = self.detokenizer = None
+
+    def add_activations(self, piece: Any) -> None:
+        """Takes in the residual streams of some tokens (`folojax.runner.activation_taps`)."""
+        if self.activations is None:
+            self.activations = Streams()
+        self.activations.add(piece)
+
+    def progress(self) -> Progress:
+        """What it has so far."""
+        has_logprobs = self.sampling_params.logprobs is not None
+        return Progress(
+            tuple(self.output_token_ids),
+            tuple(self.token_logprobs),
+            tuple(self.logprobs) if has_logprobs else None,
+        )
+
+    def completion(self) -> CompletionOutput:
+        """What the user gets of it."""
+        params, activations = self.sampling_params, None
+        if params.activations and self.is_finished and self.activations is not None:
+            # Of all tokens but the last, which was never computed.
+            activations = self.activations.arrays(self.num_tokens - 1)
         return CompletionOutput(
-            index=sample.index,
-            text=self._text(sample),
-            token_ids=list(sample.request.output_token_ids),
-            cumulative_logprob=sample.cumulative_logprob,
-            logprobs=None if self.request.params.logprobs is None else list(sample.logprobs),
-            finish_reason=sample.request.status.finish_reason,
-            stop_reason=sample.request.stop_reason,
-            seed=sample.seed,
-            record=list(sample.record) if self.request.params.record else None,
-            weights_versions=list(sample.weights_versions),
-            activations=self._activations(sample),
+            index=self.index,
+            text=self._text(),
+            token_ids=list(self.output_token_ids),
+            cumulative_logprob=sum(self.token_logprobs),
+            logprobs=None if params.logprobs is None else list(self.logprobs),
+            finish_reason=self.status.finish_reason,
+            stop_reason=self.stop_reason,
+            seed=self.seed,
+            record=list(self.records) if params.record else None,
+            weights_versions=list(self.weights_versions),
+            activations=activations,
         )
 
-    def _activations(self, sample: Sample) -> dict[int, np.ndarray] | None:
-        """Of all tokens but the last, which was never computed."""
-        is_told = self.request.params.activations and sample.request.is_finished
-        return sample.streams.arrays(sample.request.num_tokens - 1) if is_told else None
-
-    def _text(self, sample: Sample) -> str:
-        if sample.detokenizer is None:
+    def _text(self) -> str:
+        if self.tokenizer is None:
             return ""
-        token_ids = sample.text_tokens(self.request.params.include_stop_str_in_output)
-        if sample.request.is_finished:
-            return sample.detokenizer.finish(token_ids)
-        sample.detokenizer.read(token_ids)
-        return sample.detokenizer.text
+        reader, token_ids = self._reader(self.tokenizer), self._text_tokens()
+        if self.is_finished:
+            return reader.finish(token_ids)
+        reader.read(token_ids)
+        return reader.text
 
-    def _prompt_logprobs(self) -> list[dict[int, Logprob] | None] | None:
-        if self.request.num_prompt_logprobs is None:
-            return None
-        if len(self.request.prompt_token_ids) == 1:
-            return [None]  # nothing precedes the only token
-        told = self.told_prompt_logprobs
-        return None if told is None else list(told)
+    def _text_tokens(self) -> list[int]:
+        """The tokens that have text: one that ended the sample has none, unless asked for."""
+        is_stopped = self.status.finish_reason == "stop"
+        is_left_out = is_stopped and not self.sampling_params.include_stop_str_in_output
+        return self.output_token_ids[:-1] if is_left_out else self.output_token_ids
 
-    def _token_texts(self) -> Tokenizer | None:
-        return self.tokenizer if self.request.params.detokenize else None
+    def _reader(self, tokenizer: Tokenizer) -> Detokenizer:
+        if self.detokenizer is None:
+            params = self.sampling_params
+            self.detokenizer = Detokenizer(
+                tokenizer,
+                tuple(params.stop or ()),
+                min_tokens=max(params.min_tokens, self.num_given),
+                is_stop_included=params.include_stop_str_in_output,
+                prompt_token_ids=self.prompt_token_ids,
+                skip_special_tokens=params.skip_special_tokens,
+                spaces_between_special_tokens=params.spaces_between_special_tokens,
+            )
+        return self.detokenizer
+
+    def _cut(self, num_tokens: int) -> None:
+        """Forgets what is known of tokens from some number on."""
+        columns: tuple[list[Any], ...] = (
+            self.token_logprobs,
+            self.logprobs,
+            self.records,
+            self.weights_versions,
+        )
+        for column in columns:
+            del column[num_tokens:]
 
 
-def make_job(
-    checked: CheckedRequest,
+@dataclasses.dataclass(eq=False, kw_only=True)
+class LiveGeneration(LiveRequest[RequestOutput]):
+    """A request for outputs.
+
+    Attributes:
+        asked: What for.
+        samples: By index.
+        tokenizer: For the text of single tokens; None where there is none.
+        told_prompt_logprobs: As the user gets them, once they are complete.
+    """
+
+    asked: CheckedRequest
+    samples: list[Sample]
+    tokenizer: Tokenizer | None
+    told_prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+
+    @property
+    def parts(self) -> Sequence[Sample]:
+        """The samples."""
+        return self.samples
+
+    @property
+    def is_seedless(self) -> bool:
+        """Whether its samples are drawn with a seed that the engine is to give."""
+        return self.asked.params.seed is None and not self.asked.params.is_greedy
+
+    def set_seed(self, seed: int) -> None:
+        """Gives sample i the seed `seed` + i."""
+        for sample in self.samples:
+            sample.seed = (seed + sample.index) % 2**64
+
+    def add_prompt_logprobs(self, chunk: PromptLogprobs) -> None:
+        """Takes in a chunk; after a preemption it may be known already."""
+        super().add_prompt_logprobs(chunk)
+        self.told_prompt_logprobs = None
+        if len(self.prompt_logprobs) == len(self.asked.prompt_token_ids) - 1:
+            entries = (as_logprobs(entry, self.tokenizer) for entry in self.prompt_logprobs)
+            self.told_prompt_logprobs = [None, *entries]
+
+    def restart(self) -> None:
+        """Forgets what unfinished samples have, and the log-probabilities of the prompt."""
+        super().restart()
+        self.told_prompt_logprobs = None
+
+    def output(self) -> RequestOutput:
+        """All that there is so far."""
+        prompt_logprobs = self.told_prompt_logprobs
+        if self.asked.num_prompt_logprobs is not None and len(self.asked.prompt_token_ids) == 1:
+            prompt_logprobs = [None]  # nothing precedes the only token
+        return RequestOutput(
+            request_id=self.request_id,
+            prompt=self.asked.prompt,
+            prompt_token_ids=list(self.asked.prompt_token_ids),
+            prompt_logprobs=prompt_logprobs and list(prompt_logprobs),
+            outputs=[sample.completion() for sample in self.samples],
+            finished=self.is_finished,
+            metrics=self.metrics(),
+            num_cached_tokens=self.samples[0].num_cached_tokens,
+        )
+
+
+def make_generation(
+    asked: CheckedRequest,
     *,
-    seed: int | None,
     eos_token_ids: Sequence[int],
     tokenizer: Tokenizer | None,
     is_streamed: bool,
-    progress: Progress = NOTHING_YET,
-    forked_from: Request | None = None,
-) -> Job:
-    """Splits a user's request into requests of the scheduler, one a sample.
+    progress: Progress,
+    forked_from: SamplingRequest | None,
+) -> LiveGeneration:
+    """Splits a user's request into samples, not queued yet.
 
-    The samples of n > 1 are called `<request_id>#<index>` inside, and share the prompt's pages.
+    Those of n > 1 are called `<request_id>#<index>` inside, and share the prompt's pages.
 
     Args:
-        checked: The request.
-        seed: Of the first sample; None for greedy.
+        asked: The request.
         eos_token_ids: The model's end tokens, the one first that is no `stop_reason`.
         tokenizer: None: there is no text.
         is_streamed: Whether every step is to report it.
         progress: What every sample has already.
         forked_from: Whose progress that was, while it goes on; else None.
-
-    Raises:
-        ValueError: log-probabilities are asked for, and those of the first tokens are not known.
     """
-    params = checked.params
-    if params.logprobs is not None and progress.token_ids and progress.logprobs is None:
-        raise ValueError(
-            f"logprobs is {params.logprobs!r}, and the {len(progress.token_ids)} tokens that are "
-            "there already came without: leave logprobs out, or ask for them from the start"
-        )
+    params = asked.params
+    if not params.detokenize:
+        tokenizer = None
     ends = () if params.ignore_eos else tuple(eos_token_ids)
     stop = StopRule(
-        max_tokens=checked.max_tokens,
+        max_tokens=asked.max_tokens,
         # Only the first goes without a reason, as in vLLM; a further one is named as the reason.
         eos_token_ids=frozenset(ends[:1]),
         stop_token_ids=frozenset([*(params.stop_token_ids or ()), *ends[1:]]),
         min_tokens=params.min_tokens,
     )
-    banned = tuple(sorted(stop.eos_token_ids | stop.stop_token_ids)) if params.min_tokens else ()
-    samples = []
+    banned_ids = tuple(sorted(stop.eos_token_ids | stop.stop_token_ids))
+    is_edited, num_given = bool(params.activation_edits), len(progress.token_ids)
+    live = LiveGeneration(
+        request_id=asked.request_id,
+        is_streamed=is_streamed,
+        asked=asked,
+        samples=[],
+        tokenizer=tokenizer,
+    )
     for index in range(params.n):
         # One sample tells of the prompt, and so has to compute all of it.
-        num_prompt_logprobs = checked.num_prompt_logprobs if index == 0 else None
-        sample_seed = None if seed is None else (seed + index) % 2**64
-        row = RowParams(
-            params,
-            seed=sample_seed or 0,
-            banned_ids=banned,
-            banned_until=len(checked.prompt_token_ids) + params.min_tokens,
-            bad_word_ids=checked.bad_word_ids,
-            num_logprobs=checked.num_logprobs,
-            num_prompt_logprobs=num_prompt_logprobs,
+        num_prompt_logprobs = asked.num_prompt_logprobs if index == 0 else None
+        is_reported = num_prompt_logprobs is not None or params.activations
+        live.samples.append(
+            Sample(
+                asked.request_id if params.n == 1 else f"{asked.request_id}#{index}",
+                asked.prompt_token_ids,
+                stop,
+                asked.priority,
+                group=None if params.n == 1 else asked.request_id,
+                skip_prefix_cache=is_reported or is_edited,
+                forked_from=forked_from,
+                is_private=is_edited,
+                output_token_ids=list(progress.token_ids),
+                sampling_params=params,
+                owner=live,
+                banned_ids=banned_ids if params.min_tokens else (),
+                banned_until=len(asked.prompt_token_ids) + params.min_tokens,
+                bad_word_ids=asked.bad_word_ids,
+                num_logprobs=asked.num_logprobs,
+                num_prompt_logprobs=num_prompt_logprobs,
+                index=index,
+                tokenizer=tokenizer,
+                num_given=num_given,
+                token_logprobs=list(progress.token_logprobs),
+                logprobs=list(progress.logprobs or ()) if params.logprobs is not None else [],
+                records=[UNKNOWN_RECORD] * num_given if params.record else [],
+                weights_versions=[UNKNOWN_VERSION] * num_given,
+            )
         )
-        is_one = params.n == 1
-        request = Request(
-            checked.request_id if is_one else f"{checked.request_id}#{index}",
-            checked.prompt_token_ids,
-            stop,
-            row,
-            checked.priority,
-            group=None if is_one else checked.request_id,
-            skip_prefix_cache=num_prompt_logprobs is not None
-            or bool(params.activation_edits)
-            or params.activations,
-            forked_from=forked_from,
-            output_token_ids=list(progress.token_ids),
-            is_private=bool(params.activation_edits),
-        )
-        num_given = len(progress.token_ids)
-        sample = Sample(
-            index, request, sample_seed, _make_detokenizer(checked, tokenizer, num_given)
-        )
-        sample.token_logprobs = list(progress.token_logprobs)
-        sample.weights_versions = [UNKNOWN_VERSION] * num_given
-        if params.record:
-            sample.record = [UNKNOWN_RECORD] * num_given
-        sample.cumulative_logprob = sum(progress.token_logprobs)
-        if params.logprobs is not None:
-            sample.logprobs = list(progress.logprobs or ())
-        samples.append(sample)
-    return Job(checked, samples, tokenizer, is_streamed, time.perf_counter())
+    if params.seed is not None and not params.is_greedy:
+        live.set_seed(params.seed)
+    return live
 
 
 def as_logprobs(entry: TokenLogprob, tokenizer: Tokenizer | None) -> dict[int, Logprob]:
@@ -351,20 +384,3 @@ def as_logprobs(entry: TokenLogprob, tokenizer: Tokenizer | None) -> dict[int, L
         return {token: Logprob(*pair) for token, pair in found.items()}
     text = tokenizer.token_text
     return {token: Logprob(*pair, text(token)) for token, pair in found.items()}
-
-
-def _make_detokenizer(
-    checked: CheckedRequest, tokenizer: Tokenizer | None, num_given: int
-) -> Detokenizer | None:
-    params = checked.params
-    if tokenizer is None or not params.detokenize:
-        return None
-    return Detokenizer(
-        tokenizer,
-        tuple(params.stop or ()),
-        min_tokens=max(params.min_tokens, num_given),  # what was given does not end it
-        is_stop_included=params.include_stop_str_in_output,
-        prompt_token_ids=checked.prompt_token_ids,
-        skip_special_tokens=params.skip_special_tokens,
-        spaces_between_special_tokens=params.spaces_between_special_tokens,
-    )

@@ -1,19 +1,18 @@
 """A continuation to be scored: a prompt-only request whose tokens are reported."""
 
 import dataclasses
-import math
-import time
+from collections.abc import Sequence
 
-from folojax.requests.outputs import RequestMetrics, ScoreOutput
+from folojax.engine.live_request import LiveRequest
+from folojax.requests.outputs import ScoreOutput
 from folojax.requests.prompts import ParsedPrompt
 from folojax.requests.sampling_params import SamplingParams
-from folojax.runner.results import PromptLogprobs, TokenLogprob
-from folojax.runner.row_params import RowParams
-from folojax.sched.request import Request, StopRule
+from folojax.requests.sampling_request import SamplingRequest
+from folojax.sched.request import StopRule
 
 
-@dataclasses.dataclass(eq=False)
-class ScoreJob:
+@dataclasses.dataclass(eq=False, kw_only=True)
+class LiveScore(LiveRequest[ScoreOutput]):
     """A prompt and what is thought of its continuation.
 
     The sequence less its last token is the scheduler's request; the last one is scored, and never
@@ -22,49 +21,26 @@ class ScoreJob:
         prompt  p0 p1 p2 p3 | c0 c1 c2     computed: p0 ... c1     scored: c0 c1 c2
 
     Attributes:
-        request_id: Drawn by the caller.
         prompt: What comes before.
         continuation: What is scored.
         request: The scheduler's part.
-        arrival_time_s: When it was made; the times are of `time.perf_counter`.
-        first_scheduled_time_s: When a step first computed some of it.
-        scores: Of the tokens after the first, as far as they are known.
     """
 
-    request_id: str
     prompt: ParsedPrompt
     continuation: ParsedPrompt
-    request: Request
-    arrival_time_s: float
-    first_scheduled_time_s: float | None = None
-    scores: list[TokenLogprob] = dataclasses.field(default_factory=list)
-    is_streamed: bool = False
+    request: SamplingRequest
 
     @property
-    def requests(self) -> list[Request]:
-        """The scheduler's part."""
+    def parts(self) -> Sequence[SamplingRequest]:
+        """The one request."""
         return [self.request]
 
-    @property
-    def is_finished(self) -> bool:
-        """Whether it has ended."""
-        return self.request.is_finished
-
-    def add_prompt_logprobs(self, chunk: PromptLogprobs) -> None:
-        """Takes in a chunk; after a preemption it may be known already."""
-        del self.scores[chunk.first - 1 :]
-        self.scores += chunk.entries
-
-    def restart(self) -> None:
-        """Forgets the scores so far."""
-        self.request.restart()
-        self.scores = []
-
     def output(self) -> ScoreOutput:
-        """What the user gets; the job ends now."""
+        """What the user gets at the end; there is no log-probability unless all are known."""
         reason = self.request.status.finish_reason
         assert reason is not None, "a score is reported at the end"
-        scores = self.scores[len(self.prompt.token_ids) - 1 :] if reason == "length" else []
+        num_before = len(self.prompt.token_ids) - 1
+        scores = self.prompt_logprobs[num_before:] if reason == "length" else []
         return ScoreOutput(
             request_id=self.request_id,
             prompt=self.prompt.text,
@@ -74,26 +50,24 @@ class ScoreJob:
             logprobs=[entry.logprob for entry in scores],
             ranks=[entry.rank for entry in scores],
             finish_reason=reason,
-            metrics=RequestMetrics(
-                arrival_time_s=self.arrival_time_s,
-                first_scheduled_time_s=self.first_scheduled_time_s,
-                first_token_time_s=None,
-                finish_time_s=time.perf_counter(),
-                num_output_tokens=0,
-                num_preemptions=self.request.num_preemptions,
-            ),
+            metrics=self.metrics(),
         )
 
 
-def make_score_job(request_id: str, prompt: ParsedPrompt, continuation: ParsedPrompt) -> ScoreJob:
-    """A checked prompt and continuation, as the scheduler takes them."""
+def make_score(request_id: str, prompt: ParsedPrompt, continuation: ParsedPrompt) -> LiveScore:
+    """A checked prompt and continuation, not queued yet."""
     *computed, last = (int(token) for token in (*prompt.token_ids, *continuation.token_ids))
-    row = RowParams(SamplingParams(temperature=0), seed=0, num_prompt_logprobs=0, next_token=last)
-    stop = StopRule(max_tokens=0)
-    request = Request(request_id, tuple(computed), stop, row, skip_prefix_cache=True)
-    return ScoreJob(request_id, prompt, continuation, request, time.perf_counter())
-
-
-def has_nan(chunk: PromptLogprobs) -> bool:
-    """Whether the model gave no usable distribution somewhere in a chunk."""
-    return any(math.isnan(entry.logprob) for entry in chunk.entries)
+    request = SamplingRequest(
+        request_id,
+        tuple(computed),
+        StopRule(max_tokens=0),
+        skip_prefix_cache=True,
+        sampling_params=SamplingParams(temperature=0),
+        num_prompt_logprobs=0,
+        next_token=last,
+    )
+    live = LiveScore(
+        request_id=request_id, prompt=prompt, continuation=continuation, request=request
+    )
+    request.owner = live
+    return live

@@ -1,11 +1,10 @@
 """For callers that own the loop: requests in, steps, and what each step has changed."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from folojax.engine import branching
-from folojax.engine.blocking_calls import Calls
 from folojax.engine.engine import Engine
-from folojax.engine.fair_lock import FairLock, exclusive
+from folojax.engine.shared_engine import FairLock, SharedEngine, exclusive
 from folojax.engine.snapshot import Snapshot
 from folojax.requests.outputs import RequestOutput
 from folojax.requests.prompts import Prompt, params_per_prompt, parse_prompt
@@ -22,20 +21,15 @@ class RequestLoop:
     Attributes:
         engine: As given.
         default_params: As given.
+        lock: Held by a thread while it changes or steps the engine. Every method takes it by
+            itself; whoever wants several calls to be one holds it around them.
     """
 
     def __init__(self, engine: Engine, default_params: SamplingParams) -> None:
         self.engine = engine
         self.default_params = default_params
-        self._calls = Calls(engine)
-
-    @property
-    def lock(self) -> FairLock:
-        """Held by a thread while it changes or steps the engine.
-
-        Every method takes it by itself; whoever wants several calls to be one holds it around them.
-        """
-        return self._calls.lock
+        self._shared = SharedEngine(engine)
+        self.lock: FairLock = self._shared.lock
 
     @exclusive
     def add_request(
@@ -57,9 +51,8 @@ class RequestLoop:
             ValueError: the request is refused; nothing was queued.
         """
         parsed = parse_prompt(prompt, self.engine.tokenizer)
-        (params,) = params_per_prompt(self.or_default(sampling_params), 1)
-        checked = self.engine.check(request_id, parsed, params, priority)
-        self.engine.add([checked], is_streamed=True)
+        (params,) = params_per_prompt(sampling_params, 1, self.default_params)
+        self.engine.queue([self.engine.make_request(request_id, parsed, params, priority)])
 
     @exclusive
     def fork(
@@ -144,16 +137,16 @@ class RequestLoop:
         Raises:
             RuntimeError: the engine sleeps.
         """
-        return self._calls.step()
+        return self._shared.step()
 
     def abort_request(self, request_ids: str | Iterable[str]) -> list[RequestOutput]:
         """Ends requests where they stand, and returns them; unknown ids are passed over."""
-        return self._calls.abort(request_ids)
+        return self._shared.abort(request_ids)
 
     @exclusive
     def has_unfinished_requests(self) -> bool:
         """Whether `step` has anything to do or to return."""
-        return self._calls.has_outputs() or self.engine.has_unfinished_requests()
+        return self._shared.has_outputs() or self.engine.has_unfinished_requests()
 
     @exclusive
     def sleep(self, level: int = 1) -> None:
@@ -184,9 +177,3 @@ class RequestLoop:
             Whether it was done: not while requests run, unless these are reset.
         """
         return self.engine.reset_prefix_cache(preempt_running=reset_running_requests)
-
-    def or_default(
-        self, sampling_params: SamplingParams | Sequence[SamplingParams] | None
-    ) -> SamplingParams | Sequence[SamplingParams]:
-        """The model's own parameters in place of None."""
-        return self.default_params if sampling_params is None else sampling_params

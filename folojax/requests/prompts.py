@@ -114,13 +114,16 @@ def conversations(messages: Any) -> list[Any]:
 
 
 def params_per_prompt(
-    params: SamplingParams | Sequence[SamplingParams], num_prompts: int
+    params: SamplingParams | Sequence[SamplingParams] | None,
+    num_prompts: int,
+    default: SamplingParams,
 ) -> list[SamplingParams]:
-    """One SamplingParams for each prompt.
+    """One SamplingParams for each prompt; None is the default.
 
     Raises:
         ValueError: a list of another length, or something else.
     """
+    params = default if params is None else params
     if isinstance(params, SamplingParams):
         return [params] * num_prompts
     is_list = isinstance(params, Sequence)

@@ -83,9 +83,24 @@ class Validator:
     is_strict: bool = False
 
     def check(
-        self, request_id: str, prompt: ParsedPrompt, params: SamplingParams, priority: int = 0
+        self,
+        request_id: str,
+        prompt: ParsedPrompt,
+        params: SamplingParams,
+        priority: int = 0,
+        *,
+        num_given: int = 0,
+        has_given_logprobs: bool = True,
     ) -> CheckedRequest:
         """Checks a request for outputs.
+
+        Args:
+            request_id: The user's, or drawn.
+            prompt: Its tokens, and its text if there is one.
+            params: How it is continued.
+            priority: Smaller is more urgent.
+            num_given: Output tokens that it begins with.
+            has_given_logprobs: Whether the log-probabilities of these are known.
 
         Raises:
             ValueError: it is refused; every reason is named.
@@ -95,7 +110,12 @@ class Validator:
         if params.max_tokens is not None:
             max_tokens = min(params.max_tokens, max_tokens)
         if not problems:
-            problems += self.limits.request_problems(len(prompt.token_ids), max_tokens)
+            problems += self.limits.request_problems(len(prompt.token_ids), max_tokens, num_given)
+        if params.logprobs is not None and num_given and not has_given_logprobs:
+            problems.append(
+                f"logprobs is {params.logprobs!r}, and the {num_given} tokens that are there "
+                "already came without: leave logprobs out, or ask for them from the start"
+            )
         bad_word_ids, bad_word_problems = self._encode_bad_words(params)
         problems += bad_word_problems
         problems += self._id_list_problems(params)

@@ -55,7 +55,7 @@ class StreamPiece(NamedTuple):
 def sort_streams(tapped: Tapped, found: dict[str, list[StreamPiece]]) -> None:
     """Adds to `found` what a call has read of the requests that asked, copied out of its arrays."""
     for index, (row, first, count) in enumerate(tapped.spans):
-        if row.params.params.activations and count:
+        if row.request.sampling_params.activations and count:
             start = index * tapped.row_len
             mine = {
                 layer: np.array(stream[start : start + count])

@@ -12,9 +12,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from folojax.compile.shapes import DecodeShape, PrefillShape
+from folojax.requests.sampling_request import SamplingRequest
 from folojax.requests.user_functions import NO_FUNCTIONS, UserFunctions
-from folojax.runner.row_params import RowParams, RowTable
-from folojax.sched.plan import NewRequest, SchedulerOutput
+from folojax.runner.row_params import RowTable
+from folojax.sched.request import Request
+from folojax.sched.step_plan import StepPlan
 from folojax.steps.state import DecodeInputs, PrefillInputs
 
 
@@ -25,16 +27,14 @@ class Row:
     Attributes:
         request_id: Its id.
         slot: Its place in the arrays here and on the device.
-        params: As they came with the request.
+        request: What it asks for.
         token_ids: Those that were known when it joined; later ones are sampled on the device.
-        num_prompt_tokens: How many of them are its prompt.
     """
 
     request_id: str
     slot: int
-    params: RowParams
+    request: SamplingRequest
     token_ids: np.ndarray
-    num_prompt_tokens: int
 
 
 class Chunk(NamedTuple):
@@ -89,7 +89,7 @@ class Batch:
         self._page_table = np.full((size, max_pages), num_pages, np.int32)
         self.num_scored_rows = 0
 
-    def update(self, plan: SchedulerOutput) -> list[Row]:
+    def update(self, plan: StepPlan) -> list[Row]:
         """Takes in what changed; returns the rows that have joined."""
         for request_id in (*plan.finished_request_ids, *plan.preempted_request_ids):
             if request_id in self.rows:
@@ -161,17 +161,16 @@ class Batch:
         """Whole tables of slots; that of slot M is padding."""
         return self._page_table[slot]
 
-    def _join(self, new: NewRequest) -> Row:
-        assert isinstance(new.params, RowParams), f"{new.request_id} has no row parameters"
+    def _join(self, new: Request) -> Row:
+        assert isinstance(new, SamplingRequest), f"{new.request_id} says nothing of sampling"
         row = Row(
             request_id=new.request_id,
             slot=heapq.heappop(self._free_slots),
-            params=new.params,
-            token_ids=np.array(new.prompt_token_ids + new.output_token_ids, np.int32),
-            num_prompt_tokens=len(new.prompt_token_ids),
+            request=new,
+            token_ids=np.array(new.token_ids, np.int32),
         )
-        self.params.put(row.slot, new.params)
-        self.num_scored_rows += new.params.num_prompt_logprobs is not None
+        self.params.put(row.slot, new)
+        self.num_scored_rows += new.num_prompt_logprobs is not None
         self.rows[new.request_id] = self._row_at[row.slot] = row
         self.num_computed[row.slot] = new.num_computed_tokens
         self._num_known[row.slot] = len(row.token_ids)
@@ -185,7 +184,7 @@ class Batch:
 
     def _leave(self, request_id: str) -> None:
         row = self.rows.pop(request_id)
-        self.num_scored_rows -= row.params.num_prompt_logprobs is not None
+        self.num_scored_rows -= row.request.num_prompt_logprobs is not None
         self._page_table[row.slot] = self.num_pages
         for array in (self.num_computed, self._num_known, self.num_row_pages):
             array[row.slot] = 0

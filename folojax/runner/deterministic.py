@@ -21,7 +21,7 @@ from folojax.runner.results import Pending, is_scored, tokens_after
 from folojax.runner.runner import Runner
 from folojax.sampling.rows import SampleInputs, SlotState, TokenScores
 from folojax.sampling.sampler import SamplingClass, SamplingSpec
-from folojax.sched.plan import SchedulerOutput
+from folojax.sched.step_plan import StepPlan
 from folojax.steps import row_by_row as rowwise
 from folojax.steps.residual_stream import with_taps
 from folojax.steps.state import DecodeInputs
@@ -43,7 +43,7 @@ class _Token(NamedTuple):
 class DeterministicRunner(Runner):
     """Runs plans so that what a request gets is the same to the bit, whatever the batch."""
 
-    def dispatch(self, plan: SchedulerOutput) -> list[Pending]:
+    def dispatch(self, plan: StepPlan) -> list[Pending]:
         """Has the device compute a plan, after those before; returns what `collect` takes."""
         self._update(plan)
         sampled = set(plan.sampled_request_ids)
@@ -180,7 +180,7 @@ class DeterministicRunner(Runner):
         for i, token in enumerate(tokens):
             if is_scored(token.row, token.position):
                 (targets[i],) = tokens_after(token.chunk)
-        wanted = [token.row.params.num_prompt_logprobs or 0 for token in scored]
+        wanted = [token.row.request.num_prompt_logprobs or 0 for token in scored]
         num_logprobs = self.shapes.num_alternatives(max(wanted), self.max_logprobs) or 0
         self.gate.check(Executable("score", size, num_logprobs=num_logprobs))
         return rowwise.score_logits(

@@ -14,7 +14,7 @@ from folojax.sampling.logits_processors import (
     read_processors,
     write_processors,
 )
-from folojax.sched.plan import SchedulerOutput
+from folojax.sched.step_plan import StepPlan
 
 
 class ProcessorStates:
@@ -30,7 +30,7 @@ class ProcessorStates:
         self._aside: dict[str, ProcessorSlots] = {}
         self.slots: ProcessorSlots | None = None
 
-    def before(self, plan: SchedulerOutput, batch: Batch) -> None:
+    def before(self, plan: StepPlan, batch: Batch) -> None:
         """Puts aside what leaves the batch and will come back."""
         for request_id in plan.preempted_request_ids:
             row = batch.rows.get(request_id)
@@ -41,13 +41,13 @@ class ProcessorStates:
 
     def join(self, row: Row) -> None:
         """Writes the state of a request that joins: what was put aside, or a new one."""
-        if not row.params.has_processors:
+        if not row.request.sampling_params.logits_processors:
             return
         if self.slots is None:
             slots = init_processors(self._processors, self._num_slots)
             # Committed, as what the sampler returns: others are another input to jit.
             self.slots = jax.device_put(slots, jax.devices()[0])
-        num_outputs = len(row.token_ids) - row.num_prompt_tokens
+        num_outputs = len(row.token_ids) - row.request.num_prompt_tokens
         aside = self._aside.pop(row.request_id, None)
         if aside is None or not num_outputs:  # one that begins again has nothing behind it
             aside = self._new()
@@ -68,7 +68,7 @@ class ProcessorStates:
         self.slots = None
 
     def _put_aside(self, row: Row) -> None:
-        if row.params.has_processors and self.slots is not None:
+        if row.request.sampling_params.logits_processors and self.slots is not None:
             self._aside[row.request_id] = read_processors(self.slots, ints((), row.slot))
 
     def _new(self) -> ProcessorSlots:

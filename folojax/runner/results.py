@@ -70,20 +70,20 @@ class Pending(NamedTuple):
 
 def is_scored(row: Row, position: int) -> bool:
     """Whether the token after a position has a log-probability that the request asked for."""
-    if row.params.num_prompt_logprobs is None:
+    if row.request.num_prompt_logprobs is None:
         return False
-    return position + 1 < row.num_prompt_tokens or (
-        row.params.next_token is not None and position + 1 == row.num_prompt_tokens
+    return position + 1 < row.request.num_prompt_tokens or (
+        row.request.next_token is not None and position + 1 == row.request.num_prompt_tokens
     )
 
 
 def tokens_after(chunk: Chunk) -> list[int]:
     """The scored tokens that follow the positions of a chunk."""
     row = chunk.row
-    last = min(chunk.end + 1, row.num_prompt_tokens)
+    last = min(chunk.end + 1, row.request.num_prompt_tokens)
     tokens = row.token_ids[chunk.start + 1 : last].tolist()
-    if chunk.end == row.num_prompt_tokens and row.params.next_token is not None:
-        tokens.append(row.params.next_token)
+    if chunk.end == row.request.num_prompt_tokens and row.request.next_token is not None:
+        tokens.append(row.request.next_token)
     return tokens
 
 
@@ -143,20 +143,20 @@ def _read_step(rows: list[Row | None], out: StepOutput, result: StepResult) -> N
         if not is_valid[i]:
             result.failed.add(row.request_id)
             continue
-        count = row.params.num_logprobs
+        count = row.request.num_logprobs
         if count:
             top_tokens, top_logprobs = (tuple(top[i][:count]) for top in tops)
             entry = make(token, logprobs[i], ranks[i], top_tokens, top_logprobs)
         else:
             entry = make(token, logprobs[i], ranks[i])
-        if out.record is not None and row.params.params.record:
+        if out.record is not None and row.request.sampling_params.record:
             entry = entry._replace(record=tuple(field[i].item() for field in out.record))
         sampled[row.request_id] = (entry,)
 
 
 def _read_scores(chunks: list[Chunk], scores: TokenScores, result: StepResult) -> None:
     for i, chunk in enumerate(chunks):
-        count = chunk.row.params.num_prompt_logprobs
+        count = chunk.row.request.num_prompt_logprobs
         if count is None or not is_scored(chunk.row, chunk.start):
             continue
         entries = [

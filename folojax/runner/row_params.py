@@ -1,18 +1,16 @@
 """Sampling parameters of the running requests, as arrays indexed by slot."""
 
 import collections
-import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
-from folojax.requests.sampling_params import SamplingParams
+from folojax.requests.sampling_request import SamplingRequest
 from folojax.requests.user_functions import NO_FUNCTIONS, UserFunctions
 from folojax.sampling.logit_edits import (
     ANY_TOKEN,
-    MAX_BAD_WORD_TOKENS,
     NUM_RECENT,
     PROMPT_BIT,
     EditRows,
@@ -28,103 +26,6 @@ NO_LOGPROBS = -1
 _FEWEST_BANS = 64
 _FEWEST_EDITS = 64
 _EDITS_FACTOR = 8
-
-
-@dataclasses.dataclass(frozen=True)
-class RowParams:
-    """What the sampler needs to know of a request.
-
-    Attributes:
-        params: As the user gave them.
-        seed: Of this sample; 0 for greedy, where it is not used.
-        banned_ids: Not to be sampled at positions below `banned_until`.
-        banned_until: A position in the sequence, prompt included.
-        bad_word_ids: Sequences of tokens that may never be completed, within or after the prompt.
-        num_logprobs: Alternatives to report with each sampled token; None: no log-probabilities.
-        num_prompt_logprobs: The same for the tokens of the prompt.
-        next_token: One that follows the prompt and is to be scored with it.
-
-    Raises:
-        ValueError: a bad word has more tokens than the sampler remembers.
-    """
-
-    params: SamplingParams
-    seed: int
-    banned_ids: tuple[int, ...] = ()
-    banned_until: int = 0
-    bad_word_ids: tuple[tuple[int, ...], ...] = ()
-    num_logprobs: int | None = None
-    num_prompt_logprobs: int | None = None
-    next_token: int | None = None
-
-    def __post_init__(self) -> None:
-        for word in self.bad_word_ids:
-            if not 0 < len(word) <= MAX_BAD_WORD_TOKENS:
-                raise ValueError(
-                    f"bad_words: one is {len(word)} tokens long ({list(word)}); it must have 1 to "
-                    f"{MAX_BAD_WORD_TOKENS}: give a shorter part of it"
-                )
-
-    @property
-    def has_penalty(self) -> bool:
-        """Whether a token's logit depends on what was sampled or prompted before."""
-        params = self.params
-        return bool(
-            params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty
-        )
-
-    @property
-    def has_processors(self) -> bool:
-        """Whether the request has a state of logits processors."""
-        return bool(self.params.logits_processors)
-
-    @property
-    def has_slot_edits(self) -> bool:
-        """Whether the request needs its own row of `EditState`, written when it joins."""
-        has_bias = self.params.logit_bias or self.params.allowed_token_ids is not None
-        return bool(self.has_penalty or has_bias or self.bad_word_ids)
-
-    def slot_edits(self, token_ids: Any, num_prompt_tokens: int, vocab_size: int) -> SlotEdits:
-        """What `write_slot` is to write when the request joins.
-
-        Args:
-            token_ids: All of its tokens so far.
-            num_prompt_tokens: How many of them are its prompt.
-            vocab_size: V.
-        """
-        history: collections.Counter[int] = collections.Counter()
-        if self.has_penalty:
-            prompt, output = token_ids[:num_prompt_tokens], token_ids[num_prompt_tokens:]
-            history.update(output.tolist())
-            history.update(dict.fromkeys(prompt.tolist(), PROMPT_BIT))
-        bias = self._bias()
-        size = _bucket(max(len(history), len(bias)), _FEWEST_EDITS, _EDITS_FACTOR)
-        recent: Any = np.full(NUM_RECENT, ANY_TOKEN, np.int32)
-        last = token_ids[-NUM_RECENT:]
-        recent[NUM_RECENT - len(last) :] = last
-        is_listed = self.params.allowed_token_ids is not None
-        other_bias: Any = np.float32(-np.inf if is_listed else 0.0)
-        return SlotEdits(
-            *_padded(history, size, vocab_size, np.int32),
-            *_padded(bias, size, vocab_size, np.float32),
-            other_bias,
-            recent,
-        )
-
-    def bans(self, position: int) -> list[tuple[int, tuple[int, ...]]]:
-        """Tokens that may not stand at a position, each with the tokens it may not follow there."""
-        bans = [(word[-1], word[:-1]) for word in self.bad_word_ids if len(word) > 1]
-        if position < self.banned_until:
-            bans += [(token, ()) for token in self.banned_ids]
-        return bans
-
-    def _bias(self) -> dict[int, float]:
-        bias = dict(self.params.logit_bias or {})
-        allowed = self.params.allowed_token_ids
-        if allowed is not None:
-            bias = {token: bias.get(token, 0.0) for token in allowed}
-        bias |= {word[0]: -np.inf for word in self.bad_word_ids if len(word) == 1}
-        return bias
 
 
 class RowTable:
@@ -154,17 +55,18 @@ class RowTable:
         self._is_tapped = np.zeros(size, bool)
         # Below this position a row has bans of a step: 0 for most, never ending for bad words.
         self._banned_until = np.zeros(size, np.int32)
-        self._row: list[RowParams | None] = [None] * size
+        self._row: list[SamplingRequest | None] = [None] * size
 
-    def put(self, slot: int, row: RowParams) -> None:
+    def put(self, slot: int, row: SamplingRequest) -> None:
         """Sets a slot's parameters."""
-        params = row.params
+        params = row.sampling_params
         self._temperature[slot] = 0.0 if params.is_greedy else params.temperature
         has_top_k = 0 < params.top_k < self._vocab_size
         self._top_k[slot] = params.top_k if has_top_k else self._vocab_size
         self._top_p[slot] = params.top_p
         self._min_p[slot] = params.min_p
-        self._seed[slot] = row.seed >> 32, row.seed & 0xFFFFFFFF
+        seed = row.seed or 0
+        self._seed[slot] = seed >> 32, seed & 0xFFFFFFFF
         self._edit_slot[slot] = slot if row.has_slot_edits else self.num_slots
         self._repetition[slot] = params.repetition_penalty
         self._presence[slot] = params.presence_penalty
@@ -261,14 +163,46 @@ class RowTable:
         """The layers to be read for the slots."""
         return self.functions.taps if self._is_tapped[slot].any() else ()
 
-    def _row_of(self, slot: int) -> RowParams:
+    def _row_of(self, slot: int) -> SamplingRequest:
         row = self._row[slot]
         assert row is not None, f"slot {slot} was never filled"
         return row
 
 
+def slot_edits(request: SamplingRequest, token_ids: Any, vocab_size: int) -> SlotEdits:
+    """What `write_slot` is to write when a request joins.
+
+    Args:
+        request: That joins.
+        token_ids: All of its tokens so far.
+        vocab_size: V.
+    """
+    history: collections.Counter[int] = collections.Counter()
+    if request.has_penalty:
+        num_prompt_tokens = request.num_prompt_tokens
+        prompt, output = token_ids[:num_prompt_tokens], token_ids[num_prompt_tokens:]
+        history.update(output.tolist())
+        history.update(dict.fromkeys(prompt.tolist(), PROMPT_BIT))
+    allowed = request.sampling_params.allowed_token_ids
+    bias = dict(request.sampling_params.logit_bias or {})
+    if allowed is not None:
+        bias = {token: bias.get(token, 0.0) for token in allowed}
+    bias |= {word[0]: -np.inf for word in request.bad_word_ids if len(word) == 1}
+    size = _bucket(max(len(history), len(bias)), _FEWEST_EDITS, _EDITS_FACTOR)
+    recent: Any = np.full(NUM_RECENT, ANY_TOKEN, np.int32)
+    last = token_ids[-NUM_RECENT:]
+    recent[NUM_RECENT - len(last) :] = last
+    other_bias: Any = np.float32(0.0 if allowed is None else -np.inf)
+    return SlotEdits(
+        *_padded(history, size, vocab_size, np.int32),
+        *_padded(bias, size, vocab_size, np.float32),
+        other_bias,
+        recent,
+    )
+
+
 def empty_slot_edits(vocab_size: int) -> Iterator[SlotEdits]:
-    """Of every size that `RowParams.slot_edits` may give, one that says nothing."""
+    """Of every size that `slot_edits` may give, one that says nothing."""
     size, most = _FEWEST_EDITS, _bucket(vocab_size, _FEWEST_EDITS, _EDITS_FACTOR)
     while size <= most:
         nothing: Any = np.float32(0.0)

@@ -43,7 +43,7 @@ from folojax.runner.row_params import exceptional_bans
 from folojax.runner.sampler_calls import SamplerCalls, place
 from folojax.sampling.rows import StepOutput, TokenScores
 from folojax.sampling.sampler import SamplingClass, SamplingSpec
-from folojax.sched.plan import PageMoves, SchedulerOutput
+from folojax.sched.step_plan import PageMoves, StepPlan
 from folojax.steps import step
 from folojax.steps.by_layer import make_steps
 from folojax.steps.fused import WholeSteps
@@ -148,7 +148,7 @@ class Runner(SamplerCalls):
         self._params = place(params)
         self._head_params = step.head_params(self._params)
 
-    def dispatch(self, plan: SchedulerOutput) -> list[Pending]:
+    def dispatch(self, plan: StepPlan) -> list[Pending]:
         """Has the device compute a plan, after those before; returns what `collect` takes."""
         self._update(plan)
         self.stats.num_scheduled_tokens += plan.total_num_scheduled_tokens
@@ -209,13 +209,13 @@ class Runner(SamplerCalls):
         self.batch.check_is_empty()
         assert not len(self.host), "host memory holds pages"
 
-    def _update(self, plan: SchedulerOutput) -> None:
+    def _update(self, plan: StepPlan) -> None:
         """Takes in who comes and goes, and moves pages."""
         self._processors.before(plan, self.batch)
         for row in self.batch.update(plan):
-            if row.params.has_slot_edits:
+            if row.request.has_slot_edits:
                 self.gate.check(EDITS)
-                self.write_edits(row.slot, row.params, row.token_ids, row.num_prompt_tokens)
+                self.write_edits(row)
             self._processors.join(row)
         self._move_pages(plan.page_moves)
 
@@ -328,7 +328,7 @@ class Runner(SamplerCalls):
         for i, chunk in enumerate(chunks):
             following = tokens_after(chunk)
             targets[i, : len(following)] = following
-        wanted = [chunk.row.params.num_prompt_logprobs or 0 for chunk in scored]
+        wanted = [chunk.row.request.num_prompt_logprobs or 0 for chunk in scored]
         num_logprobs = self.shapes.num_alternatives(max(wanted), self.max_logprobs) or 0
         self.gate.check(
             Executable("score", len(targets), targets.shape[1], num_logprobs=num_logprobs)

@@ -11,10 +11,10 @@ from folojax.compile.programs import IN_GRAPH, Call, Program, Programs
 from folojax.compile.shapes import Shapes
 from folojax.kv import KVCache
 from folojax.models.machine.row_sums import REORDERED
-from folojax.runner.batch import Batch, ints
+from folojax.runner.batch import Batch, Row, ints
 from folojax.runner.executables import Gate, sample_executable
 from folojax.runner.processor_states import ProcessorStates
-from folojax.runner.row_params import RowParams, empty_slot_edits, exceptional_bans
+from folojax.runner.row_params import empty_slot_edits, exceptional_bans, slot_edits
 from folojax.sampling.logit_edits import EditState, SlotEdits, init_edits, write_slot
 from folojax.sampling.rows import SampleInputs, SlotState
 from folojax.sampling.sampler import SamplingClass, SamplingSpec, report_shapes
@@ -173,12 +173,10 @@ class SamplerCalls:
             edits = place(init_edits(self.batch.num_slots, self.model.config.vocab_size))
         return edits
 
-    def write_edits(
-        self, slot: int, params: RowParams, token_ids: Any, num_prompt_tokens: int
-    ) -> None:
+    def write_edits(self, row: Row) -> None:
         """Keeps what edits of logits need of a request that joins, in its slot."""
-        new = params.slot_edits(token_ids, num_prompt_tokens, self.model.config.vocab_size)
-        self._write_slot(slot, new)
+        new = slot_edits(row.request, row.token_ids, self.model.config.vocab_size)
+        self._write_slot(row.slot, new)
 
     def compile_edits(self) -> None:
         """Compiles what `write_edits` may need, by writing to no slot."""

@@ -52,8 +52,8 @@ def run_for(
         raise ValueError("; ".join(problems))
     start = time.perf_counter()
     before = {
-        request_id: sum(request.num_output_tokens for request in job.requests)
-        for request_id, job in llm.engine.jobs.items()
+        request_id: sum(part.num_output_tokens for part in live.parts)
+        for request_id, live in llm.engine.live.items()
     }
     finished: list[RequestOutput] = []
     latest: dict[str, RequestOutput] = {}

@@ -86,8 +86,8 @@ def start_rows(llm: LLM, prompts: list[list[int]], num_tokens: int) -> None:
     """
     ask = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
     for number, prompt in enumerate(prompts):
-        checked = llm.engine.check(str(number), ParsedPrompt(None, prompt), ask)
-        llm.engine.add([checked], is_streamed=False)
+        parsed = ParsedPrompt(None, prompt)
+        llm.engine.queue([llm.engine.make_request(str(number), parsed, ask, is_streamed=False)])
     while llm.metrics().num_waiting:
         llm.engine.step()
     for _ in range(4):  # what is left of the last prompts, and what is under way

@@ -224,7 +224,7 @@ def test_defaults_come_from_the_generation_config(text_directory: Path, llm: LLM
         assert other.default_params == SamplingParams(
             temperature=0.6, top_k=20, top_p=0.95, repetition_penalty=1.1, max_tokens=99
         )
-        assert other.engine._eos_token_ids == (2, 0)
+        assert other.engine.validator.eos_token_ids == (2, 0)
     finally:
         path.write_text(before)
 

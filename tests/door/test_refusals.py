@@ -37,12 +37,12 @@ def no_text(**fields: Any) -> Callable[[LLM], Any]:
 
     def call(llm: LLM) -> Any:
         engine = llm.engine
-        validator = engine._validator
-        engine._validator = dataclasses.replace(validator, tokenizer=None)
+        validator = engine.validator
+        engine.validator = dataclasses.replace(validator, tokenizer=None)
         try:
             return llm.generate([[5, 6]], dataclasses.replace(GOOD, **fields), use_tqdm=False)
         finally:
-            engine._validator = validator
+            engine.validator = validator
 
     return call
 
@@ -52,12 +52,12 @@ def capped(**fields: Any) -> Callable[[LLM], Any]:
 
     def call(llm: LLM) -> Any:
         engine = llm.engine
-        validator = engine._validator
-        engine._validator = dataclasses.replace(validator, max_logprobs=20)
+        validator = engine.validator
+        engine.validator = dataclasses.replace(validator, max_logprobs=20)
         try:
             return llm.generate("x", dataclasses.replace(GOOD, **fields), use_tqdm=False)
         finally:
-            engine._validator = validator
+            engine.validator = validator
 
     return call
 
@@ -89,22 +89,22 @@ BAD: list[tuple[Callable[[LLM], Any], tuple[str, str, str]]] = [
     (params(n=True), ("n", "True", "integer")),
     (params(n=2), ("n", "2", "n must be 1")),
     (params(n=1000, temperature=1.0, max_tokens=120, logprobs=100), ("n", "logprobs", "lower")),
-    (params(temperature=-0.1), ("temperature", "-0.1", "[0.0, 1e+38]")),
+    (params(temperature=-0.1), ("temperature", "-0.1", "[0, 1e+38]")),
     (params(temperature=NAN), ("temperature", "nan", "finite")),
     (params(temperature=INF), ("temperature", "inf", "finite")),
     (params(temperature=True), ("temperature", "True", "number")),
     (params(temperature="hot"), ("temperature", "'hot'", "number")),
-    (params(top_p=0.0), ("top_p", "0.0", "(0.0, 1.0]")),
-    (params(top_p=1.5), ("top_p", "1.5", "(0.0, 1.0]")),
+    (params(top_p=0.0), ("top_p", "0.0", "(0, 1]")),
+    (params(top_p=1.5), ("top_p", "1.5", "(0, 1]")),
     (params(top_p=NAN), ("top_p", "nan", "finite")),
     (params(top_k=-2), ("top_k", "-2", "at least -1")),
     (params(top_k=1.5), ("top_k", "1.5", "integer")),
     (params(top_k=True), ("top_k", "True", "integer")),
-    (params(min_p=-0.1), ("min_p", "-0.1", "[0.0, 1.0]")),
-    (params(min_p=1.1), ("min_p", "1.1", "[0.0, 1.0]")),
-    (params(presence_penalty=2.1), ("presence_penalty", "2.1", "[-2.0, 2.0]")),
+    (params(min_p=-0.1), ("min_p", "-0.1", "[0, 1]")),
+    (params(min_p=1.1), ("min_p", "1.1", "[0, 1]")),
+    (params(presence_penalty=2.1), ("presence_penalty", "2.1", "[-2, 2]")),
     (params(presence_penalty=NAN), ("presence_penalty", "nan", "finite")),
-    (params(frequency_penalty=-2.1), ("frequency_penalty", "-2.1", "[-2.0, 2.0]")),
+    (params(frequency_penalty=-2.1), ("frequency_penalty", "-2.1", "[-2, 2]")),
     (params(frequency_penalty="1"), ("frequency_penalty", "'1'", "number")),
     (params(repetition_penalty=0), ("repetition_penalty", "0", "finite number")),
     (params(repetition_penalty=INF), ("repetition_penalty", "inf", "finite")),
@@ -127,7 +127,7 @@ BAD: list[tuple[Callable[[LLM], Any], tuple[str, str, str]]] = [
     (params(logit_bias={5: NAN}), ("logit_bias", "nan", "finite")),
     (params(logit_bias={5: -INF}), ("logit_bias", "-inf", "finite")),
     (params(logit_bias=[5]), ("logit_bias", "[5]", "dict")),
-    (params(allowed_token_ids=[]), ("allowed_token_ids", "[]", "at least one id")),
+    (params(allowed_token_ids=[]), ("allowed_token_ids", "[]", "at least one token id")),
     (params(allowed_token_ids=[5, 127]), ("allowed_token_ids", "127", "0 to 97")),
     (params(allowed_token_ids=5), ("allowed_token_ids", "5", "list")),
     (
@@ -227,7 +227,7 @@ def test_memory_bounds_are_stated(letters_llm: LLM) -> None:
     many = dataclasses.replace(GOOD, temperature=1.0, n=16384, max_tokens=100, seed=1)
     with pytest.raises(ValueError, match=r"log-probabilities; at most 4,000,000 fit a request"):
         letters_llm.generate("x", dataclasses.replace(many, logprobs=2))
-    validator = letters_llm.engine._validator
+    validator = letters_llm.engine.validator
     limits = dataclasses.replace(validator.limits, max_model_len=100_000, num_pages=10_000)
     validator = dataclasses.replace(validator, limits=limits)
     with pytest.raises(ValueError, match=r"n is 16384: .* at most 16,777,216 fit a request"):

@@ -59,7 +59,7 @@ def test_a_stream_closed_early_aborts_its_requests(letters_llm: LLM) -> None:
     expected = run(letters_llm, PROMPT)[0]
     letters_llm.add_request("mine", PROMPT, GREEDY)
     stream = letters_llm.stream([PROMPT, "Another"], change(GREEDY, max_tokens=100))
-    assert not letters_llm.engine.has_request("stream-0")
+    assert "stream-0" not in letters_llm.engine.live
     for _ in range(5):
         next(stream)
     stream.close()  # type: ignore[attr-defined]

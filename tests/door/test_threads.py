@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from folojax import LLM, SamplingParams
-from folojax.engine.fair_lock import FairLock
+from folojax.engine.shared_engine import FairLock
 from tests.api_calls import GREEDY, SEEDED, change
 
 THREADS = 8

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from folojax import LLM, SamplingClass, SamplingParams
-from folojax.engine.step_reports import NO_DISTRIBUTION
+from folojax.engine.engine import NO_DISTRIBUTION
 from folojax.models.core.decoder import Llama
 from folojax.sched.request import RequestStatus
 from tests.reference import TINY
@@ -134,7 +134,8 @@ def test_a_prompt_over_the_budget_is_computed_in_chunks(llm: LLM) -> None:
 def test_eos_ends_a_request_unless_ignored(llm: LLM) -> None:
     free = token_ids(llm, prompt(6), GREEDY)
     eos = free[4]
-    llm.engine._eos_token_ids = (eos,)
+    validator = llm.engine.validator
+    llm.engine.validator = dataclasses.replace(validator, eos_token_ids=(eos,))
     try:
         params = dataclasses.replace(GREEDY, ignore_eos=False)
         first = free.index(eos)
@@ -143,7 +144,7 @@ def test_eos_ends_a_request_unless_ignored(llm: LLM) -> None:
         assert (output.finish_reason, output.stop_reason) == ("stop", None)
         assert token_ids(llm, prompt(6), GREEDY) == free
     finally:
-        llm.engine._eos_token_ids = ()
+        llm.engine.validator = validator
 
 
 def test_stop_ids_end_a_request_and_are_named(llm: LLM) -> None:
@@ -206,7 +207,7 @@ def test_abort_of_a_preempted_request_frees_everything(tiny_model: tuple) -> Non
     preempted: set[str] = set()
     while not preempted:
         llm.step()
-        requests = [job.requests[0] for job in llm.engine._jobs.values()]
+        requests = [live.parts[0] for live in llm.engine.live.values()]
         preempted = {r.request_id for r in requests if r.status is RequestStatus.PREEMPTED}
     (output,) = llm.abort_request(preempted.pop())
     assert output.outputs[0].token_ids

@@ -163,7 +163,7 @@ def test_forks_and_snapshots_change_no_bit(
     for _ in range(9):
         llm.step()
     for i in indices:
-        assert llm.engine.jobs[str(i)].requests[0].num_output_tokens > 0
+        assert llm.engine.live[str(i)].parts[0].num_output_tokens > 0
         llm.fork(str(i), f"fork-{i}")
         other.resume(llm.snapshot(str(i)), f"snapshot-{i}")
     found = {}

@@ -70,7 +70,7 @@ def test_new_weights_while_a_request_is_moved_out(tiny_model: tuple, running: st
         llm.add_request(str(i), prompt, ask)
     for _ in range(200):
         llm.step()
-        requests = [job.requests[0] for job in llm.engine.jobs.values()]
+        requests = [live.parts[0] for live in llm.engine.live.values()]
         moved = [request for request in requests if request.saved is not None]
         if moved:
             break

@@ -304,7 +304,7 @@ def test_an_engine_without_taps_refuses(tiny_model: tuple) -> None:
 
 def test_the_memory_bound_is_stated(llm: LLM) -> None:
     """64 entries of two layers in float32 are 512 bytes a token; 128 tokens a sample are 1 GiB."""
-    validator = llm.engine._validator
+    validator = llm.engine.validator
     asked = params(activations=True, n=16384, max_tokens=100, seed=1)
     prompt = ParsedPrompt(None, list(range(3, 31)))
     assert validator.check("id", prompt, asked).params is asked

@@ -13,13 +13,24 @@ from folojax.attention import attend
 from folojax.backend.backend import CPU, GPU, Backend
 from folojax.compile.shapes import DecodeShape, PrefillShape
 from folojax.kv import KVCache, KVLayout, PageFormat, init_cache, place_tokens
+from folojax.requests.sampling_request import SamplingRequest
 from folojax.runner.batch import Batch, Chunk
-from folojax.runner.row_params import RowParams
-from folojax.sched.plan import NewRequest, SchedulerOutput
+from folojax.sched.request import StopRule
+from folojax.sched.step_plan import StepPlan
 from folojax.steps.state import DecodeInputs
 
 M, P, S, K, G, D, MAX_PAGES = 32, 40, 4, 2, 3, 8, 10
-GREEDY = RowParams(SamplingParams(temperature=0), 0)
+
+
+def request(name: str, num_tokens: int, pages: Sequence[int]) -> SamplingRequest:
+    return SamplingRequest(
+        name,
+        tuple(range(num_tokens)),
+        StopRule(max_tokens=1),
+        num_computed_tokens=num_tokens - 1,
+        page_ids=list(pages),
+        sampling_params=SamplingParams(temperature=0),
+    )
 
 
 def plan(
@@ -27,14 +38,11 @@ def plan(
     growing: dict[str, Sequence[int]] | None = None,
     finished: Sequence[str] = (),
     preempted: Sequence[str] = (),
-) -> SchedulerOutput:
+) -> StepPlan:
     """A plan of requests that join with (tokens, pages) or are given more pages."""
     joining, growing = joining or {}, growing or {}
-    return SchedulerOutput(
-        new_requests=tuple(
-            NewRequest(name, tuple(range(count)), (), GREEDY, count - 1, tuple(pages))
-            for name, (count, pages) in joining.items()
-        ),
+    return StepPlan(
+        new_requests=tuple(request(name, count, pages) for name, (count, pages) in joining.items()),
         new_page_ids={name: list(pages) for name, pages in growing.items()},
         num_scheduled_tokens=dict.fromkeys((*joining, *growing), 1),
         total_num_scheduled_tokens=len(joining) + len(growing),

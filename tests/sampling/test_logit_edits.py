@@ -1,5 +1,6 @@
 """Penalties, biases and bans: against a plain reference, against transformers, row by row."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,12 +8,11 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from folojax.requests.sampling_params import SamplingParams
-from folojax.runner.row_params import RowParams, RowTable
+from folojax.requests.sampling_request import SamplingRequest
+from folojax.runner.row_params import RowTable, slot_edits
 from folojax.sampling.logit_edits import (
-    MAX_BAD_WORD_TOKENS,
     NUM_RECENT,
     apply_edits,
     init_edits,
@@ -20,6 +20,7 @@ from folojax.sampling.logit_edits import (
     write_slot,
 )
 from folojax.sampling.sampler import SamplingClass
+from folojax.sched.request import StopRule
 
 V = 200
 M = 8
@@ -42,9 +43,11 @@ class Request:
         **params: Any,
     ) -> None:
         self.prompt, self.output = list(prompt), list(output)
-        self.row = RowParams(
-            SamplingParams(**params),
-            seed=0,
+        self.row = SamplingRequest(
+            "",
+            tuple(prompt),
+            StopRule(max_tokens=1),
+            sampling_params=SamplingParams(**params),
             banned_ids=tuple(banned),
             banned_until=len(prompt) + min_tokens,
             bad_word_ids=tuple(map(tuple, bad_words)),
@@ -54,7 +57,7 @@ class Request:
 def reference(logits: np.ndarray, request: Request) -> np.ndarray:
     """One row, token by token, in float64."""
     x = logits.astype(np.float64)
-    params, text = request.row.params, request.prompt + request.output
+    params, text = request.row.sampling_params, request.prompt + request.output
     for token in range(len(x)):
         if token in text:
             factor = params.repetition_penalty
@@ -80,7 +83,7 @@ def join(requests: Sequence[Request], vocab_size: int = V) -> tuple[Any, RowTabl
         table.put(slot, request.row)
         if request.row.has_slot_edits:
             tokens = np.array(request.prompt + request.output, np.int32)
-            new = request.row.slot_edits(tokens, len(request.prompt), vocab_size)
+            new = slot_edits(request.row, tokens, vocab_size)
             edits = write(edits, np.int32(slot), new)
     return edits, table
 
@@ -154,9 +157,7 @@ def test_a_neighbour_and_an_earlier_owner_of_the_slot_have_no_effect() -> None:
         table.put(i, request.row)
         if request.row.has_slot_edits:
             tokens = np.array(request.prompt + request.output, np.int32)
-            edits = write(
-                edits, np.int32(i), request.row.slot_edits(tokens, len(request.prompt), V)
-            )
+            edits = write(edits, np.int32(i), slot_edits(request.row, tokens, V))
     order = np.array([3, 0, 5, 1, 7, 2, 6, 4], np.int32)
     rows = table.edit_rows(order, positions(moved)[order])
     got = edit(jnp.roll(logits, -1, axis=0)[order], edits, rows)
@@ -193,7 +194,7 @@ def test_nothing_is_compiled_for_values() -> None:
         traced_edit(logits, edits, table.edit_rows(order, positions(requests)[order]))
     more = Request(prompt=range(40), output=range(30), frequency_penalty=2.0, bad_words=[[1, 5]])
     tokens = np.array(more.prompt + more.output, np.int32)
-    write_slot(edits, np.int32(5), more.row.slot_edits(tokens, len(more.prompt), V))
+    write_slot(edits, np.int32(5), slot_edits(more.row, tokens, V))
     assert write_slot._cache_size() == num_compiled  # type: ignore[attr-defined]
 
 
@@ -239,15 +240,9 @@ def test_a_prompt_or_a_list_of_any_length_fits_a_size() -> None:
     request = Request(
         repetition_penalty=2.0, prompt=list(range(V)) * 30, allowed_token_ids=range(V)
     )
-    new = request.row.slot_edits(np.array(request.prompt), len(request.prompt), V)
+    new = slot_edits(request.row, np.array(request.prompt), V)
     sizes = {len(x) for x in new[:4]}
     assert sizes == {512}  # 200 different tokens
-
-
-@pytest.mark.parametrize("word", [(), tuple(range(MAX_BAD_WORD_TOKENS + 1))])
-def test_a_bad_word_that_cannot_be_remembered_is_refused(word: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=rf"bad_words.*{len(word)} tokens.*1 to 16"):
-        RowParams(SamplingParams(), 0, bad_word_ids=(word,))
 
 
 # --- transformers ---------------------------------------------------------------------------
@@ -267,11 +262,13 @@ def transformers_logits(requests: Sequence[Request], logits: np.ndarray) -> np.n
     rows = []
     for request, row in zip(requests, logits, strict=True):
         processors: list[LogitsProcessor] = []
-        if request.row.params.repetition_penalty != 1:
-            penalty = request.row.params.repetition_penalty
+        if request.row.sampling_params.repetition_penalty != 1:
+            penalty = request.row.sampling_params.repetition_penalty
             processors.append(RepetitionPenaltyLogitsProcessor(penalty))
-        if request.row.params.logit_bias:
-            bias: Any = [[[token], value] for token, value in request.row.params.logit_bias.items()]
+        if request.row.sampling_params.logit_bias:
+            bias: Any = [
+                [[token], value] for token, value in request.row.sampling_params.logit_bias.items()
+            ]
             processors.append(SequenceBiasLogitsProcessor(bias))
         if request.row.bad_word_ids:
             processors.append(
@@ -309,8 +306,11 @@ def test_edits_are_those_of_transformers() -> None:
         # Words that are about to be completed, with prefixes over the end of the prompt, and not.
         words = [[3], [*text[-1:], 4], [*text[-15:], 5], [*text[-3:-1], 6], [*text[-4:], 7]]
         banned = (8, 9) if i % 2 else ()
-        request.row = RowParams(
-            request.row.params, 0, banned, 20 + 10 + i % 3, tuple(map(tuple, words))
+        request.row = dataclasses.replace(
+            request.row,
+            banned_ids=banned,
+            banned_until=20 + 10 + i % 3,
+            bad_word_ids=tuple(map(tuple, words)),
         )
     edits, table = join(requests)
     logits = random_logits(M, seed=1)

@@ -1,9 +1,9 @@
 """Small schedulers and requests, and steps of a model that always says the same token."""
 
 from folojax.sched.config import SchedulerConfig
-from folojax.sched.plan import SchedulerOutput
 from folojax.sched.request import Request, StopRule
 from folojax.sched.scheduler import Scheduler
+from folojax.sched.step_plan import StepPlan
 
 TOKEN = 7
 
@@ -41,14 +41,14 @@ def add(
     return request
 
 
-def commit(scheduler: Scheduler, plan: SchedulerOutput, token: int = TOKEN):
+def commit(scheduler: Scheduler, plan: StepPlan, token: int = TOKEN):
     sampled = {id_: (token,) * plan.num_samples(id_) for id_ in plan.sampled_request_ids}
     updates = scheduler.update_from_output(plan, sampled)
     scheduler.check()
     return updates
 
 
-def step(scheduler: Scheduler, token: int = TOKEN) -> SchedulerOutput:
+def step(scheduler: Scheduler, token: int = TOKEN) -> StepPlan:
     plan = scheduler.schedule()
     scheduler.check()
     commit(scheduler, plan, token)

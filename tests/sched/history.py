@@ -4,11 +4,11 @@ from collections import Counter, deque
 from dataclasses import dataclass, field
 
 from folojax.sched.config import SchedulerConfig
-from folojax.sched.plan import SchedulerOutput
 from folojax.sched.request import Request, RequestStatus
 from folojax.sched.scheduler import Scheduler
+from folojax.sched.step_plan import StepPlan
 from tests.sched.cases import MAX_MODEL_LEN, Branch, Event, Job
-from tests.sched.stub import StubResult, StubRunner, alone, kv_of
+from tests.sched.stub import StubRequest, StubResult, StubRunner, alone, kv_of
 
 
 @dataclass
@@ -29,7 +29,7 @@ class History:
 
     def __post_init__(self) -> None:
         # Plans under way, what the device has made of them, and the tables of the rows that failed.
-        self.flights: deque[tuple[SchedulerOutput, StubResult, dict[str, list[int]]]] = deque()
+        self.flights: deque[tuple[StepPlan, StubResult, dict[str, list[int]]]] = deque()
         self.scheduler = Scheduler(self.config)
         self.runner = StubRunner(self.config.page_size)
 
@@ -61,11 +61,11 @@ class History:
     def add(self, index: int, job: Job) -> None:
         """Adds the samples of a job, each a request of its own."""
         for seed in range(job.num_samples):
-            request = Request(
+            request = StubRequest(
                 f"{index}#{seed}",
                 job.prompt,
                 job.stop,
-                params=(seed, job.stop.max_tokens == 0),
+                seed=seed,
                 priority=job.priority,
                 group=str(index) if job.is_grouped and job.num_samples > 1 else None,
                 skip_prefix_cache=job.skip_prefix_cache and seed == 0,
@@ -163,7 +163,7 @@ class History:
         self.num_preemptions += len(plan.preempted_request_ids)
         return plan
 
-    def check_left_out(self, plan: SchedulerOutput, names: set[str]) -> None:
+    def check_left_out(self, plan: StepPlan, names: set[str]) -> None:
         """Who is in the batch and not in the plan needs no more, or waits for one of those."""
         requests = [self.requests[name] for name in names]
         done = [request for request in requests if self.has_all_in_flight(request)]
@@ -206,7 +206,7 @@ class History:
             for job in [self.jobs[int(request_id.split("#")[0])]]
             if job.abort_step == step and job.is_aborted_mid_step == is_mid_step
         ]
-        self.scheduler.finish_requests(ids, RequestStatus.FINISHED_ABORTED)
+        self.scheduler.abort_requests(ids)
         self.scheduler.check()
         for number, branch in enumerate(self.branches):
             if (branch.step, branch.is_mid_step) == (step, is_mid_step):
@@ -238,11 +238,11 @@ class History:
         num_tokens = parent.num_prompt_tokens + len(outputs)
         if len(outputs) >= branch.stop.max_tokens or num_tokens >= MAX_MODEL_LEN:
             return
-        request = Request(
+        request = StubRequest(
             name,
             parent.prompt_token_ids,
             branch.stop,
-            params=(branch.seed, False),
+            seed=branch.seed,
             priority=branch.priority,
             output_token_ids=list(outputs),
         )
@@ -259,7 +259,7 @@ class History:
                 request.saved = self.scheduler.memory.host.adopt(num_saved)
                 self.runner.host[request.saved.key] = pages
         if branch.is_moved:
-            self.scheduler.finish_requests(parent.request_id, RequestStatus.FINISHED_ABORTED)
+            self.scheduler.abort_requests(parent.request_id)
         self.num_given[name] = len(outputs)
         self.requests[name] = request
         self.scheduler.add_request(request)
@@ -267,8 +267,6 @@ class History:
 
     def expected(self, request: Request) -> list[int] | None:
         """What a request gives alone; None when it fails."""
-        assert isinstance(request.params, tuple)
+        assert isinstance(request, StubRequest)
         given = request.output_token_ids[: self.num_given.get(request.request_id, 0)]
-        return alone(
-            request.prompt_token_ids, request.stop, MAX_MODEL_LEN, request.params[0], given
-        )
+        return alone(request.prompt_token_ids, request.stop, MAX_MODEL_LEN, request.seed, given)

@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from folojax.sched.plan import SchedulerOutput
-from folojax.sched.request import StopRule
+from folojax.sched.request import Request, StopRule
+from folojax.sched.step_plan import StepPlan
 
 VOCAB_SIZE = 11
 BAD_TOKEN = 99  # its K/V are not a number, and neither are any after it
@@ -65,9 +65,16 @@ class StubResult(NamedTuple):
     failed: dict[str, str]
 
 
+@dataclass(eq=False)
+class StubRequest(Request):
+    """A request with what this device samples by."""
+
+    seed: int = field(default=0, kw_only=True)
+
+
 @dataclass
 class StubRow:
-    """One request of the batch. `params` of a request are its seed."""
+    """One request of the batch."""
 
     tokens: list[int]
     table: list[int]
@@ -89,7 +96,7 @@ class StubRunner:
     num_loaded_pages: int = 0
     num_computed_tokens: int = 0
 
-    def run(self, plan: SchedulerOutput) -> StubResult:
+    def run(self, plan: StepPlan) -> StubResult:
         """Runs a plan, and checks every page of every row."""
         self.update_rows(plan)
         self.move_pages(plan)
@@ -111,7 +118,7 @@ class StubRunner:
                 assert len(result.sampled[request_id]) == plan.num_samples(request_id)
         return result
 
-    def run_step(self, plan: SchedulerOutput, num_tokens: dict[str, int], result: StubResult):
+    def run_step(self, plan: StepPlan, num_tokens: dict[str, int], result: StubResult):
         """Computes tokens of rows, and samples behind the last of each."""
         for request_id in num_tokens:
             self.compute(self.rows[request_id], num_tokens[request_id])
@@ -130,27 +137,26 @@ class StubRunner:
             if has_sample:
                 row.tokens.append(sample(kv, row.seed))
 
-    def update_rows(self, plan: SchedulerOutput) -> None:
+    def update_rows(self, plan: StepPlan) -> None:
         """Takes in which requests left, joined and grew."""
         for request_id in plan.finished_request_ids + plan.preempted_request_ids:
             self.rows.pop(request_id, None)
         for new in plan.new_requests:
             assert new.request_id not in self.rows
-            assert isinstance(new.params, tuple)
-            seed, is_prompt_only = new.params
+            assert isinstance(new, StubRequest)
             row = self.rows[new.request_id] = StubRow(
                 tokens=[*new.prompt_token_ids, *new.output_token_ids],
                 table=list(new.page_ids),
                 num_computed=new.num_computed_tokens,
-                seed=seed,
-                is_prompt_only=is_prompt_only,
+                seed=new.seed,
+                is_prompt_only=new.is_prompt_only,
             )
             for token in row.tokens[: row.num_computed]:
                 row.kvs.append(kv_of(token, row.kvs[-1] if row.kvs else 0))
         for request_id, page_ids in plan.new_page_ids.items():
             self.rows[request_id].table.extend(page_ids)
 
-    def move_pages(self, plan: SchedulerOutput) -> None:
+    def move_pages(self, plan: StepPlan) -> None:
         """Saves; reads every source, then writes every target; loads; and forgets."""
         saves, copies, loads, dropped = plan.page_moves
         for save in saves:

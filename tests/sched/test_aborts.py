@@ -6,7 +6,7 @@ import pytest
 
 from folojax.sched.request import RequestStatus
 from folojax.sched.scheduler import Scheduler
-from tests.sched.helpers import add, assert_empty, make_scheduler, step
+from tests.sched.helpers import TOKEN, add, assert_empty, make_scheduler, step
 
 
 def waiting(scheduler: Scheduler) -> None:
@@ -29,7 +29,7 @@ def preempted(scheduler: Scheduler) -> None:
     step(scheduler)
     while not scheduler.num_waiting:
         step(scheduler)
-    scheduler.finish_requests("old", RequestStatus.FINISHED_ABORTED)
+    scheduler.abort_requests("old")
 
 
 def finished(scheduler: Scheduler) -> None:
@@ -59,7 +59,7 @@ def test_abort_in_every_state(
     reach(scheduler)
     request = scheduler.get_request("x")
     assert (request and request.status) == status
-    ended = scheduler.finish_requests(["x", "x", "nobody"], RequestStatus.FINISHED_ABORTED)
+    ended = scheduler.abort_requests(["x", "x", "nobody"])
     if request is None:
         assert ended == []
     else:
@@ -76,7 +76,7 @@ def test_abort_while_the_step_runs(with_token: bool):
     scheduler = make_scheduler()
     a, b = (add(scheduler, name, 3) for name in "ab")
     plan = scheduler.schedule()
-    scheduler.finish_requests("a", RequestStatus.FINISHED_ABORTED)
+    scheduler.abort_requests("a")
     sampled = {"a": (1,), "b": (1,)} if with_token else {"b": (1,)}
     (update,) = scheduler.update_from_output(plan, sampled)
     assert update.request is b
@@ -88,7 +88,7 @@ def test_id_reused_while_the_step_runs_keeps_the_tokens_apart():
     scheduler = make_scheduler()
     old = add(scheduler, "a", 3)
     plan = scheduler.schedule()
-    scheduler.finish_requests("a", RequestStatus.FINISHED_ABORTED)
+    scheduler.abort_requests("a")
     new = add(scheduler, "a", 5)
     assert scheduler.update_from_output(plan, {"a": (1,)}) == []
     assert old.output_token_ids == new.output_token_ids == []
@@ -101,14 +101,21 @@ def test_caller_may_stop_a_request_on_text():
     scheduler = make_scheduler()
     request = add(scheduler, "a", 3)
     step(scheduler)
-    scheduler.finish_requests("a", RequestStatus.FINISHED_STOPPED, stop_reason="\n\n")
+    step(scheduler)
+    scheduler.stop_at(request, 1, "\n\n")
     assert (request.status.finish_reason, request.stop_reason) == ("stop", "\n\n")
+    assert request.output_token_ids == [TOKEN]
     assert_empty(scheduler)
 
 
-def test_finishing_needs_a_finished_status():
-    with pytest.raises(AssertionError, match="does not finish"):
-        make_scheduler().finish_requests("a", RequestStatus.PREEMPTED)
+def test_text_ends_a_request_also_where_its_last_token_just_did():
+    scheduler = make_scheduler()
+    request = add(scheduler, "a", 3, max_tokens=1)
+    step(scheduler)
+    assert request.status is RequestStatus.FINISHED_LENGTH
+    scheduler.stop_at(request, 1, ".")
+    assert (request.status, request.stop_reason) == (RequestStatus.FINISHED_STOPPED, ".")
+    assert_empty(scheduler)
 
 
 def test_shutdown_aborts_all_and_leaves_a_usable_scheduler():

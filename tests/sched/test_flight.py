@@ -2,9 +2,9 @@
 
 import pytest
 
-from folojax.sched.plan import SchedulerOutput
 from folojax.sched.request import RequestStatus
 from folojax.sched.scheduler import Scheduler
+from folojax.sched.step_plan import StepPlan
 from tests.sched.helpers import add, assert_empty, commit, make_scheduler
 
 
@@ -12,7 +12,7 @@ def make_ahead(**changes) -> Scheduler:
     return make_scheduler(max_plans_in_flight=2, **changes)
 
 
-def plan(scheduler: Scheduler) -> SchedulerOutput:
+def plan(scheduler: Scheduler) -> StepPlan:
     made = scheduler.schedule()
     scheduler.check()
     return made
@@ -79,7 +79,7 @@ def test_an_id_in_flight_may_be_used_again():
     scheduler = make_ahead()
     old = add(scheduler, "a", 3)
     first, second = plan(scheduler), plan(scheduler)
-    scheduler.finish_requests("a", RequestStatus.FINISHED_ABORTED)
+    scheduler.abort_requests("a")
     new = add(scheduler, "a", 5)
     assert commit(scheduler, first, token=1) == []
     third = plan(scheduler)

@@ -1,8 +1,9 @@
 """Requests with one prompt: it is computed once, and shared without anyone writing on another."""
 
+import copy
+
 import pytest
 
-from folojax.sched.request import RequestStatus
 from tests.sched.helpers import (
     TOKEN,
     add,
@@ -96,7 +97,7 @@ def test_next_in_line_computes_the_prompt_when_the_first_is_aborted():
     scheduler = make_scheduler(max_num_batched_tokens=8)
     add_group(scheduler, "abc", 12)
     step(scheduler)
-    scheduler.finish_requests("a", RequestStatus.FINISHED_ABORTED)
+    scheduler.abort_requests("a")
     plans = [step(scheduler) for _ in range(3)]
     assert [plan.num_scheduled_tokens for plan in plans] == [{"b": 8}, {"b": 4}, {"b": 1, "c": 1}]
 
@@ -180,11 +181,11 @@ def test_groups_do_not_mix():
     assert step(scheduler).page_moves.copies == ((2, 9), (5, 10))
 
 
-def test_another_prompt_in_a_group_is_refused():
+def test_a_group_has_one_prompt():
     scheduler = make_scheduler()
     add(scheduler, "a", (1, 2, 3), group="g")
-    with pytest.raises(ValueError, match="group 'g' has another prompt, that of request 'a'"):
-        scheduler.validate(make_request("b", (1, 2, 4), group="g"))
+    with pytest.raises(AssertionError, match="group 'g' has another prompt"):
+        copy.deepcopy(scheduler).add_request(make_request("b", (1, 2, 4), group="g"))
     add(scheduler, "b", (1, 2, 3), group="g")
     scheduler.shutdown()
     add(scheduler, "c", (1, 2, 4), group="g")

@@ -155,7 +155,7 @@ def test_preempt_all_while_a_step_runs_drops_its_samples():
     a, b = (add(scheduler, name, 3, max_tokens=2) for name in "ab")
     plan = scheduler.schedule()
     scheduler.preempt_all()
-    scheduler.finish_requests("b", RequestStatus.FINISHED_ABORTED)
+    scheduler.abort_requests("b")
     assert scheduler.update_from_output(plan, {"a": (1,), "b": (1,)}) == []
     scheduler.check()
     assert a.output_token_ids == b.output_token_ids == []

@@ -144,9 +144,9 @@ def test_running_requests_share_and_pages_come_back_with_the_last():
     add(scheduler, "b", 9)
     step(scheduler)
     assert [scheduler.memory.allocator.ref_count(page) for page in (0, 1)] == [2, 2]
-    scheduler.finish_requests("a", RequestStatus.FINISHED_ABORTED)
+    scheduler.abort_requests("a")
     assert [scheduler.memory.allocator.ref_count(page) for page in (0, 1)] == [1, 1]
-    scheduler.finish_requests("b", RequestStatus.FINISHED_ABORTED)
+    scheduler.abort_requests("b")
     assert (scheduler.memory.allocator.num_used, scheduler.memory.allocator.num_idle) == (0, 2)
     assert_empty(scheduler)
 
@@ -189,7 +189,7 @@ def test_resumed_request_hits_its_own_pages_and_is_counted_once():
     step(scheduler)
     plan = step(scheduler)
     assert plan.preempted_request_ids == ("b",)
-    scheduler.finish_requests("a", RequestStatus.FINISHED_ABORTED)
+    scheduler.abort_requests("a")
     plan = step(scheduler)
     assert plan.new_requests[0].num_computed_tokens in (4, 8)
     assert b.num_cached_tokens == 0

@@ -11,7 +11,7 @@ from folojax.sched.request import Request, StopRule
 
 
 def make_request(name: str, priority: int = 0, arrival_index: int = 0) -> Request:
-    return Request(name, (1,), StopRule(max_tokens=1), None, priority, arrival_index=arrival_index)
+    return Request(name, (1,), StopRule(max_tokens=1), priority, arrival_index=arrival_index)
 
 
 def names(queue: RequestQueue) -> list[str]:

@@ -17,17 +17,14 @@ def test_add_gives_one_waiting():
 
 def test_short_prompt_is_scheduled_whole_and_runs():
     scheduler = make_scheduler()
-    params = object()
-    request = add(scheduler, "a", 5, params=params)
+    request = add(scheduler, "a", 5)
     plan = scheduler.schedule()
     assert plan.num_scheduled_tokens == {"a": 5}
     assert plan.total_num_scheduled_tokens == 5
     assert plan.sampled_request_ids == ("a",)
     assert not plan.is_empty
-    (new,) = plan.new_requests
-    assert (new.request_id, new.prompt_token_ids) == ("a", request.prompt_token_ids)
-    assert new.params is params
-    assert (new.num_computed_tokens, new.output_token_ids, new.page_ids) == (0, (), (0, 1))
+    assert plan.new_requests == (request,)
+    assert (request.num_computed_tokens, request.page_ids) == (0, [0, 1])
     assert (scheduler.num_waiting, scheduler.num_running) == (0, 1)
     assert request.status is RequestStatus.RUNNING
     assert request.num_computed_tokens == 0, "counts what is in the cache, not what is planned"

@@ -1,40 +1,28 @@
-"""What one step is to compute: the scheduler's answer, and the draft that it grows from.
+"""What one step is to compute: drafted, published, and under way until its results are taken in.
 
 The batch of a step, in the order of `num_scheduled_tokens`::
 
     | requests that were in the batch before, in order | `new_requests`: admitted or resumed now |
 
 Of the former a plan tells nothing but how many tokens to compute, and which pages they have got.
+
+The device is behind the host::
+
+    host     schedule 1 | schedule 2 | take in 1, schedule 3 | take in 2, schedule 4 | ...
+    device              |   run 1    |        run 2          |        run 3          |
+
+When plan 2 is made, the token that plan 1 samples is not known, only that there will be one; the
+device has it in time. What the host learns late (an end token, an abort) can find the request in a
+later plan already. That plan's token for it is then no longer awaited, and is discarded.
 """
 
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from folojax.sched.host_pages import PageLoad, PageSave
 from folojax.sched.request import Request
-
-
-@dataclass(frozen=True)
-class NewRequest:
-    """A request that joins the batch: all that a runner without memory of it needs.
-
-    Attributes:
-        request_id: its id.
-        prompt_token_ids: the whole prompt, also when only a chunk of it is scheduled.
-        output_token_ids: empty, or the output that it has already: kept over a preemption, or
-            taken over from the request that it was forked from.
-        params: as they came with the request.
-        num_computed_tokens: tokens whose K/V are in the cache before this step.
-        page_ids: its pages, in token order, those reserved for this step included.
-    """
-
-    request_id: str
-    prompt_token_ids: tuple[int, ...]
-    output_token_ids: tuple[int, ...]
-    params: object
-    num_computed_tokens: int
-    page_ids: tuple[int, ...]
 
 
 class PageMoves(NamedTuple):
@@ -58,14 +46,15 @@ NO_MOVES = PageMoves()
 
 
 @dataclass(frozen=True)
-class SchedulerOutput:
+class StepPlan:
     """The plan of one step. All its pages are reserved: running it can't lack memory.
 
     A runner drops what `finished_request_ids` and `preempted_request_ids` name before it adds
     `new_requests`: the id of a finished request may be in use again.
 
     Attributes:
-        new_requests: requests that join the batch, resumed ones among them.
+        new_requests: requests that join the batch, resumed ones among them: as they stand before
+            anything else is asked of the scheduler, with `page_ids` for this step included.
         new_page_ids: pages to append to the tables of requests that were in the batch before.
         num_scheduled_tokens: tokens to compute by request id; its order is the batch order. A
             request of the batch can be missing: nothing is computed for it in this step.
@@ -82,7 +71,7 @@ class SchedulerOutput:
             has scheduled tokens, and all of these are results.
     """
 
-    new_requests: tuple[NewRequest, ...]
+    new_requests: tuple[Request, ...]
     new_page_ids: dict[str, list[int]]
     num_scheduled_tokens: dict[str, int]
     total_num_scheduled_tokens: int
@@ -125,7 +114,7 @@ class PlanDraft:
         requests: the batch so far, by id, in order.
         num_scheduled_tokens: tokens to compute by request id, in the same order.
         new_page_ids: pages reserved for this step by request id, where there are any.
-        new_request_ids: the part of the batch that joins in this step.
+        new_requests: the part of the batch that joins in this step, in order.
         is_short_of_pages: whether someone was preempted for it, or waits for pages to come free.
     """
 
@@ -134,7 +123,7 @@ class PlanDraft:
     requests: dict[str, Request] = field(default_factory=dict)
     num_scheduled_tokens: dict[str, int] = field(default_factory=dict)
     new_page_ids: dict[str, list[int]] = field(default_factory=dict)
-    new_request_ids: set[str] = field(default_factory=set)
+    new_requests: list[Request] = field(default_factory=list)
     is_short_of_pages: bool = False
 
     def put(self, request: Request, num_tokens: int, page_ids: list[int]) -> None:
@@ -150,7 +139,7 @@ class PlanDraft:
     def put_new(self, request: Request, num_tokens: int) -> None:
         """Schedules a request that joins the batch."""
         self.put(request, num_tokens, [])
-        self.new_request_ids.add(request.request_id)
+        self.new_requests.append(request)
 
     def put_victim(self, request: Request) -> None:
         """Takes the tokens of a preempted request back out if they were scheduled."""
@@ -164,13 +153,9 @@ class PlanDraft:
         finished_request_ids: Iterable[str],
         preempted_request_ids: Iterable[str],
         page_moves: PageMoves,
-    ) -> SchedulerOutput:
+    ) -> StepPlan:
         """Returns the finished plan, and notes in its requests what is in flight."""
         assert self.budget_left >= 0, f"{-self.budget_left} tokens beyond the budget"
-        new_requests = tuple(_new_request(self.requests[id_]) for id_ in self.new_request_ids)
-        if len(new_requests) > 1:  # the set has no order
-            order = {id_: place for place, id_ in enumerate(self.requests)}
-            new_requests = tuple(sorted(new_requests, key=lambda new: order[new.request_id]))
         num_scheduled_tokens = self.num_scheduled_tokens
         is_multiple = self.num_decode_steps > 1
         total = 0
@@ -191,8 +176,8 @@ class PlanDraft:
                     num_tokens if is_multiple else 1
                 )
                 sampled_request_ids.append(request_id)
-        return SchedulerOutput(
-            new_requests=new_requests,
+        return StepPlan(
+            new_requests=tuple(self.new_requests),
             new_page_ids=self.new_page_ids,
             num_scheduled_tokens=num_scheduled_tokens,
             total_num_scheduled_tokens=total,
@@ -204,12 +189,119 @@ class PlanDraft:
         )
 
 
-def _new_request(request: Request) -> NewRequest:
-    return NewRequest(
-        request_id=request.request_id,
-        prompt_token_ids=request.prompt_token_ids,
-        output_token_ids=tuple(request.output_token_ids),
-        params=request.params,
-        num_computed_tokens=request.num_computed_tokens,
-        page_ids=tuple(request.page_ids),
-    )
+@dataclass(eq=False)
+class Flight:
+    """A plan under way.
+
+    Attributes:
+        plan: what the device was told.
+        requests: by id, those of the plan whose result is awaited. Requests and not ids alone: a
+            request that has finished since could not be told from one that took over its id.
+    """
+
+    plan: StepPlan
+    requests: dict[str, Request]
+
+    def take_back(self) -> None:
+        """Undoes what publishing the plan, the latest, noted in its requests."""
+        sampled = set(self.plan.sampled_request_ids)
+        for request_id, request in self.requests.items():
+            request.num_tokens_in_flight -= self.plan.num_scheduled_tokens[request_id]
+            if request_id in sampled:
+                request.num_samples_in_flight -= self.plan.num_samples(request_id)
+
+    def forget(self, request: Request) -> None:
+        """Awaits nothing more for a request."""
+        if self.requests.get(request.request_id) is request:
+            del self.requests[request.request_id]
+
+
+class Flights:
+    """The plans under way, in order.
+
+    Attributes:
+        num_discarded_tokens: tokens that were sampled for requests that did not await them any
+            more: they had finished, or were to be computed again.
+    """
+
+    def __init__(self) -> None:
+        self.num_discarded_tokens = 0
+        self._flights: deque[Flight] = deque()
+
+    def __len__(self) -> int:
+        return len(self._flights)
+
+    def add(self, plan: StepPlan, requests: dict[str, Request]) -> None:
+        """Takes in a plan that is published, and its requests by id."""
+        self._flights.append(Flight(plan, requests))
+
+    def take_back(self) -> None:
+        """Drops the latest plan, which was never run."""
+        self._flights.pop().take_back()
+
+    def awaited(self, plan: StepPlan) -> Mapping[str, Request]:
+        """Returns the requests that await their results of a plan, by id; for reading.
+
+        Without any, the plan can be taken in with nothing sampled.
+        """
+        return next(flight.requests for flight in self._flights if flight.plan is plan)
+
+    def land(
+        self, plan: StepPlan, sampled: Mapping[str, Sequence[int]], failed: Collection[str]
+    ) -> dict[str, Request]:
+        """Takes out the earliest plan, and returns the requests that await its results.
+
+        Args:
+            plan: the one that was run.
+            sampled: tokens by request id.
+            failed: ids of requests that lack tokens, or all of them.
+
+        Raises:
+            AssertionError: another plan, or samples that don't belong to it; nothing has changed.
+        """
+        is_next = bool(self._flights) and plan is self._flights[0].plan
+        assert is_next, "the plan is not the next to be taken in, or was taken in already"
+        requests = self._flights[0].requests
+        may_sample = set(plan.sampled_request_ids)
+        is_ended = may_sample.difference(requests)
+        missing = may_sample.difference(sampled, failed, is_ended)
+        surplus = sampled.keys() - may_sample
+        unknown = set(failed) - plan.num_scheduled_tokens.keys()
+        assert not missing, f"no token for {sorted(missing)}"
+        assert not surplus, f"a token that was not asked for: {sorted(surplus)}"
+        assert not unknown, f"failed, but not in the plan: {sorted(unknown)}"
+        for request_id in failed:
+            has_all = len(sampled.get(request_id, ())) == plan.num_samples(request_id)
+            assert not has_all, f"failed, with all tokens: {request_id!r}"
+        self._flights.popleft()
+        self.num_discarded_tokens += sum(
+            plan.num_samples(request_id) for request_id in is_ended.difference(failed)
+        )
+        return requests
+
+    def forget(self, request: Request) -> None:
+        """Awaits nothing more for a request, which has finished."""
+        request.num_samples_in_flight = 0
+        for flight in self._flights:
+            flight.forget(request)
+
+    def forget_chunks(self, request: Request) -> None:
+        """Awaits nothing but tokens for a request that has lost its pages.
+
+        A token is worth as much as before; what else was computed has gone with the pages.
+        """
+        for flight in self._flights:
+            if request.request_id not in flight.plan.sampled_request_ids:
+                flight.forget(request)
+
+    def forget_all(self) -> None:
+        """Awaits nothing more; every request is to sample again what the plans sample."""
+        for flight in self._flights:
+            for request in flight.requests.values():
+                request.num_samples_in_flight = 0
+            flight.requests = {}
+
+    def clear(self) -> None:
+        """Drops all plans; what they give is not to be taken in."""
+        self.forget_all()
+        self._flights.clear()

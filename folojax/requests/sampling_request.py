@@ -1,0 +1,60 @@
+"""What the scheduler, the runner and the engine hand on: a request with what the sampler needs."""
+
+import dataclasses
+from typing import Any
+
+from folojax.requests.sampling_params import SamplingParams
+from folojax.sched.request import Request
+
+
+@dataclasses.dataclass(eq=False, kw_only=True)
+class SamplingRequest(Request):
+    """A request of the scheduler, and how its tokens are sampled and reported.
+
+    Of the fields above the scheduler is the writer, of these the engine, before it queues the
+    request; the runner reads both.
+
+    Attributes:
+        sampling_params: As the user gave them.
+        owner: The user's request that it belongs to; opaque here.
+        seed: Of this sample; None for greedy.
+        banned_ids: Not to be sampled at positions below `banned_until`.
+        banned_until: A position in the sequence, prompt included.
+        bad_word_ids: Sequences of tokens that may never be completed, within or after the prompt;
+            each has 1 to `MAX_BAD_WORD_TOKENS`.
+        num_logprobs: Alternatives to report with each sampled token; None: no log-probabilities.
+        num_prompt_logprobs: The same for the tokens of the prompt.
+        next_token: One that follows the prompt and is to be scored with it.
+    """
+
+    sampling_params: SamplingParams
+    owner: Any = dataclasses.field(default=None, repr=False)
+    seed: int | None = None
+    banned_ids: tuple[int, ...] = ()
+    banned_until: int = 0
+    bad_word_ids: tuple[tuple[int, ...], ...] = ()
+    num_logprobs: int | None = None
+    num_prompt_logprobs: int | None = None
+    next_token: int | None = None
+
+    @property
+    def has_penalty(self) -> bool:
+        """Whether a token's logit depends on what was sampled or prompted before."""
+        params = self.sampling_params
+        return bool(
+            params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty
+        )
+
+    @property
+    def has_slot_edits(self) -> bool:
+        """Whether the request needs its own row of `EditState`, written when it joins."""
+        params = self.sampling_params
+        has_bias = params.logit_bias or params.allowed_token_ids is not None
+        return bool(self.has_penalty or has_bias or self.bad_word_ids)
+
+    def bans(self, position: int) -> list[tuple[int, tuple[int, ...]]]:
+        """Tokens that may not stand at a position, each with the tokens it may not follow there."""
+        bans = [(word[-1], word[:-1]) for word in self.bad_word_ids if len(word) > 1]
+        if position < self.banned_until:
+            bans += [(token, ()) for token in self.banned_ids]
+        return bans
