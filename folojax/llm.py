@@ -4,7 +4,7 @@ import itertools
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias, Unpack
+from typing import Any, TypeAlias, TypedDict, Unpack
 
 from flax import linen as nn
 
@@ -47,6 +47,16 @@ _USUAL_SAMPLING = (SamplingClass.GREEDY, SamplingClass.RANDOM, SamplingClass.TRU
 
 Params: TypeAlias = SamplingParams | Sequence[SamplingParams] | None
 Message: TypeAlias = Mapping[str, Any]
+
+
+class TemplateOptions(TypedDict, total=False):
+    """The keywords of `LLM.render_chat`, which `LLM.chat` hands on."""
+
+    chat_template: str | None
+    add_generation_prompt: bool
+    continue_final_message: bool
+    tools: Sequence[Any] | None
+    chat_template_kwargs: Mapping[str, Any] | None
 
 
 class LLM(RequestLoop):
@@ -146,11 +156,7 @@ class LLM(RequestLoop):
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         sampling_params: Params = None,
         use_tqdm: bool | Callable[..., Any] = True,
-        chat_template: str | None = None,
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
-        tools: Sequence[Any] | None = None,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **template: Unpack[TemplateOptions],
     ) -> list[RequestOutput]:
         """Answers conversations: renders the chat template, then generates.
 
@@ -158,28 +164,16 @@ class LLM(RequestLoop):
             messages: One conversation, or a list of them; a message has "role" and "content".
             sampling_params: As in `generate`.
             use_tqdm: As in `generate`.
-            chat_template: Jinja text in place of the tokenizer's own.
-            add_generation_prompt: Opens the assistant's turn.
-            continue_final_message: Leaves the last message open, to be gone on with; then
-                `add_generation_prompt` must be False.
-            tools: Functions or JSON schemas, for templates that know them.
-            chat_template_kwargs: Further variables of the template.
+            **template: As in `render_chat`.
 
         Raises:
-            ValueError: there is no template, it fails, or as in `generate`.
+            ValueError: as in `render_chat` or `generate`.
             RuntimeError: the engine sleeps.
         """
         prompts = each_named(
             "conversation",
             conversations(messages),
-            lambda one: self.render_chat(
-                one,
-                chat_template,
-                add_generation_prompt,
-                continue_final_message,
-                tools,
-                chat_template_kwargs,
-            ),
+            lambda one: self.render_chat(one, **template),
         )
         return self.generate(prompts, sampling_params, use_tqdm)
 
@@ -193,7 +187,20 @@ class LLM(RequestLoop):
         tools: Sequence[Any] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> Prompt:
-        """The prompt of one conversation, as `generate` takes it: what `chat` would continue."""
+        """The prompt of one conversation, as `generate` takes it: what `chat` would continue.
+
+        Args:
+            messages: Each has "role" and "content".
+            chat_template: Jinja text in place of the tokenizer's own.
+            add_generation_prompt: Opens the assistant's turn.
+            continue_final_message: Leaves the last message open, to be gone on with; then
+                `add_generation_prompt` must be False.
+            tools: Functions or JSON schemas, for templates that know them.
+            chat_template_kwargs: Further variables of the template.
+
+        Raises:
+            ValueError: there is no tokenizer or no template, or it fails.
+        """
         tokenizer = self.engine.tokenizer
         if tokenizer is None:
             raise ValueError("chat needs a tokenizer: pass tokenizer=, or generate from token ids")
@@ -264,35 +271,6 @@ class LLM(RequestLoop):
         requests = self._make_requests("stream", prompts, sampling_params)
         self.engine.check_is_awake()
         return self._shared.stream(requests)
-
-    @exclusive
-    def update_params(self, params: Any, running: str = "recompute") -> None:
-        """Goes on with other parameters of the same model, such as after a step of training.
-
-        No step is compiled anew and nothing is copied: the caller's arrays are used as they are.
-        They must be alive whenever the engine steps; so a training step may take them as a donated
-        argument, if its result is handed over before the next step of the engine. The prefix cache
-        is dropped. `CompletionOutput.weights_versions` tells which tokens came before and after.
-
-        Args:
-            params: A pytree with the names, shapes and dtypes of the parameters now in use. Where
-                these are in eight bits, float kernels become so: copies, beside the old ones.
-            running: What becomes of unfinished requests. "recompute": their output is kept, and
-                keys and values are computed again with the new parameters. "keep": they go on with
-                the keys and values that they have, which nobody else will share. A score under
-                way goes on too, so it mixes both. "restart": they begin again from the prompt,
-                with the same seed; a stream takes its text back.
-
-        Raises:
-            ValueError: it differs from them; every difference is named, nothing has changed. Or
-                `running` is none of these.
-        """
-        self.engine.update_params(params, running)
-
-    @property
-    def weights_version(self) -> int:
-        """How often the parameters have been updated."""
-        return self.engine.weights_version
 
     @property
     def params(self) -> Any:

@@ -1,6 +1,7 @@
 """For callers that own the loop: requests in, steps, and what each step has changed."""
 
 from collections.abc import Iterable
+from typing import Any
 
 from folojax.engine import branching
 from folojax.engine.engine import Engine
@@ -12,7 +13,7 @@ from folojax.requests.sampling_params import SamplingParams
 
 
 class RequestLoop:
-    """The part of `LLM` that adds requests one by one and steps.
+    """The part of `LLM` that adds requests one by one, steps, and acts between two steps.
 
     Args:
         engine: What runs the steps.
@@ -177,3 +178,32 @@ class RequestLoop:
             Whether it was done: not while requests run, unless these are reset.
         """
         return self.engine.reset_prefix_cache(preempt_running=reset_running_requests)
+
+    @exclusive
+    def update_params(self, params: Any, running: str = "recompute") -> None:
+        """Goes on with other parameters of the same model, such as after a step of training.
+
+        No step is compiled anew and nothing is copied: the caller's arrays are used as they are.
+        They must be alive whenever the engine steps; so a training step may take them as a donated
+        argument, if its result is handed over before the next step of the engine. The prefix cache
+        is dropped. `CompletionOutput.weights_versions` tells which tokens came before and after.
+
+        Args:
+            params: A pytree with the names, shapes and dtypes of the parameters now in use. Where
+                these are in eight bits, float kernels become so: copies, beside the old ones.
+            running: What becomes of unfinished requests. "recompute": their output is kept, and
+                keys and values are computed again with the new parameters. "keep": they go on with
+                the keys and values that they have, which nobody else will share. A score under
+                way goes on too, so it mixes both. "restart": they begin again from the prompt,
+                with the same seed; a stream takes its text back.
+
+        Raises:
+            ValueError: it differs from them; every difference is named, nothing has changed. Or
+                `running` is none of these.
+        """
+        self.engine.update_params(params, running)
+
+    @property
+    def weights_version(self) -> int:
+        """How often the parameters have been updated."""
+        return self.engine.weights_version
