@@ -253,8 +253,9 @@ class LLM(RequestLoop):
     ) -> Iterator[RequestOutput]:
         """Continues prompts and reports every step of each.
 
-        Outputs hold all that there is so far, and text once shown is never taken back. The
-        requests are queued when the iterator is first asked; to close it early aborts them.
+        Outputs hold all that there is so far, and text once shown is never taken back (unless
+        `update_params` restarts the request). The requests are queued when the iterator is first
+        asked; to close it early aborts them.
 
         Args:
             prompts: As in `generate`.
@@ -299,7 +300,7 @@ class LLM(RequestLoop):
                 was made by hand.
 
         Raises:
-            ValueError: the config is not that of a config.json, or kernels are in eight bits.
+            ValueError: the config is not that of a config.json, or kernels are quantised.
         """
         save_pretrained(
             self.params,

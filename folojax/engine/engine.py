@@ -68,7 +68,7 @@ class Engine:
             scheduler: An empty one.
             runner: An empty one.
             validator: What it asks of a request, with the tokenizer and the model's end tokens.
-            seed: Of the seeds that requests without one are given.
+            seed: Decides the seeds that requests without one are given.
             is_checked: Whether every step ends with `check_integrity`.
         """
         self.scheduler = scheduler
@@ -89,7 +89,7 @@ class Engine:
 
     @property
     def tokenizer(self) -> Tokenizer | None:
-        """None: there is no text."""
+        """Of prompts and outputs; None: they are token ids, and there is no text."""
         return self.validator.tokenizer
 
     def make_request(
@@ -235,7 +235,7 @@ class Engine:
         self._untold = [one for one in self._untold if one.request_id not in ids]
 
     def reset(self) -> list[Output]:
-        """Aborts everything and makes the engine usable again, also after an interrupted step."""
+        """Aborts everything, and returns it; the engine is usable again, after any interruption."""
         aborted = self.abort(list(self.live))
         outputs, self._untold = [*self._untold, *aborted], []
         self._in_flight.clear()

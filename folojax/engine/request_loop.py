@@ -17,7 +17,7 @@ class RequestLoop:
 
     Args:
         engine: What runs the steps.
-        default_params: Of requests that come without.
+        default_params: Sampling parameters of requests that come without any.
 
     Attributes:
         engine: As given.
@@ -190,7 +190,7 @@ class RequestLoop:
 
         Args:
             params: A pytree with the names, shapes and dtypes of the parameters now in use. Where
-                these are in eight bits, float kernels become so: copies, beside the old ones.
+                these are quantised, float kernels become so: copies, beside the old ones.
             running: What becomes of unfinished requests. "recompute": their output is kept, and
                 keys and values are computed again with the new parameters. "keep": they go on with
                 the keys and values that they have, which nobody else will share. A score under

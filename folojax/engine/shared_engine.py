@@ -95,7 +95,7 @@ class HasLock(Protocol):
 
     @property
     def lock(self) -> FairLock:
-        """Of the engine."""
+        """That is held while the engine is changed or steps."""
         ...
 
 
@@ -132,7 +132,7 @@ class SharedEngine:
 
     @exclusive
     def step(self) -> list[RequestOutput]:
-        """Runs one step; returns what has changed since the last one, of nobody's requests."""
+        """Runs one step; returns what has changed since the last, of requests no call waits for."""
         changed = self._deliver(self._engine.step())
         early, self._early = self._early, []
         return early + changed

@@ -11,7 +11,7 @@ class Logprob:
 
     Attributes:
         logprob: Natural logarithm, in the distribution that EngineConfig.logprobs_mode names.
-        rank: How many tokens are at least as likely, itself included: 1 is the likeliest.
+        rank: 1 is the likeliest token that can be sampled; of equals the lower id comes first.
         decoded_token: The token's text where others stand before it (so " hi" for SentencePiece's
             "\u2581hi", also as a first word); None without a tokenizer.
     """
@@ -77,7 +77,7 @@ class RequestMetrics:
 
     @property
     def tpot_s(self) -> float | None:
-        """Mean time per output token after the first; None below two tokens or before the end."""
+        """Time after the first token per further one, of all samples; None below two or unended."""
         if (
             self.first_token_time_s is None
             or self.finish_time_s is None
@@ -175,7 +175,7 @@ class ScoreOutput:
         continuation: The text; None where token ids were given.
         token_ids: Of the continuation: the tokens behind those.
         logprobs: Log-probability of each of them, given all before it.
-        ranks: Of each of them: 1 is the token that a greedy request would have taken, ties aside.
+        ranks: Of each of them: 1 is the token that a greedy request would have taken.
         finish_reason: "length", or "error" or "abort"; the numbers are there after "length".
         metrics: Times of the request.
     """
@@ -215,8 +215,8 @@ class BatchMetrics:
         num_prompt_tokens: Sum over the prompts.
         num_output_tokens: Sum over all samples.
         duration_s: From the first arrival to the last end.
-        mean_ttft_s: Mean time to first token; None if no request had one.
-        mean_tpot_s: Mean time per output token after the first; None if no request had two.
+        mean_ttft_s: Mean of the requests' `ttft_s`; None if no request had a token.
+        mean_tpot_s: Mean of the requests' `tpot_s`; None if no request had two tokens.
         num_preemptions: Sum over the requests.
     """
 
@@ -240,7 +240,7 @@ class BatchMetrics:
 
 
 def batch_metrics(outputs: list[RequestOutput]) -> BatchMetrics:
-    """Sums up finished requests that were served together; of none, all is zero."""
+    """Sums up finished requests that were served together; of none, sums are 0 and means None."""
     metrics = [output.metrics for output in outputs]
     start = min((m.arrival_time_s for m in metrics), default=0.0)
     end = max((m.finish_time_s for m in metrics if m.finish_time_s is not None), default=start)

@@ -78,7 +78,8 @@ _TEXTS: dict[str, Any] = {
 class SamplingParams:
     """How one prompt is continued.
 
-    Penalties, bias and masks apply first, then temperature, min-p, top-k, top-p, and the draw.
+    Logits processors apply first, then penalties, bias and masks, temperature, min-p, top-k, top-p,
+    and the draw.
     Lists are kept as tuples and `logit_bias` as a frozen mapping: a SamplingParams can be shared
     and hashed. What depends on the model (ids in its vocabulary, the cap on log-probabilities) is
     checked by the engine.

@@ -11,7 +11,7 @@ from folojax.sched.request import Request
 class SamplingRequest(Request):
     """A request of the scheduler, and how its tokens are sampled and reported.
 
-    Of the fields above the scheduler is the writer, of these the engine, before it queues the
+    The fields of `Request` are written by the scheduler, these by the engine, before it queues the
     request; the runner reads both.
 
     Attributes:
@@ -53,7 +53,7 @@ class SamplingRequest(Request):
         return bool(self.has_penalty or has_bias or self.bad_word_ids)
 
     def bans(self, position: int) -> list[tuple[int, tuple[int, ...]]]:
-        """Tokens that may not stand at a position, each with the tokens it may not follow there."""
+        """Tokens banned at a position, with those each may not follow; the bias has others."""
         bans = [(word[-1], word[:-1]) for word in self.bad_word_ids if len(word) > 1]
         if position < self.banned_until:
             bans += [(token, ()) for token in self.banned_ids]
