@@ -6,7 +6,7 @@ from collections.abc import Collection
 from folojax.sched.config import SchedulerConfig
 from folojax.sched.memory import KVMemory
 from folojax.sched.pages import PageAllocator, pages_for
-from folojax.sched.queue import RequestQueue
+from folojax.sched.queue import WaitingQueue
 from folojax.sched.request import Request, RequestStatus
 
 
@@ -15,7 +15,7 @@ def check_integrity(
     memory: KVMemory,
     requests: Collection[Request],
     running: Collection[Request],
-    waiting: RequestQueue,
+    waiting: WaitingQueue,
 ) -> None:
     """Raises AssertionError unless requests, batch, queue and pages agree; O(everything)."""
     memory.allocator.check()
@@ -70,7 +70,7 @@ def _check_places(
     config: SchedulerConfig,
     requests: Collection[Request],
     running: Collection[Request],
-    waiting: RequestQueue,
+    waiting: WaitingQueue,
 ) -> None:
     """Every unfinished request is in the batch or in the queue, in the order of its policy."""
     placed = [*running, *waiting]
@@ -82,5 +82,5 @@ def _check_places(
         arrivals = [request.arrival_index for request in placed if request.group is None]
         assert arrivals == sorted(arrivals), f"out of the order of arrival: {arrivals}"
     else:
-        urgencies = [request.urgency for request in waiting]
+        urgencies = [(request.priority, request.arrival_index) for request in waiting]
         assert urgencies == sorted(urgencies), f"out of the order of priority: {urgencies}"

@@ -212,8 +212,3 @@ class Request:
     def is_finished(self) -> bool:
         """Whether no token will follow."""
         return self.status.is_finished
-
-    @property
-    def urgency(self) -> tuple[int, int]:
-        """Sort key of the "priority" policy, the most urgent first; unique once arrived."""
-        return self.priority, self.arrival_index

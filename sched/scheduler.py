@@ -45,7 +45,7 @@ from folojax.sched.progress import (
     num_samples_left,
     num_tokens_left,
 )
-from folojax.sched.queue import choose_victim, make_queue
+from folojax.sched.queue import WaitingQueue
 from folojax.sched.request import Request, RequestStatus
 from folojax.sched.step_plan import Flights, PlanDraft, RequestUpdate, StepPlan
 
@@ -74,7 +74,7 @@ class Scheduler:
         self.config = config
         self.memory = KVMemory(config)
         self._requests: dict[str, Request] = {}
-        self._waiting = make_queue(config.scheduling_policy)
+        self._waiting = WaitingQueue(config.scheduling_policy)
         self._running: list[Request] = []
         self._groups = Groups()
         self._num_arrived = 0
@@ -202,7 +202,7 @@ class Scheduler:
                 if status is not None:
                     self._finish(request, status, stop_reason)
                     if not has_pages:
-                        self._waiting.remove(request)
+                        self._waiting.remove([request])
             elif request.is_prompt_only and request.num_computed_tokens == request.num_tokens:
                 self._finish(request, RequestStatus.FINISHED_LENGTH, None)
                 updates.append(RequestUpdate(request, ()))
@@ -221,7 +221,7 @@ class Scheduler:
         """
         ids = (request_ids,) if isinstance(request_ids, str) else dict.fromkeys(request_ids)
         requests = [self._requests[id_] for id_ in ids if id_ in self._requests]
-        self._waiting.remove_many(r for r in requests if r.status is not RequestStatus.RUNNING)
+        self._waiting.remove(r for r in requests if r.status is not RequestStatus.RUNNING)
         for request in requests:
             self._finish(request, RequestStatus.FINISHED_ABORTED, None)
         self._running = [request for request in self._running if not request.is_finished]
@@ -316,7 +316,7 @@ class Scheduler:
             if not self._admit(request, source, draft):
                 break
             admitted.append(request)
-        self._waiting.remove_many(admitted)
+        self._waiting.remove(admitted)
 
     def _admit(self, request: Request, source: Source | None, draft: PlanDraft) -> bool:
         """Takes a waiting request into the batch; False if it has to stay."""
@@ -351,7 +351,7 @@ class Scheduler:
                 draft.is_short_of_pages = True
                 return None
             running = [r for r in self._running if r.status is RequestStatus.RUNNING]
-            victim = choose_victim(running, self.config.scheduling_policy)
+            victim = self._waiting.least_urgent(running)
             self.memory.save(victim)
             self._preempt(victim)
             draft.put_victim(victim)
@@ -367,7 +367,7 @@ class Scheduler:
         victim.status = RequestStatus.PREEMPTED
         victim.num_preemptions += 1
         self._unreported_preempted_ids.append(victim.request_id)
-        self._waiting.prepend(victim)  # later victims of a step arrived before earlier ones
+        self._waiting.add(victim)
 
     def _finish(
         self, request: Request, status: RequestStatus, stop_reason: int | str | None

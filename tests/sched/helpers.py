@@ -1,5 +1,8 @@
 """Small schedulers and requests, and steps of a model that always says the same token."""
 
+import copy
+import dataclasses
+
 from folojax.sched.config import SchedulerConfig
 from folojax.sched.request import Request, StopRule
 from folojax.sched.scheduler import Scheduler
@@ -49,10 +52,12 @@ def commit(scheduler: Scheduler, plan: StepPlan, token: int = TOKEN):
 
 
 def step(scheduler: Scheduler, token: int = TOKEN) -> StepPlan:
+    """A step; the requests that joined are told as they stood when it was planned."""
     plan = scheduler.schedule()
     scheduler.check()
+    joined = copy.deepcopy(plan.new_requests)
     commit(scheduler, plan, token)
-    return plan
+    return dataclasses.replace(plan, new_requests=joined)
 
 
 def assert_empty(scheduler: Scheduler) -> None:

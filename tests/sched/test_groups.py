@@ -32,7 +32,7 @@ def test_one_computes_the_prompt_and_the_others_one_token_each(enable_prefix_cac
     assert plan.sampled_request_ids == ("a", "b", "c")
     # Positions 0 to 8 are there: two full pages, and one token of page 2, which is a's.
     assert [new.num_computed_tokens for new in plan.new_requests] == [9, 9]
-    assert [new.page_ids for new in plan.new_requests] == [(0, 1, 3), (0, 1, 4)]
+    assert [new.page_ids for new in plan.new_requests] == [[0, 1, 3], [0, 1, 4]]
     assert plan.page_moves.copies == ((2, 3), (2, 4))
     assert [scheduler.memory.allocator.ref_count(page) for page in range(5)] == [3, 3, 1, 1, 1]
     assert [request.num_cached_tokens for request in requests] == [0, 9, 9]
@@ -49,7 +49,7 @@ def test_prompt_that_ends_with_a_page_but_one_needs_no_copy(enable_prefix_cachin
     step(scheduler)
     plan = step(scheduler)
     assert plan.num_scheduled_tokens == {"a": 1, "b": 1}
-    assert plan.new_requests[0].page_ids == (0, 1, 3)
+    assert plan.new_requests[0].page_ids == [0, 1, 3]
     assert plan.page_moves.copies == ()
 
 
@@ -138,7 +138,7 @@ def test_resumed_child_shares_again(enable_prefix_caching):
         assert scheduler.has_unfinished_requests()
     new = plan.new_requests[0]
     assert new.request_id == "b"
-    assert new.output_token_ids == (TOKEN,) * num_outputs
+    assert new.output_token_ids == [TOKEN] * num_outputs
     if not a.is_finished:
         assert new.num_computed_tokens >= 9
     while scheduler.has_unfinished_requests():

@@ -38,7 +38,7 @@ def test_last_running_is_preempted_and_resumed_with_its_output():
     plan = step(scheduler)
     resumed, new = plan.new_requests
     assert (resumed.request_id, new.request_id) == ("b", "c")
-    assert resumed.output_token_ids == (TOKEN, TOKEN)
+    assert resumed.output_token_ids == [TOKEN, TOKEN]
     assert resumed.num_computed_tokens == 0
     assert plan.num_scheduled_tokens == {"b": 9, "c": 1}
     assert plan.sampled_request_ids == ("b", "c")
@@ -143,7 +143,7 @@ def test_preempt_all_empties_the_pool_and_keeps_output_and_order(policy):
     plan = step(scheduler)
     assert sorted(plan.preempted_request_ids) == ["a", "b", "c"]
     assert plan.num_scheduled_tokens == {"a": 7, "b": 7, "c": 6}, "admitted again at once"
-    assert [new.output_token_ids for new in plan.new_requests] == [(TOKEN,)] * 3
+    assert [new.output_token_ids for new in plan.new_requests] == [[TOKEN]] * 3
     while scheduler.has_unfinished_requests():
         assert step(scheduler).preempted_request_ids == ()
     assert [request.output_token_ids for request in requests] == [[TOKEN] * 4] * 4

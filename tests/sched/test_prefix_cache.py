@@ -120,7 +120,7 @@ def test_second_request_computes_what_the_first_has_not():
     plan = step(scheduler)
     assert plan.num_scheduled_tokens == {"b": 3}
     assert plan.new_requests[0].num_computed_tokens == 8
-    assert plan.new_requests[0].page_ids[:2] == (0, 1)
+    assert plan.new_requests[0].page_ids[:2] == [0, 1]
     assert (first.num_cached_tokens, second.num_cached_tokens) == (0, 8)
     memory = scheduler.memory
     assert (memory.num_query_tokens, memory.num_hit_tokens) == (21, 8)
@@ -258,12 +258,12 @@ def test_idle_pages_stay_where_they_are():
     assert scheduler.memory.allocator.num_idle == 3
     add(scheduler, "b", tuple(range(5)), max_tokens=4)
     plan = step(scheduler)
-    assert plan.new_requests[0].page_ids == (3, 4)
+    assert plan.new_requests[0].page_ids == [3, 4]
     assert plan.page_moves.copies == ()
     assert step(scheduler).page_moves.copies == ()
     again = add(scheduler, "c", 13, max_tokens=1)
     plan = step(scheduler)
-    assert plan.new_requests[0].page_ids[:3] == (0, 1, 2), "a hit is used where it is"
+    assert plan.new_requests[0].page_ids[:3] == [0, 1, 2], "a hit is used where it is"
     assert plan.page_moves.copies == ()
     assert again.num_cached_tokens == 12
 
