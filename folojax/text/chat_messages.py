@@ -1,5 +1,6 @@
 """What the messages of a chat say: text, or a list of parts."""
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ def read_messages(messages: Sequence[Any]) -> list[Message]:
             continue
         copy = dict(message)
         content: Any = copy.get("content")
-        if _is_list(content) and not _is_result(copy):
+        if _has_parts(copy):
             parts = [_read_part(part) for part in content]
             problems += [
                 f"message {index} has {_name(part)} at {place}; the model reads text only: give "
@@ -54,15 +55,9 @@ def render(messages: list[Message], apply: Callable[[list[Message]], str]) -> st
     """
     if not any(_has_parts(message) for message in messages):
         return apply(messages)
-    marks: list[str] = []
+    numbers = itertools.count()
 
-    def mark(content: list[Any]) -> list[Message]:
-        first = len(marks)
-        marks.extend(f"part{first + i}end" for i in range(len(content)))
-        return [{"type": "text", "text": text} for text in marks[first:]]
-
-    def change(change_content: Callable[[Any], Any]) -> list[Message]:
-        # A message that calls tools may have no content.
+    def change(change_content: Callable[[list[Message]], Any]) -> list[Message]:
         return [
             message | {"content": change_content(message["content"])}
             if _has_parts(message)
@@ -70,34 +65,31 @@ def render(messages: list[Message], apply: Callable[[list[Message]], str]) -> st
             for message in messages
         ]
 
-    marked, joined = change(mark), change(_join)
+    marked = change(
+        lambda content: [{"type": "text", "text": f"part{next(numbers)}end"} for _ in content]
+    )
+    joined = change(lambda content: "\n".join(part["text"] for part in content))
     try:
         text = apply(marked)
     # Templates fail in any way on what they do not know.
     except Exception:
         return apply(joined)
-    is_walking = all(one in text for one in marks) and not any(
+    is_walking = all(f"part{number}end" in text for number in range(next(numbers))) and not any(
         around in text for around in ("'text':", '"text":', "'type':", '"type":')
     )
     return apply(messages if is_walking else joined)
 
 
-def _join(content: list[Message]) -> str:
-    return "\n".join(part["text"] for part in content)
+def _has_parts(message: Mapping[str, Any]) -> bool:
+    """Whether content is a list, and not what a tool returned: that is typed only if it is parts.
 
-
-def _has_parts(message: Message) -> bool:
-    return _is_list(message.get("content")) and not _is_result(message)
-
-
-def _is_list(content: Any) -> bool:
-    return isinstance(content, Sequence) and not isinstance(content, str | bytes)
-
-
-def _is_result(message: Mapping[str, Any]) -> bool:
-    """Whether its list is what a tool returned, rather than parts."""
-    is_typed = all(isinstance(part, Mapping) and "type" in part for part in message["content"])
-    return message["role"] == "tool" and not is_typed
+    A message that calls tools may have no content.
+    """
+    content = message.get("content")
+    if not isinstance(content, Sequence) or isinstance(content, str | bytes):
+        return False
+    is_typed = all(isinstance(part, Mapping) and "type" in part for part in content)
+    return is_typed or message["role"] != "tool"
 
 
 def _read_part(part: Any) -> str | None:

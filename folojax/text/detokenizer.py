@@ -14,7 +14,6 @@ The first context is the end of the prompt (see `folojax.text.prompt_end`).
 Streamed text is the committed one, less an end that could be the start of a stop string.
 """
 
-import codecs
 import re
 from collections.abc import Sequence
 
@@ -63,7 +62,9 @@ class Detokenizer:
         self._window = list(self._prompt.token_ids)  # context, then pending tokens
         self._num_context = len(self._window)
         self._context_len: int | None = None  # characters of its text; None: it is the prompt
-        self._run: _ByteRun | None = None
+        self._run: bytes | None = None  # the byte tokens that a text ends with
+        self._is_run_valid = True
+        self._run_before, self._text_before = b"", ""  # bytes and text that were there before it
         self._committed: list[str] = []
         self._committed_len = 0
         self._recent = ""  # the committed text's end, long enough for a stop string to begin there
@@ -161,25 +162,29 @@ class Detokenizer:
         """The tokenizer decodes a run of byte tokens as a whole: all of it, or none of it."""
         if self._run is None:
             is_first = self._context_len is None and len(self._window) == self._num_context
-            self._run = _ByteRun(self._tail, self._prompt.run if is_first else b"")
-        self._run.add(byte)
+            self._run = self._run_before = self._prompt.run if is_first else b""
+            self._text_before = self._tail
+        self._run += bytes([byte])
         self._window.append(token)
-        self._tail = self._run.text
-        if not self._run.is_valid:
-            # No later byte mends it, so it need not be kept.
-            self._num_searched = min(self._num_searched, self._committed_len)
-            self._commit(self._tail, [token])
-            self._run.text = ""
+        text = read_run(self._run, is_whole=False)
+        self._is_run_valid = text != INCOMPLETE * len(self._run)
+        if self._is_run_valid:
+            num_shown = num_alike(read_run(self._run_before), text)
+            self._tail = self._text_before + text[num_shown:]
+            return
+        # No later byte mends it, so it need not be kept.
+        self._num_searched = min(self._num_searched, self._committed_len)
+        num_new = len(self._run) - len(self._run_before)
+        self._commit(self._text_before + INCOMPLETE * num_new, [token])
+        self._run_before, self._text_before = self._run, ""
 
     def _end_run(self) -> None:
-        if self._run is None:
-            return
-        is_valid, self._run = self._run.is_valid, None
-        if is_valid:
+        if self._run is not None and self._is_run_valid:
             text = self._read_window()
             if text != self._tail:  # it ended inside a character
                 self._num_searched = min(self._num_searched, self._committed_len)
             self._commit(text, self._window[-1:])
+        self._run = None
 
     def _commit(self, text: str, context: list[int]) -> None:
         """Makes text final; `context` are the last of its tokens."""
@@ -246,40 +251,3 @@ class Detokenizer:
 
     def _decode(self, token_ids: Sequence[int]) -> str:
         return self._tokenizer.decode(token_ids, **self._options) if token_ids else ""
-
-
-class _ByteRun:
-    """Byte tokens in a row: UTF-8 if all of them are, else each of them is one INCOMPLETE.
-
-    Args:
-        before: Text that stands before the run.
-        prompt: The bytes with which the prompt has begun it; their text is not the run's.
-    """
-
-    def __init__(self, before: str, prompt: bytes = b"") -> None:
-        self.is_valid = True
-        self.text = before
-        self._before = before
-        self._num_bytes = 0
-        self._shown = read_run(prompt)
-        self._whole = ""
-        self._decoder = codecs.getincrementaldecoder("utf-8")("strict")
-        self._decode(prompt)
-
-    def add(self, byte: int) -> None:
-        """Appends one; `text` holds the characters that are whole."""
-        self._num_bytes += 1
-        if not self.is_valid:
-            self.text += INCOMPLETE
-            return
-        self._decode(bytes([byte]))
-        if self.is_valid:
-            self.text = self._before + self._whole[num_alike(self._shown, self._whole) :]
-        else:
-            self.text = self._before + INCOMPLETE * self._num_bytes
-
-    def _decode(self, data: bytes) -> None:
-        try:
-            self._whole += self._decoder.decode(data)
-        except UnicodeDecodeError:
-            self.is_valid = False

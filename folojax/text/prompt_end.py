@@ -80,10 +80,13 @@ class PromptEnd:
         return text[num_shared:]
 
 
-def read_run(run: bytes) -> str:
-    """The text of a run of byte tokens: UTF-8 if all of it is, else an INCOMPLETE for each byte."""
+def read_run(run: bytes, is_whole: bool = True) -> str:
+    """The text of a run of byte tokens: UTF-8 if all of it is, else an INCOMPLETE for each byte.
+
+    A run that is not whole may end inside a character, which is left out.
+    """
     try:
-        return codecs.decode(run, "utf-8")
+        return codecs.getincrementaldecoder("utf-8")().decode(run, final=is_whole)
     except UnicodeDecodeError:
         return INCOMPLETE * len(run)
 
