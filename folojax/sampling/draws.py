@@ -128,11 +128,8 @@ def draw_from_nucleus(
 ) -> Int[Array, " B"]:
     """Draws a token a row from the smallest part of the support that has `top_p` of its mass.
 
-    Args:
-        support: Of rows that are not skipped, some weight is positive and none NaN.
-        top_p: 1 is the whole support.
-        keys: Of the rows.
-        is_skipped: Rows that need no draw, whose token means nothing.
+    A row that is skipped needs no draw, and its token means nothing; of the others some weight is
+    positive and none NaN.
     """
 
     def next_round(last: _Round) -> _Round:
@@ -164,11 +161,8 @@ def nucleus(
 ) -> Bool[Array, "B U W"]:
     """Which tokens are in the nucleus, by bisection: 33 passes, for who needs to know it.
 
-    Args:
-        support: Of rows of which some weight is positive.
-        top_p: 1 is all tokens.
-        drawn: Tokens that were drawn from it: a sum that rounds otherwise than the draw's must not
-            leave them out.
+    Some weight of each row is positive. `drawn` are tokens that were drawn from it: a sum that
+    rounds otherwise than the draw's must not leave them out.
     """
     rows, blocks, size = support.logits.shape
     weight = support.weights()

@@ -20,17 +20,11 @@ NO_TOKEN = -1
 
 
 class RequestState(NamedTuple):
-    """What a processor knows of its request.
+    """What a processor knows of its request."""
 
-    Attributes:
-        value: The processor's own pytree of arrays: what it returned last.
-        last_token: The last output token; NO_TOKEN before the first.
-        num_outputs: Output tokens so far.
-    """
-
-    value: Any
-    last_token: Int[Array, ""]
-    num_outputs: Int[Array, ""]
+    value: Any  # the processor's own pytree of arrays: what it returned last
+    last_token: Int[Array, ""]  # the last output token; NO_TOKEN before the first
+    num_outputs: Int[Array, ""]  # output tokens so far
 
 
 @dataclasses.dataclass(frozen=True)

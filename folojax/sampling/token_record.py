@@ -39,7 +39,7 @@ def make_record(
     is_greedy: Bool[Array, " B"],
     rank: Int[Array, " B"],
 ) -> TokenRecord:
-    """Records the tokens of rows.
+    """Records the tokens that were drawn.
 
     Args:
         logits: Of the model.

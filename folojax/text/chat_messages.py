@@ -48,10 +48,7 @@ def render(messages: list[Message], apply: Callable[[list[Message]], str]) -> st
 
     Elsewhere they are joined, each in a line of its own. Whether a template walks them is tried
     out: with marks for texts, it has to write every mark, and nothing of what is around them.
-
-    Args:
-        messages: As `read_messages` gives them.
-        apply: Renders the template.
+    `messages` are as `read_messages` gives them; `apply` renders the template.
     """
     if not any(_has_parts(message) for message in messages):
         return apply(messages)

@@ -34,7 +34,7 @@ class Detokenizer:
 
     Args:
         tokenizer: Of the tokens.
-        stop: Strings that end the text; not empty.
+        stop: Strings that end the text; none is empty.
         min_tokens: Stop strings that are complete within so many tokens are passed over.
         is_stop_included: Whether the text ends behind the stop string, or before it.
         prompt_token_ids: What the output goes on from.
@@ -81,14 +81,10 @@ class Detokenizer:
         return text[: len(text) - self._num_held_back()]
 
     def read(self, token_ids: Sequence[int]) -> str | None:
-        """Reads what is new in an output; returns the stop string that it completes.
+        """Reads what is new in the whole output; returns the stop string that it completes.
 
-        Args:
-            token_ids: The whole output so far; it continues that of the last call.
-
-        Returns:
-            Of the stop strings that are complete for the first time, the one that starts first;
-            tokens behind it are not read, and the text ends there.
+        Of several that are complete for the first time it is the one that starts first. Tokens
+        behind it are not read, and the text ends there.
         """
         for index in range(self._num_tokens, len(token_ids)):
             stop = self._add(token_ids[index])

@@ -20,11 +20,7 @@ def call_within(seconds: float, function: Callable[[], T]) -> T:
     """Calls a function in a thread of its own, and ends it when its time is up.
 
     It is ended between two steps of the interpreter, so loops end at once. A single long operation
-    in C ends when it ends, but nobody waits for it.
-
-    Args:
-        seconds: Its time.
-        function: Whatever it raises is raised here.
+    in C ends when it ends, but nobody waits for it. Whatever the function raises is raised here.
 
     Raises:
         TimeoutError: the time is up.

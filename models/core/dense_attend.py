@@ -20,20 +20,11 @@ def dense_attend(
     """Causal attention among N tokens of ONE sequence, in order; an `Attend` (see interface.py).
 
     Token n sees tokens 0..n, whatever their positions say. Scores and softmax are float32, and the
-    [K, G*N, N] scores exist in full, so memory grows with N squared.
-
-    Args:
-        cache: Passed through; None by custom.
-        layer: Unused, `scoring` says how it differs from others.
-        query: Rotated queries; H is a multiple of K, and head h reads kv head h // (H / K).
-        key: Rotated keys.
-        value: Values.
-        scoring: Scale, cap and window.
-
-    Returns:
-        `cache` and the attention output in the query's dtype.
+    [K, G*N, N] scores exist in full, so memory grows with N squared. H is a multiple of K, and head
+    h reads kv head h // (H / K). The output is in the query's dtype; `cache`, None by custom, is
+    passed through.
     """
-    del layer
+    del layer  # `scoring` says how it differs from others
     num_tokens, num_heads, head_dim = query.shape
     num_kv_heads = key.shape[1]
     group = num_heads // num_kv_heads

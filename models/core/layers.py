@@ -17,62 +17,33 @@ from folojax.models.core.rope import plain_rates
 from folojax.models.quantized.quantize import QuantizedKernel, project_quantized, take_quantized
 
 
-def rms_norm(
-    x: Float[Array, "*batch W"], weight: Float[Array, " W"], eps: float
-) -> Float[Array, "*batch W"]:
-    """Root-mean-square norm over the last axis, in float32, returned in the dtype of `x`.
-
-    The normed value is rounded to the dtype before the weight multiplies it, as in transformers'
-    LlamaRMSNorm: the other order gives other bits in bfloat16.
-    """
-    return _normed(x, eps).astype(x.dtype) * _last_axis(weight, x.ndim)
-
-
-def rms_norm_wide(
-    x: Float[Array, "*batch W"], weight: Float[Array, " W"], eps: float, offset: float = 0.0
-) -> Float[Array, "*batch W"]:
-    """The same, times `offset + weight` in float32 and rounded once (OLMo 2; Gemma adds 1)."""
-    factor = offset + _last_axis(weight.astype(jnp.float32), x.ndim)
-    return (_normed(x, eps) * factor).astype(x.dtype)
-
-
-def layer_norm(
-    x: Float[Array, "*batch W"], weight: Float[Array, " W"], bias: Float[Array, " W"], eps: float
-) -> Float[Array, "*batch W"]:
-    """Norm by mean and variance over the last axis, in float32, rounded once."""
-    wide = x.astype(jnp.float32)
-    centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
-    factor, shift = (_last_axis(one.astype(jnp.float32), x.ndim) for one in (weight, bias))
-    return (_normed(centred, eps) * factor + shift).astype(x.dtype)
-
-
 def norm(
     x: Float[Array, "*batch W"],
     weight: Float[Array, " W"],
     bias: Float[Array, " W"] | None,
     config: ModelConfig,
 ) -> Float[Array, "*batch W"]:
-    """The norm of a model's kind; only LayerNorm has a bias."""
-    match config.norm:
-        case "rms":
-            return rms_norm(x, weight, config.rms_norm_eps)
-        case "rms_wide":
-            return rms_norm_wide(x, weight, config.rms_norm_eps)
-        case "rms_offset":
-            return rms_norm_wide(x, weight, config.rms_norm_eps, offset=1.0)
-        case "layer":
-            assert bias is not None
-            return layer_norm(x, weight, bias, config.rms_norm_eps)
+    """The norm of a model's kind over the last axis, in float32, returned in the dtype of `x`.
 
-
-def _normed(x: Float[Array, "*batch W"], eps: float) -> Float[Array, "*batch W"]:
-    """Divided by the root mean square, in float32."""
+    "rms" rounds the normed value before the weight multiplies it, as transformers' LlamaRMSNorm:
+    the other order gives other bits in bfloat16. The others round once; only LayerNorm has a bias.
+    """
     wide = x.astype(jnp.float32)
-    return wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-
-
-def _last_axis(vector: Float[Array, " W"], ndim: int) -> Float[Array, "*ones W"]:
-    return vector.reshape((1,) * (ndim - 1) + vector.shape)
+    if config.norm == "layer":
+        wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+    mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
+    normed = wide * jax.lax.rsqrt(mean_square + config.rms_norm_eps)
+    ones = (1,) * (x.ndim - 1)
+    factor = weight.reshape(*ones, -1)
+    if config.norm == "rms":
+        return normed.astype(x.dtype) * factor
+    factor = factor.astype(jnp.float32)
+    if config.norm == "rms_offset":
+        factor = 1.0 + factor
+    scaled = normed * factor
+    if bias is not None:
+        scaled = scaled + bias.astype(jnp.float32).reshape(*ones, -1)
+    return scaled.astype(x.dtype)
 
 
 _FAST_ROWS = (4, 8, 16, 20, 24, 32)

@@ -40,13 +40,10 @@ def read_scaling(
 ) -> RopeScaling | None:
     """What `rope_parameters` or `rope_scaling` makes of the rates; None where they stay plain.
 
-    Source: ROPE_INIT_FUNCTIONS in transformers' modeling_rope_utils.py, same order of operations.
+    `rotary_dim` dimensions of a head turn, with rates of base `theta`, in sequences of up to
+    `max_position` tokens.
 
-    Args:
-        rope: The dict, in the words of either generation of transformers.
-        rotary_dim: Dimensions of a head that turn.
-        theta: The base of the rates.
-        max_position: Longest sequence of the model, in tokens.
+    Source: ROPE_INIT_FUNCTIONS in transformers' modeling_rope_utils.py, same order of operations.
 
     Raises:
         ValueError: a kind that is not supported, or one without its numbers.

@@ -127,13 +127,9 @@ def gguf_family(metadata: Metadata) -> GgufFamily:
 def hf_config(
     metadata: Metadata, family: GgufFamily, tables: Tables, is_tied: bool
 ) -> dict[str, Any]:
-    """The config.json that says what the metadata of a GGUF file says.
+    """The config.json that says what the metadata of a GGUF file of a family says.
 
-    Args:
-        metadata: Key-value pairs of the file.
-        family: Its row.
-        tables: Its tensors that hold rotary factors, by name.
-        is_tied: Whether it has no output projection.
+    `tables` are its tensors that hold rotary factors; without an output projection it is tied.
 
     Raises:
         ValueError: a key is missing, or a rotary scaling is not supported.

@@ -14,7 +14,7 @@ from folojax.models.files.gguf_config import GgufFamily, gguf_family, hf_config
 from folojax.models.files.gguf_tokenizer import save_tokenizer
 from folojax.models.files.hf_config import config_from_hf
 from folojax.models.files.hf_names import parameter_sources
-from folojax.models.files.safetensors_writer import ShardWriter
+from folojax.models.files.safetensors_files import ShardWriter
 from folojax.models.machine.artefacts import build_once, cache_root, file_digest
 
 # Part of the artefact's name: raise it when what the conversion writes changes.

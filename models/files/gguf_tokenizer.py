@@ -33,10 +33,6 @@ _SPACE = "\u2581"
 def save_tokenizer(metadata: dict[str, Any], directory: Path) -> None:
     """Writes tokenizer.json, tokenizer_config.json and the chat template, if there is one.
 
-    Args:
-        metadata: The key-value pairs of a GGUF file.
-        directory: Where the files go.
-
     Raises:
         ValueError: the vocabulary is of a kind that is not supported, its way to split text is
             unknown, or it is malformed.

@@ -17,17 +17,10 @@ REFUSED_PICKLE = (
 
 
 def resolve_inside(directory: Path, name: str) -> Path:
-    """Joins a file name that a checkpoint gave to its directory.
+    """The path of a file that a checkpoint names, relative to its directory; it may not exist.
 
     Links are followed; they may lead to the directory itself, or, inside a cache of
     huggingface_hub, from snapshots/<revision> to the model's blobs.
-
-    Args:
-        directory: The model's directory.
-        name: A name as the checkpoint's index states it, relative to the directory.
-
-    Returns:
-        The path of the file, links resolved. It may not exist.
 
     Raises:
         ValueError: the name is absolute or has `..`, or the link leaves the directory.

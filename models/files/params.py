@@ -20,7 +20,7 @@ _MOST_PROBLEMS = 50
 def read_params(
     directory: Path, config: ModelConfig, dtype: Any, quantization: str | None = None
 ) -> dict[str, Any]:
-    """Reads a directory's weights into the parameter tree of the config's module.
+    """Reads a directory's weights as the parameters of the config's module, on the default device.
 
     Parameters are read one after the other, each in the layout that it keeps: beside those that
     are done, only one is in memory. A bar shows how far it is if that takes seconds and somebody
@@ -31,9 +31,6 @@ def read_params(
         config: What the weights should look like.
         dtype: float32, bfloat16 or float16; weights of another float type are converted.
         quantization: Kernels are quantised one by one, as `quantize_params` does.
-
-    Returns:
-        Nested dict of JAX arrays on the default device.
 
     Raises:
         FileNotFoundError: weights or shards are absent.

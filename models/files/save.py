@@ -14,8 +14,7 @@ import numpy as np
 from folojax.models.core.config import ModelConfig
 from folojax.models.files.hf_config import config_from_hf
 from folojax.models.files.hf_names import parameter_sources
-from folojax.models.files.safetensors_files import INDEX_FILE
-from folojax.models.files.safetensors_writer import SHARD_BYTES, ShardWriter
+from folojax.models.files.safetensors_files import INDEX_FILE, SHARD_BYTES, ShardWriter
 from folojax.models.quantized.quantize import quantization_of
 
 # What is no longer true of weights that were changed here, or names code that is not there.

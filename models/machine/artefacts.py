@@ -33,15 +33,8 @@ def build_once(directory: Path, build: Callable[[Path], None]) -> Path:
     """Gives back a directory, filled by `build` unless it is there already.
 
     `build` fills a temporary sibling that is renamed when it is complete, so the directory is
-    whole or absent. Of processes that build at once the first to finish wins; the others throw
-    theirs away.
-
-    Args:
-        directory: The artefact's place; its name must hold all that the content depends on.
-        build: Fills the empty directory it is given. Its exceptions pass through.
-
-    Returns:
-        `directory`.
+    whole or absent. Its name must hold all that the content depends on. Of processes that build at
+    once the first to finish wins; the others throw theirs away. Exceptions of `build` pass through.
     """
     if directory.is_dir():
         return directory

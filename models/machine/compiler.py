@@ -26,15 +26,10 @@ _COMPILER_TIMEOUT_S = 120
 
 @functools.cache
 def register(source: Path, name: str, handler: str) -> str | None:
-    """Lets programs on CPU call a kernel; it is compiled if nobody has done so before.
+    """Lets programs on CPU call a handler of a C++ source, by the name of a custom call.
 
-    Args:
-        source: In C++.
-        name: Of the custom call.
-        handler: Of the source, that the call goes to.
-
-    Returns:
-        None; or why programs have to do without.
+    The source is compiled if nobody has done so before. Returns None, or why programs have to do
+    without.
     """
     try:
         library = _load(source)

@@ -34,10 +34,6 @@ def quantize_params(params: Mapping[str, Any], quantization: str) -> dict[str, A
     bits, token embedding and output of eight; where a shape cannot be cut into groups, an
     `Int8Kernel`. Norms, biases, learned positions, routers and experts stay as they are, and so do
     kernels that are quantised already.
-
-    Args:
-        params: As `init_params` and `load_params` give them.
-        quantization: One of QUANTIZATIONS.
     """
 
     def convert(name: str, leaf: Any) -> Any:

@@ -45,7 +45,7 @@ def write_model(directory: Path, num_bytes: int, dtype: str) -> None:
 
     from folojax.models.files.hf_config import config_from_hf
     from folojax.models.files.hf_names import parameter_sources
-    from folojax.models.files.safetensors_writer import ShardWriter
+    from folojax.models.files.safetensors_files import ShardWriter
 
     kind = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32)
     mapping = {
