@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
+from folojax.models.core.decoder import summed
 from folojax.models.core.dense_attend import dense_attend
 
 _PREFIX = "layers_"
@@ -151,6 +152,6 @@ def _behind_layers(change: Callable[[int, Array], Array]) -> Any:
         if context.method_name != "__call__" or not name.startswith(_PREFIX):
             return out
         hidden, *rest = out
-        return (change(int(name.removeprefix(_PREFIX)), hidden), *rest)
+        return (change(int(name.removeprefix(_PREFIX)), summed(hidden)), *rest)
 
     return interceptor

@@ -1,6 +1,6 @@
 """The Llama decoder as a Flax module, and every family that differs from it by a config's flags."""
 
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +12,11 @@ from folojax.models.core.dense_attend import dense_attend
 from folojax.models.core.interface import Attend
 from folojax.models.core.layers import (
     activate,
+    add_and_norm,
     embed_rows,
     gated,
     norm,
+    norm_and_rotate,
     project,
     rotary_tables,
     rotate,
@@ -46,6 +48,27 @@ def _kernel(module: nn.Module, name: str, *shape: int) -> Any:
     return module.param(name, _KERNEL_INIT, shape, module.dtype)
 
 
+class Unsummed(NamedTuple):
+    """A residual stream and what is still to be added to it, by the norm that comes next."""
+
+    stream: Float[Array, "N E"]
+    update: Float[Array, "N E"]
+
+
+def summed(stream: Float[Array, "N E"] | Unsummed) -> Float[Array, "N E"]:
+    """The residual stream."""
+    return stream.stream + stream.update if isinstance(stream, Unsummed) else stream
+
+
+def normed(
+    stream: Float[Array, "N E"] | Unsummed, weight: Any, bias: Any, config: ModelConfig
+) -> tuple[Float[Array, "N E"], Float[Array, "N E"]]:
+    """The residual stream and its norm."""
+    if isinstance(stream, Unsummed):
+        return add_and_norm(*stream, weight, bias, config)
+    return stream, norm(stream, weight, bias, config)
+
+
 class Block(nn.Module):
     """One layer: attention, then an MLP, each added to the residual stream.
 
@@ -56,42 +79,52 @@ class Block(nn.Module):
     A layer of X experts has router [X, E], experts_gate_up [X, E, 2F] and experts_down [X, F, E].
     `qkv`, `o`, `gate_up`, `up` and `down` may each be a `QuantizedKernel` instead of an array.
 
-    `layer` says what the config asks of it; `cache_layer`, if given, its place in the cache.
+    `layer` says what the config asks of it; `cache_layer`, if given, its place in the cache. With
+    `leaves_sum` the last sum is left to the next layer's norm.
     """
 
     config: ModelConfig
     dtype: Any
     layer: int
     cache_layer: int | None = None
+    leaves_sum: bool = False
 
     @nn.compact
     def __call__(
         self,
-        hidden: Float[Array, "N E"],
+        hidden: Float[Array, "N E"] | Unsummed,
         rotary: Rotary | None,
         cache: Any,
         attend: Attend,
-    ) -> tuple[Float[Array, "N E"], Any]:
+    ) -> tuple[Float[Array, "N E"] | Unsummed, Any]:
         """Returns the residual stream after this layer and the cache `attend` gave back."""
         with jax.named_scope("attention"):
-            update, cache = self._attention(self._before("attn", hidden), rotary, cache, attend)
-            hidden = self._add(hidden, update, "attn")
+            hidden, inputs = self._normed("attn", hidden)
+            update, cache = self._attention(inputs, rotary, cache, attend)
         with jax.named_scope("mlp"):
-            return self._add(hidden, self._mlp(self._before("mlp", hidden)), "mlp"), cache
+            hidden, inputs = self._normed("mlp", self._after("attn", hidden, update))
+            out = self._after("mlp", hidden, self._mlp(inputs))
+            return out if self.leaves_sum else summed(out), cache
 
-    def _before(self, part: str, hidden: Float[Array, "N E"]) -> Float[Array, "N E"]:
-        return self._norm(f"{part}_norm", hidden) if self.config.has_pre_norm else hidden
-
-    def _add(
-        self, hidden: Float[Array, "N E"], update: Float[Array, "N E"], part: str
-    ) -> Float[Array, "N E"]:
-        """The residual stream with what a part has made of it."""
+    def _after(
+        self, part: str, hidden: Float[Array, "N E"], update: Float[Array, "N E"]
+    ) -> Unsummed:
+        """The residual stream and what a part adds to it."""
         if self.config.has_post_norm:
             update = self._norm(f"{part}_post_norm", update)
         if self.config.residual_scale != 1.0:
             scaled = update.astype(jnp.float32) * self.config.residual_scale
             update = scaled.astype(self.dtype)
-        return hidden + update
+        return Unsummed(hidden, update)
+
+    def _normed(
+        self, part: str, stream: Float[Array, "N E"] | Unsummed
+    ) -> tuple[Float[Array, "N E"], Float[Array, "N E"]]:
+        """The residual stream, and what a part reads of it."""
+        if not self.config.has_pre_norm:
+            return summed(stream), summed(stream)
+        weight, bias = self._norm_params(f"{part}_norm", self.config.hidden_size)
+        return normed(stream, weight, bias, self.config)
 
     def _attention(
         self,
@@ -105,10 +138,15 @@ class Block(nn.Module):
         qkv = self._linear("qkv", normed, (heads + 2 * kv_heads) * head_dim, config.qkv_bias)
         qkv = qkv.astype(self.dtype).reshape(-1, heads + 2 * kv_heads, head_dim)
         query, key, value = jnp.split(qkv, (heads, heads + kv_heads), axis=1)
-        if config.qk_norm:
-            query, key = self._head_norm("q_norm", query), self._head_norm("k_norm", key)
-        if rotary is not None:
-            query, key = rotate(query, *rotary), rotate(key, *rotary)
+        is_plain = config.qk_norm and not config.is_qk_norm_joint and config.norm == "rms"
+        if is_plain and rotary is not None and not config.rotary_dim:
+            of_query, of_key = (self._norm_params(f"{one}_norm", head_dim)[0] for one in "qk")
+            query, key = norm_and_rotate(qkv, of_query, of_key, *rotary, config)
+        else:
+            if config.qk_norm:
+                query, key = self._head_norm("q_norm", query), self._head_norm("k_norm", key)
+            if rotary is not None:
+                query, key = rotate(query, *rotary), rotate(key, *rotary)
         place = self.layer if self.cache_layer is None else self.cache_layer
         cache, out = attend(cache, place, query, key, value, scoring=config.scoring(self.layer))
         flat = out.reshape(-1, heads * head_dim)
@@ -152,11 +190,14 @@ class Block(nn.Module):
         return out
 
     def _norm(self, name: str, x: Float[Array, "*batch W"]) -> Float[Array, "*batch W"]:
-        weight = self.param(name, _norm_init(self.config), (x.shape[-1],), self.dtype)
-        bias = None
-        if self.config.norm == "layer":
-            bias = self.param(f"{name}_bias", _ZEROS, (x.shape[-1],), self.dtype)
-        return norm(x, weight, bias, self.config)
+        return norm(x, *self._norm_params(name, x.shape[-1]), self.config)
+
+    def _norm_params(self, name: str, width: int) -> tuple[Any, Any]:
+        """The weight and, of a LayerNorm, the bias."""
+        weight = self.param(name, _norm_init(self.config), (width,), self.dtype)
+        if self.config.norm != "layer":
+            return weight, None
+        return weight, self.param(f"{name}_bias", _ZEROS, (width,), self.dtype)
 
 
 class Llama(nn.Module):
@@ -177,7 +218,7 @@ class Llama(nn.Module):
         width, vocab = config.hidden_size, config.vocab_size
         self.embed = _kernel(self, "embed", vocab, width)
         self.layers = [
-            Block(config, self.dtype, layer, name=f"layers_{layer}")
+            Block(config, self.dtype, layer, leaves_sum=True, name=f"layers_{layer}")
             for layer in range(config.num_layers)
         ]
         self.final_norm = self.param("final_norm", _norm_init(config), (width,), self.dtype)
@@ -209,10 +250,11 @@ class Llama(nn.Module):
         Returns:
             The hidden states after the final norm, in `dtype`, and the cache of the last call.
         """
-        hidden, shared = self.begin(tokens, positions)
+        stream: Float[Array, "N E"] | Unsummed
+        stream, shared = self.begin(tokens, positions)
         for layer, block in enumerate(self.layers):
-            hidden, cache = block(hidden, self.layer_rotary(shared, layer), cache, attend)
-        return self.end(hidden), cache
+            stream, cache = block(stream, self.layer_rotary(shared, layer), cache, attend)
+        return self.end(stream), cache
 
     def begin(
         self, tokens: Int[Array, " N"], positions: Int[Array, " N"]
@@ -234,9 +276,9 @@ class Llama(nn.Module):
             local = rotary_tables(positions, config, is_local=True)
         return hidden, (everywhere, local)
 
-    def end(self, hidden: Float[Array, "N E"]) -> Float[Array, "N E"]:
+    def end(self, hidden: Float[Array, "N E"] | Unsummed) -> Float[Array, "N E"]:
         """What comes after the layers."""
-        return norm(hidden, self.final_norm, self.final_norm_bias, self.config)
+        return normed(hidden, self.final_norm, self.final_norm_bias, self.config)[1]
 
     @nn.nowrap
     def layer_rotary(self, shared: Any, layer: int) -> Any:

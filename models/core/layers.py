@@ -4,6 +4,7 @@ Axes: N tokens, D head dimension, R rotated pairs (D/2 mostly), F mlp width, I a
 sides.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from folojax.models.core import row_kernels
 from folojax.models.core.config import Activation, ModelConfig
 from folojax.models.core.rope import plain_rates
 from folojax.models.quantized.quantize import QuantizedKernel, project_quantized, take_quantized
@@ -44,6 +46,37 @@ def norm(
     if bias is not None:
         scaled = scaled + bias.astype(jnp.float32).reshape(*ones, -1)
     return scaled.astype(x.dtype)
+
+
+def add_and_norm(
+    stream: Float[Array, "N W"],
+    update: Float[Array, "N W"],
+    weight: Float[Array, " W"],
+    bias: Float[Array, " W"] | None,
+    config: ModelConfig,
+) -> tuple[Float[Array, "N W"], Float[Array, "N W"]]:
+    """The sum of stream and update, and its `norm`.
+
+    One kernel on NVIDIA GPUs, for norms of kind "rms" in half precision.
+    """
+    if config.norm == "rms" and row_kernels.is_taken(stream.dtype):
+        return _add_in_one(stream, update, weight, config=config)
+    return _add_and_norm(stream, update, weight, bias, config=config)
+
+
+def _add_and_norm(
+    stream: Array, update: Array, weight: Array, bias: Array | None = None, *, config: ModelConfig
+) -> Any:
+    total = stream + update
+    return total, norm(total, weight, bias, config)
+
+
+# Jitted, so that a model's layers trace and lower their kernels once.
+@functools.partial(jax.jit, static_argnames="config")
+def _add_in_one(*args: Array, config: ModelConfig) -> Any:
+    kernel = functools.partial(row_kernels.add_norm, eps=config.rms_norm_eps)
+    plain = functools.partial(_add_and_norm, config=config)
+    return row_kernels.kernel_or(kernel, plain)(*args)
 
 
 _FAST_ROWS = (4, 8, 16, 20, 24, 32)
@@ -166,3 +199,45 @@ def rotate(
     first, second = jnp.split(turning.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1)
     return jnp.concatenate((turned.astype(x.dtype), still), axis=-1)
+
+
+def norm_and_rotate(
+    qkv: Float[Array, "N heads D"],
+    query_weight: Float[Array, " D"],
+    key_weight: Float[Array, " D"],
+    cos: Float[Array, "N 1 R"],
+    sin: Float[Array, "N 1 R"],
+    config: ModelConfig,
+) -> tuple[Float[Array, "N H D"], Float[Array, "N K D"]]:
+    """Queries and keys of a product's heads, normed and rotated (`norm` of kind "rms", `rotate`).
+
+    One kernel on NVIDIA GPUs in half precision.
+
+    Args:
+        qkv: H heads of queries, K of keys, K of values.
+        query_weight: Of the norm of queries.
+        key_weight: Of the norm of keys.
+        cos: As in `rotate`; 2R is D.
+        sin: Likewise.
+        config: Of the model.
+    """
+    is_taken = row_kernels.is_taken(qkv.dtype, config.head_dim)
+    call = _rotate_in_one if is_taken else _norm_and_rotate
+    return call(qkv, query_weight, key_weight, cos, sin, config=config)
+
+
+def _norm_and_rotate(
+    qkv: Array, query_weight: Array, key_weight: Array, *rotary: Array, config: ModelConfig
+) -> Any:
+    heads, last = config.num_heads, config.num_heads + config.num_kv_heads
+    query = norm(qkv[:, :heads], query_weight, None, config)
+    key = norm(qkv[:, heads:last], key_weight, None, config)
+    return rotate(query, *rotary), rotate(key, *rotary)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _rotate_in_one(*args: Array, config: ModelConfig) -> Any:
+    sizes: dict[str, Any] = {"num_heads": config.num_heads, "num_kv_heads": config.num_kv_heads}
+    kernel = functools.partial(row_kernels.norm_rotate, eps=config.rms_norm_eps, **sizes)
+    plain = functools.partial(_norm_and_rotate, config=config)
+    return row_kernels.kernel_or(kernel, plain)(*args)
