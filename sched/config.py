@@ -3,7 +3,6 @@
 from dataclasses import MISSING, dataclass
 
 from folojax.sched.option_fields import documented, option, option_problems
-from folojax.sched.pages import pages_for
 from folojax.sched.queue import POLICIES
 
 
@@ -84,35 +83,6 @@ class SchedulerConfig:
         # The limits can be compared only once each of them is a number.
         if problems := option_problems(self) or self._conflicts():
             raise ValueError("; ".join(problems))
-
-    def request_problems(self, prompt_len: int, max_tokens: int, num_outputs: int = 0) -> list[str]:
-        """Says why a request of this size, with outputs so far, can never run; empty if it can."""
-        if prompt_len == 0:
-            return ["the prompt is empty; at least one token is needed to start from"]
-        if prompt_len >= self.max_model_len:
-            return [
-                f"prompt has {prompt_len:,} tokens; max_model_len is {self.max_model_len:,} and "
-                f"one token must be left for the output: shorten it to at most "
-                f"{self.max_model_len - 1:,} tokens or raise max_model_len"
-            ]
-        most_outputs = min(max_tokens, self.max_model_len - prompt_len)
-        if num_outputs > 0 and most_outputs <= num_outputs:
-            return [
-                f"the request has {num_outputs:,} output tokens; with max_tokens {max_tokens:,} "
-                f"and a max_model_len of {self.max_model_len:,} it can have {most_outputs:,}: "
-                f"there is none to come, raise max_tokens or continue an earlier token"
-            ]
-        # The last token is returned, never fed back: its K/V are not needed. A prompt alone has
-        # no such token.
-        most_tokens = min(prompt_len + max(max_tokens, 1), self.max_model_len) - 1
-        num_pages = pages_for(most_tokens, self.page_size)
-        if num_pages > self.num_pages:
-            return [
-                f"the request (prompt of {prompt_len:,} tokens, max_tokens {max_tokens:,}) may "
-                f"need {num_pages:,} pages of {self.page_size:,} tokens; the pool has "
-                f"{self.num_pages:,}: shorten it, lower max_tokens or raise num_pages"
-            ]
-        return []
 
     def _conflicts(self) -> list[str]:
         budget = self.max_num_batched_tokens

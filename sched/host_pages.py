@@ -17,17 +17,11 @@ from typing import NamedTuple
 
 @dataclass(frozen=True, eq=False)
 class SavedPages:
-    """What host memory holds of one request.
+    """What host memory holds of one request."""
 
-    Attributes:
-        key: of the runner's store; never used twice.
-        num_tokens: tokens, from the first on, whose K/V are there.
-        num_counted_pages: pages that it takes of the room; none when it was brought from outside.
-    """
-
-    key: int
-    num_tokens: int
-    num_counted_pages: int
+    key: int  # of the runner's store; never used twice
+    num_tokens: int  # from the first on, whose K/V are there
+    num_counted_pages: int  # that it takes of the room; none when it was brought from outside
 
 
 class PageSave(NamedTuple):
@@ -54,38 +48,32 @@ class HostPages:
     Attributes:
         num_pages: room for saves; what is adopted comes on top.
         num_used: pages of it that are taken.
+        saves, loads, dropped: of the step that is being planned, the first two by key.
+        is_published: whether they are in a plan; False begins to plan that anew.
     """
 
     def __init__(self, num_pages: int) -> None:
         self.num_pages = num_pages
         self.num_used = 0
+        self.is_published = False
         self._num_keys = 0
-        # Of the step that is being planned, by key.
-        self._saves: dict[int, PageSave] = {}
-        self._loads: dict[int, PageLoad] = {}
-        self._dropped: list[int] = []
+        self.saves: dict[int, PageSave] = {}
+        self.loads: dict[int, PageLoad] = {}
+        self.dropped: list[int] = []
         self._num_published_drops = 0
-        self._is_published = False
 
     def publish(self) -> tuple[tuple[PageSave, ...], tuple[PageLoad, ...], tuple[int, ...]]:
         """Returns what is to be saved, loaded and forgotten by the step that has been planned."""
-        self._is_published = True
-        self._num_published_drops = len(self._dropped)
-        if not (self._saves or self._loads or self._dropped):  # in most steps
-            return (), (), ()
-        return tuple(self._saves.values()), tuple(self._loads.values()), tuple(self._dropped)
-
-    def plan_again(self) -> None:
-        """Begins to plan the published step anew, as it was not run."""
-        self._is_published = False
+        self.is_published = True
+        self._num_published_drops = len(self.dropped)
+        return tuple(self.saves.values()), tuple(self.loads.values()), tuple(self.dropped)
 
     def plan_next(self) -> None:
         """Begins to plan a step behind the published one."""
-        self._is_published = False
-        self._saves.clear()
-        self._loads.clear()
-        del self._dropped[: self._num_published_drops]
-        self._num_published_drops = 0
+        self.is_published = False
+        self.saves.clear()
+        self.loads.clear()
+        del self.dropped[: self._num_published_drops]
 
     def save(self, page_ids: tuple[int, ...], num_tokens: int) -> SavedPages | None:
         """Has pages saved before they are used again; None if there is no room."""
@@ -93,7 +81,7 @@ class HostPages:
             return None
         self.num_used += len(page_ids)
         saved = SavedPages(self._draw_key(), num_tokens, len(page_ids))
-        self._saves[saved.key] = PageSave(saved.key, page_ids)
+        self.saves[saved.key] = PageSave(saved.key, page_ids)
         return saved
 
     def adopt(self, num_tokens: int) -> SavedPages:
@@ -102,14 +90,14 @@ class HostPages:
 
     def load(self, saved: SavedPages, first: int, page_ids: tuple[int, ...]) -> None:
         """Has pages filled with the saved ones from `first` on; the save is used up by it."""
-        self._loads[saved.key] = PageLoad(saved.key, first, page_ids)
+        self.loads[saved.key] = PageLoad(saved.key, first, page_ids)
         self.num_used -= saved.num_counted_pages
 
     def cancel_load(self, saved: SavedPages) -> bool:
         """Fills no pages after all; returns whether host memory still holds what is saved."""
-        del self._loads[saved.key]
-        if self._is_published:  # and perhaps done
-            self._dropped.append(saved.key)
+        del self.loads[saved.key]
+        if self.is_published:  # and perhaps done
+            self.dropped.append(saved.key)
             return False
         self.num_used += saved.num_counted_pages
         return True
@@ -117,10 +105,10 @@ class HostPages:
     def drop(self, saved: SavedPages) -> None:
         """Gives up what is saved."""
         self.num_used -= saved.num_counted_pages
-        if saved.key in self._saves and not self._is_published:
-            del self._saves[saved.key]
+        if saved.key in self.saves and not self.is_published:
+            del self.saves[saved.key]
         else:
-            self._dropped.append(saved.key)
+            self.dropped.append(saved.key)
 
     def check(self, saved: list[SavedPages]) -> None:
         """Raises AssertionError unless these are all that is saved, and counted."""
@@ -130,9 +118,9 @@ class HostPages:
         assert counted == self.num_used <= self.num_pages, (
             f"{counted} host pages are saved, {self.num_used} counted, of {self.num_pages}"
         )
-        assert not self._loads.keys() & set(keys), "loaded, and still saved"
-        needed = {*keys, *self._loads, *self._dropped}
-        assert self._saves.keys() <= needed, "a save that nobody needs"
+        assert not self.loads.keys() & set(keys), "loaded, and still saved"
+        needed = {*keys, *self.loads, *self.dropped}
+        assert self.saves.keys() <= needed, "a save that nobody needs"
 
     def _draw_key(self) -> int:
         self._num_keys += 1

@@ -17,39 +17,18 @@ from folojax.sched.config import SchedulerConfig
 from folojax.sched.host_pages import HostPages, SavedPages
 from folojax.sched.pages import PageAllocator, pages_for
 from folojax.sched.prefix_cache import PrefixCache, PrefixNode
-from folojax.sched.request import Request
+from folojax.sched.request import Request, RequestStatus
 from folojax.sched.step_plan import PageMoves
 
 
-class Source(NamedTuple):
-    """A running request whose K/V another can use.
-
-    Attributes:
-        request: the one that has them, of as many tokens as it has planned: it does at the latest
-            when the plans under way have run.
-        num_tokens: tokens that both have in common, from the first on.
-    """
-
-    request: Request
-    num_tokens: int
-
-
 class Start(NamedTuple):
-    """What a request finds computed.
+    """What a request finds computed."""
 
-    Attributes:
-        num_tokens: tokens, from the first on; fewer than the request has.
-        page_ids: the full pages that hold them.
-        node: of the last full page in the prefix cache; its root when caching is off.
-        partial_page: the page that holds those behind the last full page; None without any.
-        saved: what host memory holds of those behind `page_ids`; None when nothing is loaded.
-    """
-
-    num_tokens: int
-    page_ids: list[int]
-    node: PrefixNode
-    partial_page: int | None = None
-    saved: SavedPages | None = None
+    num_tokens: int  # from the first on; fewer than the request has
+    page_ids: list[int]  # the full pages that hold them
+    node: PrefixNode  # of the last full page in the prefix cache; its root when caching is off
+    partial_page: int | None = None  # holds those behind the last full page
+    saved: SavedPages | None = None  # host memory's, of which those behind `page_ids` are loaded
 
 
 class KVMemory:
@@ -72,40 +51,57 @@ class KVMemory:
         self.num_query_tokens = 0
         self.num_hit_tokens = 0
         self._is_caching = config.enable_prefix_caching
-        self._least_saved = config.min_swap_tokens
+        self._least_saved = max(config.min_swap_tokens, 1)
         self._num_kept_free = int(config.watermark * config.num_pages)
         # Per running request the node of its last full page: its next one belongs under it.
         self._tails: dict[Request, PrefixNode] = {}
         # What requests that are admitted by the plan being made are to find in host memory.
         self._loading: dict[Request, SavedPages] = {}
+        # The requests of each group that have pages for others to share. Dicts for their order:
+        # what is planned must not depend on the addresses of objects.
+        self._sharing: dict[str | None, dict[Request, None]] = {}
 
     def publish_moves(self) -> PageMoves:
         """Returns what is to happen to pages before the step that has been planned."""
-        saves, loads, dropped = self.host.publish()
+        host = self.host
+        if not (host.saves or host.loads or host.dropped):  # in most steps
+            return PageMoves(copies=self.allocator.page_copies)
+        saves, loads, dropped = host.publish()
         return PageMoves(saves, self.allocator.page_copies, loads, dropped)
 
     def plan_again(self) -> None:
         """Begins to plan the published step anew: its moves were not done, and are still to be."""
-        self.host.plan_again()
+        self.host.is_published = False
 
     def plan_next(self) -> None:
         """Begins to plan the next step: the moves published so far are done before it."""
         self.allocator.forget_copies()
-        self.host.plan_next()
+        if self.host.is_published:
+            self.host.plan_next()
         self._loading.clear()
 
-    def find_start(self, request: Request, source: Source | None) -> Start:
+    def must_wait(self, request: Request) -> bool:
+        """Whether the prompt is being computed for one of its group, and nobody has it yet."""
+        return (
+            request.group in self._sharing
+            and not request.skip_prefix_cache
+            and self._find_holder(request) is None
+        )
+
+    def find_start(self, request: Request) -> Start:
         """Looks for the K/V of a request of no pages, which is to be admitted.
 
         The last token stays to be computed in any case: what follows it is to be sampled.
         """
-        start = self._find_in_cache(request)
-        # What is only loaded before this step comes too late to be copied.
-        if source is not None and source.request not in self._loading:
-            start = self._find_with(source, request, start)
+        start = Start(0, [], self.cache.root)
+        if not request.skip_prefix_cache:
+            if self._is_caching:
+                page_ids, node = self.cache.match(self._pieces(request))
+                start = Start(len(page_ids) * self.page_size, page_ids, node)
+            start = self._find_with_others(request, start)
         saved = request.saved
         # What host memory holds beyond that is loaded if that is cheaper than to compute it.
-        if saved is None or saved.num_tokens - start.num_tokens < max(self._least_saved, 1):
+        if saved is None or saved.num_tokens - start.num_tokens < self._least_saved:
             return start
         num_tokens = min(saved.num_tokens, request.num_tokens - 1)
         return start._replace(num_tokens=num_tokens, partial_page=None, saved=saved)
@@ -115,11 +111,7 @@ class KVMemory:
     ) -> bool:
         """Gives a request its start and pages for `num_tokens` more; False if they are too few.
 
-        Args:
-            request: that finds `start`.
-            start: its pages may be idle so far.
-            num_tokens: to be computed in the step.
-            has_company: whether others run, for whose growth some pages are to stay free.
+        With company, others that run, some pages are to stay free for their growth.
         """
         num_shared = len(start.page_ids)
         num_pages = pages_for(start.num_tokens + num_tokens, self.page_size) - num_shared
@@ -140,8 +132,11 @@ class KVMemory:
         self.drop_saved(request)  # it is computed again instead
         request.page_ids = start.page_ids + page_ids
         request.num_computed_tokens = start.num_tokens
+        request.forked_from = None
         self._tails[request] = start.node
         self.cache.pin(start.node)
+        if request.group is not None and not request.is_private:
+            self._sharing.setdefault(request.group, {})[request] = None
         return True
 
     def save(self, request: Request) -> None:
@@ -150,12 +145,11 @@ class KVMemory:
         All that is planned counts: a save runs after the plans under way.
         """
         num_tokens = request.num_planned_tokens
-        is_cheaper = num_tokens >= max(self._least_saved, 1)
         # One that reports on its prompt has to compute it; one that is to be loaded stays saved.
-        if request.skip_prefix_cache or request in self._loading or not is_cheaper:
-            return
-        num_pages = pages_for(num_tokens, self.page_size)
-        request.saved = self.host.save(tuple(request.page_ids[:num_pages]), num_tokens)
+        is_kept = request.skip_prefix_cache or request in self._loading
+        if not is_kept and num_tokens >= self._least_saved:
+            num_pages = pages_for(num_tokens, self.page_size)
+            request.saved = self.host.save(tuple(request.page_ids[:num_pages]), num_tokens)
 
     def drop_saved(self, request: Request) -> None:
         """Gives up what host memory holds of a request, if anything."""
@@ -216,6 +210,7 @@ class KVMemory:
         """Drops what can be hit or loaded; the pages of running, kept requests are theirs alone."""
         for request in kept:
             self.discard(request)
+            self._stop_sharing(request)
             request.is_private = request.skip_prefix_cache = True
         self.allocator.drop_idle()
         for request in requests:
@@ -227,29 +222,49 @@ class KVMemory:
         self.allocator.free(reversed(request.page_ids))
         request.page_ids = []
         request.num_computed_tokens = request.num_tokens_in_flight = 0
+        self._stop_sharing(request)
         saved = self._loading.pop(request, None)
         if saved is not None and self.host.cancel_load(saved):
             request.saved = saved
         if request in self._tails:  # it was admitted
             self.cache.unpin(self._tails.pop(request))
 
-    def _find_in_cache(self, request: Request) -> Start:
-        if request.skip_prefix_cache or not self._is_caching:
-            return Start(0, [], self.cache.root)
-        page_ids, node = self.cache.match(self._pieces(request))
-        return Start(len(page_ids) * self.page_size, page_ids, node)
+    def _find_holder(self, request: Request) -> tuple[Request, int] | None:
+        """A running request that has K/V of the same first tokens, and of how many.
 
-    def _find_with(self, source: Source, request: Request, start: Start) -> Start:
+        Or will have them, when the plans under way have run: a later plan runs after them.
+        """
+        parent = request.forked_from
+        if parent is not None and parent.status is RequestStatus.RUNNING and not parent.is_private:
+            return parent, request.num_tokens
+        for sibling in self._sharing.get(request.group, ()):
+            # Of the prompt's last token the K/V may be missing.
+            if sibling.num_planned_tokens >= request.num_prompt_tokens - 1:
+                return sibling, request.num_prompt_tokens - 1
+        return None
+
+    def _find_with_others(self, request: Request, start: Start) -> Start:
         """What another request offers, if that is more than `start`."""
-        holder = source.request
-        num_shared = min(source.num_tokens, request.num_tokens - 1, holder.num_planned_tokens)
-        if request.skip_prefix_cache or num_shared <= start.num_tokens:
+        found = self._find_holder(request)
+        # What is only loaded before this step comes too late to be copied.
+        if found is None or found[0] in self._loading:
+            return start
+        holder, num_common = found
+        num_shared = min(num_common, request.num_tokens - 1, holder.num_planned_tokens)
+        if num_shared <= start.num_tokens:
             return start
         num_full, num_left = divmod(num_shared, self.page_size)
         partial_page = holder.page_ids[num_full] if num_left else None
         # Pages that a plan under way computes are not in the cache, and come behind its last node.
         node = self._tails[holder].ancestor(num_full)
         return Start(num_shared, holder.page_ids[:num_full], node, partial_page)
+
+    def _stop_sharing(self, request: Request) -> None:
+        members = self._sharing.get(request.group)
+        if members is not None:
+            members.pop(request, None)
+            if not members:
+                del self._sharing[request.group]
 
     def _pieces(self, request: Request) -> Iterator[tuple[int, ...]]:
         """The full pages of a request's tokens, without the last token: that is to be computed."""

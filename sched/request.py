@@ -22,7 +22,7 @@ A token that was under way when its request was preempted still counts, and can 
 """
 
 import enum
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 
 from folojax.sched.host_pages import SavedPages
 
@@ -65,20 +65,13 @@ _FINISH_REASONS = {
 
 @dataclass(frozen=True, kw_only=True)
 class StopRule:
-    """When sampled tokens end a request.
+    """When sampled tokens end a request."""
 
-    Attributes:
-        max_tokens: most output tokens; already resolved, never "no limit". 0 asks for the prompt
-            alone: it is computed, nothing is sampled.
-        eos_token_ids: the model's end tokens; empty when the request ignores them.
-        stop_token_ids: the user's own end tokens.
-        min_tokens: outputs that must exist, the newest included, before either kind of token
-            ends the request. `max_tokens` ends it all the same.
-    """
-
-    max_tokens: int
-    eos_token_ids: frozenset[int] = frozenset()
-    stop_token_ids: frozenset[int] = frozenset()
+    max_tokens: int  # most outputs, never "no limit"; 0: the prompt is computed, nothing is sampled
+    eos_token_ids: frozenset[int] = frozenset()  # empty when the request ignores them
+    stop_token_ids: frozenset[int] = frozenset()  # the user's own end tokens
+    # Outputs that must exist, the newest included, before either kind of token ends the request;
+    # `max_tokens` ends it all the same.
     min_tokens: int = 0
 
     def check(self, num_output_tokens: int, token: int) -> tuple[RequestStatus | None, int | None]:
@@ -108,57 +101,42 @@ class Request:
     """A prompt, its stop rule and the state that the scheduler keeps of it.
 
     The caller sets the first fields, up to `is_private`, and may give output tokens that are known
-    already; the rest is written by the scheduler alone. What others want to know of a request is
-    in a subclass of theirs: the plan hands the same object on.
-
-    Attributes:
-        request_id: unique among the live requests.
-        prompt_token_ids: what to continue.
-        stop: when to end.
-        priority: smaller is more urgent; the "fcfs" policy does not look at it.
-        group: requests of one group have the same prompt, and share the K/V of it: it is computed
-            for one of them, while the others wait. None: it is alone.
-        skip_prefix_cache: compute every token of the prompt, whatever others have left; for a
-            request that reports something about each of them. Its pages may serve others.
-        forked_from: a request with the same prompt that gave it its first outputs: if that runs
-            when this one is admitted, they share pages.
-        saved: what host memory holds of its K/V.
-        is_private: its K/V are not what its tokens alone would give, so nobody else is to have its
-            pages; they never enter the prefix cache. Goes with `skip_prefix_cache`.
-        arrival_index: order of `add_request` calls, NOT_ARRIVED before.
-        status: where the request is in its life.
-        output_token_ids: sampled so far; kept over a preemption. Those that it had when it was
-            added count as outputs in every respect.
-        num_computed_tokens: tokens, from the first on, whose K/V are in the cache.
-        num_tokens_in_flight: tokens behind them whose K/V the plans under way compute.
-        num_samples_in_flight: output tokens that the plans under way sample.
-        page_ids: pages that hold those K/V, in token order; one reference each.
-        num_cached_tokens: tokens that were found computed when it was first admitted: in the prefix
-            cache, with another request or in host memory.
-        num_preemptions: how often its pages were taken away.
-        stop_reason: stop id or text that ended it; the reason when it failed; else None.
+    already, which count as outputs in every respect; the rest is written by the scheduler alone.
+    What others want to know of a request is in a subclass of theirs: plans hand the same object on.
     """
 
-    request_id: str
+    request_id: str  # unique among the unfinished
     prompt_token_ids: tuple[int, ...]
     stop: StopRule
-    priority: int = 0
+    priority: int = 0  # smaller is more urgent; the "fcfs" policy does not look at it
+    # Requests of one group have the same prompt, and share the K/V of it: it is computed for one of
+    # them, while the others wait. None: it is alone.
     group: str | None = None
+    # Compute every token of the prompt, whatever others have left; for a request that reports
+    # something about each of them. Its pages may serve others.
     skip_prefix_cache: bool = False
+    # With the same prompt, it gave this one its first outputs: they share pages if it still runs.
     forked_from: "Request | None" = None
-    saved: SavedPages | None = None
+    saved: SavedPages | None = None  # what host memory holds of its K/V
+    # Its K/V are not what its tokens alone would give, so nobody else is to have its pages; they
+    # never enter the prefix cache. Goes with `skip_prefix_cache`.
     is_private: bool = False
 
-    arrival_index: int = field(default=NOT_ARRIVED, kw_only=True)
-    status: RequestStatus = field(default=RequestStatus.WAITING, kw_only=True)
-    output_token_ids: list[int] = field(default_factory=list, kw_only=True)
-    num_computed_tokens: int = field(default=0, kw_only=True)
-    num_tokens_in_flight: int = field(default=0, kw_only=True)
-    num_samples_in_flight: int = field(default=0, kw_only=True)
-    page_ids: list[int] = field(default_factory=list, kw_only=True)
-    num_cached_tokens: int = field(default=0, kw_only=True)
-    num_preemptions: int = field(default=0, kw_only=True)
-    stop_reason: int | str | None = field(default=None, kw_only=True)
+    _: KW_ONLY
+    arrival_index: int = NOT_ARRIVED  # order of `add_request` calls
+    status: RequestStatus = RequestStatus.WAITING
+    output_token_ids: list[int] = field(default_factory=list)  # kept over a preemption
+    num_computed_tokens: int = 0  # from the first on, whose K/V are in the cache
+    num_tokens_in_flight: int = 0  # behind them, whose K/V the plans under way compute
+    num_samples_in_flight: int = 0  # output tokens that the plans under way sample
+    page_ids: list[int] = field(
+        default_factory=list
+    )  # of those K/V, in token order; a reference each
+    # Found computed when it was first admitted: in the prefix cache, with another request or in
+    # host memory.
+    num_cached_tokens: int = 0
+    num_preemptions: int = 0  # how often its pages were taken away
+    stop_reason: int | str | None = None  # stop id or text that ended it, or why it failed
 
     @property
     def num_prompt_tokens(self) -> int:

@@ -26,7 +26,7 @@ Laws that follow, and that its parts lean on:
   chunks before it are no larger, and leave it something.
 - While a request is unfinished, a plan is never empty, unless another is under way. The first
   running request (FCFS) or the most urgent one (priority) is never a victim while others run, and
-  alone it has the whole pool, which `add_request` has made sure is enough.
+  alone it has the whole pool, which whoever adds it has made sure is enough.
 - Under FCFS, running and then waiting requests are in order of arrival, except that one of a
   group is passed while its prompt is computed for a sibling. Nobody starves for it: a running
   sibling moves on in every step, or goes back to the queue and ends the wait; and the passed
@@ -36,9 +36,8 @@ Laws that follow, and that its parts lean on:
 from collections.abc import Iterable, Mapping, Sequence
 
 from folojax.sched.config import SchedulerConfig
-from folojax.sched.groups import Groups
 from folojax.sched.integrity import check_integrity
-from folojax.sched.memory import KVMemory, Source
+from folojax.sched.memory import KVMemory
 from folojax.sched.progress import (
     append_tokens,
     num_decode_steps,
@@ -76,7 +75,6 @@ class Scheduler:
         self._requests: dict[str, Request] = {}
         self._waiting = WaitingQueue(config.scheduling_policy)
         self._running: list[Request] = []
-        self._groups = Groups()
         self._num_arrived = 0
         # Ids in order of finishing; a dict, as an id can be used and finished twice between plans.
         self._unreported_finished_ids: dict[str, None] = {}
@@ -108,15 +106,14 @@ class Scheduler:
     def add_request(self, request: Request) -> None:
         """Queues a new request; it may have outputs already, and K/V in host memory.
 
-        `SchedulerConfig.request_problems` says beforehand whether one of its size can run, and
-        `get_request` whether its id is in use.
+        Whoever adds it has asked before whether its id is in use (`get_request`), and whether one
+        of its size can run: alone it must fit in the pool.
         """
         assert request.request_id not in self._requests, f"{request.request_id!r} is in use"
         assert request.status is RequestStatus.WAITING, f"a used request: {request.status}"
         request.arrival_index = self._num_arrived
         self._num_arrived += 1
         self._requests[request.request_id] = request
-        self._groups.add(request)
         self._waiting.add(request)
 
     def schedule(self) -> StepPlan:
@@ -261,8 +258,6 @@ class Scheduler:
 
     def isolate_running(self) -> None:
         """Drops cached K/V; running requests go on with theirs. No plan may be under way."""
-        for request in self._running:
-            self._groups.set_waiting(request)
         self.memory.drop_all(self._running, self._requests.values())
 
     def shutdown(self) -> list[Request]:
@@ -310,31 +305,28 @@ class Scheduler:
         for request in self._waiting:
             if len(self._running) == self.config.max_num_seqs or not draft.budget_left:
                 break
-            source = self._groups.find_source(request)
-            if source is None and self._groups.must_wait(request):
+            if self.memory.must_wait(request):
                 continue  # it keeps its place
-            if not self._admit(request, source, draft):
+            if not self._admit(request, draft):
                 break
             admitted.append(request)
         self._waiting.remove(admitted)
 
-    def _admit(self, request: Request, source: Source | None, draft: PlanDraft) -> bool:
+    def _admit(self, request: Request, draft: PlanDraft) -> bool:
         """Takes a waiting request into the batch; False if it has to stay."""
         if request.num_samples_in_flight:
             return False  # it was preempted meanwhile; what it is to compute is not known yet
-        start = self.memory.find_start(request, source)
+        start = self.memory.find_start(request)
         num_left = request.num_tokens - start.num_tokens
         num_tokens = self._chunk_size(num_left, draft.budget_left)
         if not self.config.enable_chunked_prefill and num_tokens < num_left:
             return False  # nor may a shorter one jump the head of the queue
         if not self.memory.admit(request, start, num_tokens, has_company=bool(self._running)):
             return False
-        request.forked_from = None
         if request.status is RequestStatus.WAITING:
             self.memory.count_start(request)
         request.status = RequestStatus.RUNNING
         self._running.append(request)
-        self._groups.set_running(request)
         draft.put_new(request, num_tokens)
         return True
 
@@ -362,7 +354,6 @@ class Scheduler:
     def _preempt(self, victim: Request) -> None:
         """Puts a running request back in the queue; the batch is left to the caller."""
         self.memory.release(victim)
-        self._groups.set_waiting(victim)
         self.flights.forget_chunks(victim)
         victim.status = RequestStatus.PREEMPTED
         victim.num_preemptions += 1
@@ -376,7 +367,6 @@ class Scheduler:
         self.memory.release(request)
         self.memory.drop_saved(request)
         request.forked_from = None
-        self._groups.remove(request)
         request.status = status
         request.stop_reason = stop_reason
         del self._requests[request.request_id]

@@ -26,20 +26,14 @@ from folojax.sched.request import Request
 
 
 class PageMoves(NamedTuple):
-    """What happens to pages before a step, in this order.
+    """What happens to pages before a step, in this order."""
 
-    Attributes:
-        saves: pages whose content is to be kept in host memory.
-        copies: (source, target) pages to copy, all at once: every source is read before a target
-            is written, and no page is a target twice.
-        loads: pages to be filled from host memory, which forgets what it held for them.
-        dropped: keys of saves that nobody needs any more.
-    """
-
-    saves: tuple[PageSave, ...] = ()
+    saves: tuple[PageSave, ...] = ()  # their content is to be kept in host memory
+    # (source, target), all at once: every source is read before a target is written, and no page
+    # is a target twice.
     copies: tuple[tuple[int, int], ...] = ()
-    loads: tuple[PageLoad, ...] = ()
-    dropped: tuple[int, ...] = ()
+    loads: tuple[PageLoad, ...] = ()  # filled from host memory, which forgets what it held for them
+    dropped: tuple[int, ...] = ()  # keys of saves that nobody needs any more
 
 
 NO_MOVES = PageMoves()
@@ -52,33 +46,27 @@ class StepPlan:
     A runner drops what `finished_request_ids` and `preempted_request_ids` name before it adds
     `new_requests`: the id of a finished request may be in use again.
 
-    Attributes:
-        new_requests: requests that join the batch, resumed ones among them: as they stand before
-            anything else is asked of the scheduler, with `page_ids` for this step included.
-        new_page_ids: pages to append to the tables of requests that were in the batch before.
-        num_scheduled_tokens: tokens to compute by request id; its order is the batch order. A
-            request of the batch can be missing: nothing is computed for it in this step.
-        total_num_scheduled_tokens: their sum; at most the budget in each decode step.
-        sampled_request_ids: requests whose last token is computed in this step, so that it samples
-            the next one; in batch order. That last token may be one that the plan before samples.
-            Never a prompt-only request.
-        finished_request_ids: finished since the plan before, for whatever reason.
-        preempted_request_ids: lost their pages since the plan before, or while this one was made;
-            those that lost them before may be among `new_requests` again.
-        page_moves: what happens to pages first.
-        num_decode_steps: 1; or more, when every request computes one token after another: each
-            step samples the token that the next one computes, for as many steps as the request
-            has scheduled tokens, and all of these are results.
     """
 
+    # Those that join the batch, resumed ones among them: as they stand before anything else is
+    # asked of the scheduler, with `page_ids` for this step included.
     new_requests: tuple[Request, ...]
-    new_page_ids: dict[str, list[int]]
+    new_page_ids: dict[str, list[int]]  # to append to the tables of requests that were there before
+    # Tokens to compute by request id, in batch order. A request of the batch can be missing:
+    # nothing is computed for it in this step.
     num_scheduled_tokens: dict[str, int]
-    total_num_scheduled_tokens: int
+    total_num_scheduled_tokens: int  # their sum; at most the budget in each decode step
+    # Requests whose last token is computed in this step, so that it samples the next one; in batch
+    # order. That last token may be one that the plan before samples. Never a prompt-only request.
     sampled_request_ids: tuple[str, ...]
-    finished_request_ids: tuple[str, ...]
+    finished_request_ids: tuple[str, ...]  # since the plan before, for whatever reason
+    # Lost their pages since the plan before, or while this one was made; those that lost them
+    # before may be among `new_requests` again.
     preempted_request_ids: tuple[str, ...]
-    page_moves: PageMoves = NO_MOVES
+    page_moves: PageMoves = NO_MOVES  # what happens to pages first
+    # 1; or more, when every request computes one token after another: each step samples the token
+    # that the next one computes, for as many steps as the request has scheduled tokens, and all of
+    # these are results.
     num_decode_steps: int = 1
 
     @property
@@ -94,10 +82,8 @@ class StepPlan:
 class RequestUpdate(NamedTuple):
     """What a step gave one request; how it ended, if it did, is in the request itself.
 
-    Attributes:
-        request: the request, its new tokens already in `output_token_ids`.
-        new_token_ids: what this step sampled, up to the token that ended it; without a token for a
-            row that failed at once, and for a prompt-only request, which is done.
+    The tokens are in its `output_token_ids` already, up to one that ended it; there is none for a
+    row that failed at once, and for a prompt-only request, which is done.
     """
 
     request: Request
@@ -106,25 +92,17 @@ class RequestUpdate(NamedTuple):
 
 @dataclass(eq=False)
 class PlanDraft:
-    """A plan while it is made: requests come in, and a victim of preemption goes out again.
+    """A plan while it is made: requests come in, and a victim of preemption goes out again."""
 
-    Attributes:
-        budget_left: tokens that may still be scheduled.
-        num_decode_steps: as in the plan.
-        requests: the batch so far, by id, in order.
-        num_scheduled_tokens: tokens to compute by request id, in the same order.
-        new_page_ids: pages reserved for this step by request id, where there are any.
-        new_requests: the part of the batch that joins in this step, in order.
-        is_short_of_pages: whether someone was preempted for it, or waits for pages to come free.
-    """
-
-    budget_left: int
+    budget_left: int  # tokens that may still be scheduled
     num_decode_steps: int = 1
-    requests: dict[str, Request] = field(default_factory=dict)
-    num_scheduled_tokens: dict[str, int] = field(default_factory=dict)
-    new_page_ids: dict[str, list[int]] = field(default_factory=dict)
-    new_requests: list[Request] = field(default_factory=list)
-    is_short_of_pages: bool = False
+    requests: dict[str, Request] = field(default_factory=dict)  # the batch so far, in order
+    num_scheduled_tokens: dict[str, int] = field(default_factory=dict)  # in the same order
+    new_page_ids: dict[str, list[int]] = field(
+        default_factory=dict
+    )  # reserved, where there are any
+    new_requests: list[Request] = field(default_factory=list)  # the part that joins, in order
+    is_short_of_pages: bool = False  # someone was preempted, or waits for pages to come free
 
     def put(self, request: Request, num_tokens: int, page_ids: list[int]) -> None:
         """Schedules `num_tokens` of a request, for which `page_ids` were reserved."""
@@ -191,12 +169,10 @@ class PlanDraft:
 
 @dataclass(eq=False)
 class Flight:
-    """A plan under way.
+    """A plan under way, and by id those of its requests that await their results.
 
-    Attributes:
-        plan: what the device was told.
-        requests: by id, those of the plan whose result is awaited. Requests and not ids alone: a
-            request that has finished since could not be told from one that took over its id.
+    Requests and not ids alone: one that has finished since could not be told from one that took
+    over its id.
     """
 
     plan: StepPlan

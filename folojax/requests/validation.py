@@ -5,6 +5,7 @@ model, its tokenizer and the engine's limits. All problems of a request come in 
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from folojax.requests.sampling_params import SamplingParams
 from folojax.requests.user_functions import NO_FUNCTIONS, UserFunctions
 from folojax.sampling.logit_edits import MAX_BAD_WORD_TOKENS
 from folojax.sched.config import SchedulerConfig
+from folojax.sched.pages import pages_for
 from folojax.text.tokenizer import Tokenizer
 
 MAX_REPORTED = 4_000_000
@@ -31,56 +33,32 @@ MAX_BAD_WORDS = 1024
 
 @dataclasses.dataclass(frozen=True)
 class CheckedRequest:
-    """A request that the engine will take.
-
-    Attributes:
-        request_id: The user's, or drawn.
-        prompt: The text, if it was given as text.
-        prompt_token_ids: The prompt.
-        params: As the user gave them.
-        priority: Smaller is more urgent.
-        max_tokens: Most output tokens of a sample.
-        bad_word_ids: Every encoding of every bad word.
-        num_logprobs: Alternatives to report with each token; None: no log-probabilities.
-        num_prompt_logprobs: The same for the prompt.
-    """
+    """A request that the engine will take."""
 
     request_id: str
-    prompt: str | None
+    prompt: str | None  # the text, if it was given as text
     prompt_token_ids: tuple[int, ...]
-    params: SamplingParams
-    priority: int = 0
-    max_tokens: int = 1
-    bad_word_ids: tuple[tuple[int, ...], ...] = ()
-    num_logprobs: int | None = None
-    num_prompt_logprobs: int | None = None
+    params: SamplingParams  # as the user gave them
+    priority: int
+    max_tokens: int  # most output tokens of a sample
+    bad_word_ids: tuple[tuple[int, ...], ...]  # every encoding of every bad word
+    num_logprobs: int | None  # alternatives to report with each token; None: no log-probabilities
+    num_prompt_logprobs: int | None  # the same for the prompt
 
 
 @dataclasses.dataclass(frozen=True)
 class Validator:
-    """The limits of one engine.
-
-    Attributes:
-        limits: The scheduler's.
-        vocab_size: Rows of the model's vocabulary: what a prompt may hold.
-        num_tokens: Of these, how many can be sampled; the rest is padding.
-        max_logprobs: Most alternatives that are reported with a token; -1 is no cap.
-        tokenizer: None: there is no text.
-        eos_token_ids: The model's end tokens.
-        functions: The user's.
-        tapped_bytes: Of the tapped streams of one token.
-        is_strict: Whether steps that no compile plan lists are refused.
-    """
+    """The limits of one engine."""
 
     limits: SchedulerConfig
-    vocab_size: int
-    num_tokens: int
-    max_logprobs: int
-    tokenizer: Tokenizer | None
-    eos_token_ids: tuple[int, ...] = ()
+    vocab_size: int  # rows of the model's vocabulary: what a prompt may hold
+    num_tokens: int  # of these, how many can be sampled; the rest is padding
+    max_logprobs: int  # most alternatives that are reported with a token; -1 is no cap
+    tokenizer: Tokenizer | None  # None: there is no text
+    eos_token_ids: tuple[int, ...] = ()  # the model's, the one first that is no `stop_reason`
     functions: UserFunctions = NO_FUNCTIONS
-    tapped_bytes: int = 0
-    is_strict: bool = False
+    tapped_bytes: int = 0  # of the tapped residual streams of one token
+    is_strict: bool = False  # whether steps that no compile plan lists are refused
 
     def check(
         self,
@@ -105,34 +83,33 @@ class Validator:
         Raises:
             ValueError: it is refused; every reason is named.
         """
-        problems = [*_id_problems(request_id, priority), *self._prompt_problems(prompt)]
+        num_prompt_tokens = len(prompt.token_ids)
         max_tokens = self.limits.max_model_len
         if params.max_tokens is not None:
             max_tokens = min(params.max_tokens, max_tokens)
+        problems = [*_id_problems(request_id, priority), *self._prompt_problems(prompt)]
         if not problems:
-            problems += self.limits.request_problems(len(prompt.token_ids), max_tokens, num_given)
+            problems += self.size_problems(num_prompt_tokens, max_tokens, num_given)
         if params.logprobs is not None and num_given and not has_given_logprobs:
             problems.append(
                 f"logprobs is {params.logprobs!r}, and the {num_given} tokens that are there "
                 "already came without: leave logprobs out, or ask for them from the start"
             )
-        bad_word_ids, bad_word_problems = self._encode_bad_words(params)
-        problems += bad_word_problems
+        bad_word_ids = self._encode_bad_words(params, problems)
         problems += self._id_list_problems(params)
         problems += self._function_problems(params)
-        if self.is_strict and params.record:
-            problems.append(
-                "record is True, which no compile plan lists: set it, or strict, to False"
-            )
         if not problems:
             problems += self._nothing_left(params, bad_word_ids)
-        reported = self._num_reported("logprobs", params.logprobs, problems)
-        prompt_reported = self._num_reported("prompt_logprobs", params.prompt_logprobs, problems)
+        num_logprobs = self._num_reported("logprobs", params.logprobs, problems)
+        num_prompt_logprobs = self._num_reported(
+            "prompt_logprobs", params.prompt_logprobs, problems
+        )
         if not problems:
-            num_outputs = params.n * min(max_tokens, self._room(prompt))
-            problems += _memory_problems(params, num_outputs, reported)
-            problems += _prompt_memory_problems(len(prompt.token_ids), prompt_reported)
-            num_tokens = params.n * len(prompt.token_ids) + num_outputs
+            room = self.limits.max_model_len - num_prompt_tokens
+            num_outputs = params.n * min(max_tokens, room)
+            num_tokens = params.n * num_prompt_tokens + num_outputs
+            problems += _memory_problems(params, num_outputs, num_logprobs)
+            problems += _prompt_memory_problems(num_prompt_tokens, num_prompt_logprobs)
             problems += self._tap_problems(params, num_tokens)
         _raise(problems)
         return CheckedRequest(
@@ -144,10 +121,8 @@ class Validator:
             max_tokens=max_tokens,
             bad_word_ids=bad_word_ids,
             # Padding rows are never reported.
-            num_logprobs=None if reported is None else min(reported, self.num_tokens),
-            num_prompt_logprobs=(
-                None if prompt_reported is None else min(prompt_reported, self.num_tokens)
-            ),
+            num_logprobs=num_logprobs and min(num_logprobs, self.num_tokens),
+            num_prompt_logprobs=num_prompt_logprobs and min(num_prompt_logprobs, self.num_tokens),
         )
 
     def check_score(self, prompt: ParsedPrompt, continuation: ParsedPrompt) -> None:
@@ -158,12 +133,12 @@ class Validator:
         """
         problems = [
             *self._prompt_problems(prompt),
-            *self._prompt_problems(continuation, "continuation"),
+            *_token_problems("continuation", continuation.token_ids, self.vocab_size),
         ]
         if not problems:
             num_tokens = len(prompt.token_ids) + len(continuation.token_ids)
             if not prompt.token_ids:
-                problems += self.limits.request_problems(0, 1)
+                problems += self.size_problems(0, 1)
             elif not continuation.token_ids:
                 problems.append("the continuation is empty; at least one token can be scored")
             elif num_tokens > self.limits.max_model_len:
@@ -173,15 +148,44 @@ class Validator:
                 )
             else:
                 # The last token is scored, never computed.
-                problems += self.limits.request_problems(num_tokens - 1, 0)
+                problems += self.size_problems(num_tokens - 1, 0)
             problems += _prompt_memory_problems(num_tokens, 0)
         _raise(problems)
 
-    def _prompt_problems(self, prompt: ParsedPrompt, name: str = "prompt") -> Iterator[str]:
-        token_ids = prompt.token_ids
-        if not token_ids and name == "prompt" and prompt.text:
+    def size_problems(self, prompt_len: int, max_tokens: int, num_given: int = 0) -> list[str]:
+        """Says why a request of this size, with outputs so far, can never run; empty if it can."""
+        limits = self.limits
+        if prompt_len == 0:
+            return ["the prompt is empty; at least one token is needed to start from"]
+        if prompt_len >= limits.max_model_len:
+            return [
+                f"prompt has {prompt_len:,} tokens; max_model_len is {limits.max_model_len:,} and "
+                f"one token must be left for the output: shorten it to at most "
+                f"{limits.max_model_len - 1:,} tokens or raise max_model_len"
+            ]
+        most_outputs = min(max_tokens, limits.max_model_len - prompt_len)
+        if num_given > 0 and most_outputs <= num_given:
+            return [
+                f"the request has {num_given:,} output tokens; with max_tokens {max_tokens:,} "
+                f"and a max_model_len of {limits.max_model_len:,} it can have {most_outputs:,}: "
+                f"there is none to come, raise max_tokens or continue an earlier token"
+            ]
+        # The last token is returned, never fed back: its K/V are not needed. A prompt alone has
+        # no such token.
+        most_tokens = min(prompt_len + max(max_tokens, 1), limits.max_model_len) - 1
+        num_pages = pages_for(most_tokens, limits.page_size)
+        if num_pages > limits.num_pages:
+            return [
+                f"the request (prompt of {prompt_len:,} tokens, max_tokens {max_tokens:,}) may "
+                f"need {num_pages:,} pages of {limits.page_size:,} tokens; the pool has "
+                f"{limits.num_pages:,}: shorten it, lower max_tokens or raise num_pages"
+            ]
+        return []
+
+    def _prompt_problems(self, prompt: ParsedPrompt) -> Iterator[str]:
+        if prompt.text and not prompt.token_ids:
             yield f"prompt {prompt.text!r} has no tokens; at least one is needed to start from"
-        yield from _token_problems(name, token_ids, self.vocab_size)
+        yield from _token_problems("prompt", prompt.token_ids, self.vocab_size)
 
     def _id_list_problems(self, params: SamplingParams) -> Iterator[str]:
         lists: dict[str, Any] = {
@@ -209,6 +213,8 @@ class Validator:
                     f"{field} holds {unknown}; the engine was built with {sorted(names)}: pass "
                     f"{field}= to LLM"
                 )
+        if self.is_strict and params.record:
+            yield "record is True, which no compile plan lists: set it, or strict, to False"
         if params.activations and not self.functions.taps:
             yield (
                 "activations is True; the engine was built without taps: pass activation_taps= to "
@@ -244,29 +250,29 @@ class Validator:
             )
 
     def _encode_bad_words(
-        self, params: SamplingParams
-    ) -> tuple[tuple[tuple[int, ...], ...], list[str]]:
+        self, params: SamplingParams, problems: list[str]
+    ) -> tuple[tuple[int, ...], ...]:
         """Each word with a leading space and without: at the start of a word, and inside one.
 
         And both as a whole text and inside of one, which differ where a tokenizer begins texts
         with a space of its own.
         """
         words = tuple(params.bad_words or ())
-        if not words:
-            return (), []
-        if self.tokenizer is None:
-            return (), [
+        if words and self.tokenizer is None:
+            problems.append(
                 f"bad_words is {list(words)!r}, but the engine has no tokenizer: pass tokenizer=, "
                 "or use logit_bias"
-            ]
+            )
+        if not words or self.tokenizer is None:
+            return ()
+        alone = functools.partial(self.tokenizer.encode, add_special_tokens=False)
         encodings: dict[tuple[int, ...], None] = {}
-        problems = []
         for word in words:
             bare = word.lstrip() or word
             forms = [
                 tuple(encode(text))
                 for text in (bare, " " + bare)
-                for encode in (self._encode_alone, self.tokenizer.encode_inside)
+                for encode in (alone, self.tokenizer.encode_inside)
             ]
             wrong = [ids for ids in forms if not 0 < len(ids) <= MAX_BAD_WORD_TOKENS]
             if wrong:
@@ -280,11 +286,7 @@ class Validator:
                 f"bad_words has {len(words)} words with {len(encodings)} encodings; there may be "
                 f"at most {MAX_BAD_WORDS}"
             )
-        return tuple(encodings), problems
-
-    def _encode_alone(self, text: str) -> list[int]:
-        assert self.tokenizer is not None, "there is text"
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        return tuple(encodings)
 
     def _num_reported(self, name: str, wanted: int | None, problems: list[str]) -> int | None:
         """How many alternatives -1 or a number means here."""
@@ -302,9 +304,6 @@ class Validator:
                 "EngineConfig.max_logprobs (-1 is no cap)"
             )
         return count
-
-    def _room(self, prompt: ParsedPrompt) -> int:
-        return self.limits.max_model_len - len(prompt.token_ids)
 
 
 def _id_problems(request_id: Any, priority: Any) -> Iterator[str]:

@@ -1,7 +1,5 @@
 """How requests end by themselves: stop rules, lengths, failed rows."""
 
-import re
-
 import pytest
 
 from folojax.sched.request import RequestStatus
@@ -161,8 +159,6 @@ def test_prompt_only_request_ends_when_its_prompt_is_computed():
 
 def test_prompt_only_request_may_fill_the_pool():
     scheduler = make_scheduler(num_pages=10, max_num_batched_tokens=16)
-    (problem,) = scheduler.config.request_problems(41, 0)
-    assert re.search("prompt of 41 tokens, max_tokens 0.* 11 pages", problem)
     add(scheduler, "a", 40, max_tokens=0)
     for _ in range(3):
         step(scheduler)
