@@ -1,7 +1,7 @@
 """What several commands are told: the model, prompts, sampling parameters."""
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +64,8 @@ def load_llm(args: argparse.Namespace, log: Console) -> LLM:
     return llm
 
 
-def read_prompts(args: argparse.Namespace) -> list[str]:
-    """The texts that were given, if any, before they are repeated or cut.
+def read_prompts(args: argparse.Namespace, default: Sequence[str] = ()) -> list[str]:
+    """The texts that were given, or else the default ones; as many as --num-prompts says.
 
     Raises:
         ValueError: the file cannot be read, or has no prompt in it; or their number is to be 0.
@@ -81,7 +81,8 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
         given += [line for line in lines if line.strip()]
         if not given:
             raise ValueError(f"--prompts-file {args.prompts_file} has no prompt in it")
-    return given
+    texts = given or default
+    return [texts[i % len(texts)] for i in range(args.num_prompts or len(texts))] if texts else []
 
 
 def check_json_path(path: Path | None) -> None:

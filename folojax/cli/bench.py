@@ -7,19 +7,15 @@ folojax bench --model path/to/model --max-num-seqs 8 --temperature 0.8 --json ou
 
 All requests are there from the start, --max-num-seqs of them run at once. Prompts are random ids
 unless texts are given, and every sample goes on to --max-tokens. A first run compiles and is not
-counted; of the others medians are printed, and the least and the most. Other load on the machine
-shows: compare what was measured by turns.
+counted. Other load on the machine shows: compare what was measured by turns.
 """
 
 import argparse
 import json
-import statistics
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 from folojax.cli.arguments import (
     add_model_options,
@@ -30,6 +26,7 @@ from folojax.cli.arguments import (
     read_prompts,
     sampling_params,
 )
+from folojax.cli.show import as_json, print_metrics
 from folojax.requests.outputs import batch_metrics
 
 
@@ -56,52 +53,21 @@ def run(args: argparse.Namespace) -> int:
     if min(args.rounds, input_len) < 1:
         raise ValueError(f"--rounds is {args.rounds} and --input-len {input_len}; at least 1 each")
     check_json_path(args.json)
-    console, log = Console(), Console(stderr=True)
+    log = Console(stderr=True)
     llm = load_llm(args, log)
-    count = args.num_prompts or len(texts) or 32
-    if texts:
-        prompts: list[Any] = [texts[i % len(texts)] for i in range(count)]
-    else:
-        # The upper half may have ids that are no token of the tokenizer.
-        ids = np.random.default_rng(0).integers(
-            llm.engine.runner.model.config.vocab_size // 2, size=(count, input_len)
-        )
-        prompts = ids.tolist()
-    rounds = []
-    for number in range(args.rounds + 1):
+    # The last ids of a model's vocabulary may be padding, and no tokens.
+    num_ids = llm.engine.runner.model.config.vocab_size // 2
+    shape = (args.num_prompts or 32, input_len)
+    prompts = texts or np.random.default_rng(0).integers(num_ids, size=shape).tolist()
+    with log.status("A first run, which compiles"):
+        llm.generate(prompts, params, use_tqdm=False)
+    runs = {}
+    for number in range(1, args.rounds + 1):
         llm.reset_prefix_cache()
-        name = f"Round {number}" if number else "A first run, which compiles"
-        with log.status(name):
-            figures = _figures(llm.generate(prompts, params, use_tqdm=False))
-        if number:
-            rounds.append(figures)
-    _print(console, f"{count} requests, {args.rounds} rounds", rounds)
+        with log.status(f"Round {number}"):
+            outputs = llm.generate(prompts, params, use_tqdm=False)
+        runs[f"round {number}"] = batch_metrics(outputs)
+    print_metrics(Console(), runs)
     if args.json is not None:
-        args.json.write_text(json.dumps(rounds, indent=2) + "\n")
+        args.json.write_text(json.dumps(as_json(runs), indent=2) + "\n")
     return 0
-
-
-def _figures(outputs: list[Any]) -> dict[str, float]:
-    """What a round is told by, in the order of the table."""
-    batch = batch_metrics(outputs)
-    return {
-        "output tokens per second": batch.output_throughput,
-        "prompt and output tokens per second": (
-            batch.output_throughput + batch.num_prompt_tokens / max(batch.duration_s, 1e-9)
-        ),
-        "requests per second": batch.request_throughput,
-        "mean time to first token, ms": 1e3 * (batch.mean_ttft_s or 0.0),
-        "mean time per token after it, ms": 1e3 * (batch.mean_tpot_s or 0.0),
-    }
-
-
-def _print(console: Console, title: str, rounds: list[dict[str, float]]) -> None:
-    table = Table(title=title, title_justify="left")
-    table.add_column("")
-    for column in ("median", "least", "most"):
-        table.add_column(column, justify="right")
-    for name in rounds[0]:
-        values = [one[name] for one in rounds]
-        cells = (statistics.median(values), min(values), max(values))
-        table.add_row(name, *(f"{value:,.1f}" for value in cells))
-    console.print(table)

@@ -24,6 +24,7 @@ import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from rich.console import Console
@@ -93,8 +94,7 @@ def run(args: argparse.Namespace) -> int:
         with open_files(args.input, args.output or STANDARD, **files) as (lines, output):
             defaults = dataclasses.replace(params, seed=None)
             return run_job(load_llm(args, log), lines, output, defaults, params.seed or 0)
-    given = read_prompts(args) or DEFAULT_PROMPTS
-    texts = [given[i % len(given)] for i in range(args.num_prompts or len(given))]
+    texts = read_prompts(args, DEFAULT_PROMPTS)
     check_json_path(args.json)
     llm = load_llm(args, log)
     inputs = _as_inputs(llm, texts, args.chat, args.system)
@@ -112,18 +112,23 @@ def run(args: argparse.Namespace) -> int:
             print_outputs(console, texts, outputs)
     if args.logprobs is not None:
         print_logprobs(console, outputs)
-    report = {
-        "outputs": [
-            as_json(output) | {"prompt": text} for text, output in zip(texts, outputs, strict=True)
-        ],
-        "batch": as_json(batch_metrics(outputs)),
-    }
+    runs = {"batch": batch_metrics(outputs)}
+    report: dict[str, Any] = {"outputs": [as_json(output) for output in outputs]}
+    for entry, text in zip(report["outputs"], texts, strict=True):
+        entry["prompt"] = text
     if args.compare_sequential:
         with log.status("One request at a time"):
             sequential = [llm.generate(one, params, use_tqdm=False)[0] for one in inputs]
-        report["sequential"] = as_json(batch_metrics(sequential))
-        report["is_equal"] = [_token_ids(o) for o in outputs] == [_token_ids(o) for o in sequential]
-    print_metrics(console, report)
+        runs["sequential"] = batch_metrics(sequential)
+        report["is_equal"] = _token_ids(outputs) == _token_ids(sequential)
+    print_metrics(console, runs)
+    if args.compare_sequential:
+        batch, alone = runs.values()
+        console.print(
+            f"speed-up {batch.output_throughput / alone.output_throughput:.2f}x, time saved "
+            f"{alone.duration_s - batch.duration_s:.2f} s, "
+            f"{'the same' if report['is_equal'] else 'NOT the same'} tokens"
+        )
     if sum(compiling) > 0.5:
         console.print(
             f"{sum(compiling):.1f} s of the batch's time went into compiling, or into loading what "
@@ -131,6 +136,7 @@ def run(args: argparse.Namespace) -> int:
             style="dim",
         )
     if args.json is not None:
+        report |= {name: as_json(metrics) for name, metrics in runs.items()}
         args.json.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
     return 0
 
@@ -211,5 +217,5 @@ def _warm_up(llm: LLM, inputs: Sequence[Prompt], params: SamplingParams) -> None
     llm.generate(inputs[0], params, use_tqdm=False)
 
 
-def _token_ids(output: RequestOutput) -> list[list[int]]:
-    return [completion.token_ids for completion in output.outputs]
+def _token_ids(outputs: Sequence[RequestOutput]) -> list[list[list[int]]]:
+    return [[completion.token_ids for completion in output.outputs] for output in outputs]

@@ -3,13 +3,13 @@
 import collections
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from folojax.requests.outputs import CompletionOutput, RequestOutput
+from folojax.requests.outputs import BatchMetrics, CompletionOutput, RequestOutput
 
 
 class InOrder:
@@ -84,32 +84,24 @@ def print_logprobs(console: Console, outputs: Sequence[RequestOutput]) -> None:
             console.print(table, markup=False, emoji=False, highlight=False)
 
 
-def print_metrics(console: Console, report: Mapping[str, Any]) -> None:
-    """Prints the figures of a report's runs side by side."""
+def print_metrics(console: Console, runs: Mapping[str, BatchMetrics]) -> None:
+    """Prints the figures of runs side by side."""
     table = Table(title="Metrics", title_justify="left")
-    table.add_column("")
-    runs = [name for name in ("batch", "sequential") if name in report]
-    for name in runs:
-        table.add_column(name, justify="right")
-    rows = {
-        "requests": lambda m: str(m["num_requests"]),
-        "prompt tokens": lambda m: str(m["num_prompt_tokens"]),
-        "output tokens": lambda m: str(m["num_output_tokens"]),
-        "total time": lambda m: f"{m['duration_s']:.2f} s",
-        "output tokens per second": lambda m: f"{m['output_throughput']:.1f}",
-        "mean time to first token": lambda m: _ms(m["mean_ttft_s"]),
-        "mean time per token after it": lambda m: _ms(m["mean_tpot_s"]),
-        "preemptions": lambda m: str(m["num_preemptions"]),
+    for name in ("", *runs):
+        table.add_column(name, justify="right" if name else "left")
+    rows: dict[str, Callable[[BatchMetrics], str]] = {
+        "requests": lambda m: str(m.num_requests),
+        "prompt tokens": lambda m: str(m.num_prompt_tokens),
+        "output tokens": lambda m: str(m.num_output_tokens),
+        "total time": lambda m: f"{m.duration_s:.2f} s",
+        "output tokens per second": lambda m: f"{m.output_throughput:.1f}",
+        "mean time to first token": lambda m: _ms(m.mean_ttft_s),
+        "mean time per token after it": lambda m: _ms(m.mean_tpot_s),
+        "preemptions": lambda m: str(m.num_preemptions),
     }
     for label, show in rows.items():
-        table.add_row(label, *(show(report[name]) for name in runs))
+        table.add_row(label, *map(show, runs.values()))
     console.print(table)
-    if "sequential" in report:
-        batch, sequential = report["batch"], report["sequential"]
-        saved = sequential["duration_s"] - batch["duration_s"]
-        speedup = batch["output_throughput"] / sequential["output_throughput"]
-        equal = "the same tokens" if report["is_equal"] else "NOT the same tokens"
-        console.print(f"speed-up {speedup:.2f}x, time saved {saved:.2f} s, {equal}")
 
 
 def as_json(value: Any) -> Any:

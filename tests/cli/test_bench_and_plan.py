@@ -43,10 +43,12 @@ def test_rounds_are_counted_and_printed(
     )
     assert code == 0
     rounds = json.loads(out.read_text())
-    assert len(rounds) == 2
-    assert all(value > 0 for one in rounds for value in one.values())
-    assert "3 requests, 2 rounds" in text
-    assert all(name in text for name in rounds[0])
+    assert list(rounds) == ["round 1", "round 2"]
+    for name, figures in rounds.items():
+        assert name in text
+        assert figures["num_requests"] == 3
+        assert figures["num_output_tokens"] == 12
+        assert figures["output_throughput"] > 0
 
 
 @pytest.mark.parametrize(
