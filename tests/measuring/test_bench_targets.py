@@ -86,6 +86,8 @@ def count_products(jaxpr: Any) -> int:
         for value in equation.params.values():
             if hasattr(value, "jaxpr"):
                 total += count_products(value.jaxpr)
+        if equation.primitive.name == "cond":  # by platform: each way has the same products
+            total += count_products(equation.params["branches"][0].jaxpr)
         if equation.primitive.name == "dot_general":
             (contracted, _), _ = equation.params["dimension_numbers"]
             left = equation.invars[0].aval.shape
