@@ -13,7 +13,7 @@ Source: `TemplateLM._encode_pair` in lm-evaluation-harness, for what the cut is.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from folojax.requests.prompts import ParsedPrompt, Prompt, as_list, parse_prompts
 from folojax.text.tokenizer import Tokenizer
@@ -46,13 +46,15 @@ def pair_continuations(
     are_ids = list(map(_has_ids, as_list(continuations, "continuation")))
     pairs = []
     for index, (prompt, continuation) in enumerate(zip(before, after, strict=True)):
-        if tokenizer is None or are_ids[index] or not continuation.text:
+        text = continuation.text
+        if tokenizer is None or are_ids[index] or not text:
             pairs.append((prompt, continuation))
         elif has_ids[index]:
-            token_ids = _after_tokens(tokenizer, prompt, continuation.text)
-            pairs.append((prompt, continuation._replace(token_ids=token_ids)))
+            token_ids = _after_tokens(tokenizer, prompt, text)
+            pairs.append((prompt, ParsedPrompt(text, token_ids)))
         else:
-            pairs.append(_Joiner(tokenizer, index).join(prompt, continuation))
+            head, tail = _cut_apart(tokenizer, prompt.text or "", text, index)
+            pairs.append((ParsedPrompt(prompt.text, head), ParsedPrompt(text, tail)))
     return pairs
 
 
@@ -63,49 +65,30 @@ def _has_ids(prompt: Any) -> bool:
     return not isinstance(prompt, str)
 
 
-class _Joiner(NamedTuple):
-    """Encodes a prompt and a continuation as one text."""
-
-    tokenizer: Tokenizer
-    place: int
-
-    def join(
-        self, prompt: ParsedPrompt, continuation: ParsedPrompt
-    ) -> tuple[ParsedPrompt, ParsedPrompt]:
-        before, after = self._move_spaces(prompt.text or "", continuation.text or "")
-        head, num_before = self._encode(before)
-        whole = self.tokenizer.encode(before + after, add_special_tokens=False)
-        if len(whole) <= num_before:
-            raise ValueError(
-                f"continuation {self.place} is {continuation.text!r}, which has no token behind "
-                f"the {num_before} of the prompt: the border lies inside a token, which counts to "
-                "the prompt. End the prompt between two words, or give token ids"
-            )
-        return (
-            prompt._replace(token_ids=[*head, *whole[:num_before]]),
-            continuation._replace(token_ids=whole[num_before:]),
+def _cut_apart(
+    tokenizer: Tokenizer, before: str, after: str, index: int
+) -> tuple[list[int], list[int]]:
+    """Tokens of two texts that are encoded as one: those of the first, and those behind them."""
+    whole = tokenizer.encode(before + after, add_special_tokens=False)
+    # Of a prompt that is nothing else than spaces, something must be left to begin from.
+    before = before.rstrip() if tokenizer.encode(before.rstrip()) else before
+    plain = tokenizer.encode(before, add_special_tokens=False)
+    num_before = len(plain)
+    if len(whole) <= num_before:
+        raise ValueError(
+            f"continuation {index} is {after!r}, which has no token behind the {num_before} of the "
+            "prompt: the border lies inside a token, which counts to the prompt. End the prompt "
+            "between two words, or give token ids"
         )
+    special = _special_tokens_before(tokenizer.encode(before), plain)
+    return [*special, *whole[:num_before]], whole[num_before:]
 
-    def _move_spaces(self, before: str, after: str) -> tuple[str, str]:
-        bare = before.rstrip()
-        # Of a prompt that is nothing else, something must be left to begin from.
-        if not self.tokenizer.encode(bare):
-            return before, after
-        return bare, before[len(bare) :] + after
 
-    def _encode(self, text: str) -> tuple[list[int], int]:
-        """The special tokens that stand before a text, and how many tokens the text itself has.
-
-        Those that a tokenizer puts behind a text do not belong between prompt and continuation.
-        """
-        plain = self.tokenizer.encode(text, add_special_tokens=False)
-        full = self.tokenizer.encode(text)
-        if not plain:
-            return full, 0
-        for start in range(len(full) - len(plain) + 1):
-            if full[start : start + len(plain)] == plain:
-                return full[:start], len(plain)
-        return [], len(plain)
+def _special_tokens_before(full: list[int], plain: list[int]) -> list[int]:
+    """What stands before a text's own tokens; what stands behind belongs to no pair."""
+    starts = range(len(full) - len(plain) + 1) if plain else ()
+    found = (start for start in starts if full[start : start + len(plain)] == plain)
+    return full[: next(found, 0)] if plain else full
 
 
 def _after_tokens(tokenizer: Tokenizer, prompt: ParsedPrompt, text: str) -> Sequence[int]:

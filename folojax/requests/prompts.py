@@ -34,9 +34,46 @@ class ParsedPrompt(NamedTuple):
     token_ids: Sequence[int]
 
 
-def parse_prompt(prompt: Prompt, tokenizer: Tokenizer | None) -> ParsedPrompt:
-    """Reads one prompt; ValueError as in `parse_prompts`."""
-    return _Parser(tokenizer).parse(prompt, 0)
+def parse_prompt(
+    prompt: Any,
+    tokenizer: Tokenizer | None,
+    name: str = "prompt 0",
+    add_special_tokens: bool = True,
+) -> ParsedPrompt:
+    """Reads one prompt, called `name` in errors; the rest is as in `parse_prompts`."""
+    text: Any = prompt
+    token_ids: Any = None
+    if isinstance(prompt, Mapping):
+        if unknown := sorted(map(str, prompt.keys() - {"prompt", "prompt_token_ids"})):
+            raise ValueError(
+                f'{name} has keys {unknown}; it may have "prompt" and "prompt_token_ids"'
+            )
+        text, token_ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
+        if text is None and token_ids is None:
+            raise ValueError(
+                f'{name} has keys {sorted(prompt)}; it needs "prompt" or "prompt_token_ids"'
+            )
+        if text is not None and not isinstance(text, str):
+            raise ValueError(f'"prompt" of {name} is a {type(text).__name__}; it must be text')
+    elif not isinstance(prompt, str):
+        text, token_ids = None, prompt
+    if is_array(token_ids, 1):
+        return ParsedPrompt(text, token_ids.tolist())
+    if _is_list(token_ids):
+        is_plain = all(type(token) is int for token in token_ids)
+        return ParsedPrompt(text, token_ids if is_plain else list(map(plain, token_ids)))
+    if text is None or token_ids is not None:
+        raise ValueError(
+            f"{name} is a {type(token_ids).__name__}; it must be text, token ids or a dict"
+        )
+    if tokenizer is None:
+        raise ValueError(
+            f"{name} is text, but the engine has no tokenizer: pass tokenizer=, or token ids"
+        )
+    try:
+        return ParsedPrompt(text, tokenizer.encode(text, add_special_tokens))
+    except ValueError as error:
+        raise ValueError(f"{name} cannot be encoded: {error}") from error
 
 
 def parse_prompts(
@@ -56,19 +93,27 @@ def parse_prompts(
     Raises:
         ValueError: a prompt has none of the known forms, or is text without a tokenizer.
     """
-    parser = _Parser(tokenizer, name, add_special_tokens)
-    return [parser.parse(prompt, index) for index, prompt in enumerate(as_list(prompts, name))]
+    return [
+        parse_prompt(prompt, tokenizer, f"{name} {index}", add_special_tokens)
+        for index, prompt in enumerate(as_list(prompts, name))
+    ]
 
 
 def as_list(prompts: Any, name: str = "prompt") -> Sequence[Any]:
-    """The prompts, of which one may stand alone; ValueError as in `parse_prompts`."""
-    if isinstance(prompts, str | Mapping) or _is_token_ids(prompts):
+    """The prompts, of which one may stand alone; ValueError as in `parse_prompts`.
+
+    An empty list is no prompts, rather than an empty one.
+    """
+    if isinstance(prompts, str | Mapping):
+        return [prompts]
+    if _is_list(prompts):
+        is_one = len(prompts) > 0 and all(map(_is_integer, prompts))
+        return [prompts] if is_one else prompts
+    if is_array(prompts, 1):
         return [prompts]
     if is_array(prompts, 2):
         return list(prompts)
-    if not _is_list(prompts):
-        raise ValueError(f"{name}s is a {type(prompts).__name__}; it must be a {name} or a list")
-    return prompts
+    raise ValueError(f"{name}s is a {type(prompts).__name__}; it must be a {name} or a list")
 
 
 def each_named(
@@ -137,71 +182,9 @@ def params_per_prompt(
     return list(params)
 
 
-class _Parser(NamedTuple):
-    tokenizer: Tokenizer | None
-    name: str = "prompt"
-    add_special_tokens: bool = True
-
-    def parse(self, prompt: Any, index: int) -> ParsedPrompt:
-        if isinstance(prompt, Mapping):
-            return self._parse_mapping(prompt, index)
-        if isinstance(prompt, str):
-            return self._parse_text(prompt, index)
-        return ParsedPrompt(None, self._token_ids(prompt, index))
-
-    def _parse_mapping(self, prompt: Mapping[str, Any], index: int) -> ParsedPrompt:
-        if unknown := sorted(map(str, prompt.keys() - {"prompt", "prompt_token_ids"})):
-            raise ValueError(
-                f'{self.name} {index} has keys {unknown}; it may have "prompt" and '
-                '"prompt_token_ids"'
-            )
-        text, token_ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
-        if text is not None and not isinstance(text, str):
-            raise ValueError(
-                f'"prompt" of {self.name} {index} is a {type(text).__name__}; it must be text'
-            )
-        if token_ids is not None:
-            return ParsedPrompt(text, self._token_ids(token_ids, index))
-        if text is None:
-            raise ValueError(
-                f'{self.name} {index} has keys {sorted(prompt)}; it needs "prompt" or '
-                '"prompt_token_ids"'
-            )
-        return self._parse_text(text, index)
-
-    def _parse_text(self, text: str, index: int) -> ParsedPrompt:
-        if self.tokenizer is None:
-            raise ValueError(
-                f"{self.name} {index} is text, but the engine has no tokenizer: pass tokenizer=, "
-                "or token ids"
-            )
-        try:
-            return ParsedPrompt(text, self.tokenizer.encode(text, self.add_special_tokens))
-        except ValueError as error:
-            raise ValueError(f"{self.name} {index} cannot be encoded: {error}") from error
-
-    def _token_ids(self, prompt: Any, index: int) -> Sequence[int]:
-        if is_array(prompt, 1):
-            return prompt.tolist()
-        if _is_list(prompt):
-            is_plain = all(type(token) is int for token in prompt)
-            return prompt if is_plain else list(map(plain, prompt))
-        raise ValueError(
-            f"{self.name} {index} is a {type(prompt).__name__}; it must be text, token ids or a "
-            "dict"
-        )
-
-
 def _is_list(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray)
 
 
-def _is_token_ids(prompts: Any) -> bool:
-    """Whether a list is one prompt of ids; an empty list is no prompts rather than an empty one."""
-    if is_array(prompts, 1):
-        return True
-    return _is_list(prompts) and len(prompts) > 0 and all(map(_is_integer, prompts))
-
-
 def _is_integer(value: Any) -> bool:
-    return isinstance(plain(value), int)
+    return not isinstance(value, str | Mapping) and isinstance(plain(value), int)
