@@ -108,7 +108,7 @@ class Engine:
         Args:
             request_id: Of the user, or drawn.
             prompt: Its tokens, and its text if there is one.
-            sampling_params: Of it.
+            sampling_params: How it is continued.
             priority: Smaller is more urgent.
             is_streamed: Whether every step that gives it a token reports it, or only the last.
             progress: What every sample has already.
@@ -265,16 +265,7 @@ class Engine:
             raise RuntimeError("the engine sleeps, and has no KV cache: call wake_up() first")
 
     def update_params(self, params: Any, running: str = "recompute") -> None:
-        """Replaces the model's parameters; the prefix cache is dropped.
-
-        Args:
-            params: The new ones.
-            running: What becomes of unfinished requests; see `LLM.update_params`.
-
-        Raises:
-            ValueError: other names, shapes or dtypes, all of them named, or an unknown policy;
-                nothing has changed.
-        """
+        """Replaces the model's parameters; the prefix cache is dropped. See `LLM.update_params`."""
         if running not in UPDATE_POLICIES:
             raise ValueError(f"running is {running!r}; it must be one of {list(UPDATE_POLICIES)}")
         params = check_same_shapes(self.runner.params, params)
@@ -293,9 +284,7 @@ class Engine:
     def reset_prefix_cache(self, *, preempt_running: bool = False) -> bool:
         """Drops all cached K/V; False, and nothing has changed, while requests run.
 
-        Args:
-            preempt_running: Whether to compute running requests again for it. What is under way is
-                taken in first.
+        Unless these are to be computed again for it; then what is under way is taken in first.
         """
         if preempt_running:
             self.drain()

@@ -42,22 +42,14 @@ _Output = TypeVar("_Output", RequestOutput, ScoreOutput)
 
 @dataclasses.dataclass(eq=False, kw_only=True)
 class LiveRequest(abc.ABC, Generic[_Output]):
-    """What a user has asked for, until its last output.
+    """What a user has asked for, until its last output; times are of `time.perf_counter`."""
 
-    Attributes:
-        request_id: Of the user, or drawn.
-        is_streamed: Whether every step reports it, or only the last one.
-        arrival_time_s: When it was queued; the times are of `time.perf_counter`.
-        first_scheduled_time_s: When a step first computed some of it.
-        first_token_time_s: When its first token was read.
-        prompt_logprobs: Of the prompt's tokens after the first, as far as they are known.
-    """
-
-    request_id: str
-    is_streamed: bool = False
-    arrival_time_s: float = math.nan
-    first_scheduled_time_s: float | None = None
-    first_token_time_s: float | None = None
+    request_id: str  # of the user, or drawn
+    is_streamed: bool = False  # whether every step reports it, or only the last one
+    arrival_time_s: float = math.nan  # when it was queued
+    first_scheduled_time_s: float | None = None  # when a step first computed some of it
+    first_token_time_s: float | None = None  # when its first token was read
+    # Of the prompt's tokens after the first, as far as they are known.
     prompt_logprobs: list[TokenLogprob] = dataclasses.field(default_factory=list)
 
     @property
@@ -100,29 +92,18 @@ class LiveRequest(abc.ABC, Generic[_Output]):
 
 @dataclasses.dataclass(eq=False, kw_only=True)
 class Sample(SamplingRequest):
-    """One of the samples of a `LiveGeneration`, its owner.
+    """One of the samples of a `LiveGeneration`, its owner."""
 
-    Attributes:
-        index: Its place among them.
-        tokenizer: None where it has no text.
-        num_given: Output tokens that it began with; no stop string ends in them.
-        token_logprobs: One entry an output token, as in the next three.
-        logprobs: Empty if not asked for.
-        records: Likewise.
-        weights_versions: How often the parameters had been replaced when it was sampled.
-        activations: The residual streams of its tokens, where they are asked for.
-        detokenizer: Made when text is first wanted.
-    """
-
-    index: int
-    tokenizer: Tokenizer | None
-    num_given: int = 0
+    index: int  # its place among them
+    tokenizer: Tokenizer | None  # None where it has no text
+    num_given: int = 0  # output tokens that it began with; no stop string ends in them
+    # One entry an output token in each of these; the next two are empty if not asked for.
     token_logprobs: list[float] = dataclasses.field(default_factory=list)
     logprobs: list[dict[int, Logprob]] = dataclasses.field(default_factory=list)
     records: list[LogprobRecord] = dataclasses.field(default_factory=list)
     weights_versions: list[int] = dataclasses.field(default_factory=list)
-    activations: Streams | None = None
-    detokenizer: Detokenizer | None = None
+    activations: Streams | None = None  # residual streams of its tokens, where they are asked for
+    detokenizer: Detokenizer | None = None  # made when text is first wanted
 
     def take(self, entries: Sequence[TokenLogprob], weights_version: int) -> tuple[int, str] | None:
         """Takes in tokens that the scheduler has appended.
@@ -237,18 +218,12 @@ class Sample(SamplingRequest):
 
 @dataclasses.dataclass(eq=False, kw_only=True)
 class LiveGeneration(LiveRequest[RequestOutput]):
-    """A request for outputs.
-
-    Attributes:
-        asked: What for.
-        samples: By index.
-        tokenizer: For the text of single tokens; None where there is none.
-        told_prompt_logprobs: As the user gets them, once they are complete.
-    """
+    """A request for outputs."""
 
     asked: CheckedRequest
-    samples: list[Sample]
-    tokenizer: Tokenizer | None
+    samples: list[Sample]  # by index
+    tokenizer: Tokenizer | None  # for the text of single tokens; None where there is none
+    # As the user gets them, once they are complete.
     told_prompt_logprobs: list[dict[int, Logprob] | None] | None = None
 
     @property
@@ -305,17 +280,10 @@ def make_generation(
     progress: Progress,
     forked_from: SamplingRequest | None,
 ) -> LiveGeneration:
-    """Splits a user's request into samples, not queued yet.
+    """Splits a user's request into samples, not queued yet; arguments as in `Engine.make_request`.
 
-    Those of n > 1 are called `<request_id>#<index>` inside, and share the prompt's pages.
-
-    Args:
-        asked: The request.
-        eos_token_ids: The model's end tokens, the one first that is no `stop_reason`.
-        tokenizer: None: there is no text.
-        is_streamed: Whether every step is to report it.
-        progress: What every sample has already.
-        forked_from: Whose progress that was, while it goes on; else None.
+    Those of n > 1 are called `<request_id>#<index>` inside, and share the prompt's pages. Of the
+    model's end tokens the first is no `stop_reason`.
     """
     params = asked.params
     if not params.detokenize:

@@ -19,16 +19,11 @@ class LiveScore(LiveRequest[ScoreOutput]):
     computed::
 
         prompt  p0 p1 p2 p3 | c0 c1 c2     computed: p0 ... c1     scored: c0 c1 c2
-
-    Attributes:
-        prompt: What comes before.
-        continuation: What is scored.
-        request: The scheduler's part.
     """
 
-    prompt: ParsedPrompt
-    continuation: ParsedPrompt
-    request: SamplingRequest
+    prompt: ParsedPrompt  # what comes before
+    continuation: ParsedPrompt  # what is scored
+    request: SamplingRequest  # the scheduler's part
 
     @property
     def parts(self) -> Sequence[SamplingRequest]:

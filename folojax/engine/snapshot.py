@@ -19,24 +19,14 @@ _FORMAT = "folojax snapshot 1"
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """What a sample has so far.
-
-    Attributes:
-        token_ids: Its outputs.
-        token_logprobs: The log-probability of each.
-        logprobs: Of each, the entries that were asked for; None if none were.
-    """
+    """What a sample has so far, output token by output token."""
 
     token_ids: tuple[int, ...] = ()
     token_logprobs: tuple[float, ...] = ()
-    logprobs: tuple[dict[int, Logprob], ...] | None = None
+    logprobs: tuple[dict[int, Logprob], ...] | None = None  # the entries asked for, if any
 
     def take(self, num_tokens: int | None) -> "Progress":
-        """The first tokens of it.
-
-        Raises:
-            ValueError: it has fewer.
-        """
+        """The first tokens of it; ValueError if it has fewer."""
         if num_tokens is None:
             return self
         if not 0 <= num_tokens <= len(self.token_ids) or isinstance(num_tokens, bool):
@@ -50,28 +40,18 @@ class Progress:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Snapshot:
-    """One sample of a request, as it stood.
+    """One sample of a request, as it stood."""
 
-    Attributes:
-        prompt: The text; None where token ids were given.
-        prompt_token_ids: The prompt.
-        params: As they came with the request; `n` means nothing here.
-        seed: Of the sample; None for greedy.
-        progress: What it had said.
-        kv: K/V of the first tokens of prompt and output; None: they are computed again, as are
-            those that its tokens alone would not give (activation edits, weights that changed).
-        weights: Fingerprint of the parameters that they were computed with.
-        kv_bits: What else their bits depend on; None: on the batch.
-    """
-
-    prompt: str | None
+    prompt: str | None  # the text; None where token ids were given
     prompt_token_ids: tuple[int, ...]
-    params: SamplingParams
-    seed: int | None
-    progress: Progress
+    params: SamplingParams  # as they came with the request; `n` means nothing here
+    seed: int | None  # of the sample; None for greedy
+    progress: Progress  # what it had said
+    # Of the first tokens of prompt and output; None: they are computed again, as are those that its
+    # tokens alone would not give (activation edits, weights that changed).
     kv: TokenKV | None
-    weights: str
-    kv_bits: str | None = None
+    weights: str  # fingerprint of the parameters that they were computed with
+    kv_bits: str | None = None  # what else their bits depend on; None: on the batch
 
     @property
     def output_token_ids(self) -> tuple[int, ...]:

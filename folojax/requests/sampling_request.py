@@ -13,29 +13,18 @@ class SamplingRequest(Request):
 
     The fields of `Request` are written by the scheduler, these by the engine, before it queues the
     request; the runner reads both.
-
-    Attributes:
-        sampling_params: As the user gave them.
-        owner: The user's request that it belongs to; opaque here.
-        seed: Of this sample; None for greedy.
-        banned_ids: Not to be sampled at positions below `banned_until`.
-        banned_until: A position in the sequence, prompt included.
-        bad_word_ids: Sequences of tokens that may never be completed, within or after the prompt;
-            each has 1 to `MAX_BAD_WORD_TOKENS`.
-        num_logprobs: Alternatives to report with each sampled token; None: no log-probabilities.
-        num_prompt_logprobs: The same for the tokens of the prompt.
-        next_token: One that follows the prompt and is to be scored with it.
     """
 
-    sampling_params: SamplingParams
-    owner: Any = dataclasses.field(default=None, repr=False)
-    seed: int | None = None
-    banned_ids: tuple[int, ...] = ()
-    banned_until: int = 0
+    sampling_params: SamplingParams  # as the user gave them
+    owner: Any = dataclasses.field(default=None, repr=False)  # the user's request; opaque here
+    seed: int | None = None  # of this sample; None for greedy
+    banned_ids: tuple[int, ...] = ()  # not to be sampled at positions below `banned_until`
+    banned_until: int = 0  # a position in the sequence, prompt included
+    # Tokens that may never be completed, within or after the prompt: 1 to `MAX_BAD_WORD_TOKENS`.
     bad_word_ids: tuple[tuple[int, ...], ...] = ()
-    num_logprobs: int | None = None
-    num_prompt_logprobs: int | None = None
-    next_token: int | None = None
+    num_logprobs: int | None = None  # alternatives to report with each token; None: no logprobs
+    num_prompt_logprobs: int | None = None  # the same for the tokens of the prompt
+    next_token: int | None = None  # follows the prompt, and is to be scored with it
 
     @property
     def has_penalty(self) -> bool:
