@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     log = Console(stderr=True)
     llm = load_llm(args, log)
     # The last ids of a model's vocabulary may be padding, and no tokens.
-    num_ids = llm.engine.runner.model.config.vocab_size // 2
+    num_ids = llm.model_config.vocab_size // 2
     shape = (args.num_prompts or 32, input_len)
     prompts = texts or np.random.default_rng(0).integers(num_ids, size=shape).tolist()
     with log.status("A first run, which compiles"):
