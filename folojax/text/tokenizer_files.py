@@ -24,7 +24,7 @@ from typing import Any
 import tokenizers
 
 from folojax.models.files.gguf_tokenizer import special_token
-from folojax.models.files.local_files import PICKLE_SUFFIXES
+from folojax.models.files.untrusted_files import PICKLE_SUFFIXES
 from folojax.models.machine.artefacts import build_once, cache_root, file_digest
 from folojax.text.tokenizer import Tokenizer
 

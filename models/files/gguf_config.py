@@ -28,7 +28,7 @@ class GgufFamily:
     """Further entries of its config; `read(key, default)` gives metadata, and counts a key without
     a default as missing."""
     is_permuted: bool = False
-    """Rows of queries and keys are in llama.cpp's order (see `half_rotation_rows`)."""
+    """Rows of queries and keys are in llama.cpp's order (see `gguf_conversion`)."""
     norm_offset: float = 0.0
     """Was added to every norm's weight."""
     is_conv1d: bool = False

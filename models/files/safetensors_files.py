@@ -16,7 +16,12 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from folojax.models.files.local_files import REFUSED_PICKLE, pickle_files, read_json, resolve_inside
+from folojax.models.files.untrusted_files import (
+    REFUSED_PICKLE,
+    pickle_files,
+    read_json,
+    resolve_inside,
+)
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

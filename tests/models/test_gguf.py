@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from folojax.models.core.dense_attend import dense_attend
-from folojax.models.files import gguf_reader
+from folojax.models.files import gguf_conversion
 from folojax.models.files.checkpoint import build_module, load_params, open_checkpoint
 from folojax.models.files.gguf_tokenizer import build_tokenizer
 from folojax.models.machine.artefacts import build_once, cache_root
@@ -77,7 +77,7 @@ def test_a_second_opening_converts_nothing(embedded, monkeypatch):
     def fail(*_):
         raise AssertionError("converted again")
 
-    monkeypatch.setattr(gguf_reader, "_convert", fail)
+    monkeypatch.setattr(gguf_conversion, "_convert", fail)
     assert open_checkpoint() == embedded
 
 
