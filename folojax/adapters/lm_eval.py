@@ -36,14 +36,8 @@ from folojax.requests.sampling_params import SamplingParams
 
 _LOG = logging.getLogger("folojax")
 
-_SAMPLING = {
-    "top_p": "top_p",
-    "top_k": "top_k",
-    "min_p": "min_p",
-    "repetition_penalty": "repetition_penalty",
-    "min_new_tokens": "min_tokens",
-    "seed": "seed",
-}
+_SAMPLING = {name: name for name in ("top_p", "top_k", "min_p", "repetition_penalty", "seed")}
+_SAMPLING["min_new_tokens"] = "min_tokens"
 """Further fields of a task's `generation_kwargs`, and their names in SamplingParams."""
 
 

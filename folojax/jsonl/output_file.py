@@ -16,21 +16,14 @@ except ImportError:  # not a POSIX system: nothing keeps two jobs off one file t
 
 
 class JsonlOutput:
-    """Where entries go, and which are there already.
-
-    Attributes:
-        finished_ids: The ids that have an entry, as text.
-        finished_lines: The numbers of lines whose entry has no id: they could not be read, or
-            repeat the id of another.
-        num_bad: Entries of lines that went wrong, those from before included.
-        num_dropped_bytes: Length of the torn last line that was cut off.
-    """
+    """Where entries go, and which are there already."""
 
     def __init__(self, file: BinaryIO) -> None:
-        self.finished_ids: set[str] = set()
+        self.finished_ids: set[str] = set()  # the ids that have an entry, as text
+        # Numbers of lines whose entry has no id: they could not be read, or repeat another's id.
         self.finished_lines: set[int] = set()
-        self.num_bad = 0
-        self.num_dropped_bytes = 0
+        self.num_bad = 0  # entries of lines that went wrong, those from before included
+        self.num_dropped_bytes = 0  # length of the torn last line that was cut off
         self._file = file
 
     def write(self, entry: Entry) -> None:

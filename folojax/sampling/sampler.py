@@ -35,24 +35,18 @@ class SamplingClass(enum.IntEnum):
 
 @dataclasses.dataclass(frozen=True)
 class SamplingSpec:
-    """What chooses the sampler's executable; static.
+    """What chooses the sampler's executable; static."""
 
-    Attributes:
-        needed: At least as demanding as every row.
-        num_logprobs: J, alternatives to report with each token; None reports no ranks either.
-        is_processed: Log-probabilities are of the distribution that is drawn from, after all edits
-            and truncation; else of the model's own.
-        num_tokens: Ids from here on are padding of the vocabulary and never sampled; None: none.
-        has_record: Whether a row asks for the log-probability record of its token.
-        processors: The user's, that some row asks for; applied before the other edits.
-    """
-
-    needed: SamplingClass
-    num_logprobs: int | None = None
+    needed: SamplingClass  # at least as demanding as every row
+    num_logprobs: int | None = (
+        None  # J, alternatives reported with each token; None: no ranks either
+    )
     is_processed: bool = False
-    num_tokens: int | None = None
-    has_record: bool = False
-    processors: tuple[LogitsProcessor, ...] = ()
+    """Log-probabilities are of the distribution that is drawn from, after all edits and truncation;
+    else of the model's own."""
+    num_tokens: int | None = None  # ids from here on are padding and never sampled; None: none are
+    has_record: bool = False  # whether a row asks for the log-probability record of its token
+    processors: tuple[LogitsProcessor, ...] = ()  # the user's; applied before the other edits
 
 
 def sample(

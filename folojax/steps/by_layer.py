@@ -21,7 +21,7 @@ from flax import linen as nn
 from folojax.attention import attend
 from folojax.compile.programs import Call, Program, Programs
 from folojax.kv.cache import KVCache, join_layers
-from folojax.models.core.interface import Layered
+from folojax.models.core.decoder import Llama
 from folojax.models.machine.row_sums import REORDERED
 from folojax.steps.fused import WholeSteps
 from folojax.steps.placements import last_and_all, place_decode, place_prefill
@@ -88,7 +88,7 @@ def make_steps(
         is_layered: Whether that is wanted.
         most_tokens: Of prompts in a step; see `WholeSteps`.
     """
-    if is_layered and isinstance(model, Layered):
+    if is_layered and isinstance(model, Llama):
         return LayeredSteps(model)
     return WholeSteps(model, most_tokens)
 
@@ -123,8 +123,7 @@ class LayeredSteps:
     One with edits of activations is a program: layers that are run alone do not know their number.
     """
 
-    def __init__(self, model: Any) -> None:
-        """`model` is a `Layered` Flax module."""
+    def __init__(self, model: Llama) -> None:
         self._model = model
         self._blocks = [model.alone(layer) for layer in range(model.config.num_layers)]
         self._groups: dict[_Kind, list[range]] = {

@@ -24,11 +24,7 @@ _FEWEST = 16
 class PromptEnd:
     """As many of a prompt's last tokens as the text behind them depends on.
 
-    Args:
-        tokenizer: Of the tokens.
-        token_ids: The prompt.
-        is_special_skipped: Whether special tokens leave no text.
-        decode: The tokenizer's, with the options of the output.
+    `decode` is the tokenizer's, with the options of the output.
 
     Attributes:
         token_ids: The last tokens, those that leave no text left out.

@@ -26,8 +26,7 @@ class ModelConfig:
         ValueError: a number is out of range, or two of them cannot go together; all are listed.
     """
 
-    architecture: str = "LlamaForCausalLM"
-    """Key of `folojax.models.families.registry.FAMILIES`."""
+    architecture: str = "LlamaForCausalLM"  # key of `folojax.models.families.families.FAMILIES`
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -39,60 +38,45 @@ class ModelConfig:
     """Longest sequence the model was made for, in tokens (`max_position_embeddings`)."""
     rope_theta: float
     rope_scaling: RopeScaling | None
-    rms_norm_eps: float
-    """Of every norm, LayerNorm included."""
-    tie_embeddings: bool
-    """The output projection is the embedding; no `lm_head` exists."""
+    rms_norm_eps: float  # of every norm, LayerNorm included
+    tie_embeddings: bool  # the output projection is the embedding; no `lm_head` exists
     qkv_bias: bool
     qk_norm: bool
     """Queries and keys pass an RMS norm before the rotary embedding, over head_dim by default."""
 
-    is_qk_norm_joint: bool = False
-    """That norm is over all heads at once."""
+    is_qk_norm_joint: bool = False  # that norm is over all heads at once
     o_bias: bool = False
     mlp_bias: bool = False
 
     norm: Norm = "rms"
     """"rms": rounded, then times the weight; "rms_wide": times the weight, then rounded;
     "rms_offset": the same with 1 + weight; "layer": LayerNorm with a bias."""
-    has_pre_norm: bool = True
-    """Attention and MLP read a normed residual stream."""
-    has_post_norm: bool = False
-    """What they return is normed before it is added."""
+    has_pre_norm: bool = True  # attention and MLP read a normed residual stream
+    has_post_norm: bool = False  # what they return is normed before it is added
     activation: Activation = "silu"
-    is_gated: bool = True
-    """The MLP is act(gate) * up; else act(up)."""
+    is_gated: bool = True  # the MLP is act(gate) * up; else act(up)
 
     has_learned_positions: bool = False
     """A table of positions is added to the embedding; there is no rotary embedding."""
-    rotary_dim: int | None = None
-    """Leading dimensions of a head that rotate; None: all."""
-    ropeless_layers: tuple[int, ...] = ()
-    """Layers without rotary embedding."""
+    rotary_dim: int | None = None  # leading dimensions of a head that rotate; None: all
+    ropeless_layers: tuple[int, ...] = ()  # layers without rotary embedding
     windows: tuple[int | None, ...] = ()
     """By layer: how many tokens it sees, its own included; None: all. () is all, everywhere."""
     local_rope_theta: float | None = None
     """Of layers with a window, which have no rotary scaling then; None: as the others."""
 
-    attention_scale: float | None = None
-    """Multiplies scores; None: 1 / sqrt(head_dim)."""
-    attention_softcap: float | None = None
-    """Scores become cap * tanh(scores / cap)."""
+    attention_scale: float | None = None  # multiplies scores; None: 1 / sqrt(head_dim)
+    attention_softcap: float | None = None  # scores become cap * tanh(scores / cap)
     logits_softcap: float | None = None
     embed_scale: float = 1.0
-    residual_scale: float = 1.0
-    """Multiplies what attention and MLP add to the residual stream."""
+    residual_scale: float = 1.0  # multiplies what attention and MLP add to the residual stream
     logits_divisor: float = 1.0
 
-    num_experts: int = 0
-    """0: every MLP is dense."""
+    num_experts: int = 0  # 0: every MLP is dense
     num_experts_per_token: int = 0
-    expert_size: int = 0
-    """Inner width of an expert, as `intermediate_size` is of a dense MLP."""
-    is_expert_weight_normed: bool = True
-    """The weights of a token's experts sum to 1."""
-    dense_layers: tuple[int, ...] = ()
-    """Layers with a dense MLP in a model of experts."""
+    expert_size: int = 0  # inner width of an expert, as `intermediate_size` is of a dense MLP
+    is_expert_weight_normed: bool = True  # the weights of a token's experts sum to 1
+    dense_layers: tuple[int, ...] = ()  # layers with a dense MLP in a model of experts
 
     hf_config: str = dataclasses.field(default="", compare=False, repr=False)
     """The config.json that all this was read from, for `save_pretrained`."""

@@ -207,6 +207,9 @@ class Llama(nn.Module):
     `lm_head` [V, E] unless the embedding is tied; `position_embed` where positions are learned.
     `quantize_params` makes quantised kernels of those that linear layers and the embedding read.
     Layers are a Python loop: under `lax.scan` XLA copies each layer's weights every step.
+
+    It can also be run in pieces, each a program of its own: `begin`, then each layer `alone` with
+    the parameters `layers_<i>`, what `layer_rotary` picks and a cache of index 0, then `end`.
     """
 
     config: ModelConfig
@@ -267,10 +270,8 @@ class Llama(nn.Module):
                 # Rounded first, as transformers keeps it.
                 hidden = hidden * jnp.asarray(config.embed_scale, self.dtype)
             if config.has_learned_positions:
-                return hidden + jnp.take(self.position_embed, positions, axis=0, mode="clip"), (
-                    None,
-                    None,
-                )
+                places = jnp.take(self.position_embed, positions, axis=0, mode="clip")
+                return hidden + places, (None, None)
         everywhere, local = rotary_tables(positions, config), None
         if config.local_rope_theta is not None:
             local = rotary_tables(positions, config, is_local=True)
@@ -301,10 +302,7 @@ class Llama(nn.Module):
         """Scores of the next token in float32, for hidden states that `__call__` returned."""
         config = self.config
         with jax.named_scope("logits"):
-            if config.tie_embeddings:
-                scores = project(hidden, self.embed)
-            else:
-                scores = project(hidden, self.lm_head)
+            scores = project(hidden, self.embed if config.tie_embeddings else self.lm_head)
             if config.logits_divisor != 1.0:
                 scores = scores / config.logits_divisor
             return softcap(scores, config.logits_softcap)

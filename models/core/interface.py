@@ -11,12 +11,9 @@ from jaxtyping import Array, Bool, Float, Int
 class Scoring:
     """What attention makes of the products of queries and keys; hashable, static under jit."""
 
-    scale: float | None = None
-    """Multiplies them; None: 1 / sqrt(D)."""
-    softcap: float | None = None
-    """Scores become cap * tanh(scores / cap)."""
-    window: int | None = None
-    """A token sees so many tokens, itself included; None: all before it."""
+    scale: float | None = None  # multiplies them; None: 1 / sqrt(D)
+    softcap: float | None = None  # scores become cap * tanh(scores / cap)
+    window: int | None = None  # a token sees so many tokens, itself included; None: all before it
 
     def scores(self, products: Float[Array, "*shape"], head_dim: int) -> Float[Array, "*shape"]:
         """Scaled and capped, not masked yet."""
@@ -51,34 +48,4 @@ class Attend(Protocol):
         scoring: Scoring = PLAIN,
     ) -> tuple[Any, Float[Array, "N H D"]]:
         """Returns the new cache and each token's attention output, in the query's dtype."""
-        ...
-
-
-@runtime_checkable
-class Layered(Protocol):
-    """A model that can be run some layers at a time, each call a program of its own.
-
-    The same as its `__call__`, cut in pieces: `begin`, then `alone(i)` with the parameters
-    `layers_<i>` on what `layer_rotary` picks, then `end`.
-    """
-
-    config: Any
-
-    def begin(self, tokens: Int[Array, " N"], positions: Int[Array, " N"]) -> tuple[Any, Any]:
-        """The residual stream before the first layer, and what all layers share."""
-        ...
-
-    def end(self, hidden: Float[Array, "N E"]) -> Float[Array, "N E"]:
-        """The hidden states, from the residual stream after the last layer."""
-        ...
-
-    def layer_rotary(self, shared: Any, layer: int) -> Any:
-        """The part of what all layers share that a layer takes."""
-        ...
-
-    def alone(self, layer: int) -> Any:
-        """A layer as a module; hashable, and equal for layers that compute the same.
-
-        Called as (hidden, rotary, cache, attend), with a cache of this layer alone, of index 0.
-        """
         ...

@@ -22,12 +22,9 @@ _ORIGINAL = "original_max_position_embeddings"
 class RopeScaling:
     """Rotary rates that are not the plain ones."""
 
-    kind: str
-    """As `rope_type` of config.json."""
-    rates: tuple[float, ...]
-    """Radians per position of each pair of head dimensions; float32 values."""
-    attention_factor: float
-    """Multiplies cosine and sine, so the scores by its square."""
+    kind: str  # as `rope_type` of config.json
+    rates: tuple[float, ...]  # radians per position of each pair of head dimensions; float32 values
+    attention_factor: float  # multiplies cosine and sine, so the scores by its square
 
 
 def plain_rates(rotary_dim: int, theta: float) -> Rates:

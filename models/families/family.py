@@ -60,15 +60,13 @@ class Family:
     for what is not supported."""
     is_local: Callable[[Mapping[str, Any], int], bool] = lambda mapping, layer: False
     """Whether a layer has the window of `sliding_window`, where no `layer_types` says so."""
-    has_window_switch: bool = False
-    """There are windows only if `use_sliding_window` is true."""
+    has_window_switch: bool = False  # there are windows only if `use_sliding_window` is true
     has_layer_types: bool = False
     """`layer_types` may name layers with a window; elsewhere transformers has no eye for it."""
     has_rope_by_kind: bool = False
     """`rope_parameters` has settings for layers with a window and for those without. Where the
     first state no base, it is `rope_local_base_freq`."""
-    has_partial_rotary: bool = False
-    """`partial_rotary_factor` may be other than 1."""
+    has_partial_rotary: bool = False  # `partial_rotary_factor` may be other than 1
     head_names: Names = dataclasses.field(default_factory=lambda: HEAD_NAMES)
     """Tensors of each parameter outside the layers; several are joined in one array."""
     block_names: Names = dataclasses.field(default_factory=lambda: BLOCK_NAMES)

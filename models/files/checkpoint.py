@@ -34,11 +34,9 @@ _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "vocab.txt", "
 class Checkpoint:
     """A model on disk, its config read and checked; the weights are still in their files."""
 
-    directory: Path
-    """In the Hugging Face layout; of a GGUF file, its conversion in the cache."""
+    directory: Path  # in the Hugging Face layout; of a GGUF file, its conversion in the cache
     config: ModelConfig
-    generation_config: dict[str, Any]
-    """generation_config.json, or {} where there is none."""
+    generation_config: dict[str, Any]  # generation_config.json, or {} where there is none
     eos_token_ids: tuple[int, ...]
     """Every token that ends a generation: those of generation_config.json, then those that only
     config.json names; () if neither does."""

@@ -22,17 +22,14 @@ Tables = Mapping[str, np.ndarray]
 class GgufFamily:
     """How one GGUF architecture is read."""
 
-    architecture: str
-    """Of the Hugging Face config."""
+    architecture: str  # of the Hugging Face config
     extra: Callable[[Read], dict[str, Any]] = lambda read: {}
     """Further entries of its config; `read(key, default)` gives metadata, and counts a key without
     a default as missing."""
     is_permuted: bool = False
     """Rows of queries and keys are in llama.cpp's order (see `gguf_conversion`)."""
-    norm_offset: float = 0.0
-    """Was added to every norm's weight."""
-    is_conv1d: bool = False
-    """Kernels were transposed from [in, out]."""
+    norm_offset: float = 0.0  # was added to every norm's weight
+    is_conv1d: bool = False  # kernels were transposed from [in, out]
 
 
 def _window(read: Read) -> dict[str, Any]:

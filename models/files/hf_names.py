@@ -26,8 +26,7 @@ class Source:
 
     tensors: tuple[tuple[str, Shape], ...]
     """(name, shape) in the checkpoint, joined along their first axis in this order."""
-    is_transposed: bool = False
-    """The parameter is the transpose of the joined tensors."""
+    is_transposed: bool = False  # the parameter is the transpose of the joined tensors
     num_stacked: int | None = None
     """The tensors are so many equal groups, one for each expert: each is joined and transposed on
     its own, and they are stacked."""

@@ -1,7 +1,5 @@
 """Files made once from others and kept in the user's cache."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import os
