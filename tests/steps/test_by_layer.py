@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -126,7 +127,7 @@ def test_a_cache_in_layers(tiny_model: tuple) -> None:
     close(join_layers(layers), cache)
 
 
-class Opaque:
+class Opaque(nn.Module):
     """A model that cannot be cut."""
 
 
