@@ -23,8 +23,8 @@ def read_params(
     """Reads a directory's weights as the parameters of the config's module, on the default device.
 
     Parameters are read one after the other, each in the layout that it keeps: beside those that
-    are done, only one is in memory. A bar shows how far it is if that takes seconds and somebody
-    sits at a terminal.
+    are done, only one is in memory, twice while it is placed. A bar shows how far it is if that
+    takes seconds and somebody sits at a terminal.
 
     Args:
         directory: In the Hugging Face layout.

@@ -49,7 +49,7 @@ class StoredTensor(NamedTuple):
     dtype: str  # by safetensors' name, perhaps none of DTYPES
 
     def read_into(self, target: np.ndarray) -> None:
-        """Copies it to where it is wanted, if its dtype is in `DTYPES`.
+        """Copies it to where it is wanted; its dtype has to be one of `DTYPES`.
 
         Block by block, converted on the way, so little more than `target` is in memory.
 
