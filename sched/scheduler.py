@@ -95,10 +95,6 @@ class Scheduler:
         """Whether a request is waiting or running."""
         return bool(self._requests)
 
-    def has_finished_requests(self) -> bool:
-        """Whether requests have finished that no plan has reported yet."""
-        return bool(self._unreported_finished_ids)
-
     def get_request(self, request_id: str) -> Request | None:
         """Returns an unfinished request, or None: finished ones are not remembered."""
         return self._requests.get(request_id)

@@ -57,15 +57,14 @@ def parse_prompt(
             raise ValueError(f'"prompt" of {name} is a {type(text).__name__}; it must be text')
     elif not isinstance(prompt, str):
         text, token_ids = None, prompt
-    if is_array(token_ids, 1):
-        return ParsedPrompt(text, token_ids.tolist())
-    if _is_list(token_ids):
+    if text is None or token_ids is not None:
+        if is_array(token_ids, 1):
+            return ParsedPrompt(text, token_ids.tolist())
+        if not _is_list(token_ids):
+            kind = type(token_ids).__name__
+            raise ValueError(f"{name} is a {kind}; it must be text, token ids or a dict")
         is_plain = all(type(token) is int for token in token_ids)
         return ParsedPrompt(text, token_ids if is_plain else list(map(plain, token_ids)))
-    if text is None or token_ids is not None:
-        raise ValueError(
-            f"{name} is a {type(token_ids).__name__}; it must be text, token ids or a dict"
-        )
     if tokenizer is None:
         raise ValueError(
             f"{name} is text, but the engine has no tokenizer: pass tokenizer=, or token ids"

@@ -51,7 +51,6 @@ def test_stop_rules(stop, tokens, status, stop_reason):
     assert request.output_token_ids == tokens
     assert plan.sampled_request_ids == ("a",)
     assert scheduler.get_request("a") is None
-    assert scheduler.has_finished_requests()
     assert scheduler.schedule().finished_request_ids == ("a",)
     assert_empty(scheduler)
 
