@@ -6,6 +6,7 @@ import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 # Processes that share the cores, each with a thread for every core, wait for each other: torch then
 # takes twice as long. To be set before it is imported.
@@ -26,7 +27,7 @@ from folojax.backend.compilation_cache import enable_compilation_cache  # noqa: 
 from folojax.compile.programs import clear_programs  # noqa: E402
 from folojax.models.files.checkpoint import build_module, load_params, open_checkpoint  # noqa: E402
 from tests.letters import make_letters_tokenizer  # noqa: E402
-from tests.reference import save_tiny  # noqa: E402
+from tests.reference import MORE_LIMITS, save_tiny  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_key_reuse", True)
@@ -91,16 +92,7 @@ def tiny_model(tiny_directory: Path) -> tuple:
 @pytest.fixture(scope="module")
 def shared_letters_llm(tiny_model: tuple) -> LLM:
     """That model with a tokenizer of letters, which knows 98 of its 128 ids."""
-    return LLM(
-        tiny_model,
-        make_letters_tokenizer(),
-        page_size=16,
-        num_pages=48,
-        max_model_len=128,
-        max_num_seqs=8,
-        max_num_batched_tokens=64,
-        max_logprobs=-1,
-    )
+    return LLM(tiny_model, make_letters_tokenizer(), **MORE_LIMITS, max_logprobs=-1)
 
 
 @pytest.fixture
@@ -127,10 +119,17 @@ def text_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+REAL_LIMITS: dict[str, Any] = {
+    "max_num_seqs": 4,
+    "max_num_batched_tokens": 64,
+    "max_model_len": 1024,
+}
+
+
 @pytest.fixture(scope="session")
 def shared_real_llm() -> LLM:
     """The embedded model, in float32, with limits that make prompts wait and come in chunks."""
-    return LLM(dtype="float32", max_num_seqs=4, max_num_batched_tokens=64, max_model_len=1024)
+    return LLM(dtype="float32", **REAL_LIMITS)
 
 
 @pytest.fixture

@@ -10,8 +10,6 @@ from tests.reference import TINY, randomise
 
 PROMPT_LEN = 64
 
-_TINY = TINY | {"num_hidden_layers": 2}
-
 # Frequencies of which some are scaled, some kept and some on the ramp, at this tiny length.
 _LLAMA3 = {
     "rope_type": "llama3",
@@ -149,7 +147,7 @@ def config_of(case: str, transformers: Any, changes: Mapping[str, Any] | None = 
     """The dict of a case's config.json."""
     name, overrides = FAMILIES[case]
     config_name, model_name = _CLASSES.get(name, (f"{name}Config", f"{name}ForCausalLM"))
-    fields = (_GPT2 if name == "GPT2" else _TINY) | overrides | dict(changes or {})
+    fields = (_GPT2 if name == "GPT2" else TINY) | overrides | dict(changes or {})
     config = getattr(transformers, config_name)(**fields)
     return config.to_dict() | {"architectures": [model_name]}
 
@@ -170,7 +168,7 @@ def save_family(
 
     name, overrides = FAMILIES[case]
     config_name, model_name = _CLASSES.get(name, (f"{name}Config", f"{name}ForCausalLM"))
-    fields = (_GPT2 if name == "GPT2" else _TINY) | overrides | dict(changes or {})
+    fields = (_GPT2 if name == "GPT2" else TINY) | overrides | dict(changes or {})
     config = getattr(transformers, config_name)(**fields)
     torch.manual_seed(0)
     model = getattr(transformers, model_name)(config).eval()

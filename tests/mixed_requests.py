@@ -8,6 +8,7 @@ import pytest
 from folojax import LLM, RequestOutput, SamplingParams
 from tests.conftest import check_is_empty
 from tests.letters import make_letters_tokenizer
+from tests.reference import TINY_LIMITS
 
 STOPS = list(range(3, 98, 4))
 PARAMS: list[dict[str, Any]] = [
@@ -28,10 +29,7 @@ GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 
 
 def make_llm(model: tuple, **options: Any) -> LLM:
-    """Small steps and few rows: every shape of a step costs a compilation."""
-    fields: dict[str, Any] = {"num_pages": 48, "max_num_seqs": 4, "max_num_batched_tokens": 16}
-    fields |= {"page_size": 16, "max_model_len": 128}
-    return LLM(model, make_letters_tokenizer(), **(fields | options))
+    return LLM(model, make_letters_tokenizer(), **TINY_LIMITS | options)
 
 
 def make_prompts() -> list[list[int]]:

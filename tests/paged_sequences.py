@@ -57,6 +57,7 @@ class Way(NamedTuple):
     dtype: Any = np.float32
     sizes: tuple[int, ...] = (4, 8, 16)
     caps: bool = True
+    is_twin: bool = False  # of one that is the same code but for the order of the pages
 
     def __str__(self) -> str:
         return f"{self.kernel}-{self.order}"
@@ -70,8 +71,8 @@ class Way(NamedTuple):
 WAYS = (
     Way("native", "heads", sizes=(8, 16), caps=False),
     Way("reference", "heads"),
-    Way("reference", "tokens"),
-    Way("alike", "heads"),
+    Way("reference", "tokens", is_twin=True),
+    Way("alike", "heads", is_twin=True),
     Way("alike", "tokens"),
     Way("cudnn", "tokens", np.float16, (8, 16), caps=False),
 )

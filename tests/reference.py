@@ -21,7 +21,7 @@ TINY: dict[str, Any] = {
     "vocab_size": 128,
     "hidden_size": 64,
     "intermediate_size": 96,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 512,
@@ -37,9 +37,19 @@ TINY_LIMITS: dict[str, Any] = {
     "num_pages": 48,
     "max_model_len": 128,
     "max_num_seqs": 4,
-    "max_num_batched_tokens": 64,
+    "max_num_batched_tokens": 16,
 }
-"""Of engines for such models: requests wait, prompts come in chunks and fill several pages."""
+"""Of engines for such models: requests wait, prompts come in chunks and fill several pages.
+
+Every size that differs costs programs, which are what tests spend their time on: 1, 2 and 4 rows of
+a decode step and one of a prompt are all of these limits. Laws about sizes have others.
+"""
+
+MORE_LIMITS = TINY_LIMITS | {"max_num_seqs": 8, "max_num_batched_tokens": 64}
+"""Up to 8 rows of a decode step, and 1, 2 and 4 of prompts."""
+
+TIGHT = {"num_pages": 9}
+"""A pool that holds the largest request and little more: whoever runs beside it is preempted."""
 
 
 def embedded_directory() -> Path:

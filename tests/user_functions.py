@@ -55,7 +55,7 @@ def steer(hidden: jax.Array, layer: int) -> jax.Array:
 
 EDITS = [
     ActivationEdit("steer", (1,), steer),
-    ActivationEdit("twice", (0, 2), lambda hidden, layer: hidden * (2.0 + layer)),
+    ActivationEdit("twice", (0, 1), lambda hidden, layer: hidden * (2.0 + layer)),
 ]
 
 

@@ -35,6 +35,9 @@ LENGTHS = [1, 4, 5, 17, 30, 16]
 ALL = list(range(len(LENGTHS)))
 HEADS, PAGE_SIZE, NUM_PAGES = Heads(2, 3), 8, 16
 STEPS = pytest.mark.parametrize("step", ["chunk", "token"])
+DIFFERENT_WAYS = pytest.mark.parametrize(
+    "way", [way for way in WAYS if not way.is_twin], indirect=True, ids=str
+)
 
 
 @pytest.fixture(params=WAYS, ids=str)
@@ -149,14 +152,13 @@ def check_steps(way: Way, case: Case, scoring: Scoring = PLAIN) -> None:
     assert np.isfinite(tokens).all()
 
 
+@DIFFERENT_WAYS
 @pytest.mark.parametrize(
     ("heads", "page_size"),
     [
         (Heads(1, 1, 8), 8),
         (Heads(3, 2, 40), 16),
-        (Heads(1, 8, 64), 8),
-        (Heads(4, 7, 32), 16),
-        (Heads(2, 3, 8), 4),
+        (Heads(1, 8, 64), 4),
     ],
     ids=str,
 )
@@ -165,24 +167,21 @@ def test_it_is_plain_attention(way: Way, heads: Heads, page_size: int) -> None:
         check_steps(way, make_case(way, heads, page_size))
 
 
-# Windows below and above a page (8), and below and above a chunk (5).
+# Windows of one token, above a chunk (5) and below a page (8), above both, and above all.
+@DIFFERENT_WAYS
 @pytest.mark.parametrize(
     "scoring",
     [
-        Scoring(scale=0.1),
         Scoring(window=1),
-        Scoring(window=3),
-        Scoring(window=7),
-        Scoring(window=20, scale=0.2),
+        Scoring(window=7, scale=0.1),
         Scoring(window=200),
-        Scoring(softcap=2.0),
         Scoring(softcap=2.0, window=9, scale=0.3),
     ],
     ids=str,
 )
 def test_scores_are_scaled_capped_and_cut_to_a_window(way: Way, scoring: Scoring) -> None:
     if way.caps or scoring.softcap is None:
-        check_steps(way, make_case(way, Heads(2, 3, 16)), scoring)
+        check_steps(way, make_case(way), scoring)
 
 
 def test_large_scores_do_not_overflow(way: Way) -> None:
@@ -196,14 +195,12 @@ def test_large_scores_do_not_overflow(way: Way) -> None:
         check_close(way, out, wanted, 2e-3 if way.dtype == np.float32 else 0.5)
 
 
-@pytest.mark.parametrize("page_size", [4, 8])
-def test_in_bfloat16(way: Way, page_size: int) -> None:
+def test_in_bfloat16(way: Way) -> None:
     """Where pages may be of it."""
-    if way.kernel == "native" or page_size not in way.sizes:
+    if way.kernel == "native":
         return
     sequences = random_sequences(LENGTHS, HEADS, dtype=jnp.bfloat16)
-    case = make_case(way._replace(dtype=jnp.bfloat16), HEADS, page_size, 32)
-    case = case._replace(sequences=sequences)
+    case = make_case(way._replace(dtype=jnp.bfloat16))._replace(sequences=sequences)
     expected = [reference(one) for one in sequences]
     chunks = run_step("chunk", case)
     cache = store(case.cache, [one.first(-1) for one in sequences], case.pages)
@@ -217,7 +214,7 @@ def test_a_token_equals_a_chunk_of_one(way: Way) -> None:
     case = make_case(way)
     token = run_step("token", case)
     chunks = [Chunk(index, length - 1, length) for index, length in enumerate(LENGTHS)]
-    _, chunk = run_rows(case.cache, case.sequences, case.pages, chunks, 4)
+    _, chunk = run_rows(case.cache, case.sequences, case.pages, chunks, 5)
     check_close(way, {index: one[0] for index, one in enumerate(chunk)}, token)
 
 
@@ -238,7 +235,7 @@ def test_old_nans_in_a_page_do_not_reach_its_next_owner(way: Way, step: str) -> 
     old = [broken(one) for one in random_sequences([64, 64], HEADS, dtype=way.dtype)]
     used = store(clean, old, every_page)
     used = store(used, [one.first(-1) for one in case.sequences], case.pages)
-    order = [*ALL, None]
+    order = [*ALL[1:], None]
     check_same(run_step(step, case._replace(cache=used), order), run_step(step, case, order))
 
 
@@ -292,15 +289,15 @@ def test_a_token_does_not_depend_on_its_row_or_the_bucket(way: Way, step: str) -
     for order in ([5, 3, 1, 0, 2, 4], [None, 4, 2, None, 1, 0]):
         check_same(run_step(step, case, order), expected)
     # Another number of rows is another executable, which may round its sums differently.
-    orders: list[list[int | None]] = [[*ALL, *[None] * 10], [4, None], [2], [4]]
+    orders: list[list[int | None]] = [[*ALL, *[None] * 10], [2], [4]]
     for order in orders:
         check_close(way, run_step(step, case, order), expected)
 
 
 def test_a_chunk_does_not_depend_on_the_width_of_its_table(way: Way) -> None:
     case = make_case(way)
-    _, expected = run_calls(case, [whole()], 32, table_pages=4)
-    check_close(way, run_calls(case, [whole()], 32, table_pages=16)[1], expected)
+    _, expected = run_calls(case, [whole()], 32)
+    check_close(way, run_calls(case, [whole()], 32, table_pages=4)[1], expected)
 
 
 @STEPS
@@ -327,14 +324,14 @@ def test_pages_beyond_the_new_token_are_not_read(way: Way) -> None:
 @STEPS
 def test_padding_rows_write_nothing_and_give_numbers(way: Way, step: str) -> None:
     case = make_case(way)
-    columns = 1 if step == "token" else 8
-    new, out = run_rows(case.cache, case.sequences, [], [Chunk(None)] * 3, columns)
+    columns = 1 if step == "token" else 32
+    new, out = run_rows(case.cache, case.sequences, [], [Chunk(None)] * len(ALL), columns)
     assert np.isfinite(out).all()
     for after, before in zip(jax.tree.leaves(new), jax.tree.leaves(case.cache), strict=True):
         np.testing.assert_array_equal(after, before)
 
 
-@pytest.mark.parametrize("columns", [1, 5, 16])
+@pytest.mark.parametrize("columns", [1, 5])
 def test_chunked_equals_whole(way: Way, columns: int) -> None:
     """In one call, where rows see earlier rows of the same call, and over several calls."""
     case = make_case(way)

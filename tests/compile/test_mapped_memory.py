@@ -14,13 +14,8 @@ from folojax import LLM, SamplingParams
 from folojax.compile import mapped_memory as memory_areas
 from folojax.runner import warm_up as ahead
 from folojax.sampling.sampler import SamplingClass
+from tests.reference import TINY_LIMITS
 
-FEW_SHAPES: dict[str, Any] = {
-    "max_num_seqs": 2,
-    "num_pages": 20,
-    "max_num_batched_tokens": 8,
-    "max_model_len": 96,
-}
 PROMPT = {"prompt_token_ids": [5, 6, 7, 8]}
 PARAMS = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
 
@@ -79,8 +74,8 @@ def full_after(count: int) -> Any:
 def test_a_warm_up_ends_where_the_areas_do(
     tiny_model: tuple, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (expected,) = LLM(tiny_model, **FEW_SHAPES).generate(PROMPT, PARAMS, use_tqdm=False)
-    llm = LLM(tiny_model, **FEW_SHAPES)
+    (expected,) = LLM(tiny_model, **TINY_LIMITS).generate(PROMPT, PARAMS, use_tqdm=False)
+    llm = LLM(tiny_model, **TINY_LIMITS)
     monkeypatch.setattr(ahead, "share_of_areas", full_after(3))
     with caplog.at_level(logging.WARNING, "folojax"):
         llm.warm_up([SamplingClass.GREEDY], logprobs=False)
@@ -98,7 +93,7 @@ def test_a_warm_up_ends_where_the_areas_do(
 def test_a_strict_engine_is_warm_or_says_why_not(
     tiny_model: tuple, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    llm = LLM(tiny_model, **FEW_SHAPES, strict=True)
+    llm = LLM(tiny_model, **TINY_LIMITS, strict=True)
     monkeypatch.setattr(ahead, "share_of_areas", full_after(3))
     with pytest.raises(RuntimeError, match=r"not compiled ahead of time.*vm\.max_map_count"):
         llm.warm_up([SamplingClass.GREEDY], logprobs=False)
@@ -107,10 +102,10 @@ def test_a_strict_engine_is_warm_or_says_why_not(
 def test_an_engine_at_the_brim_goes_on(
     tiny_model: tuple, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (expected,) = LLM(tiny_model, **FEW_SHAPES).generate(PROMPT, PARAMS, use_tqdm=False)
+    (expected,) = LLM(tiny_model, **TINY_LIMITS).generate(PROMPT, PARAMS, use_tqdm=False)
     monkeypatch.setattr(memory_areas, "share_of_areas", lambda: 0.95)
     with caplog.at_level(logging.WARNING, "folojax"):
-        (output,) = LLM(tiny_model, **FEW_SHAPES).generate(PROMPT, PARAMS, use_tqdm=False)
+        (output,) = LLM(tiny_model, **TINY_LIMITS).generate(PROMPT, PARAMS, use_tqdm=False)
     assert "were dropped" in caplog.text
     assert output.outputs[0].token_ids == expected.outputs[0].token_ids
 

@@ -1,5 +1,6 @@
 """The user's edits of activations: their effect, and that nobody else feels them."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -44,25 +45,22 @@ def check_same(found: RequestOutput, expected: RequestOutput, is_to_the_bit: boo
             assert mine.logprob == pytest.approx(wanted[token].logprob, abs=1e-5)
 
 
+@functools.partial(jax.jit, static_argnames=("module", "edit"))
+def next_token(module: Any, weights: Any, tokens: Any, last: Any, edit: ActivationEdit) -> Any:
+    size = len(tokens)
+    with intercept((edit,), jnp.ones((size, 1), bool)):
+        hidden, _ = module.apply({"params": weights}, tokens, jnp.arange(size), None, dense_attend)
+    return jnp.argmax(module.apply({"params": weights}, hidden, method="logits")[last])
+
+
 def reference_greedy(model: tuple, prompt: list[int], count: int, edit: ActivationEdit) -> Any:
     """Greedy tokens of the edited model by dense attention, one sequence at a time."""
-    module, weights = model
+    tokens = np.zeros(64, int)
+    tokens[: len(prompt)] = prompt
     size = len(prompt) + count
-    is_on = jnp.ones((size, 1), bool)
-
-    @jax.jit
-    def next_token(tokens: jax.Array, last: jax.Array) -> jax.Array:
-        with intercept((edit,), is_on):
-            hidden = module.apply(
-                {"params": weights}, tokens, jnp.arange(size), None, dense_attend
-            )[0]
-        logits = module.apply({"params": weights}, hidden, method="logits")
-        return jnp.argmax(logits[last])
-
-    tokens = np.array(prompt + [0] * count)
     for last in range(len(prompt) - 1, size - 1):
-        tokens[last + 1] = next_token(jnp.array(tokens), jnp.int32(last))
-    return tokens[len(prompt) :].tolist()
+        tokens[last + 1] = next_token(*model, tokens, last, edit)
+    return tokens[len(prompt) : size].tolist()
 
 
 @pytest.mark.parametrize("edit", EDITS, ids=lambda edit: edit.name)

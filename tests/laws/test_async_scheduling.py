@@ -8,6 +8,7 @@ import pytest
 from folojax import LLM, RequestOutput, SamplingParams
 from tests.conftest import check_is_empty
 from tests.mixed_requests import GREEDY, check_same, make_llm, make_prompts, run
+from tests.reference import TIGHT
 
 
 @pytest.fixture(scope="module")
@@ -20,17 +21,17 @@ def expected(tiny_model: tuple) -> list[RequestOutput]:
 
 
 @pytest.mark.parametrize("has_cache", [True, False], ids=["cache", "no-cache"])
-@pytest.mark.parametrize("num_pages", [48, 10], ids=["ample", "tight"])
+@pytest.mark.parametrize("limits", [{}, TIGHT], ids=["ample", "tight"])
 def test_tokens_are_the_same_and_at_most_one_is_discarded(
-    tiny_model: tuple, expected: list[RequestOutput], num_pages: int, has_cache: bool
+    tiny_model: tuple, expected: list[RequestOutput], limits: dict[str, Any], has_cache: bool
 ) -> None:
-    llm = make_llm(tiny_model, num_pages=num_pages, enable_prefix_caching=has_cache)
+    llm = make_llm(tiny_model, **limits, enable_prefix_caching=has_cache)
     outputs = run(llm)
     check_same(outputs, expected)
     ends = [completion.finish_reason for output in outputs for completion in output.outputs]
     assert ends.count("stop") >= 6
     assert 1 <= llm.metrics().num_discarded_tokens <= ends.count("stop")
-    assert (llm.metrics().num_preemptions > 0) == (num_pages == 10)
+    assert (llm.metrics().num_preemptions > 0) == (limits == TIGHT)
 
 
 @pytest.mark.parametrize("is_async", [True, False], ids=["async", "sync"])

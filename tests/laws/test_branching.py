@@ -12,6 +12,7 @@ import pytest
 from folojax import LLM, RequestOutput, SamplingParams, Snapshot, load_snapshot
 from tests.conftest import check_is_empty
 from tests.mixed_requests import check_same, make_llm, make_prompts
+from tests.reference import TIGHT
 
 SEEDED = SamplingParams(
     temperature=0.9, seed=5, max_tokens=30, ignore_eos=True, logprobs=2, presence_penalty=0.6
@@ -251,7 +252,7 @@ def test_a_snapshot_of_a_waiting_or_swapped_request(
     llm = make(
         tiny_model,
         max_num_seqs=2,
-        num_pages=8,
+        **TIGHT,
         num_host_pages=20,
         min_swap_tokens=0,
         enable_prefix_caching=False,

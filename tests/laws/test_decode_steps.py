@@ -9,6 +9,7 @@ from folojax import RequestOutput, SamplingParams
 from tests.conftest import check_is_empty
 from tests.letters import decode
 from tests.mixed_requests import GREEDY, check_same, make_llm, make_prompts, run
+from tests.reference import TIGHT
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +19,7 @@ def expected(tiny_model: tuple) -> list[RequestOutput]:
 
 @pytest.mark.parametrize(
     "options",
-    [{"async_scheduling": False}, {}, {"num_pages": 10}, {"enable_prefix_caching": False}],
+    [{"async_scheduling": False}, {}, TIGHT, {"enable_prefix_caching": False}],
     ids=["sync", "async", "tight", "no-cache"],
 )
 def test_tokens_are_the_same(

@@ -15,6 +15,7 @@ from folojax import LLM, SamplingParams
 from folojax.models.files.checkpoint import build_module, load_params, open_checkpoint
 from folojax.steps import row_by_row as rowwise
 from tests.families import save_family
+from tests.reference import MORE_LIMITS, TIGHT
 
 
 class Case(NamedTuple):
@@ -111,21 +112,13 @@ def check_scores(llm: LLM, work: Workload, expected: dict[int, tuple]) -> None:
 
 # --- a tiny model -------------------------------------------------------------------------------
 
-TINY_LIMITS: dict[str, Any] = {
-    "page_size": 16,
-    "max_model_len": 128,
-    "num_pages": 64,
-    "max_num_seqs": 8,
-    "max_num_batched_tokens": 64,
-}
-
 TINY_CASES = {
     "one at a time": Case({"max_num_seqs": 1, "async_scheduling": False}),
     "seven, shuffled": Case({"max_num_seqs": 7}, order=1, arrivals=2),
     "chunks of 16": Case({"max_num_batched_tokens": 16}, order=2),
-    "tight pool": Case({"num_pages": 9}),
+    "tight pool": Case(TIGHT),
     "no prefix cache": Case({"enable_prefix_caching": False}, order=3),
-    "moved to the host": Case({"num_pages": 9, "num_host_pages": 40, "min_swap_tokens": 0}),
+    "moved to the host": Case(TIGHT | {"num_host_pages": 40, "min_swap_tokens": 0}),
     "longer limit": Case({"max_model_len": 256, "max_num_batched_tokens": 300}),
 }
 
@@ -137,7 +130,7 @@ def tiny_work() -> Workload:
 
 @pytest.fixture(scope="module")
 def tiny_expected(tiny_model: tuple, tiny_work: Workload) -> dict[int, tuple]:
-    return run_case(tiny_model, tiny_work, Case({}), **TINY_LIMITS, deterministic=True)
+    return run_case(tiny_model, tiny_work, Case({}), **MORE_LIMITS, deterministic=True)
 
 
 @pytest.mark.parametrize("name", TINY_CASES)
@@ -145,7 +138,7 @@ def test_nothing_changes_a_bit(
     tiny_model: tuple, tiny_work: Workload, tiny_expected: dict, name: str
 ) -> None:
     case = TINY_CASES[name]
-    found = run_case(tiny_model, tiny_work, case, **TINY_LIMITS, deterministic=True)
+    found = run_case(tiny_model, tiny_work, case, **MORE_LIMITS, deterministic=True)
     check_bits(found, tiny_expected, name)
     if "num_pages" in case.options:
         assert found[-1][0] > 0, "nothing was preempted"
@@ -155,8 +148,8 @@ def test_forks_and_snapshots_change_no_bit(
     tiny_model: tuple, tiny_work: Workload, tiny_expected: dict
 ) -> None:
     """Midway through each request, beside it and in another engine."""
-    llm = LLM(tiny_model, **TINY_LIMITS, deterministic=True)
-    other = LLM(tiny_model, **TINY_LIMITS, deterministic=True, min_swap_tokens=0)
+    llm = LLM(tiny_model, **MORE_LIMITS, deterministic=True)
+    other = LLM(tiny_model, **MORE_LIMITS, deterministic=True, min_swap_tokens=0)
     indices = (0, 1, 2, 3, 5)  # every kind
     for i in indices:
         llm.add_request(str(i), tiny_work.prompts[i], tiny_work.params[i])
@@ -186,13 +179,13 @@ def test_keys_and_values_with_other_bits_are_refused(
     tiny_model: tuple, tiny_work: Workload, tiny_expected: dict, options: dict[str, Any]
 ) -> None:
     """They would reach others through the prefix cache; computed again, all is as ever."""
-    other = LLM(tiny_model, **TINY_LIMITS | options)
+    other = LLM(tiny_model, **MORE_LIMITS | options)
     other.add_request("x", tiny_work.prompts[1], tiny_work.params[1])
     for _ in range(9):
         other.step()
     snapshot = other.snapshot("x")
     other.abort_request("x")
-    llm = LLM(tiny_model, **TINY_LIMITS, deterministic=True)
+    llm = LLM(tiny_model, **MORE_LIMITS, deterministic=True)
     with pytest.raises(ValueError, match="whose bits are not those of deterministic mode with pag"):
         llm.resume(snapshot, "y")
     llm.resume(snapshot.without_kv(), "y")
@@ -206,14 +199,14 @@ def test_keys_and_values_with_other_bits_are_refused(
 def test_scores_are_the_bits_of_sampling(
     tiny_model: tuple, tiny_work: Workload, tiny_expected: dict
 ) -> None:
-    llm = LLM(tiny_model, **TINY_LIMITS, deterministic=True)
+    llm = LLM(tiny_model, **MORE_LIMITS, deterministic=True)
     check_scores(llm, tiny_work, tiny_expected)
 
 
 def test_tokens_are_those_of_default_mode(
     tiny_model: tuple, tiny_work: Workload, tiny_expected: dict
 ) -> None:
-    found = run_case(tiny_model, tiny_work, Case({}), **TINY_LIMITS)
+    found = run_case(tiny_model, tiny_work, Case({}), **MORE_LIMITS)
     assert all(found[i][0] == tiny_expected[i][0] for i in range(12))
     assert largest_difference(found, tiny_expected) < 1e-4
 
@@ -221,7 +214,7 @@ def test_tokens_are_those_of_default_mode(
 def test_in_bfloat16(tiny_directory: Any, tiny_work: Workload) -> None:
     checkpoint = open_checkpoint(tiny_directory)
     model = (build_module(checkpoint.config, jnp.bfloat16), load_params(checkpoint, jnp.bfloat16))
-    limits = TINY_LIMITS | {"deterministic": True}
+    limits = MORE_LIMITS | {"deterministic": True}
     expected = run_case(model, tiny_work, Case({}), **limits)
     check_bits(run_case(model, tiny_work, Case({"max_num_seqs": 1}), **limits), expected, "alone")
     check_scores(LLM(model, **limits), tiny_work, expected)
@@ -233,7 +226,7 @@ def test_windows_and_caps(tmp_path: Path, tiny_work: Workload, family: str) -> N
     save_family(family, tmp_path)
     checkpoint = open_checkpoint(tmp_path)
     model = build_module(checkpoint.config, jnp.float32), load_params(checkpoint, jnp.float32)
-    limits = TINY_LIMITS | {"deterministic": True}
+    limits = MORE_LIMITS | {"deterministic": True}
     expected = run_case(model, tiny_work, Case({}), **limits)
     for name in ("one at a time", "chunks of 16", "tight pool", "no prefix cache"):
         found = run_case(model, tiny_work, TINY_CASES[name], **limits)
@@ -241,7 +234,7 @@ def test_windows_and_caps(tmp_path: Path, tiny_work: Workload, family: str) -> N
         assert (found[-1][0] > 0) == (name == "tight pool")
     check_scores(LLM(model, **limits), tiny_work, expected)
     # The control: default mode computes the same, and not to the bit.
-    plain = run_case(model, tiny_work, Case({}), **TINY_LIMITS)
+    plain = run_case(model, tiny_work, Case({}), **MORE_LIMITS)
     assert all(plain[i][0] == expected[i][0] for i in range(12))
     assert 0 < largest_difference(plain, expected) < 1e-4
 
@@ -249,7 +242,7 @@ def test_windows_and_caps(tmp_path: Path, tiny_work: Workload, family: str) -> N
 def test_no_compilation_after_warm_up(tiny_model: tuple, tiny_work: Workload) -> None:
     """One program a kind, however the batch changes."""
     forward, row_logits = cast(Any, rowwise.forward), cast(Any, rowwise.row_logits)
-    llm = LLM(tiny_model, **TINY_LIMITS, deterministic=True)
+    llm = LLM(tiny_model, **MORE_LIMITS, deterministic=True)
     llm.warm_up()
     before = forward._cache_size(), row_logits._cache_size()
     run(llm, tiny_work, range(12), 3)
@@ -259,8 +252,8 @@ def test_no_compilation_after_warm_up(tiny_model: tuple, tiny_work: Workload) ->
 def test_default_mode_differs_somewhere(tiny_model: tuple, tiny_work: Workload) -> None:
     """So the tests above can fail; and this is how far it goes."""
     cases = [TINY_CASES["one at a time"], TINY_CASES["chunks of 16"]]
-    expected = run_case(tiny_model, tiny_work, Case({}), **TINY_LIMITS)
-    found = [run_case(tiny_model, tiny_work, case, **TINY_LIMITS) for case in cases]
+    expected = run_case(tiny_model, tiny_work, Case({}), **MORE_LIMITS)
+    found = [run_case(tiny_model, tiny_work, case, **MORE_LIMITS) for case in cases]
     assert 0 < max(largest_difference(one, expected) for one in found) < 1e-4
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from folojax import LLM, RequestOutput, SamplingParams
 from tests import reference
+from tests.reference import TIGHT, TINY_LIMITS
 
 NUM_TOKENS = 24
 PARAMS: list[dict[str, Any]] = [
@@ -22,8 +23,7 @@ PARAMS: list[dict[str, Any]] = [
 
 
 def make_llm(model: tuple, **options: Any) -> LLM:
-    """Small steps and few rows: every shape of a step costs a compilation."""
-    return LLM(model, page_size=16, max_model_len=128, max_num_batched_tokens=16, **options)
+    return LLM(model, **TINY_LIMITS | options)
 
 
 def prompts() -> list[list[int]]:
@@ -42,7 +42,7 @@ def tokens(outputs: list[RequestOutput]) -> list[list[int]]:
 @pytest.fixture(scope="module")
 def alone(tiny_model: tuple) -> list[list[int]]:
     """Each request with nothing beside it, one after the other in the same slot."""
-    llm = make_llm(tiny_model, max_num_seqs=1, num_pages=48)
+    llm = make_llm(tiny_model, max_num_seqs=1)
     pairs = zip(prompts(), params(), strict=True)
     return tokens([llm.generate(prompt, one, use_tqdm=False)[0] for prompt, one in pairs])
 
@@ -56,8 +56,8 @@ def test_edits_do_what_they_say(alone: list[list[int]]) -> None:
 def test_neighbours_and_preemption_change_no_token(
     tiny_model: tuple, alone: list[list[int]]
 ) -> None:
-    """A pool that holds the largest request and little more: rejoined rows are as they were."""
-    llm = make_llm(tiny_model, max_num_seqs=4, num_pages=9)
+    """Rows that rejoin are as they were."""
+    llm = make_llm(tiny_model, **TIGHT)
     outputs = llm.generate(prompts(), params(), use_tqdm=False)
     assert sum(output.metrics.num_preemptions for output in outputs) >= 1
     assert tokens(outputs) == alone
@@ -70,7 +70,7 @@ def test_repetition_penalty_and_min_tokens_give_the_tokens_of_transformers(
     from transformers import GenerationConfig
 
     model = reference.load_model(tiny_directory)
-    llm = make_llm(tiny_model, max_num_seqs=1, num_pages=48)
+    llm = make_llm(tiny_model, max_num_seqs=1)
     stop = list(range(3, 128, 3))
     one = SamplingParams(
         temperature=0,

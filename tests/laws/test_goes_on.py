@@ -17,10 +17,10 @@ from folojax.text.tokenizer_files import LazyTokenizer, load_tokenizer
 from tests.conftest import check_is_empty
 from tests.jsonl_runs import entries, run
 from tests.letters import make_letters_tokenizer
+from tests.reference import TINY_LIMITS
 
 SPACE = "\u2581"
 PIECES = ["hi", "hello", "a", "b", "x", "=", "1", "\n", "[", "]", "|", "user", "assistant"]
-LIMITS: dict[str, Any] = {"page_size": 16, "num_pages": 32, "max_model_len": 64, "max_num_seqs": 4}
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def llama2() -> Any:
 
 @pytest.fixture(scope="module")
 def shared_llm(tiny_model: tuple, llama2: Any) -> LLM:
-    return LLM(tiny_model, llama2, **LIMITS)
+    return LLM(tiny_model, llama2, **TINY_LIMITS)
 
 
 @pytest.fixture
@@ -146,7 +146,7 @@ def test_a_score_has_no_lone_space(shared_llm: LLM, llama2: Any) -> None:
     (ids,) = shared_llm.score([score.prompt_token_ids], [score.token_ids], use_tqdm=False)
     assert ids.logprobs == score.logprobs
     with pytest.raises(ValueError, match="continuation 1: prompt and continuation have"):
-        shared_llm.score("a", ["b", "b" * 80])
+        shared_llm.score("a", ["b", "b" * 130])
 
 
 CHATML = "{% for m in messages %}{{ m.content }}{% endfor %}"
@@ -166,7 +166,7 @@ def end_llm(tiny_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> C
         tokenizer = make_letters_tokenizer()
         tokenizer.eos_token = tokenizer_eos
         tokenizer.save_pretrained(directory)
-        return LLM(directory, dtype="float32", **LIMITS)
+        return LLM(directory, dtype="float32", **TINY_LIMITS)
 
     return make
 

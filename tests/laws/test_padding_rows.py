@@ -11,11 +11,11 @@ from folojax import LLM, SamplingParams
 from folojax.sampling.sampler import log_sum_exp, token_logprobs, token_ranks
 from tests.conftest import check_is_empty
 from tests.letters import make_letters_tokenizer
+from tests.reference import TINY_LIMITS
 
 NUM_TOKENS = 98
 """Of the letters tokenizer; the tiny model has 128 rows."""
 
-LIMITS: dict[str, Any] = {"page_size": 16, "num_pages": 32, "max_model_len": 64, "max_num_seqs": 4}
 PROMPT = "The sea is blue"
 PARAMS = SamplingParams(temperature=1.0, top_p=0.9, seed=3, max_tokens=6)
 
@@ -28,7 +28,7 @@ def llm(request: pytest.FixtureRequest, tiny_model: tuple) -> LLM:
         "deterministic": {"deterministic": True},
     }
     options = kinds[request.param]
-    return LLM(tiny_model, make_letters_tokenizer(), max_logprobs=-1, **LIMITS, **options)
+    return LLM(tiny_model, make_letters_tokenizer(), max_logprobs=-1, **TINY_LIMITS, **options)
 
 
 @pytest.mark.parametrize("count", [0, 1, 20, 97, 98, 110, 128, -1])

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from folojax import LLM, SamplingParams
+from tests.reference import MORE_LIMITS, TIGHT
 
 ROOT = Path(__file__).parents[2]
 
@@ -37,8 +38,7 @@ def generate(llm: LLM, requests: list[dict[str, Any]]) -> list[list[int]]:
 
 
 def make_llm(model: Any, **options: Any) -> LLM:
-    limits = {"page_size": 16, "max_model_len": 128, "num_pages": 48, "max_num_batched_tokens": 64}
-    return LLM(model, **limits | {"max_num_seqs": 8} | options)
+    return LLM(model, **MORE_LIMITS | options)
 
 
 @pytest.fixture(scope="module")
@@ -50,14 +50,14 @@ def alone(tiny_model: tuple) -> list[list[int]]:
     ]
 
 
-def test_in_a_batch_of_32(tiny_model: tuple, alone: list[list[int]]) -> None:
+def test_in_a_batch_of_30(tiny_model: tuple, alone: list[list[int]]) -> None:
     """Among others with other lengths, parameters and seeds, of a page each."""
-    llm = make_llm(tiny_model, max_num_seqs=32)
+    llm = make_llm(tiny_model, max_num_seqs=32, max_num_batched_tokens=512)
     others = [
         SamplingParams(temperature=0.1 * i, top_p=1 - i / 64, seed=i, max_tokens=5)
-        for i in range(28)
+        for i in range(26)
     ]
-    prompts = [prompt(i) for i in range(4)] + [prompt(3)[i % 5 : 8] for i in range(28)]
+    prompts = [prompt(i) for i in range(4)] + [prompt(3)[i % 5 : 8] for i in range(26)]
     mixed = [*(params(fields) for fields in REQUESTS), *others]
     outputs = llm.generate(prompts, mixed, use_tqdm=False)
     assert llm.metrics().num_preemptions == 0
@@ -65,7 +65,7 @@ def test_in_a_batch_of_32(tiny_model: tuple, alone: list[list[int]]) -> None:
 
 
 def test_after_preemption(tiny_model: tuple, alone: list[list[int]]) -> None:
-    llm = make_llm(tiny_model, num_pages=8)
+    llm = make_llm(tiny_model, **TIGHT)
     assert generate(llm, REQUESTS) == alone
     assert llm.metrics().num_preemptions > 0
 

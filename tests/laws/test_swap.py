@@ -18,6 +18,7 @@ from folojax.runner.host_store import HostStore, TokenKV
 from folojax.sched.host_pages import PageLoad, PageSave
 from tests.conftest import check_is_empty
 from tests.mixed_requests import check_same, make_llm, make_prompts, run
+from tests.reference import TIGHT
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,7 @@ def test_tokens_are_the_same(
 ) -> None:
     llm = make_llm(
         tiny_model,
-        num_pages=10,
+        **TIGHT,
         num_host_pages=num_host_pages,
         min_swap_tokens=0,
         check_integrity=True,
@@ -48,7 +49,7 @@ def test_tokens_are_the_same(
     check_same(run(llm), expected)
     metrics = llm.metrics()
     assert metrics.num_preemptions > 0
-    assert 0 < metrics.num_swapped_pages <= metrics.num_preemptions * 10
+    assert 0 < metrics.num_swapped_pages <= metrics.num_preemptions * TIGHT["num_pages"]
 
 
 @pytest.mark.parametrize("running", ["recompute", "keep", "restart"])
@@ -58,7 +59,7 @@ def test_new_weights_while_a_request_is_moved_out(tiny_model: tuple, running: st
     new = jax.tree.map(lambda leaf: leaf * 1.25, params)
     llm = make_llm(
         tiny_model,
-        num_pages=8,
+        **TIGHT,
         num_host_pages=20,
         min_swap_tokens=0,
         enable_prefix_caching=False,
@@ -94,7 +95,7 @@ def test_with_room_for_all_less_is_computed_again(tiny_model: tuple) -> None:
     for num_host_pages in (0, 100):
         llm = make_llm(
             tiny_model,
-            num_pages=10,
+            **TIGHT,
             num_host_pages=num_host_pages,
             min_swap_tokens=0,
             enable_prefix_caching=False,
@@ -105,7 +106,7 @@ def test_with_room_for_all_less_is_computed_again(tiny_model: tuple) -> None:
 
 
 def test_what_is_cheaper_to_compute_is_not_moved(tiny_model: tuple) -> None:
-    llm = make_llm(tiny_model, num_pages=10, num_host_pages=100, min_swap_tokens=1000)
+    llm = make_llm(tiny_model, **TIGHT, num_host_pages=100, min_swap_tokens=1000)
     run(llm)
     assert llm.metrics().num_preemptions > 0
     assert llm.metrics().num_swapped_pages == 0

@@ -17,17 +17,9 @@ from folojax.runner.executables import Executable
 from folojax.steps.residual_stream import intercept, read_layers
 from tests.conftest import check_is_empty
 from tests.families import save_family
-from tests.reference import load_model
+from tests.reference import TIGHT, TINY_LIMITS, load_model
 
 LAYERS = (1, 0)
-LIMITS: dict[str, Any] = {
-    "page_size": 16,
-    "num_pages": 48,
-    "max_model_len": 128,
-    "max_num_seqs": 4,
-    "max_num_batched_tokens": 16,
-    "check_integrity": True,
-}
 KINDS: list[dict[str, Any]] = [
     {"temperature": 0},
     {"seed": 1, "activations": True},
@@ -53,7 +45,9 @@ def params(**fields: Any) -> SamplingParams:
 
 
 def make_llm(model: tuple, **options: Any) -> LLM:
-    return LLM(model, **LIMITS | {"activation_taps": LAYERS} | options)
+    return LLM(
+        model, **TINY_LIMITS | {"activation_taps": LAYERS, "check_integrity": True} | options
+    )
 
 
 def run(llm: LLM, kinds: list[dict[str, Any]] = KINDS) -> list[RequestOutput]:
@@ -100,7 +94,7 @@ def llm(tiny_model: tuple) -> LLM:
 OPTIONS: dict[str, dict[str, Any]] = {
     "default": {},
     "sync": {"async_scheduling": False},
-    "tight": {"num_pages": 9, "num_host_pages": 16, "min_swap_tokens": 0},
+    "tight": TIGHT | {"num_host_pages": 16, "min_swap_tokens": 0},
     "whole prompts": {"max_num_batched_tokens": 256, "prefill_row_len": 64},
     "several steps": {"max_decode_steps": 4},
     "deterministic": {"deterministic": True},

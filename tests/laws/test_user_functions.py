@@ -17,7 +17,7 @@ from folojax import (
     read_residuals,
 )
 from folojax.models.core.dense_attend import dense_attend
-from tests.reference import TINY_LIMITS
+from tests.reference import TIGHT, TINY_LIMITS
 from tests.user_functions import (
     BODY,
     CLOSE,
@@ -111,7 +111,7 @@ def test_processors_compose_in_the_order_of_the_engine(llm: LLM) -> None:
 @pytest.mark.parametrize("is_deterministic", [False, True])
 def test_states_survive_preemption(tiny_model: tuple, is_deterministic: bool) -> None:
     """A pool that is too small for all: states are put aside, and come back to other slots."""
-    llm = make_llm(tiny_model, num_pages=8, deterministic=is_deterministic)
+    llm = make_llm(tiny_model, **TIGHT, deterministic=is_deterministic)
     asked = params(seed=1, logits_processors=["count"], max_tokens=60)
     outputs = generate(llm, [asked] * 4)
     assert sum(output.metrics.num_preemptions for output in outputs) > 0
@@ -206,5 +206,5 @@ def test_unknown_names_are_refused(llm: LLM, field: str) -> None:
 
 def test_unknown_layers_are_refused(tiny_model: tuple) -> None:
     module, weights = tiny_model
-    with pytest.raises(ValueError, match=r"layers holds \[7\]; the model has layers 0 to 2"):
+    with pytest.raises(ValueError, match=r"layers holds \[7\]; the model has layers 0 to 1"):
         read_residuals(weights, jnp.array([1, 2]), [0, 7], model=module)

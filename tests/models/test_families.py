@@ -18,6 +18,7 @@ from folojax.models.files.checkpoint import build_module, load_params, open_chec
 from folojax.models.files.save import save_pretrained
 from tests import reference
 from tests.families import FAMILIES, PROMPT_LEN, save_family
+from tests.reference import TINY_LIMITS
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -53,7 +54,7 @@ def test_logits_are_those_of_transformers(family: Any) -> None:
 def test_greedy_tokens_in_a_continuous_batch_are_those_of_transformers(family: Any) -> None:
     """Three prompts for two places, one of them longer than a chunk and a window."""
     _, _, theirs, model = family
-    llm = LLM(model, max_num_seqs=2, max_num_batched_tokens=32, max_model_len=128, page_size=16)
+    llm = LLM(model, **TINY_LIMITS | {"max_num_seqs": 2})
     prompts = [prompt(PROMPT_LEN), prompt(3, seed=1), prompt(17, seed=2)]
     params = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True)
     for tokens, output in zip(prompts, llm.generate(prompts, params, use_tqdm=False), strict=True):

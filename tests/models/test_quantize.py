@@ -1,5 +1,6 @@
 """Engines whose kernels are in few bits; what these compute is tested beside their modules."""
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from flax import linen as nn
 from flax.core import freeze
 
 from folojax import LLM, SamplingParams, init_lora, log_likelihood, merge_lora
+from folojax.models.core.decoder import Llama
 from folojax.models.files.checkpoint import build_module, load_params, open_checkpoint
 from folojax.models.files.save import save_pretrained
 from folojax.models.quantized.group_kernels import GroupKernel
@@ -159,6 +161,9 @@ def test_memory_is_measured_for_what_will_run(
     tiny_model: tuple, quantization: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Programs that are lowered on the way take the parameters that the engine has."""
+    module, params = tiny_model
+    deep = Llama(dataclasses.replace(module.config, num_layers=3), module.dtype)
+    params = params | {"layers_2": params["layers_1"]}
     lowered = []
     decode_calls = LayeredSteps.decode_calls
 
@@ -168,7 +173,7 @@ def test_memory_is_measured_for_what_will_run(
 
     monkeypatch.setattr(LayeredSteps, "decode_calls", spy)
     fields = {name: value for name, value in LIMITS.items() if name != "num_pages"}
-    llm = LLM(tiny_model, quantization=quantization, **fields, memory_fraction=0.01)
+    llm = LLM((deep, params), quantization=quantization, **fields, memory_fraction=0.01)
     assert llm.memory_plan.is_measured
     *_, params = lowered
     # Two layers are enough to know.

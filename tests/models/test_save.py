@@ -14,6 +14,7 @@ from folojax import LLM, SamplingParams
 from folojax.models.files.checkpoint import load_params, open_checkpoint
 from folojax.models.files.save import save_pretrained
 from tests import reference
+from tests.conftest import REAL_LIMITS
 
 
 def test_the_embedded_model_is_the_same_from_its_file_and_from_a_saved_directory(
@@ -25,7 +26,7 @@ def test_the_embedded_model_is_the_same_from_its_file_and_from_a_saved_directory
     assert saved.generation_config == original.generation_config
     assert saved.eos_token_ids == original.eos_token_ids
     chex.assert_trees_all_equal(load_params(saved, jnp.float32), load_params(original, jnp.float32))
-    again = LLM(tmp_path, dtype="float32", max_num_seqs=4, max_num_batched_tokens=64)
+    again = LLM(tmp_path, dtype="float32", **REAL_LIMITS)
     text = "def add(a, b):\n    return a + b  # 12345"
     ids = again.get_tokenizer().encode(text)
     assert ids == real_llm.get_tokenizer().encode(text)
@@ -52,7 +53,7 @@ def test_trained_parameters_of_a_running_engine_are_saved(
     tiny_model: tuple, tmp_path: Path
 ) -> None:
     module, params = tiny_model
-    llm = LLM((module, params), max_num_seqs=2, max_model_len=64, page_size=16, num_pages=8)
+    llm = LLM((module, params), **reference.TINY_LIMITS)
     trained = jax.tree.map(lambda leaf: leaf * 0.5, params)
     llm.update_params(trained)
     llm.save_pretrained(tmp_path)

@@ -26,10 +26,10 @@ from folojax.runner.warm_up import warm_up
 
 OPTIONS: dict[str, Any] = {
     "page_size": 8,
-    "num_pages": 24,
+    "num_pages": 14,
     "max_model_len": 96,
-    "max_num_seqs": 4,
-    "max_num_batched_tokens": 32,
+    "max_num_seqs": 2,
+    "max_num_batched_tokens": 16,
     "prefill_row_len": 8,
     "max_logprobs": 3,
 }
@@ -100,7 +100,7 @@ def run_everything(llm: LLM, kinds: list[dict[str, Any]] = EVERYTHING) -> None:
         llm.score(prompt(11), [prompt(7, 1), prompt(20, 2)], use_tqdm=False)
 
 
-@pytest.mark.parametrize(("options", "least"), [({}, 49), ({"deterministic": True}, 10)])
+@pytest.mark.parametrize(("options", "least"), [({}, 30), ({"deterministic": True}, 10)])
 def test_no_workload_compiles_after_a_warm_up(
     tiny_model: tuple, counter: CompileCounter, options: dict[str, Any], least: int
 ) -> None:
@@ -169,7 +169,7 @@ def test_an_engine_may_warm_up_when_it_is_made(
     tiny_model: tuple, counter: CompileCounter, whole_steps: None
 ) -> None:
     """For greedy and random requests without log-probabilities."""
-    llm = make(tiny_model, strict=True, warm_up=True, **FEW_SHAPES)
+    llm = make(tiny_model, strict=True, warm_up=True)
     before = counter.count
     assert before > 0
     kinds = [*GREEDY[:2], {"temperature": 0.7, "seed": 3}, {"temperature": 1.0, "n": 2}] * 2
@@ -177,18 +177,10 @@ def test_an_engine_may_warm_up_when_it_is_made(
     assert counter.count == before
 
 
-FEW_SHAPES: dict[str, Any] = {
-    "max_num_seqs": 2,
-    "num_pages": 20,
-    "max_num_batched_tokens": 8,
-    "max_model_len": 96,
-}
-
-
 def test_several_decode_steps_compile_nothing_after_a_warm_up(
     tiny_model: tuple, counter: CompileCounter
 ) -> None:
-    llm = make(tiny_model, strict=True, max_decode_steps=3, **FEW_SHAPES | {"num_pages": 14})
+    llm = make(tiny_model, strict=True, max_decode_steps=3)
     llm.warm_up([SamplingClass.GREEDY], logprobs=False)
     before = counter.count
     assert before > 0
@@ -219,7 +211,8 @@ def test_an_engine_with_functions_is_warmed_up_for_requests_without(
     llm = make(
         tiny_model,
         enable_prefix_caching=False,
-        **FEW_SHAPES | {"page_size": size},
+        num_pages=20,
+        page_size=size,
         **FUNCTIONS[kind],
     )
     llm.warm_up([SamplingClass.GREEDY], logprobs=False)
@@ -315,7 +308,7 @@ def test_a_plan_lists_before_it_pays(tiny_model: tuple, counter: CompileCounter)
         if entry.executable not in (COPIES, EDITS)
     )
     text = str(warm)
-    assert "decode rows=4" in text
+    assert "decode rows=2" in text
     assert f"{len(warm)} executables: " in text
 
 
