@@ -35,6 +35,10 @@ _EXPERTS = {"num_experts_per_tok": 2, "num_key_value_heads": 4}
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
+    "llama-wide-heads": (
+        "Llama",
+        {"num_key_value_heads": 4, "head_dim": 24, "tie_word_embeddings": True},
+    ),
     "llama-biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
     "llama-rope-llama3": ("Llama", {"rope_parameters": _LLAMA3}),
     "llama-rope-linear": (
@@ -54,7 +58,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen2",
         {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 1},
     ),
-    "qwen3": ("Qwen3", {"head_dim": 32}),
+    "qwen3": ("Qwen3", {"head_dim": 32, "tie_word_embeddings": True}),
     "qwen3-moe": (
         "Qwen3Moe",
         {

@@ -106,6 +106,24 @@ def logits(model: Any, tokens: Sequence[int]) -> np.ndarray:
         return model(torch.tensor([list(tokens)])).logits[0].float().numpy()
 
 
+def streams(model: Any, tokens: Sequence[int]) -> list[np.ndarray]:
+    """The residual stream behind every layer, for every token of one sequence: float32 [N, E]."""
+    import torch
+
+    found = []
+
+    def keep(_: Any, __: Any, out: Any) -> None:
+        found.append((out[0] if isinstance(out, tuple) else out)[0].numpy())
+
+    layers = model.transformer.h if hasattr(model, "transformer") else model.model.layers
+    hooks = [layer.register_forward_hook(keep) for layer in layers]
+    with torch.no_grad():
+        model(torch.tensor([list(tokens)]))
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
 def greedy(
     model: Any, prompt: Sequence[int], num_tokens: int
 ) -> tuple[list[int], np.ndarray, np.ndarray]:

@@ -9,14 +9,8 @@ import pytest
 from folojax import LLM, SamplingParams
 from folojax.adapters.ray_data import Generator
 from tests.letters import encode, make_letters_tokenizer
+from tests.reference import TINY_LIMITS
 
-LIMITS: dict[str, Any] = {
-    "page_size": 16,
-    "num_pages": 48,
-    "max_model_len": 64,
-    "max_num_seqs": 4,
-    "max_num_batched_tokens": 32,
-}
 PROMPTS = ["The sea is", "Rivers", "A", "Once upon a time", "No", "Seven swans"]
 
 
@@ -30,7 +24,7 @@ def column(entries: list[Any]) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def options(tiny_model: tuple) -> dict[str, Any]:
-    return {"model": tiny_model, "tokenizer": make_letters_tokenizer(), **LIMITS}
+    return {"model": tiny_model, "tokenizer": make_letters_tokenizer(), **TINY_LIMITS}
 
 
 def test_columns_are_what_the_engine_generates(options: dict[str, Any]) -> None:

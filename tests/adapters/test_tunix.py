@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from folojax import LLM, SamplingParams, log_likelihood
+from folojax import LLM, SamplingParams
 from folojax.adapters.tunix import Rollout
+from tests.dense import likelihood
 from tests.letters import EOS, encode, make_letters_tokenizer
-from tests.reference import load_model
+from tests.reference import TINY_LIMITS, load_model
 
 PAD = 0
 PROMPTS = ["The sea is", "Rivers", "A"]
@@ -105,10 +106,11 @@ def test_logps_of_any_tokens_are_those_of_the_references(
         assert not found[row, length:].any()
         if not completion:
             continue
-        tokens = jnp.array([*prompt, *completion])
-        mask = jnp.arange(len(tokens)) >= len(prompt)
-        ours = log_likelihood(letters_llm.params, tokens, mask, model=letters_llm.model)
-        np.testing.assert_allclose(found[row, :length], ours[len(prompt) :], atol=2e-5)
+        tokens = np.zeros(32, np.int32)
+        tokens[: len(prompt) + length] = [*prompt, *completion]
+        mask = np.arange(32) >= len(prompt)
+        ours = likelihood(letters_llm.params, tokens, mask, model=letters_llm.model)
+        np.testing.assert_allclose(found[row, :length], ours[len(prompt) :][:length], atol=2e-5)
         theirs = transformers_logps(torch_model, prompt, completion)
         np.testing.assert_allclose(found[row, :length], theirs, atol=2e-5)
 
@@ -143,15 +145,7 @@ def test_logprobs_of_a_rollout_are_of_the_temperature(
 
 def test_a_rollout_and_its_rescoring_are_the_same_bits(tiny_model: tuple) -> None:
     """At temperature 1, in deterministic mode."""
-    llm = LLM(
-        tiny_model,
-        make_letters_tokenizer(),
-        deterministic=True,
-        page_size=16,
-        num_pages=24,
-        max_model_len=64,
-        max_num_seqs=4,
-    )
+    llm = LLM(tiny_model, make_letters_tokenizer(), deterministic=True, **TINY_LIMITS)
     rollout = Rollout(llm)
     found = rollout.generate(PROMPTS, Config(temperature=1.0, seed=1, return_logprobs=True))
     assert found.logprobs is not None
@@ -211,7 +205,7 @@ def test_text_that_begins_with_bos_gets_no_second_one(text_directory: Path) -> N
 
 def test_what_cannot_be_rolled_out_is_refused(tiny_model: tuple, rollout: Rollout) -> None:
     with pytest.raises(ValueError, match="need a tokenizer with an end token"):
-        Rollout(LLM(tiny_model, page_size=16, num_pages=4, max_model_len=32))
+        Rollout(LLM(tiny_model, **TINY_LIMITS))
     with pytest.raises(ValueError, match="temperature is -1"):
         rollout.generate(["A"], Config(temperature=-1.0))
     with pytest.raises(ValueError, match="the prompt is empty"):

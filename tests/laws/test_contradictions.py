@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from folojax.models.core.dense_attend import dense_attend
 from folojax.models.families.families import FAMILIES
-from folojax.models.files.checkpoint import build_module, load_params, open_checkpoint
+from folojax.models.files.checkpoint import load_params, open_checkpoint
 from folojax.models.files.hf_config import config_from_hf
 from folojax.models.files.save import save_pretrained
 from folojax.text.tokenizer_files import load_tokenizer
+from tests import dense
 from tests.families import FAMILIES as TINY_FAMILIES
 from tests.families import save_family
 from tests.models.test_config import LLAMA
@@ -51,12 +51,7 @@ def changed(directory: Path, target: Path, **keys: Any) -> Path:
 
 
 def our_logits(directory: Path) -> np.ndarray:
-    checkpoint = open_checkpoint(directory)
-    module = build_module(checkpoint.config, jnp.float32)
-    params = {"params": load_params(checkpoint, jnp.float32)}
-    tokens = jnp.asarray(TOKENS)
-    hidden = module.apply(params, tokens, jnp.arange(len(TOKENS)), None, dense_attend)[0]
-    return np.asarray(module.apply(params, hidden, method="logits"))
+    return dense.logits(*dense.load(directory), TOKENS.tolist())
 
 
 def their_logits(directory: Path) -> np.ndarray:

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from folojax import LLM, SamplingParams
-from folojax.models.files.checkpoint import build_module, load_params, open_checkpoint
 from folojax.steps import row_by_row as rowwise
+from tests import dense
 from tests.families import save_family
 from tests.reference import MORE_LIMITS, TIGHT
 
@@ -212,8 +212,7 @@ def test_tokens_are_those_of_default_mode(
 
 
 def test_in_bfloat16(tiny_directory: Any, tiny_work: Workload) -> None:
-    checkpoint = open_checkpoint(tiny_directory)
-    model = (build_module(checkpoint.config, jnp.bfloat16), load_params(checkpoint, jnp.bfloat16))
+    model = dense.load(tiny_directory, jnp.bfloat16)
     limits = MORE_LIMITS | {"deterministic": True}
     expected = run_case(model, tiny_work, Case({}), **limits)
     check_bits(run_case(model, tiny_work, Case({"max_num_seqs": 1}), **limits), expected, "alone")
@@ -224,8 +223,7 @@ def test_in_bfloat16(tiny_directory: Any, tiny_work: Workload) -> None:
 def test_windows_and_caps(tmp_path: Path, tiny_work: Workload, family: str) -> None:
     """Layers that see twelve tokens beside layers that see all, scores that are capped."""
     save_family(family, tmp_path)
-    checkpoint = open_checkpoint(tmp_path)
-    model = build_module(checkpoint.config, jnp.float32), load_params(checkpoint, jnp.float32)
+    model = dense.load(tmp_path)
     limits = MORE_LIMITS | {"deterministic": True}
     expected = run_case(model, tiny_work, Case({}), **limits)
     for name in ("one at a time", "chunks of 16", "tight pool", "no prefix cache"):
@@ -282,8 +280,7 @@ REAL_CASES = {
 
 @pytest.mark.slow
 def test_the_real_model_bit_by_bit() -> None:
-    checkpoint = open_checkpoint(None)
-    model = (build_module(checkpoint.config, jnp.float32), load_params(checkpoint, jnp.float32))
+    model = dense.load(None)
     work = make_workload(32, 49152, 64, 10)
     llm = LLM(model, **REAL_LIMITS, deterministic=True)
     expected = run(llm, work, range(32), 1000)

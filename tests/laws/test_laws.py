@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from folojax import LLM, RequestOutput, SamplingParams
-from folojax.models.files.checkpoint import build_module, load_params, open_checkpoint
+from tests import dense
 from tests.conftest import check_is_empty
 from tests.reference import MORE_LIMITS, TIGHT
 
@@ -120,8 +120,7 @@ def test_a_cap_on_long_prompts_changes_no_token(tiny_model: tuple, alone: dict) 
 
 def test_rows_in_bfloat16_are_their_own_too(tiny_directory: Path) -> None:
     """A float32 cache and a least shape of two rows, on CPU."""
-    checkpoint = open_checkpoint(tiny_directory)
-    model = (build_module(checkpoint.config, jnp.bfloat16), load_params(checkpoint, jnp.bfloat16))
+    model = dense.load(tiny_directory, jnp.bfloat16)
     llm = make_llm(model, max_num_seqs=2, max_num_batched_tokens=16)
     prompt, params = make_prompts()[0], make_params(2)
     single, _ = llm.generate([prompt, [3]], [params, SamplingParams(max_tokens=1)], use_tqdm=False)

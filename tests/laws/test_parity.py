@@ -18,7 +18,6 @@ from folojax import (
     score_tokens,
 )
 from folojax.backend import choose_backend
-from folojax.models.files.checkpoint import build_module, load_params, open_checkpoint
 from tests import reference
 
 PARAGRAPH = (
@@ -83,32 +82,13 @@ def test_embedded_model_gives_the_tokens_of_transformers_generate(real_llm: LLM)
     check_greedy(real_llm, reference.embedded_model(), prompts_of(real_llm), num_tokens=64)
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen2", "qwen3"])
-def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple:
-    directory = tmp_path_factory.mktemp(request.param)
-    is_sharded = request.param == "qwen2"
-    model = reference.save_tiny(
-        request.param, directory, max_shard_size="50KB" if is_sharded else "1GB"
-    )
-    assert (directory / "model.safetensors.index.json").exists() == is_sharded
-    return directory, model
-
-
-def test_tiny_models_give_the_tokens_of_transformers_generate(tiny: tuple) -> None:
-    directory, model = tiny
-    llm = _without_tokenizer(directory)
-    rng = np.random.default_rng(0)
-    prompts = [rng.integers(3, 128, length).tolist() for length in (3, 16, 17, 70, 100)]
-    check_greedy(llm, model, prompts, num_tokens=32)
-
-
-def test_prefill_and_decode_give_the_logits_of_transformers(tiny: tuple) -> None:
+def test_prefill_and_decode_give_the_logits_of_transformers(
+    tiny_directory: Path, tiny_model: tuple
+) -> None:
     """The functional layer, without an engine: chunks of 16 and then single tokens."""
-    directory, model = tiny
-    checkpoint = open_checkpoint(directory)
-    module = build_module(checkpoint.config, jnp.float32)
-    params = load_params(checkpoint, jnp.float32)
-    config = checkpoint.config
+    model = reference.load_model(tiny_directory)
+    module, params = tiny_model
+    config = module.config
     tokens = np.random.default_rng(1).integers(3, config.vocab_size, 64).tolist()
     expected = jax.nn.log_softmax(reference.logits(model, tokens), axis=-1)
     layout = choose_backend().kv_layout(config, jnp.float32, num_pages=8, page_size=16)
@@ -145,12 +125,6 @@ def test_prefill_and_decode_give_the_logits_of_transformers(tiny: tuple) -> None
     np.testing.assert_array_equal(scores.top_tokens[0, 0], best)
     np.testing.assert_allclose(scores.top_logprobs[0, 0], expected[62][best], atol=1e-4)
     assert scores.ranks.tolist() == [[1 + int((expected[62] > wanted[62]).sum())]]
-
-
-def _without_tokenizer(directory: Path) -> LLM:
-    checkpoint = open_checkpoint(directory)
-    model = (build_module(checkpoint.config, jnp.float32), load_params(checkpoint, jnp.float32))
-    return LLM(model, max_num_seqs=4, max_num_batched_tokens=64)
 
 
 def test_inputs_that_do_not_fit_together_are_named(tiny_model: tuple) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from folojax import LLM, SamplingParams
+from tests import dense
 from tests.reference import MORE_LIMITS, TIGHT
 
 ROOT = Path(__file__).parents[2]
@@ -86,13 +87,7 @@ def test_in_another_process(tiny_directory: Path, alone: list[list[int]]) -> Non
 
 
 def _main(directory: str) -> None:
-    import jax.numpy as jnp
-
-    from folojax.models.files.checkpoint import build_module, load_params, open_checkpoint
-
-    checkpoint = open_checkpoint(directory)
-    model = (build_module(checkpoint.config, jnp.float32), load_params(checkpoint, jnp.float32))
-    print(json.dumps(generate(make_llm(model), REQUESTS)))
+    print(json.dumps(generate(make_llm(dense.load(Path(directory))), REQUESTS)))
 
 
 if __name__ == "__main__":

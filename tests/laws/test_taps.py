@@ -9,15 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from folojax import LLM, ActivationEdit, RequestOutput, SamplingParams, read_residuals
+from folojax import LLM, ActivationEdit, RequestOutput, SamplingParams
 from folojax.models.core.dense_attend import dense_attend
-from folojax.models.files.checkpoint import build_module, load_params, open_checkpoint
 from folojax.requests.prompts import ParsedPrompt
 from folojax.runner.executables import Executable
 from folojax.steps.residual_stream import intercept, read_layers
+from tests import dense
 from tests.conftest import check_is_empty
 from tests.families import save_family
-from tests.reference import TIGHT, TINY_LIMITS, load_model
+from tests.reference import TIGHT, TINY_LIMITS, load_model, streams
 
 LAYERS = (1, 0)
 KINDS: list[dict[str, Any]] = [
@@ -63,22 +63,16 @@ def facts(output: RequestOutput) -> list[tuple]:
     return [(o.token_ids, o.cumulative_logprob, o.logprobs) for o in output.outputs]
 
 
-def check_streams(output: RequestOutput, theirs: Any) -> None:
+def check_streams(output: RequestOutput, theirs: Any, layers: tuple[int, ...] = LAYERS) -> None:
     """Every sample's arrays are the hidden states of transformers over the same tokens."""
-    import torch
-
     for one in output.outputs:
-        tokens = output.prompt_token_ids + one.token_ids
-        with torch.no_grad():
-            out = theirs(torch.tensor([tokens]), output_hidden_states=True)
+        # What follows the last token was never asked for.
+        expected = streams(theirs, (output.prompt_token_ids + one.token_ids)[:-1])
         assert one.activations is not None
-        assert set(one.activations) == set(LAYERS)
+        assert set(one.activations) == set(layers)
         for layer, stream in one.activations.items():
-            # Entry 0 is the embedding; what follows the last token was never asked for.
-            expected = out.hidden_states[layer + 1][0, :-1].numpy()
-            assert stream.shape == expected.shape
             assert stream.dtype == np.float32
-            np.testing.assert_allclose(stream, expected, rtol=0, atol=TOLERANCE)
+            np.testing.assert_allclose(stream, expected[layer], rtol=1e-4, atol=TOLERANCE)
 
 
 @pytest.fixture(scope="module")
@@ -121,20 +115,9 @@ def test_streams_are_those_of_transformers(tiny_model: tuple, theirs: Any, name:
 def test_other_families(tmp_path: Path, family: str) -> None:
     """Windows and caps, mixtures of experts, learned positions; the layer before the last norm."""
     theirs = save_family(family, tmp_path)
-    checkpoint = open_checkpoint(tmp_path)
-    model = build_module(checkpoint.config, jnp.float32), load_params(checkpoint, jnp.float32)
-    llm = make_llm(model, activation_taps=(0,))
+    llm = make_llm(dense.load(tmp_path), activation_taps=(0,))
     (output,) = llm.generate([prompts()[0]], params(**KINDS[1]), use_tqdm=False)
-    (one,) = output.outputs
-    import torch
-
-    with torch.no_grad():
-        tokens = torch.tensor([output.prompt_token_ids + one.token_ids])
-        out = theirs(tokens, output_hidden_states=True)
-    assert one.activations is not None
-    np.testing.assert_allclose(
-        one.activations[0], out.hidden_states[1][0, :-1].numpy(), rtol=1e-4, atol=TOLERANCE
-    )
+    check_streams(output, theirs, (0,))
 
 
 @pytest.mark.parametrize("options", [{}, {"deterministic": True}, {"max_decode_steps": 4}])
@@ -190,7 +173,7 @@ def test_what_is_read_is_the_edited_stream(tiny_model: tuple) -> None:
         (one,) = output.outputs
         assert one.activations is not None
         tokens = jnp.array((output.prompt_token_ids + one.token_ids)[:-1])
-        (first,) = read_residuals(weights, tokens, [0], model=module)
+        (first,) = dense.residuals(weights, tokens, (0,), model=module)
         np.testing.assert_allclose(one.activations[0], scale * first, rtol=1e-4, atol=1e-3)
     is_on = jnp.ones((5, 1), bool)
     tokens = jnp.arange(5) + 7
@@ -250,9 +233,9 @@ def test_new_weights(tiny_model: tuple, running: str) -> None:
     assert one.activations is not None
     tokens = jnp.array((outputs[0].prompt_token_ids + one.token_ids)[:-1])
     kept = len(prompts()[0]) + num_before - 1 if running == "keep" else 0
-    (new,) = read_residuals(changed, tokens, [0], model=module)
-    (old,) = read_residuals(weights, tokens[:kept], [0], model=module) if kept else (new[:0],)
-    np.testing.assert_allclose(one.activations[0][:kept], old, rtol=1e-4, atol=1e-3)
+    (new,) = dense.residuals(changed, tokens, (0,), model=module)
+    (old,) = dense.residuals(weights, tokens, (0,), model=module)
+    np.testing.assert_allclose(one.activations[0][:kept], old[:kept], rtol=1e-4, atol=1e-3)
     if not kept:
         np.testing.assert_allclose(one.activations[0], new, rtol=1e-4, atol=1e-3)
 

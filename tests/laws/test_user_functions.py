@@ -14,9 +14,8 @@ from folojax import (
     LogitsProcessor,
     RequestOutput,
     RequestState,
-    read_residuals,
 )
-from folojax.models.core.dense_attend import dense_attend
+from tests import dense
 from tests.reference import TIGHT, TINY_LIMITS
 from tests.user_functions import (
     BODY,
@@ -62,11 +61,7 @@ def test_a_greedy_row_takes_the_best_of_what_is_left(tiny_model: tuple, llm: LLM
     asked = params(temperature=0, logits_processors=["odd"])
     (output,) = llm.generate([PROMPTS[1]], asked, use_tqdm=False)
     one, sequence = output.outputs[0], PROMPTS[1] + output.outputs[0].token_ids
-    tokens = jnp.array(sequence)
-    hidden = module.apply(
-        {"params": weights}, tokens, jnp.arange(len(sequence)), None, dense_attend
-    )[0]
-    logits = module.apply({"params": weights}, hidden, method="logits")
+    logits = dense.logits(module, weights, sequence)
     logprobs = np.asarray(jax.nn.log_softmax(logits))[len(PROMPTS[1]) - 1 : -1]
     odd = np.where(np.arange(128) % 2 == 1, logprobs, -np.inf)
     assert one.token_ids == odd.argmax(axis=1).tolist()
@@ -207,4 +202,4 @@ def test_unknown_names_are_refused(llm: LLM, field: str) -> None:
 def test_unknown_layers_are_refused(tiny_model: tuple) -> None:
     module, weights = tiny_model
     with pytest.raises(ValueError, match=r"layers holds \[7\]; the model has layers 0 to 1"):
-        read_residuals(weights, jnp.array([1, 2]), [0, 7], model=module)
+        dense.residuals(weights, jnp.array([1, 2]), (0, 7), model=module)

@@ -8,18 +8,16 @@ from pathlib import Path
 
 import chex
 import gguf
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from folojax.models.core.dense_attend import dense_attend
 from folojax.models.files import gguf_conversion
 from folojax.models.files.checkpoint import build_module, load_params, open_checkpoint
 from folojax.models.files.gguf_tokenizer import build_tokenizer
 from folojax.models.machine.artefacts import build_once, cache_root
-from tests import reference
+from tests import dense, reference
 
 TEXT = (
     "The three primary colours are red, yellow and blue. In 1969, Apollo 11 landed on the Moon; "
@@ -92,15 +90,7 @@ def test_tensors_are_those_of_transformers(embedded):
 def test_logits_are_those_of_transformers(embedded, tokenizer):
     tokens = tokenizer.encode(TEXT)
     module, params = build_module(embedded.config, jnp.float32), load_params(embedded, jnp.float32)
-
-    @jax.jit
-    def logits(params, tokens):
-        positions = jnp.arange(len(tokens), dtype=jnp.int32)
-        hidden, _ = module.apply({"params": params}, tokens, positions, None, dense_attend)
-        return module.apply({"params": params}, hidden, method="logits")
-
-    ours = np.asarray(logits(params, jnp.asarray(tokens, jnp.int32)))
-
+    ours = dense.logits(module, params, tokens)
     theirs = reference.logits(reference.embedded_model(), tokens)
     chex.assert_trees_all_close(ours, theirs, rtol=0, atol=1e-3)
     np.testing.assert_array_equal(ours.argmax(-1), theirs.argmax(-1))

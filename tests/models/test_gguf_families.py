@@ -1,21 +1,18 @@
 """GGUF files of every supported architecture, quantisation and kind of tokenizer."""
 
-import functools
 from pathlib import Path
 from typing import Any
 
 import gguf
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from folojax.models.core.dense_attend import dense_attend
 from folojax.models.core.rope import plain_rates, read_scaling
-from folojax.models.files.checkpoint import build_module, load_params, open_checkpoint
+from folojax.models.files.checkpoint import load_params, open_checkpoint
 from folojax.models.files.gguf_config import GGUF_FAMILIES
 from folojax.models.files.gguf_tokenizer import build_tokenizer
-from tests import gguf_writer, reference
+from tests import dense, gguf_writer, reference
 from tests.families import save_family
 
 # By architecture: a case of `tests.families`, and what differs from it where GGUF cannot say it.
@@ -44,22 +41,14 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FOLOJAX_CACHE_DIR", str(tmp_path / "cache"))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def dense_logits(module: Any, params: Any, tokens: Any) -> Any:
-    positions = jnp.arange(len(tokens), dtype=jnp.int32)
-    hidden, _ = module.apply({"params": params}, tokens, positions, None, dense_attend)
-    return module.apply({"params": params}, hidden, method="logits")
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_logits_are_those_of_the_model_it_was_made_from(case: str, tmp_path: Path) -> None:
     family, changes = CASES[case]
     model = save_family(family, tmp_path / "hf", changes)
     gguf_writer.convert(model, tmp_path / "hf", case.partition("-")[0], tmp_path / "tiny.gguf")
     checkpoint = open_checkpoint(tmp_path / "tiny.gguf")
-    module = build_module(checkpoint.config, jnp.float32)
     tokens = np.random.default_rng(0).integers(3, 128, 64).tolist()
-    ours = dense_logits(module, load_params(checkpoint, jnp.float32), jnp.asarray(tokens))
+    ours = dense.logits(*dense.load(tmp_path / "tiny.gguf"), tokens)
     # Norms lose a bit to the 1 that is added in the file.
     np.testing.assert_allclose(ours, reference.logits(model, tokens), rtol=0, atol=2e-4)
     converted = reference.load_model(checkpoint.directory)

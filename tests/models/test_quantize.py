@@ -24,8 +24,8 @@ from folojax.sampling.sampler import SamplingClass
 from folojax.steps.by_layer import LayeredSteps
 from tests import reference
 from tests.conftest import check_is_empty
+from tests.dense import likelihood, logits
 from tests.letters import make_letters_tokenizer
-from tests.rounded_layers import logits
 
 LIMITS: dict[str, Any] = reference.TINY_LIMITS
 KINDS = {"int8": Int8Kernel, "int4": GroupKernel}
@@ -244,7 +244,7 @@ def test_a_likelihood_is_that_of_the_engine(llm: LLM, tiny_model: tuple) -> None
     (prompt, *_), ((tokens, logprobs), *_) = PROMPTS, outputs(llm, PROMPTS)
     sequence = jnp.asarray(prompt + tokens)
     mask = jnp.arange(len(sequence)) >= len(prompt)
-    found = log_likelihood(llm.params, sequence, mask, model=tiny_model[0])
+    found = likelihood(llm.params, sequence, mask, model=tiny_model[0])
     np.testing.assert_allclose(found[len(prompt) :], logprobs, atol=2e-3)
 
 

@@ -10,9 +10,9 @@ import optax
 import pytest
 
 from folojax import LLM, log_likelihood
-from folojax.models.files.checkpoint import build_module, load_params, open_checkpoint
+from tests import dense
 from tests.families import save_family
-from tests.reference import load_model, save_tiny
+from tests.reference import TINY_LIMITS, load_model, save_tiny
 
 LENGTHS = (9, 5, 12)
 SHAPE = (len(LENGTHS), 12)
@@ -31,9 +31,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     """One of our modules, its parameters, and the same model of transformers."""
     directory: Path = tmp_path_factory.mktemp(request.param)
     save_tiny(request.param, directory, tie_word_embeddings=request.param == "llama")
-    checkpoint = open_checkpoint(directory)
-    module = build_module(checkpoint.config, jnp.float32)
-    return module, load_params(checkpoint, jnp.float32), load_model(directory)
+    return *dense.load(directory), load_model(directory)
 
 
 def reference_logprobs(torch_model: Any, temperature: float = 1.0) -> Any:
@@ -50,9 +48,7 @@ def reference_logprobs(torch_model: Any, temperature: float = 1.0) -> Any:
 def test_values_are_those_of_transformers(pair: tuple, temperature: float) -> None:
     module, params, torch_model = pair
     tokens, mask = make_batch()
-    found = log_likelihood(
-        params, jnp.array(tokens), jnp.array(mask), model=module, temperature=temperature
-    )
+    found = dense.likelihood(params, tokens, mask, model=module, temperature=temperature)
     expected = reference_logprobs(torch_model, temperature).detach().numpy()
     np.testing.assert_allclose(found[:, 1:], expected, atol=2e-5)
     assert not found[:, 0].any()
@@ -92,9 +88,7 @@ def test_gradients_are_those_of_torch(pair: tuple) -> None:
 
 def test_experts_have_the_values_and_gradients_of_torch(tmp_path: Path) -> None:
     torch_model = save_family("mixtral", tmp_path)
-    checkpoint = open_checkpoint(tmp_path)
-    module = build_module(checkpoint.config, jnp.float32)
-    params = load_params(checkpoint, jnp.float32)
+    module, params = dense.load(tmp_path)
     tokens, mask = map(jnp.array, make_batch())
 
     def total(params: Any) -> tuple[jax.Array, jax.Array]:
@@ -120,7 +114,7 @@ def test_padding_and_what_is_not_masked_change_nothing(tiny_model: tuple) -> Non
     assert (other != tokens).any()
 
     def scores(tokens: np.ndarray) -> jax.Array:
-        return log_likelihood(params, jnp.array(tokens), jnp.array(mask), model=module)
+        return dense.likelihood(params, tokens, mask, model=module)
 
     np.testing.assert_array_equal(scores(tokens), scores(other))
     assert (np.asarray(scores(tokens)) != 0).sum() == mask.sum()
@@ -131,7 +125,7 @@ def test_vmap_and_leading_axes_are_the_same(tiny_model: tuple) -> None:
     tokens, mask = map(jnp.array, make_batch())
 
     def score(tokens: jax.Array, mask: jax.Array) -> jax.Array:
-        return log_likelihood(params, tokens, mask, model=module)
+        return dense.likelihood(params, tokens, mask, model=module)
 
     whole = score(tokens, mask)
     np.testing.assert_allclose(jax.vmap(score)(tokens, mask), whole, atol=1e-5)
@@ -143,10 +137,10 @@ def test_vmap_and_leading_axes_are_the_same(tiny_model: tuple) -> None:
 def test_the_engine_scores_alike(tiny_model: tuple) -> None:
     """What a trainer computes is what `LLM.score` reports, to rounding."""
     module, params = tiny_model
-    llm = LLM(tiny_model, page_size=16, num_pages=16, max_model_len=64, max_num_seqs=2)
+    llm = LLM(tiny_model, **TINY_LIMITS)
     tokens, mask = make_batch()
     (output,) = llm.score([tokens[2, :3].tolist()], [tokens[2, 3:].tolist()], use_tqdm=False)
-    found = log_likelihood(params, jnp.array(tokens), jnp.array(mask), model=module)[2, 3:]
+    found = dense.likelihood(params, tokens, mask, model=module)[2, 3:]
     np.testing.assert_allclose(found, output.logprobs, atol=2e-5)
 
 
