@@ -169,7 +169,8 @@ def test_an_engine_may_warm_up_when_it_is_made(
     tiny_model: tuple, counter: CompileCounter, whole_steps: None
 ) -> None:
     """For greedy and random requests without log-probabilities."""
-    llm = make(tiny_model, strict=True, warm_up=True)
+    # Pages of a size that no other test has, so that none of its programs is there already.
+    llm = make(tiny_model, strict=True, warm_up=True, page_size=4, num_pages=30)
     before = counter.count
     assert before > 0
     kinds = [*GREEDY[:2], {"temperature": 0.7, "seed": 3}, {"temperature": 1.0, "n": 2}] * 2
