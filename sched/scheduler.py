@@ -46,7 +46,7 @@ from folojax.sched.progress import (
 )
 from folojax.sched.queue import WaitingQueue
 from folojax.sched.request import Request, RequestStatus
-from folojax.sched.step_plan import Flights, PlanDraft, RequestUpdate, StepPlan
+from folojax.sched.step_plan import PlanDraft, PlansInFlight, RequestUpdate, StepPlan
 
 
 class Scheduler:
@@ -66,7 +66,7 @@ class Scheduler:
     Attributes:
         config: the limits.
         memory: the pages and what they hold; for reading.
-        flights: the plans under way; for reading.
+        in_flight: the plans under way; for reading.
     """
 
     def __init__(self, config: SchedulerConfig) -> None:
@@ -79,7 +79,7 @@ class Scheduler:
         # Ids in order of finishing; a dict, as an id can be used and finished twice between plans.
         self._unreported_finished_ids: dict[str, None] = {}
         self._unreported_preempted_ids: list[str] = []
-        self.flights = Flights()
+        self.in_flight = PlansInFlight()
 
     @property
     def num_running(self) -> int:
@@ -114,8 +114,8 @@ class Scheduler:
 
     def schedule(self) -> StepPlan:
         """Plans the next step and reserves its pages."""
-        if len(self.flights) == self.config.max_plans_in_flight:
-            self.flights.take_back()
+        if len(self.in_flight) == self.config.max_plans_in_flight:
+            self.in_flight.take_back()
             self.memory.plan_again()
         else:
             self.memory.plan_next()
@@ -126,14 +126,14 @@ class Scheduler:
         self._schedule_running(draft)
         if not draft.is_short_of_pages:
             self._admit_waiting(draft)
-        is_stuck = not draft.requests and self._requests and not self.flights
+        is_stuck = not draft.requests and self._requests and not self.in_flight
         assert not is_stuck, "requests are left, and none can run"
         plan = draft.publish(
             self._unreported_finished_ids,
             self._unreported_preempted_ids,
             self.memory.publish_moves(),
         )
-        self.flights.add(plan, draft.requests)
+        self.in_flight.add(plan)
         self._unreported_finished_ids = {}
         self._unreported_preempted_ids = []
         return plan
@@ -161,11 +161,12 @@ class Scheduler:
         Raises:
             AssertionError: another plan, or samples that don't belong to it; nothing has changed.
         """
+        self.in_flight.land(plan, sampled, failed)
         updates = []
         num_before = len(self._requests)
         max_model_len = self.config.max_model_len
         is_multiple = plan.num_decode_steps > 1
-        for request_id, request in self.flights.land(plan, sampled, failed).items():
+        for request_id, request in plan.awaited.items():
             has_pages = request.status is not RequestStatus.PREEMPTED
             tokens = sampled.get(request_id, ())
             if failed and request_id in failed:
@@ -186,7 +187,7 @@ class Scheduler:
             if tokens:
                 request.num_samples_in_flight -= len(tokens)
                 tokens, status, stop_reason = append_tokens(request, tokens, max_model_len)
-                self.flights.num_discarded_tokens += len(sampled[request_id]) - len(tokens)
+                self.in_flight.num_discarded_tokens += len(sampled[request_id]) - len(tokens)
             if has_pages:
                 num_scheduled = plan.num_scheduled_tokens[request_id]
                 self.memory.advance(request, len(tokens) if is_multiple else num_scheduled)
@@ -234,7 +235,7 @@ class Scheduler:
 
         What plans under way sample is not taken in; it is sampled again.
         """
-        self.flights.forget_all()
+        self.in_flight.forget_all()
         for request in reversed(self._running):
             self._preempt(request)
         self._running = []
@@ -262,7 +263,7 @@ class Scheduler:
         The scheduler can be used on, also after an interrupted step. Plans under way are void.
         """
         requests = self.abort_requests(tuple(self._requests))
-        self.flights.clear()
+        self.in_flight.clear()
         self.reset_prefix_cache()
         return requests
 
@@ -350,7 +351,7 @@ class Scheduler:
     def _preempt(self, victim: Request) -> None:
         """Puts a running request back in the queue; the batch is left to the caller."""
         self.memory.release(victim)
-        self.flights.forget_chunks(victim)
+        self.in_flight.forget(victim, but_tokens=True)
         victim.status = RequestStatus.PREEMPTED
         victim.num_preemptions += 1
         self._unreported_preempted_ids.append(victim.request_id)
@@ -366,5 +367,5 @@ class Scheduler:
         request.status = status
         request.stop_reason = stop_reason
         del self._requests[request.request_id]
-        self.flights.forget(request)
+        self.in_flight.forget(request)
         self._unreported_finished_ids[request.request_id] = None

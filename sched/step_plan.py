@@ -68,6 +68,10 @@ class StepPlan:
     # that the next one computes, for as many steps as the request has scheduled tokens, and all of
     # these are results.
     num_decode_steps: int = 1
+    # By id, the requests whose results are awaited: who ends before the plan is taken in is not
+    # among them any more. Requests and not ids alone: an id may be used again meanwhile. Without
+    # any, the plan can be taken in with nothing sampled.
+    awaited: dict[str, Request] = field(default_factory=dict)
 
     @property
     def is_empty(self) -> bool:
@@ -164,35 +168,11 @@ class PlanDraft:
             preempted_request_ids=tuple(preempted_request_ids),
             page_moves=page_moves,
             num_decode_steps=self.num_decode_steps,
+            awaited=self.requests,
         )
 
 
-@dataclass(eq=False)
-class Flight:
-    """A plan under way, and by id those of its requests that await their results.
-
-    Requests and not ids alone: one that has finished since could not be told from one that took
-    over its id.
-    """
-
-    plan: StepPlan
-    requests: dict[str, Request]
-
-    def take_back(self) -> None:
-        """Undoes what publishing the plan, the latest, noted in its requests."""
-        sampled = set(self.plan.sampled_request_ids)
-        for request_id, request in self.requests.items():
-            request.num_tokens_in_flight -= self.plan.num_scheduled_tokens[request_id]
-            if request_id in sampled:
-                request.num_samples_in_flight -= self.plan.num_samples(request_id)
-
-    def forget(self, request: Request) -> None:
-        """Awaits nothing more for a request."""
-        if self.requests.get(request.request_id) is request:
-            del self.requests[request.request_id]
-
-
-class Flights:
+class PlansInFlight:
     """The plans under way, in order.
 
     Attributes:
@@ -202,30 +182,28 @@ class Flights:
 
     def __init__(self) -> None:
         self.num_discarded_tokens = 0
-        self._flights: deque[Flight] = deque()
+        self._plans: deque[StepPlan] = deque()
 
     def __len__(self) -> int:
-        return len(self._flights)
+        return len(self._plans)
 
-    def add(self, plan: StepPlan, requests: dict[str, Request]) -> None:
-        """Takes in a plan that is published, and its requests by id."""
-        self._flights.append(Flight(plan, requests))
+    def add(self, plan: StepPlan) -> None:
+        """Takes in a plan that is published."""
+        self._plans.append(plan)
 
     def take_back(self) -> None:
-        """Drops the latest plan, which was never run."""
-        self._flights.pop().take_back()
-
-    def awaited(self, plan: StepPlan) -> Mapping[str, Request]:
-        """Returns the requests that await their results of a plan, by id; for reading.
-
-        Without any, the plan can be taken in with nothing sampled.
-        """
-        return next(flight.requests for flight in self._flights if flight.plan is plan)
+        """Drops the latest plan, which was never run, and what it noted in its requests."""
+        plan = self._plans.pop()
+        sampled = set(plan.sampled_request_ids)
+        for request_id, request in plan.awaited.items():
+            request.num_tokens_in_flight -= plan.num_scheduled_tokens[request_id]
+            if request_id in sampled:
+                request.num_samples_in_flight -= plan.num_samples(request_id)
 
     def land(
         self, plan: StepPlan, sampled: Mapping[str, Sequence[int]], failed: Collection[str]
-    ) -> dict[str, Request]:
-        """Takes out the earliest plan, and returns the requests that await its results.
+    ) -> None:
+        """Takes out the earliest plan.
 
         Args:
             plan: the one that was run.
@@ -235,11 +213,10 @@ class Flights:
         Raises:
             AssertionError: another plan, or samples that don't belong to it; nothing has changed.
         """
-        is_next = bool(self._flights) and plan is self._flights[0].plan
+        is_next = bool(self._plans) and plan is self._plans[0]
         assert is_next, "the plan is not the next to be taken in, or was taken in already"
-        requests = self._flights[0].requests
         may_sample = set(plan.sampled_request_ids)
-        is_ended = may_sample.difference(requests)
+        is_ended = may_sample.difference(plan.awaited)
         missing = may_sample.difference(sampled, failed, is_ended)
         surplus = sampled.keys() - may_sample
         unknown = set(failed) - plan.num_scheduled_tokens.keys()
@@ -249,35 +226,31 @@ class Flights:
         for request_id in failed:
             has_all = len(sampled.get(request_id, ())) == plan.num_samples(request_id)
             assert not has_all, f"failed, with all tokens: {request_id!r}"
-        self._flights.popleft()
+        self._plans.popleft()
         self.num_discarded_tokens += sum(
             plan.num_samples(request_id) for request_id in is_ended.difference(failed)
         )
-        return requests
 
-    def forget(self, request: Request) -> None:
-        """Awaits nothing more for a request, which has finished."""
-        request.num_samples_in_flight = 0
-        for flight in self._flights:
-            flight.forget(request)
-
-    def forget_chunks(self, request: Request) -> None:
-        """Awaits nothing but tokens for a request that has lost its pages.
+    def forget(self, request: Request, *, but_tokens: bool = False) -> None:
+        """Awaits nothing more for a request; or nothing but tokens, if it has lost its pages.
 
         A token is worth as much as before; what else was computed has gone with the pages.
         """
-        for flight in self._flights:
-            if request.request_id not in flight.plan.sampled_request_ids:
-                flight.forget(request)
+        if not but_tokens:
+            request.num_samples_in_flight = 0
+        for plan in self._plans:
+            is_kept = but_tokens and request.request_id in plan.sampled_request_ids
+            if not is_kept and plan.awaited.get(request.request_id) is request:
+                del plan.awaited[request.request_id]
 
     def forget_all(self) -> None:
         """Awaits nothing more; every request is to sample again what the plans sample."""
-        for flight in self._flights:
-            for request in flight.requests.values():
+        for plan in self._plans:
+            for request in plan.awaited.values():
                 request.num_samples_in_flight = 0
-            flight.requests = {}
+            plan.awaited.clear()
 
     def clear(self) -> None:
         """Drops all plans; what they give is not to be taken in."""
         self.forget_all()
-        self._flights.clear()
+        self._plans.clear()

@@ -322,13 +322,13 @@ class Engine:
 
     def _take_in_unawaited(self) -> None:
         """Takes in plans of which nobody awaits anything, without a look at what they gave."""
-        while self._in_flight and not self.scheduler.flights.awaited(self._in_flight[0][0]):
+        while self._in_flight and not self._in_flight[0][0].awaited:
             plan, _ = self._in_flight.popleft()
             self.scheduler.update_from_output(plan, {})
 
     def _commit(self, plan: StepPlan, result: StepResult) -> list[Output]:
         """Hands out what a step gave, to the scheduler first, and ends what has ended."""
-        failed = self._take_reports(result, self.scheduler.flights.awaited(plan))
+        failed = self._take_reports(result, plan.awaited)
         sampled = result.sampled
         tokens = {
             request_id: [entry.token for entry in entries]

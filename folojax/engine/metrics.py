@@ -49,7 +49,7 @@ def read_metrics(
         num_padding_tokens=stats.num_computed_tokens - stats.num_scheduled_tokens,
         num_prefill_tokens=stats.num_prefill_tokens,
         num_prefill_padding_tokens=stats.num_prefill_padding_tokens,
-        num_discarded_tokens=scheduler.flights.num_discarded_tokens,
+        num_discarded_tokens=scheduler.in_flight.num_discarded_tokens,
         num_preemptions=num_preemptions,
         num_swapped_pages=stats.num_loaded_pages,
         num_prefix_query_tokens=memory.num_query_tokens,

@@ -104,7 +104,7 @@ class History:
         """Takes in the earliest plan."""
         scheduler = self.scheduler
         plan, (sampled, failed), tables = self.flights.popleft()
-        awaited = dict(scheduler.flights.awaited(plan))
+        awaited = dict(plan.awaited)
         for request_id in sampled.keys() - awaited.keys():
             self.num_discarded[request_id] += len(sampled[request_id])
         for update in scheduler.update_from_output(plan, sampled, failed):

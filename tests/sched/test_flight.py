@@ -54,9 +54,9 @@ def test_an_end_by_length_is_foreseen(prompt: int, max_tokens: int):
     assert second.is_empty
     commit(scheduler, first)
     assert request.status is RequestStatus.FINISHED_LENGTH
-    assert not scheduler.flights.awaited(second)
+    assert not second.awaited
     commit(scheduler, second)
-    assert scheduler.flights.num_discarded_tokens == 0
+    assert scheduler.in_flight.num_discarded_tokens == 0
     assert_empty(scheduler)
 
 
@@ -64,13 +64,13 @@ def test_the_token_behind_an_end_is_discarded():
     scheduler = make_ahead(enable_prefix_caching=True)
     request = add(scheduler, "a", 4, stop={"eos_token_ids": frozenset({9})})
     first, second = plan(scheduler), plan(scheduler)
-    assert set(scheduler.flights.awaited(second)) == {"a"}
+    assert set(second.awaited) == {"a"}
     commit(scheduler, first, token=9)
     assert request.is_finished
-    assert not scheduler.flights.awaited(second)
+    assert not second.awaited
     assert commit(scheduler, second, token=8) == []
     assert request.output_token_ids == [9]
-    assert scheduler.flights.num_discarded_tokens == 1
+    assert scheduler.in_flight.num_discarded_tokens == 1
     assert scheduler.memory.cache.num_pages == 1  # the prompt; not the page of the end token
     assert_empty(scheduler)
 
@@ -88,7 +88,7 @@ def test_an_id_in_flight_may_be_used_again():
     assert commit(scheduler, second, token=2) == []
     commit(scheduler, third, token=3)
     assert (old.output_token_ids, new.output_token_ids) == ([], [3])
-    assert scheduler.flights.num_discarded_tokens == 2
+    assert scheduler.in_flight.num_discarded_tokens == 2
 
 
 def test_a_failed_row_is_not_awaited_any_more():
@@ -157,7 +157,7 @@ def test_a_preempted_request_keeps_the_token_in_flight():
     assert b.num_computed_tokens == 0
     commit(scheduler, second, token=6)
     assert (a.output_token_ids, b.output_token_ids) == ([5, 6], [5])
-    assert scheduler.flights.num_discarded_tokens == 0
+    assert scheduler.in_flight.num_discarded_tokens == 0
 
 
 def test_a_preempted_request_ends_by_the_token_in_flight():
@@ -185,7 +185,7 @@ def test_preempt_all_awaits_nothing():
     scheduler.preempt_all()
     scheduler.check()
     assert commit(scheduler, first) == commit(scheduler, second) == []
-    assert (request.output_token_ids, scheduler.flights.num_discarded_tokens) == ([], 2)
+    assert (request.output_token_ids, scheduler.in_flight.num_discarded_tokens) == ([], 2)
     assert plan(scheduler).num_scheduled_tokens == {"a": 3}
 
 

@@ -62,7 +62,7 @@ def check_laws(
     assert history.runner.rows == history.runner.host == {}
     assert memory.host.num_used == 0
     assert history.num_preemptions == sum(r.num_preemptions for r in history.requests.values())
-    assert scheduler.flights.num_discarded_tokens == history.num_discarded.total()
+    assert scheduler.in_flight.num_discarded_tokens == history.num_discarded.total()
     if not any(event.kind in ("preempt_all", "reset") for event in events):
         # An end by length is foreseen; one by a token is seen when it is read.
         num_steps = config.max_decode_steps
