@@ -31,7 +31,7 @@ from folojax.sampling.rows import (
     greedy_rows,
 )
 from folojax.sampling.sampler import SamplingClass, SamplingSpec
-from folojax.steps.residual_stream import ActivationEdit, read_residuals
+from folojax.steps.residuals import ActivationEdit, read_residuals
 from folojax.steps.state import DecodeInputs, EngineState, PrefillInputs, init_state
 from folojax.steps.step import decode, head_params, prefill, sample_tokens, score_tokens
 from folojax.train.likelihood import log_likelihood

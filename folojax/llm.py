@@ -34,11 +34,11 @@ from folojax.requests.prompts import (
 )
 from folojax.requests.sampling_params import SamplingParams
 from folojax.requests.user_functions import UserFunctions
-from folojax.runner.executables import CompilePlan
-from folojax.runner.warm_up import make_plan, warm_up
+from folojax.runner.compile_plan import CompilePlan
+from folojax.runner.warm_up import list_compile_plan, warm_up
 from folojax.sampling.logits_processors import LogitsProcessor
 from folojax.sampling.sampler import SamplingClass
-from folojax.steps.residual_stream import ActivationEdit
+from folojax.steps.residuals import ActivationEdit
 
 _LOG = logging.getLogger("folojax")
 
@@ -334,7 +334,7 @@ class LLM(RequestLoop):
             sampling: Classes of sampling parameters that will be used.
             logprobs: Whether log-probabilities will be, of samples, prompts or continuations.
         """
-        return make_plan(self.engine.runner, sampling, logprobs)
+        return list_compile_plan(self.engine.runner, sampling, logprobs)
 
     @exclusive
     def warm_up(

@@ -72,6 +72,23 @@ def room_for_programs() -> Iterator[None]:
         gc.collect()
 
 
+class CompileCounter:
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self, event: str, duration_secs: float, **kwargs: Any) -> None:
+        self.count += event == "/jax/core/compile/backend_compile_duration"
+
+
+@pytest.fixture
+def counter() -> Iterator[CompileCounter]:
+    """Programs that XLA has compiled, or read from disk, since the test began."""
+    counter = CompileCounter()
+    jax.monitoring.register_event_duration_secs_listener(counter)
+    yield counter
+    jax.monitoring.unregister_event_duration_listener(counter)
+
+
 @pytest.fixture(scope="session")
 def tiny_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random Llama in the Hugging Face layout, without a tokenizer."""

@@ -13,21 +13,13 @@ from folojax.models.core.interface import Scoring
 
 @dataclasses.dataclass(frozen=True)
 class AttentionSpec:
-    """What decides whether a kernel takes a layer.
+    """What decides whether a kernel takes a layer."""
 
-    Attributes:
-        dtype: Of queries, keys and values.
-        storage_dtype: Of the pages.
-        head_dim: D.
-        page_format: How pages lie.
-        scoring: What becomes of the products of queries and keys.
-    """
-
-    dtype: jnp.dtype
-    storage_dtype: jnp.dtype
-    head_dim: int
-    page_format: PageFormat
-    scoring: Scoring
+    dtype: jnp.dtype  # of queries, keys and values
+    storage_dtype: jnp.dtype  # of the pages
+    head_dim: int  # D
+    page_format: PageFormat  # how pages lie
+    scoring: Scoring  # what becomes of the products of queries and keys
 
 
 # Checkable at run time, so annotations can be checked under pytest.

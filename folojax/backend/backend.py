@@ -7,78 +7,100 @@ is lowered for (`models.core.layers`).
 
 import dataclasses
 import re
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
+from jax.sharding import SingleDeviceSharding
 from jax.typing import DTypeLike
 
 from folojax.backend.swap_cost import SwapRates
 from folojax.compile.shapes import Shapes, powers, up_to, with_parts
 from folojax.kv.cache import KVLayout, PageFormat, PageOrder
 from folojax.models.core.config import ModelConfig
+from folojax.models.core.decoder import Llama
 from folojax.sched.pages import pages_for
+from folojax.steps.by_layer import LayeredSteps
+from folojax.steps.calls import Steps
+from folojax.steps.executables import StepKind
+from folojax.steps.fused import WholeSteps
+from folojax.steps.row_by_row import RowSteps
+
+_T = TypeVar("_T")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Backend:
-    """A platform, as far as the engine minds.
+    """A platform, as far as the engine minds."""
 
-    Attributes:
-        name: JAX's name of the platform.
-        default_dtype: Of a model whose user has no wish.
-        defaults: Fields of `EngineConfig` that are None unless they are given.
-        memory_fraction: Share of the device that weights, pages and temporaries take by default;
-            None: the pool is not sized by memory unless that is asked for.
-        page_order: How pages lie.
-        kernels: Of attention, the preferred one first.
-        exact_kernels: Likewise, of an engine in deterministic mode.
-        stores_float32: Whether pages are of float32 whatever the model's dtype. On CPU XLA sends an
-            array of half precision through float32 on every write and most reads.
-        is_layered: Whether a step is run some layers at a time (`folojax.steps.by_layer`), or as
-            one program with its sampling in it (`folojax.steps.fused`).
-        warms_up: Whether an engine compiles what it will need when it is made.
-        measures_memory: Whether what steps need is asked of compiled ones where the pool is sized
-            by it; else a bound does, which wastes a part of a large memory and no time.
-        rows_per_call: T, tokens of a call in deterministic mode.
-        arrays_per_copy: How many layers' arrays a copy of pages moves in one call; None is all.
-        swap_rates: What moving K/V to the host and computing them again cost.
-        host_memory: JAX's name of the memory in which pages wait on the host; None: the device's
-            own, where host and device have one.
-        capability: NVIDIA's compute capability of the device; 0 for any other.
-    """
-
-    name: str
-    default_dtype: DTypeLike
+    name: str  # JAX's, of the platform
+    default_dtype: DTypeLike  # of a model whose user has no wish
     defaults: dict[str, int] = dataclasses.field(hash=False)
+    """Fields of `EngineConfig` that are None unless they are given."""
     memory_fraction: float | None
+    """Share of the device that weights, pages and temporaries take by default; None: the pool is
+    not sized by memory unless that is asked for."""
     page_order: PageOrder
-    kernels: tuple[str, ...]
-    exact_kernels: tuple[str, ...]
+    kernels: tuple[str, ...]  # of attention, the preferred one first
+    exact_kernels: tuple[str, ...]  # likewise, of an engine in deterministic mode
     stores_float32: bool
-    is_layered: bool
-    warms_up: bool
+    """Whether pages are of float32 whatever the model's dtype. On CPU XLA sends an array of half
+    precision through float32 on every write and most reads."""
+    steps: StepKind  # how the calls of a step are made (`folojax.steps.calls`)
+    warms_up: bool  # whether an engine compiles what it will need when it is made
     measures_memory: bool
-    rows_per_call: int
-    arrays_per_copy: int | None
-    swap_rates: SwapRates
-    host_memory: str | None
-    capability: float = 0.0
+    """Whether what steps need is asked of compiled ones where the pool is sized by it; else a bound
+    does, which wastes a part of a large memory and no time."""
+    rows_per_call: int  # T, tokens of a call in deterministic mode
+    arrays_per_copy: int | None  # layers' arrays that a copy of pages moves in one call; None: all
+    swap_rates: SwapRates  # what moving K/V to the host and computing them again cost
+    host_memory: str | None  # JAX's name of the host's memory; None: it is the device's
+    capability: float = 0.0  # NVIDIA's compute capability of the device; 0 for any other
 
     def kv_layout(
-        self,
-        config: ModelConfig,
-        dtype: DTypeLike,
-        num_pages: int,
-        page_size: int,
-        *,
-        is_deterministic: bool = False,
+        self, config: ModelConfig, dtype: DTypeLike, num_pages: int, page_size: int
     ) -> KVLayout:
-        """The layout of a cache for a model."""
-        kernels = self.exact_kernels if is_deterministic else self.kernels
-        page_format = PageFormat(page_size, self.page_order, kernels, self.capability)
-        storage = jnp.float32 if self.stores_float32 else dtype
-        return KVLayout.of(config, dtype, num_pages, page_format, storage)
+        """The layout of a cache for a model whose keys and values are of `dtype`."""
+        return KVLayout(
+            num_pages=num_pages,
+            num_layers=config.num_layers,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            dtype=dtype,
+            storage_dtype=jnp.float32 if self.stores_float32 else dtype,
+            format=PageFormat(page_size, self.page_order, self.kernels, self.capability),
+        )
+
+    def deterministic(self) -> "Backend":
+        """The same platform where what a row gets has the same bits whatever its company."""
+        return dataclasses.replace(self, steps="rows", kernels=self.exact_kernels)
+
+    def step_kind(self, model: nn.Module) -> StepKind:
+        """How the steps of a model are made: one that cannot be cut into layers is run whole."""
+        is_whole = self.steps == "layers" and not isinstance(model, Llama)
+        return "whole" if is_whole else self.steps
+
+    def make_steps(self, model: nn.Module) -> Steps:
+        """From executables to the device calls of a model."""
+        if self.steps == "layers" and isinstance(model, Llama):
+            return LayeredSteps(model)
+        return RowSteps(model) if self.steps == "rows" else WholeSteps(model)
+
+    def place(self, arrays: _T) -> _T:
+        """Commits arrays to the device; one that is there already is shared, not copied.
+
+        To jit, committed arrays and others are different inputs: were some of either kind,
+        parameters that come from elsewhere would need executables of their own.
+        """
+        return jax.device_put(arrays, jax.devices()[0])
+
+    def placed_shapes(self, shapes: Any) -> Any:
+        """Shapes of arrays that are committed to the device, as the engine's are."""
+        sharding = SingleDeviceSharding(jax.devices()[0])
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes
+        )
 
     def shapes(self, config: Any, dtype: DTypeLike) -> Shapes:
         """The shapes of an engine's calls.
@@ -90,7 +112,17 @@ class Backend:
         most_rows = pages_for(config.max_num_batched_tokens, config.prefill_row_len)
         table_pages = pages_for(config.max_model_len, config.page_size)
         most = config.max_num_seqs
-        if self.is_layered:
+        if self.steps == "rows":
+            rows = (self.rows_per_call,)
+            return Shapes(
+                decode_rows=rows,
+                sampled_rows=rows,
+                prefill_rows=rows,
+                prefill_columns=1,
+                table_pages=table_pages,
+            )
+        is_layered = self.steps == "layers"
+        if is_layered:
             # A product with a single row of half precision converts all weights, in every call.
             least = 1 if jnp.dtype(dtype) == jnp.float32 else 2
             # A batch that runs dry spends half of its steps between two powers of two; below 4 rows
@@ -114,8 +146,8 @@ class Backend:
             prefill_rows=prefill_rows,
             prefill_columns=config.prefill_row_len,
             table_pages=table_pages,
-            is_coarse=not self.is_layered,
-            prefill_tokens=None if self.is_layered else config.max_num_batched_tokens,
+            is_coarse=not is_layered,
+            prefill_tokens=None if is_layered else config.max_num_batched_tokens,
         )
 
 
@@ -135,7 +167,7 @@ CPU = Backend(
     kernels=("native", "reference"),
     exact_kernels=("native", "alike"),
     stores_float32=True,
-    is_layered=True,
+    steps="layers",
     warms_up=False,
     measures_memory=True,
     rows_per_call=32,
@@ -158,7 +190,7 @@ GPU = Backend(
     kernels=("cudnn", "reference"),
     exact_kernels=("alike",),
     stores_float32=False,
-    is_layered=False,
+    steps="whole",
     warms_up=True,
     measures_memory=False,
     rows_per_call=128,

@@ -6,17 +6,11 @@ import sys
 
 @dataclasses.dataclass(frozen=True)
 class SwapRates:
-    """What a machine does, roughly: an estimate that is off by two still decides right mostly.
+    """What a machine does, roughly: an estimate that is off by two still decides right mostly."""
 
-    Attributes:
-        flops_per_s: Of the products of a prompt chunk.
-        bytes_per_s: Of a copy of pages to host memory, or back.
-        overhead_s: Of moving a request there and back, however few pages it has.
-    """
-
-    flops_per_s: float
-    bytes_per_s: float
-    overhead_s: float
+    flops_per_s: float  # of the products of a prompt chunk
+    bytes_per_s: float  # of a copy of pages to host memory, or back
+    overhead_s: float  # of moving a request there and back, however few pages it has
 
 
 NEVER = sys.maxsize

@@ -14,44 +14,29 @@ from folojax.sched.pages import pages_for
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DeviceMemory:
-    """A device's memory.
+    """A device's memory."""
 
-    Attributes:
-        limit_bytes: All that a program may have of it.
-        used_bytes: Of other arrays than the engine's.
-    """
-
-    limit_bytes: int
-    used_bytes: int = 0
+    limit_bytes: int  # all that a program may have of it
+    used_bytes: int = 0  # of other arrays than the engine's
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MemoryPlan:
-    """What an engine takes of its device.
+    """What an engine takes of its device."""
 
-    Attributes:
-        weights_bytes: The model's parameters.
-        slots_bytes: What the sampler keeps of running requests; most of it is only allocated once
-            a request has penalties, biases or banned words.
-        bytes_per_page: Keys and values of a page, all layers.
-        num_pages: Pages of the pool.
-        page_size: Tokens of a page.
-        max_model_len: Most tokens of a request.
-        temporaries_bytes: What the largest step needs beside all that.
-        is_measured: Whether the temporaries are those of compiled steps. Otherwise they are a
-            generous bound, which was enough to see that all fits.
-        device: The device's memory; None: unknown, and nothing was checked.
-    """
-
-    weights_bytes: int
+    weights_bytes: int  # the model's parameters
     slots_bytes: int
-    bytes_per_page: int
-    num_pages: int
-    page_size: int
-    max_model_len: int
-    temporaries_bytes: int
+    """What the sampler keeps of running requests; most of it is only allocated once a request has
+    penalties, biases or banned words."""
+    bytes_per_page: int  # keys and values of a page, all layers
+    num_pages: int  # of the pool
+    page_size: int  # tokens of a page
+    max_model_len: int  # most tokens of a request
+    temporaries_bytes: int  # what the largest step needs beside all that
     is_measured: bool
-    device: DeviceMemory | None
+    """Whether the temporaries are those of compiled steps. Otherwise they are a generous bound,
+    which was enough to see that all fits."""
+    device: DeviceMemory | None  # None: its memory is unknown, and nothing was checked
 
     @property
     def pages_bytes(self) -> int:

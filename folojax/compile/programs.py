@@ -11,10 +11,9 @@ import functools
 import inspect
 import threading
 from collections.abc import Callable, Hashable
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
 
 import jax
-from jax.sharding import SingleDeviceSharding
 
 IN_GRAPH: dict[str, Any] = {
     "xla_gpu_enable_command_buffer": (
@@ -45,13 +44,11 @@ class Programs:
         """Compiles nothing.
 
         Args:
-            function: Its static arguments are those by keyword alone. Of a jitted one that which
-                is jitted.
+            function: Its static arguments are those by keyword alone.
             donate: Places of the arguments that are DONATED.
             compiler_options: As of `jax.jit`.
         """
-        jitted: Any = function if hasattr(function, "lower") else None
-        self._function = function if jitted is None else jitted.__wrapped__
+        self._function = function
         self._options: dict[str, Any] = {
             "donate_argnums": donate,
             "compiler_options": compiler_options,
@@ -84,18 +81,23 @@ class Program:
         self.options = options
         self._function = function
         self._compiled: dict[Hashable, jax.stages.Compiled] = {}
+        self._by_key: dict[Hashable, jax.stages.Compiled] = {}
 
-    def __call__(self, *args: Any) -> Any:
-        """What the function gives; compiled first if it was not yet."""
-        return self.compile(*args)(*args)
+    def __call__(self, *args: Any, key: Hashable = None) -> Any:
+        """What the function gives; compiled first if it was not yet.
+
+        With a key that comes with the same shapes every time, none of them is looked at again.
+        """
+        compiled = self._by_key.get(key)
+        if compiled is None:
+            compiled = self.compile(*args)
+            if key is not None:
+                self._by_key[key] = compiled
+        return compiled(*args)
 
     def lower(self, *args: Any) -> jax.stages.Lowered:
         """What there is to be compiled; nothing of it is kept. Arrays may be shapes."""
         return jax.jit(self._anew(), **self.options).lower(*args)
-
-    def result_shapes(self, *args: Any) -> Any:
-        """See the function of that name."""
-        return result_shapes(self._anew(), *args)
 
     def _anew(self) -> Callable[..., Any]:
         """A function of its own: JAX's caches forget with it what was traced."""
@@ -123,29 +125,41 @@ class Program:
     def clear(self) -> None:
         """Forgets what is compiled."""
         self._compiled.clear()
+        self._by_key.clear()
 
 
-class Call(NamedTuple):
-    """A program and the arguments of a call that is to come; arrays may be shapes."""
+Run: TypeAlias = Callable[..., Any]
+"""Makes a call: (program, arguments, key=None) to what the program gives; see `run`."""
 
-    program: Program
-    args: tuple[Any, ...]
 
-    def lower(self) -> jax.stages.Lowered:
-        """See `Program.lower`."""
-        return self.program.lower(*self.args)
+def run(program: Program, args: tuple[Any, ...], key: Hashable = None) -> Any:
+    """Computes; DONATES what the program says.
 
-    def run(self) -> Any:
-        """See `Program.__call__`."""
-        return self.program(*self.args)
+    `key`, where there is one, always comes with arguments of the same shapes.
+    """
+    return program(*args, key=key)
 
-    def compile(self) -> jax.stages.Compiled:
-        """See `Program.compile`."""
-        return self.program.compile(*self.args)
 
-    def result_shapes(self) -> Any:
-        """See the function of that name."""
-        return self.program.result_shapes(*self.args)
+class Compiling:
+    """Calls that are compiled and not run: they give shapes, and nothing is donated.
+
+    Attributes:
+        compiled: What the calls would run, each once.
+    """
+
+    def __init__(self) -> None:
+        """Has compiled nothing yet."""
+        self.compiled: list[Any] = []
+
+    def __call__(self, program: Program, args: tuple[Any, ...], key: Hashable = None) -> Any:
+        """As `run`; arrays may be shapes."""
+        compiled = program.compile(*args)
+        if compiled not in self.compiled:
+            self.compiled.append(compiled)
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding),
+            compiled.out_info,
+        )
 
 
 def clear_programs() -> None:
@@ -153,16 +167,3 @@ def clear_programs() -> None:
     for programs in _ALL:
         programs.clear()
     jax.clear_caches()
-
-
-def result_shapes(function: Callable[..., Any], *args: Any) -> Any:
-    """What a compiled function gives, as shapes of arrays that are committed to the device."""
-    sharding = SingleDeviceSharding(jax.devices()[0])
-
-    def result(leaf: Any) -> jax.ShapeDtypeStruct:
-        # A weak type is another type to the next program.
-        return jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=sharding, weak_type=leaf.weak_type
-        )
-
-    return jax.tree.map(result, jax.eval_shape(function, *args))

@@ -8,8 +8,7 @@ use: a decode step is a number of rows, a prefill step a number of rows of C tok
 import bisect
 import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TypeVar
+from collections.abc import Iterable
 
 from folojax.sampling.sampler import SamplingClass
 
@@ -18,57 +17,25 @@ _SLOT_MULTIPLE = 32
 _USUAL_LOGPROBS = 20
 """J where nobody wants more, also in an engine that allows the whole vocabulary."""
 
-_Item = TypeVar("_Item")
-
-
-@dataclasses.dataclass(frozen=True)
-class PrefillShape:
-    """`rows` rows of `columns` tokens."""
-
-    rows: int
-    columns: int
-
-
-@dataclasses.dataclass(frozen=True)
-class DecodeShape:
-    """`rows` rows of a token each."""
-
-    rows: int
-
 
 @dataclasses.dataclass(frozen=True)
 class Shapes:
-    """The sizes of each axis, ascending.
+    """The sizes of each axis, ascending."""
 
-    Attributes:
-        decode_rows: B, up to max_num_seqs.
-        sampled_rows: B of decode steps that sample otherwise than greedily, where model and sampler
-            are one program: fewer, as each kind of sampling is a program then.
-        prefill_rows: R; rows beyond the largest go into further calls.
-        prefill_columns: C.
-        prefill_tokens: Most tokens of prompts in a step, where a call computes no more than that
-            though its rows have room for them; None: a call computes all, padding included.
-        table_pages: N, pages of max_model_len.
-        is_coarse: Fewer kinds of sampling, as each of them is a program with the model in it: a
-            draw from everything runs as one that cuts nothing, and whoever wants log-probabilities
-            has alternatives computed.
-    """
-
-    decode_rows: tuple[int, ...]
+    decode_rows: tuple[int, ...]  # B, up to max_num_seqs
     sampled_rows: tuple[int, ...]
-    prefill_rows: tuple[int, ...]
-    prefill_columns: int
-    table_pages: int
+    """B of decode steps that sample otherwise than greedily, where model and sampler are one
+    program: fewer, as each kind of sampling is a program then."""
+    prefill_rows: tuple[int, ...]  # R; rows beyond the largest go into further calls
+    prefill_columns: int  # C
+    table_pages: int  # N, pages of max_model_len
     is_coarse: bool = False
+    """Fewer kinds of sampling, as each of them is a program with the model in it: a draw from
+    everything runs as one that cuts nothing, and whoever wants log-probabilities has alternatives
+    computed."""
     prefill_tokens: int | None = None
-
-    def prefill_shape(self, num_rows: int) -> PrefillShape:
-        """The smallest shape for so many rows."""
-        return PrefillShape(round_up(num_rows, self.prefill_rows), self.prefill_columns)
-
-    def decode_shape(self, num_rows: int, is_greedy: bool = True) -> DecodeShape:
-        """The smallest shape for so many rows."""
-        return DecodeShape(round_up(num_rows, self.decode_rows if is_greedy else self.sampled_rows))
+    """Most tokens of prompts in a step, where a call computes no more than that though its rows
+    have room for them; None: a call computes all, padding included."""
 
     def num_alternatives(self, wanted: int | None, most: int) -> int | None:
         """J, where so many are wanted of at most `most`; None is no log-probabilities at all.
@@ -104,15 +71,6 @@ def round_up(value: int, sizes: tuple[int, ...]) -> int:
     """
     assert value <= sizes[-1], f"{value} is beyond the largest size {sizes[-1]}"
     return sizes[bisect.bisect_left(sizes, value)]
-
-
-def split_calls(items: Sequence[_Item], most: int) -> Iterator[Sequence[_Item]]:
-    """Cuts items into those of one call each.
-
-    >>> list(split_calls("abcde", 2))
-    ['ab', 'cd', 'e']
-    """
-    return (items[first : first + most] for first in range(0, len(items), most))
 
 
 def with_parts(sizes: tuple[int, ...], first_halved: int, first_quartered: int) -> tuple[int, ...]:

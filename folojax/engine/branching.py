@@ -14,7 +14,6 @@ from folojax.engine.live_request import LiveGeneration, Sample
 from folojax.engine.snapshot import Snapshot
 from folojax.requests.prompts import ParsedPrompt
 from folojax.requests.sampling_params import SamplingParams
-from folojax.runner.deterministic import DeterministicRunner
 from folojax.runner.host_store import TokenKV
 from folojax.sched.request import Request
 
@@ -105,7 +104,7 @@ def _find_sample(engine: Engine, request_id: str, index: int) -> tuple[LiveGener
 
 def _kv_bits(engine: Engine) -> str | None:
     """What the bits of K/V depend on besides tokens and weights; None: on the batch."""
-    if not isinstance(engine.runner, DeterministicRunner):
+    if engine.runner.steps.kind != "rows":
         return None
     return f"deterministic mode with pages of {engine.scheduler.config.page_size}"
 

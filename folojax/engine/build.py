@@ -16,7 +16,6 @@ from folojax.backend.device_memory import device_memory
 from folojax.backend.swap_cost import min_swap_tokens
 from folojax.compile.mapped_memory import give_back_memory
 from folojax.compile.memory_plan import MemoryPlan, plan_fraction, plan_pages
-from folojax.compile.shapes import Shapes, slots_for
 from folojax.config import EngineConfig, ResolvedConfig
 from folojax.engine.engine import Engine
 from folojax.kv import KVLayout
@@ -28,8 +27,8 @@ from folojax.requests.sampling_params import SamplingParams
 from folojax.requests.user_functions import NO_FUNCTIONS, UserFunctions
 from folojax.requests.validation import Validator
 from folojax.runner import temporaries as step_memory
-from folojax.runner.deterministic import DeterministicRunner
 from folojax.runner.runner import Runner
+from folojax.runner.setup import Setup
 from folojax.sched.scheduler import Scheduler
 from folojax.text.tokenizer import Tokenizer
 from folojax.text.tokenizer_files import load_tokenizer
@@ -79,6 +78,8 @@ def load_model(
     Limits and memory are settled before weights are read, which may take long or not fit.
     """
     backend = choose_backend()
+    if config.deterministic:
+        backend = backend.deterministic()
     quantization = config.quantization
     if isinstance(model, tuple):
         module, params = model
@@ -140,32 +141,20 @@ def plan_memory(
         backend,
         _min_swap_tokens(module, num_weights, backend),
     )
-    num_slots = slots_for(resolved.max_num_seqs)
-    max_logprobs = _num_alternatives(module, resolved)
 
     def measure(num_pages: int) -> int:
         sized = dataclasses.replace(resolved, num_pages=num_pages)
-        shapes, layout = _shapes(module, sized, backend)
-        return step_memory.measure(
-            module,
-            layout,
-            shapes,
-            num_slots,
-            max_logprobs,
-            backend,
-            config.quantization,
-            is_deterministic=resolved.deterministic,
-        )
+        return step_memory.measure(make_setup(module, sized, backend), config.quantization)
 
-    shapes, layout = _shapes(module, resolved, backend)
+    setup = make_setup(module, resolved, backend)
     plan = MemoryPlan(
         weights_bytes=weights_bytes,
-        slots_bytes=step_memory.slot_bytes(module, num_slots),
-        bytes_per_page=layout.bytes_per_page,
+        slots_bytes=step_memory.slot_bytes(module, setup.num_slots),
+        bytes_per_page=setup.layout.bytes_per_page,
         num_pages=resolved.num_pages,
         page_size=resolved.page_size,
         max_model_len=resolved.max_model_len,
-        temporaries_bytes=step_memory.estimate(module, layout, shapes, max_logprobs),
+        temporaries_bytes=step_memory.estimate(setup),
         is_measured=False,
         device=device_memory(resident_bytes),
     )
@@ -214,26 +203,13 @@ def make_engine(
     functions.check_layers(model.module.config.num_layers)
     module, config = model.module, model.config
     functions.check_results(module.config.vocab_size, module.config.hidden_size, module.dtype)
-    shapes, layout = _shapes(module, config, model.backend)
     vocab_size = module.config.vocab_size
     # Rows of the vocabulary beyond the tokenizer's are padding, and no token.
     num_tokens = min(vocab_size, tokenizer.num_tokens) if tokenizer else vocab_size
-    _tell_kernels(module, layout)
+    setup = make_setup(module, config, model.backend, num_tokens)
+    _tell_kernels(module, setup.layout)
     give_back_memory()  # of what loading has left, before the pool is allocated
-    runner = (DeterministicRunner if config.deterministic else Runner)(
-        module,
-        model.params,
-        layout,
-        shapes,
-        config.max_num_seqs,
-        backend=model.backend,
-        max_logprobs=_num_alternatives(module, config),
-        num_tokens=None if num_tokens == vocab_size else num_tokens,
-        is_processed=config.logprobs_mode == "processed",
-        max_decode_steps=config.max_decode_steps,
-        is_strict=config.strict,
-        functions=functions,
-    )
+    runner = Runner(setup, model.params, is_strict=config.strict, functions=functions)
     return Engine(
         Scheduler(config.scheduler()),
         runner,
@@ -264,26 +240,29 @@ def _tell_kernels(module: nn.Module, layout: KVLayout) -> None:
         _LOG.log(level, "attention of %d layers in plain XLA, slower: %s", len(found), reason)
 
 
-def _shapes(module: nn.Module, config: ResolvedConfig, backend: Backend) -> tuple[Shapes, KVLayout]:
-    layout = backend.kv_layout(
-        module.config,
-        module.dtype,
-        config.num_pages,
-        config.page_size,
-        is_deterministic=config.deterministic,
+def make_setup(
+    module: nn.Module, config: ResolvedConfig, backend: Backend, num_tokens: int | None = None
+) -> Setup:
+    """What the calls of an engine are made for; ids from `num_tokens` on are no tokens."""
+    vocab_size = module.config.vocab_size
+    # The cap of alternatives, or the whole vocabulary where there is none.
+    most = vocab_size if config.max_logprobs == -1 else min(config.max_logprobs, vocab_size)
+    return Setup(
+        model=module,
+        backend=backend,
+        layout=backend.kv_layout(module.config, module.dtype, config.num_pages, config.page_size),
+        shapes=backend.shapes(config, module.dtype),
+        max_num_seqs=config.max_num_seqs,
+        max_logprobs=most,
+        num_tokens=None if num_tokens == vocab_size else num_tokens,
+        is_processed=config.logprobs_mode == "processed",
+        max_decode_steps=config.max_decode_steps,
     )
-    return backend.shapes(config, module.dtype), layout
 
 
 def _min_swap_tokens(module: nn.Module, num_weights: int, backend: Backend) -> int:
     layout = backend.kv_layout(module.config, module.dtype, num_pages=1, page_size=1)
     return min_swap_tokens(num_weights, layout.bytes_per_page, backend.swap_rates)
-
-
-def _num_alternatives(module: nn.Module, config: ResolvedConfig) -> int:
-    """J, at most: the cap, or the whole vocabulary where there is none."""
-    vocab_size = module.config.vocab_size
-    return vocab_size if config.max_logprobs == -1 else min(config.max_logprobs, vocab_size)
 
 
 def _end_tokens(

@@ -367,7 +367,7 @@ class Engine:
                 result.sampled.pop(request_id, None)
             elif request_id in awaited:
                 _owner(awaited[request_id]).add_prompt_logprobs(chunk)
-        for request_id, pieces in result.streams.items():
+        for request_id, pieces in result.residuals.items():
             sample = awaited.get(request_id)
             if isinstance(sample, Sample):
                 for piece in pieces:

@@ -23,7 +23,7 @@ from folojax.requests.outputs import (
 )
 from folojax.requests.sampling_request import SamplingRequest
 from folojax.requests.validation import CheckedRequest
-from folojax.runner.activation_taps import Streams
+from folojax.runner.residuals import SampleResiduals
 from folojax.runner.results import PromptLogprobs, TokenLogprob
 from folojax.sched.request import StopRule
 from folojax.text.detokenizer import Detokenizer
@@ -102,7 +102,7 @@ class Sample(SamplingRequest):
     logprobs: list[dict[int, Logprob]] = dataclasses.field(default_factory=list)
     records: list[LogprobRecord] = dataclasses.field(default_factory=list)
     weights_versions: list[int] = dataclasses.field(default_factory=list)
-    activations: Streams | None = None  # residual streams of its tokens, where they are asked for
+    activations: SampleResiduals | None = None  # of its tokens, where they are asked for
     detokenizer: Detokenizer | None = None  # made when text is first wanted
 
     def take(self, entries: Sequence[TokenLogprob], weights_version: int) -> tuple[int, str] | None:
@@ -141,9 +141,9 @@ class Sample(SamplingRequest):
         self.activations = self.detokenizer = None
 
     def add_activations(self, piece: Any) -> None:
-        """Takes in the residual streams of some tokens (`folojax.runner.activation_taps`)."""
+        """Takes in the residual stream of some tokens (`folojax.runner.residuals`)."""
         if self.activations is None:
-            self.activations = Streams()
+            self.activations = SampleResiduals()
         self.activations.add(piece)
 
     def progress(self) -> Progress:

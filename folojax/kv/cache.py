@@ -19,27 +19,17 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from folojax.models.core.config import ModelConfig
-
 PageOrder: TypeAlias = Literal["heads", "tokens"]
 
 
 @dataclasses.dataclass(frozen=True)
 class PageFormat:
-    """How pages lie in memory and who reads them; hashable, static under jit.
+    """How pages lie in memory and who reads them; hashable, static under jit."""
 
-    Attributes:
-        page_size: S, tokens of a page.
-        order: Of the numbers in a page.
-        kernels: Names of the attention kernels that may read them, the preferred one first
-            (`folojax.attention.KERNELS`).
-        capability: NVIDIA's compute capability of the device that reads them; 0 for any other.
-    """
-
-    page_size: int
-    order: PageOrder
-    kernels: tuple[str, ...]
-    capability: float = 0.0
+    page_size: int  # S, tokens of a page
+    order: PageOrder  # of the numbers in a page
+    kernels: tuple[str, ...]  # of `folojax.attention.KERNELS`, the preferred one first
+    capability: float = 0.0  # NVIDIA's, of the device that reads them; 0 for any other
 
     def shape(self, num_pages: int, num_kv_heads: int, head_dim: int) -> tuple[int, ...]:
         """The shape of a layer's array of pages."""
@@ -55,15 +45,10 @@ class PageFormat:
 
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """Keys and values of all layers.
+    """Keys and values of all layers."""
 
-    Attributes:
-        layers: An array [P, 2, _, _, D] for each layer.
-        format: How they lie; static.
-    """
-
-    layers: tuple[Any, ...]  # Any: JAX also makes caches of what stands for an array
-    format: PageFormat
+    layers: tuple[Any, ...]  # an array [P, 2, _, _, D] each; JAX also puts what stands for one
+    format: PageFormat  # how they lie; static
 
     @property
     def num_pages(self) -> int:
@@ -90,45 +75,15 @@ jax.tree_util.register_dataclass(KVCache, data_fields=["layers"], meta_fields=["
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KVLayout:
-    """What a cache is allocated from: its sizes, dtypes and format.
+    """What a cache is allocated from: its sizes, dtypes and format."""
 
-    Attributes:
-        num_pages: P, pages of the pool.
-        num_layers: L, layers of the model.
-        num_kv_heads: K, heads of keys and values in a layer.
-        head_dim: D, numbers of a key or a value in a head.
-        dtype: Of the keys and values that go in.
-        storage_dtype: Of the arrays that keep them.
-        format: How a page lies in memory, and who reads it.
-    """
-
-    num_pages: int
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int
-    dtype: DTypeLike
-    storage_dtype: DTypeLike
-    format: PageFormat
-
-    @classmethod
-    def of(
-        cls,
-        config: ModelConfig,
-        dtype: DTypeLike,
-        num_pages: int,
-        page_format: PageFormat,
-        storage_dtype: DTypeLike | None = None,
-    ) -> "KVLayout":
-        """The layout for a model; the storage dtype is `dtype` unless it is given."""
-        return cls(
-            num_pages=num_pages,
-            num_layers=config.num_layers,
-            num_kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            dtype=dtype,
-            storage_dtype=dtype if storage_dtype is None else storage_dtype,
-            format=page_format,
-        )
+    num_pages: int  # P, pages of the pool
+    num_layers: int  # L, layers of the model
+    num_kv_heads: int  # K, heads of keys and values in a layer
+    head_dim: int  # D, numbers of a key or a value in a head
+    dtype: DTypeLike  # of the keys and values that go in
+    storage_dtype: DTypeLike  # of the arrays that keep them
+    format: PageFormat  # how a page lies in memory, and who reads it
 
     @property
     def page_size(self) -> int:

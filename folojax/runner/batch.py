@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from folojax.compile.shapes import DecodeShape, PrefillShape
 from folojax.requests.sampling_request import SamplingRequest
 from folojax.requests.user_functions import NO_FUNCTIONS, UserFunctions
 from folojax.runner.row_params import RowTable
@@ -22,19 +21,12 @@ from folojax.steps.state import DecodeInputs, PrefillInputs
 
 @dataclasses.dataclass(eq=False)
 class Row:
-    """A request of the batch; what changes with every step is in the arrays of `Batch`.
-
-    Attributes:
-        request_id: Its id.
-        slot: Its place in the arrays here and on the device.
-        request: What it asks for.
-        token_ids: Those that were known when it joined; later ones are sampled on the device.
-    """
+    """A request of the batch; what changes with every step is in the arrays of `Batch`."""
 
     request_id: str
-    slot: int
-    request: SamplingRequest
-    token_ids: np.ndarray
+    slot: int  # its place in the arrays here and on the device
+    request: SamplingRequest  # what it asks for
+    token_ids: np.ndarray  # those known when it joined; later ones are sampled on the device
 
 
 class Chunk(NamedTuple):
@@ -127,25 +119,35 @@ class Batch:
         num_pages = self.num_row_pages[[row.slot for row in rows]]
         return [rows[i] for i in np.argsort(-num_pages, kind="stable").tolist()]
 
-    def prefill_inputs(self, shape: PrefillShape, chunks: Sequence[Chunk]) -> PrefillInputs:
-        """Packs chunks into the rows of a shape."""
-        tokens = ints((shape.rows, shape.columns))
-        start, length = ints(shape.rows), ints(shape.rows)
-        slot = self.pad([chunk.row.slot for chunk in chunks], shape.rows)
+    def prefill_inputs(self, num_rows: int, columns: int, chunks: Sequence[Chunk]) -> PrefillInputs:
+        """Packs chunks into rows of so many columns; rows beyond them are padding."""
+        tokens = ints((num_rows, columns))
+        start, length = ints(num_rows), ints(num_rows)
+        slot = self.pad([chunk.row.slot for chunk in chunks], num_rows)
         for i, chunk in enumerate(chunks):
             start[i], length[i] = chunk.start, chunk.end - chunk.start
             tokens[i, : length[i]] = chunk.row.token_ids[chunk.start : chunk.end]
-        return PrefillInputs(tokens, start, length, self.page_tables(slot))
+        return PrefillInputs(tokens, start, length, self._page_table[slot])
 
-    def decode_inputs(self, shape: DecodeShape, slots: Sequence[int]) -> DecodeInputs:
-        """Packs the rows of slots into a shape; each computes its next token."""
-        slot = self.pad(slots, shape.rows)
-        token, position = ints(shape.rows, -1), self.num_computed[slot]
+    def decode_inputs(
+        self, num_rows: int, slots: Sequence[int], positions: Sequence[int] | None = None
+    ) -> DecodeInputs:
+        """A token of each slot; rows beyond them are padding.
+
+        Args:
+            num_rows: B.
+            slots: Of the rows, perhaps several of one slot.
+            positions: Of their tokens; None: the next one of each.
+        """
+        slot = self.pad(slots, num_rows)
+        token, position = ints(num_rows, -1), self.num_computed[slot]
+        if positions is not None:
+            position[: len(positions)] = positions
         for i in np.flatnonzero(position < self._num_known[slot]).tolist():
             row = self._row_at[slot[i]]
             assert row is not None, f"slot {slot[i]} is empty"
             token[i] = row.token_ids[position[i]]
-        return DecodeInputs(slot, token, position, self.page_tables(slot))
+        return DecodeInputs(slot, token, position, self._page_table[slot])
 
     def advance(self, slots: Sequence[int], num_tokens: Sequence[int]) -> None:
         """Notes that a step computes the next tokens of slots."""
@@ -156,10 +158,6 @@ class Batch:
         slot = ints(count, self.num_slots)
         slot[: len(slots)] = slots
         return slot
-
-    def page_tables(self, slot: np.ndarray) -> Any:
-        """Whole tables of slots; that of slot M is padding."""
-        return self._page_table[slot]
 
     def _join(self, new: Request) -> Row:
         assert isinstance(new, SamplingRequest), f"{new.request_id} says nothing of sampling"

@@ -1,13 +1,13 @@
 """What a step gave: arrays on the device, read and sorted by request."""
 
 import dataclasses
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 
-from folojax.runner.activation_taps import StreamPiece, Tapped, sort_streams
 from folojax.runner.batch import Chunk, Row
+from folojax.runner.residuals import ResidualPiece
 from folojax.sampling.rows import StepOutput, TokenScores
 from folojax.steps.packing import PackedReport
 
@@ -37,35 +37,27 @@ class PromptLogprobs(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class StepResult:
-    """What a step gave, by request id.
-
-    Attributes:
-        sampled: The new tokens.
-        failed: Those for which the model then gave no usable distribution (NaN, or all -inf).
-        prompt_logprobs: Of requests that asked. A request that was preempted and is computed again
-            reports again.
-        streams: Of requests that asked for activations, in the order of their tokens; likewise.
-    """
+    """What a step gave, by request id."""
 
     sampled: dict[str, Sequence[TokenLogprob]] = dataclasses.field(default_factory=dict)
     failed: set[str] = dataclasses.field(default_factory=set)
+    """Those for which the model then gave no usable distribution (NaN, or all -inf)."""
     prompt_logprobs: dict[str, PromptLogprobs] = dataclasses.field(default_factory=dict)
-    streams: dict[str, list[StreamPiece]] = dataclasses.field(default_factory=dict)
+    """Of requests that asked. One that was preempted and is computed again reports again."""
+    residuals: dict[str, list[ResidualPiece]] = dataclasses.field(default_factory=dict)
+    """Of requests that asked for activations, in the order of their tokens; likewise."""
 
 
 class Pending(NamedTuple):
-    """Results of a call that are still on the device; row i of the arrays belongs to `rows[i]`.
+    """Results of a call that are still on the device."""
 
-    Those of several decode steps have one axis more, in front; `num_steps` says how many of them
-    are of use to each row.
-    """
-
-    rows: list[Row | None]
-    out: StepOutput | PackedReport | None
-    chunks: list[Chunk]
-    scores: TokenScores | None
-    num_steps: list[int] | None = None
-    tapped: Tapped | None = None
+    rows: Sequence[Row | None] = ()  # whose token each row of the report is; None: nobody's
+    report: PackedReport | None = None  # of sampling; of several steps with their axis in front
+    num_steps: Sequence[int] | None = None  # of use to each row; None: there is no such axis
+    chunks: Sequence[Chunk] = ()  # which tokens each row of the model's call was
+    scores: TokenScores | None = None  # of the tokens behind theirs
+    residuals: Mapping[int, Any] | None = None  # by layer, [rows * C, E] of rows of C tokens
+    row_len: int = 1  # C
 
 
 def is_scored(row: Row, position: int) -> bool:
@@ -87,61 +79,41 @@ def tokens_after(chunk: Chunk) -> list[int]:
     return tokens
 
 
-def read(pending: list[Pending]) -> StepResult:
+def read(pending: Sequence[Pending]) -> StepResult:
     """Waits for the device and sorts its rows by request."""
     result = StepResult()
-    if len(pending) == 1 and isinstance(pending[0].out, PackedReport):
-        (item,) = pending
-        if item.scores is None and item.tapped is None:  # most steps
-            array, packing = pending[0].out
-            _read_samples(item, packing.unpack(jax.device_get(array), []), result)
-            return result
-    streams = [item.tapped and item.tapped.streams for item in pending]
-    outs = [item.out.array if isinstance(item.out, PackedReport) else item.out for item in pending]
-    scored = [item.scores for item in pending]
-    arrays = jax.device_get(list(zip(outs, scored, streams, strict=True)))
-    for item, (out, scores, tapped) in zip(pending, arrays, strict=True):
-        if isinstance(item.out, PackedReport):
-            out = item.out.packing.unpack(out, [])
-        if out is not None:
-            _read_samples(item, out, result)
+    reports = [item.report and item.report.array for item in pending]
+    others = [(item.scores, item.residuals) for item in pending]
+    arrays = jax.device_get(list(zip(reports, others, strict=True)))
+    for item, (report, (scores, residuals)) in zip(pending, arrays, strict=True):
+        if item.report is not None:
+            counts = item.num_steps
+            for number, one in enumerate([report] if counts is None else report[: max(counts)]):
+                rows = item.rows
+                if counts is not None:
+                    pairs = zip(rows, counts, strict=True)
+                    rows = [row if number < count else None for row, count in pairs]
+                _read_step(rows, item.report.packing.unpack(one, []), result)
         if scores is not None:
             _read_scores(item.chunks, scores, result)
-        if item.tapped is not None:
-            sort_streams(item.tapped._replace(streams=tapped), result.streams)
+        for index, chunk in enumerate(item.chunks if residuals else ()):
+            if chunk.row.request.sampling_params.activations and chunk.end > chunk.start:
+                piece = ResidualPiece.cut(chunk, residuals, index * item.row_len)
+                result.residuals.setdefault(chunk.row.request_id, []).append(piece)
     return result
 
 
-def _read_samples(item: Pending, out: StepOutput, result: StepResult) -> None:
-    if item.num_steps is None:
-        _read_step(item.rows, out, result)
-        return
-    for number in range(max(item.num_steps)):
-        rows = [
-            row if number < count else None
-            for row, count in zip(item.rows, item.num_steps, strict=True)
-        ]
-        now = StepResult()
-        at_step = jax.tree.map(lambda array, number=number: array[number], out)
-        _read_step(rows, at_step, now)
-        for request_id, entries in now.sampled.items():
-            if request_id not in result.failed:
-                before = result.sampled.get(request_id, ())
-                result.sampled[request_id] = (*before, *entries)
-        result.failed.update(now.failed)
-
-
-def _read_step(rows: list[Row | None], out: StepOutput, result: StepResult) -> None:
+def _read_step(rows: Sequence[Row | None], out: StepOutput, result: StepResult) -> None:
     logprobs, ranks = out.logprobs.tolist(), out.ranks.tolist()
     is_valid = out.is_valid.tolist()
     tops = out.top_tokens.tolist(), out.top_logprobs.tolist()
     # Spelled out: it goes through every row in every step.
-    sampled, make = result.sampled, TokenLogprob
+    sampled, failed, make = result.sampled, result.failed, TokenLogprob
     for i, (row, token) in enumerate(zip(rows, out.tokens.tolist(), strict=False)):
-        if row is None:
+        if row is None or row.request_id in failed:
             continue
         if not is_valid[i]:
-            result.failed.add(row.request_id)
+            failed.add(row.request_id)
             continue
         count = row.request.num_logprobs
         if count:
@@ -151,10 +123,11 @@ def _read_step(rows: list[Row | None], out: StepOutput, result: StepResult) -> N
             entry = make(token, logprobs[i], ranks[i])
         if out.record is not None and row.request.sampling_params.record:
             entry = entry._replace(record=tuple(field[i].item() for field in out.record))
-        sampled[row.request_id] = (entry,)
+        before = sampled.get(row.request_id)
+        sampled[row.request_id] = (entry,) if before is None else (*before, entry)
 
 
-def _read_scores(chunks: list[Chunk], scores: TokenScores, result: StepResult) -> None:
+def _read_scores(chunks: Sequence[Chunk], scores: TokenScores, result: StepResult) -> None:
     for i, chunk in enumerate(chunks):
         count = chunk.row.request.num_prompt_logprobs
         if count is None or not is_scored(chunk.row, chunk.start):

@@ -17,9 +17,9 @@ from folojax.sampling.logit_edits import (
     SlotEdits,
 )
 from folojax.sampling.logits_processors import LogitsProcessor, ProcessorRows
-from folojax.sampling.rows import SamplingRows
-from folojax.sampling.sampler import SamplingClass
-from folojax.steps.residual_stream import ActivationEdit
+from folojax.sampling.rows import SampleInputs, SamplingRows
+from folojax.sampling.sampler import SamplingClass, SamplingSpec
+from folojax.steps.residuals import NO_EXTRAS, StepExtras
 
 NO_LOGPROBS = -1
 
@@ -29,7 +29,7 @@ _EDITS_FACTOR = 8
 
 
 class RowTable:
-    """One entry a slot, and a neutral one at index M for padding rows."""
+    """One entry a slot, and at index M one for rows of padding, which asks for nothing."""
 
     def __init__(
         self, num_slots: int, vocab_size: int, functions: UserFunctions = NO_FUNCTIONS
@@ -38,96 +38,65 @@ class RowTable:
         self.num_slots = num_slots
         self._vocab_size = vocab_size
         size = num_slots + 1
-        self._temperature = np.zeros(size, np.float32)
-        self._top_k = np.full(size, vocab_size, np.int32)
-        self._top_p = np.ones(size, np.float32)
-        self._min_p = np.zeros(size, np.float32)
-        self._seed = np.zeros((size, 2), np.uint32)
-        self._edit_slot = np.full(size, num_slots, np.int32)
-        self._repetition = np.ones(size, np.float32)
-        self._presence = np.zeros(size, np.float32)
-        self._frequency = np.zeros(size, np.float32)
-        self._class = np.zeros(size, np.int32)
-        self._num_logprobs = np.full(size, NO_LOGPROBS, np.int32)
-        self._has_record = np.zeros(size, bool)
-        self._processors = np.zeros((size, len(functions.processors)), bool)
-        self._edits = np.zeros((size, len(functions.edits)), bool)
-        self._is_tapped = np.zeros(size, bool)
+
+        def column(value: Any, dtype: Any, *shape: int) -> Any:
+            return np.full((size, *shape), value, dtype)
+
+        self._sampling = SamplingRows(
+            temperature=column(0, np.float32),
+            top_k=column(vocab_size, np.int32),
+            top_p=column(1, np.float32),
+            min_p=column(0, np.float32),
+            seed=column(0, np.uint32, 2),
+        )
+        # Of `EditRows`, but for the bans: slot, repetition, presence and frequency penalty.
+        self._edits: list[Any] = [column(num_slots, np.int32)]
+        self._edits += [column(off, np.float32) for off in (1, 0, 0)]
+        self._class = column(SamplingClass.GREEDY, np.int32)
+        self._num_logprobs = column(NO_LOGPROBS, np.int32)
+        self._has_record = column(False, bool)
+        self._processors = column(False, bool, len(functions.processors))
+        self._activation_edits = column(False, bool, len(functions.edits))
+        self._reads_residuals = column(False, bool)
         # Below this position a row has bans of a step: 0 for most, never ending for bad words.
-        self._banned_until = np.zeros(size, np.int32)
+        self._banned_until = column(0, np.int32)
         self._row: list[SamplingRequest | None] = [None] * size
 
     def put(self, slot: int, row: SamplingRequest) -> None:
         """Sets a slot's parameters."""
-        params = row.sampling_params
-        self._temperature[slot] = 0.0 if params.is_greedy else params.temperature
+        params, seed = row.sampling_params, row.seed or 0
         has_top_k = 0 < params.top_k < self._vocab_size
-        self._top_k[slot] = params.top_k if has_top_k else self._vocab_size
-        self._top_p[slot] = params.top_p
-        self._min_p[slot] = params.min_p
-        seed = row.seed or 0
-        self._seed[slot] = seed >> 32, seed & 0xFFFFFFFF
-        self._edit_slot[slot] = slot if row.has_slot_edits else self.num_slots
-        self._repetition[slot] = params.repetition_penalty
-        self._presence[slot] = params.presence_penalty
-        self._frequency[slot] = params.frequency_penalty
+        sampling = (
+            0.0 if params.is_greedy else params.temperature,
+            params.top_k if has_top_k else self._vocab_size,
+            params.top_p,
+            params.min_p,
+            (seed >> 32, seed & 0xFFFFFFFF),
+        )
+        edits = (
+            slot if row.has_slot_edits else self.num_slots,
+            params.repetition_penalty,
+            params.presence_penalty,
+            params.frequency_penalty,
+        )
+        columns = (*self._sampling, *self._edits)
+        for column, value in zip(columns, (*sampling, *edits), strict=True):
+            column[slot] = value
         self._class[slot] = SamplingClass.EDITED if row.has_slot_edits else params.sampling_class
         self._num_logprobs[slot] = NO_LOGPROBS if row.num_logprobs is None else row.num_logprobs
         self._has_record[slot] = params.record
         asked, edited = params.logits_processors or (), params.activation_edits or ()
         self._processors[slot] = [one.name in asked for one in self.functions.processors]
-        self._edits[slot] = [one.name in edited for one in self.functions.edits]
-        self._is_tapped[slot] = params.activations
+        self._activation_edits[slot] = [one.name in edited for one in self.functions.edits]
+        self._reads_residuals[slot] = params.activations
         self._banned_until[slot] = row.banned_until if row.banned_ids else 0
         if any(len(word) > 1 for word in row.bad_word_ids):
             self._banned_until[slot] = np.iinfo(np.int32).max
         self._row[slot] = row
 
-    def rows(self, slot: Any) -> SamplingRows:
-        """The parameters of slots."""
-        fields: tuple[Any, ...] = (
-            self._temperature[slot],
-            self._top_k[slot],
-            self._top_p[slot],
-            self._min_p[slot],
-            self._seed[slot],
-        )
-        return SamplingRows(*fields)
-
-    def edit_rows(self, slot: Any, position: Any) -> EditRows:
-        """The edits of slots whose next token stands at `position`."""
-        (bans,) = self.bans(slot, position[None])
-        fields: tuple[Any, ...] = (
-            self._edit_slot[slot],
-            self._repetition[slot],
-            self._presence[slot],
-            self._frequency[slot],
-            bans,
-        )
-        return EditRows(*fields)
-
-    def bans(self, slot: Any, position: Any) -> Any:
-        """The bans of K steps, [K, Z, 2 + NUM_RECENT]; positions are [K, B]."""
-        found = [
-            [
-                (i, token, prefix)
-                for i in np.flatnonzero(positions < self._banned_until[slot]).tolist()
-                for token, prefix in self._row_of(int(slot[i])).bans(int(positions[i]))
-            ]
-            for positions in position
-        ]
-        size = _bucket(max(map(len, found)), _FEWEST_BANS, 4)
-        bans: Any = np.full((len(found), size, 2 + NUM_RECENT), ANY_TOKEN, np.int32)
-        bans[:, :, 0] = len(slot)
-        for table, step in zip(bans, found, strict=True):
-            for entry, (i, token, prefix) in zip(table, step, strict=False):
-                entry[:2] = i, token
-                entry[len(entry) - len(prefix) :] = prefix
-        return bans
-
-    def sampling_class(self, slot: Any, position: Any) -> SamplingClass:
-        """What the most demanding of the rows needs; arguments as for `edit_rows`."""
-        if (position < self._banned_until[slot]).any():
+    def sampling_class(self, slot: Any, positions: Any) -> SamplingClass:
+        """What the most demanding row needs of the sampler; arguments as for `sample_inputs`."""
+        if (positions < self._banned_until[slot]).any():  # of one step, or of several
             return SamplingClass.EDITED
         return SamplingClass(int(self._class[slot].max()))
 
@@ -144,24 +113,59 @@ class RowTable:
         """The logits processors that some of the slots ask for."""
         return _some(self.functions.processors, self._processors[slot])
 
-    def processor_rows(self, slot: Any, processors: tuple[LogitsProcessor, ...]) -> ProcessorRows:
-        """Which of these processors are on for the slots."""
-        columns = [self.functions.processors.index(one) for one in processors]
-        is_on: Any = self._processors[slot][:, columns]
-        where: Any = np.where(is_on.any(axis=1), slot, self.num_slots).astype(np.int32)
-        return ProcessorRows(where, is_on)
+    def sample_inputs(self, slot: Any, positions: Any, spec: SamplingSpec) -> SampleInputs:
+        """What a sampler is given of B rows.
 
-    def activation_edits(self, slot: Any) -> tuple[tuple[ActivationEdit, ...], Any]:
-        """The edits that some of the slots ask for, and for which they are on; None without."""
-        edits = _some(self.functions.edits, self._edits[slot])
+        Args:
+            slot: [B]; M for a row that samples nothing.
+            positions: Of the tokens to be drawn, [B]; or of K steps, [K, B], and then the bans are
+                those of each step.
+            spec: At least as demanding as every row.
+        """
+        rows = SamplingRows._make(column[slot] for column in self._sampling)
+        position = positions if positions.ndim == 1 else positions[0]
+        inputs = SampleInputs(slot, position, rows)
+        if spec.processors:
+            columns = [self.functions.processors.index(one) for one in spec.processors]
+            is_on: Any = self._processors[slot][:, columns]
+            where: Any = np.where(is_on.any(axis=1), slot, self.num_slots).astype(np.int32)
+            inputs = inputs._replace(processors=ProcessorRows(where, is_on))
+        if spec.needed >= SamplingClass.EDITED:
+            bans = self._bans(slot, np.atleast_2d(positions))
+            bans = bans[0] if positions.ndim == 1 else bans
+            edits = EditRows._make([column[slot] for column in self._edits] + [bans])
+            inputs = inputs._replace(edits=edits)
+        return inputs
+
+    def extras(self, slot: Any) -> tuple[StepExtras, Any]:
+        """What slots ask of the model's step, and [B, Z], which rows its edits are on for."""
+        edits = _some(self.functions.edits, self._activation_edits[slot])
+        layers = self.functions.taps
+        if not layers or not self._reads_residuals[slot].any():
+            layers = ()
         if not edits:
-            return (), None
+            return (StepExtras(residual_layers=layers) if layers else NO_EXTRAS), None
         columns = [self.functions.edits.index(one) for one in edits]
-        return edits, self._edits[slot][:, columns]
+        return StepExtras(edits, layers), self._activation_edits[slot][:, columns]
 
-    def taps(self, slot: Any) -> tuple[int, ...]:
-        """The layers to be read for the slots."""
-        return self.functions.taps if self._is_tapped[slot].any() else ()
+    def _bans(self, slot: Any, positions: Any) -> Any:
+        """The bans of K steps, [K, Z, 2 + NUM_RECENT]; positions are [K, B]."""
+        found = [
+            [
+                (i, token, prefix)
+                for i in np.flatnonzero(position < self._banned_until[slot]).tolist()
+                for token, prefix in self._row_of(int(slot[i])).bans(int(position[i]))
+            ]
+            for position in positions
+        ]
+        size = _bucket(max(map(len, found)), _FEWEST_BANS, 4)
+        bans: Any = np.full((len(found), size, 2 + NUM_RECENT), ANY_TOKEN, np.int32)
+        bans[:, :, 0] = len(slot)
+        for table, step in zip(bans, found, strict=True):
+            for entry, (i, token, prefix) in zip(table, step, strict=False):
+                entry[:2] = i, token
+                entry[len(entry) - len(prefix) :] = prefix
+        return bans
 
     def _row_of(self, slot: int) -> SamplingRequest:
         row = self._row[slot]
@@ -212,9 +216,9 @@ def empty_slot_edits(vocab_size: int) -> Iterator[SlotEdits]:
         size *= _EDITS_FACTOR
 
 
-def exceptional_bans(bans: Any) -> int:
-    """Z of `RowTable.bans`, where it is more than compile plans count on; else 0."""
-    size: int = bans.shape[-2]
+def exceptional_bans(inputs: SampleInputs) -> int:
+    """Z, the room for a step's bans, where it is more than compile plans count on; else 0."""
+    size: int = 0 if inputs.edits is None else inputs.edits.bans.shape[-2]
     return size if size > _FEWEST_BANS else 0
 
 

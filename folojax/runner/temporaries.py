@@ -9,29 +9,22 @@ again.
 
 import dataclasses
 import functools
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
-from jax.sharding import SingleDeviceSharding
 
-from folojax.backend import Backend
-from folojax.compile.shapes import DecodeShape, PrefillShape, Shapes
-from folojax.kv import KVLayout
 from folojax.kv.page_copies import COPY_SIZES
-from folojax.models.core.dense_attend import dense_attend
+from folojax.models.core.decoder import init_params
 from folojax.models.quantized.quantize import quantize_params
-from folojax.runner.batch import Batch, ints
+from folojax.runner.batch import ints
+from folojax.runner.padding import compile_on_padding
+from folojax.runner.setup import Setup
 from folojax.sampling.logit_edits import init_edits
-from folojax.sampling.rows import SampleInputs
-from folojax.sampling.sampler import SamplingClass, SamplingSpec
-from folojax.steps import row_by_row as rowwise
-from folojax.steps import step
-from folojax.steps.by_layer import make_steps
-from folojax.steps.state import DecodeInputs, init_state
+from folojax.sampling.sampler import SamplingClass
+from folojax.steps.executables import COPIES, EDITS, Executable
+from folojax.steps.state import init_state
 
 _NUM_LAYERS = 2
 
@@ -42,61 +35,62 @@ def slot_bytes(module: nn.Module, num_slots: int) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in (ints(num_slots), *edits))
 
 
-def measure(
-    module: nn.Module,
-    layout: KVLayout,
-    shapes: Shapes,
-    num_slots: int,
-    max_logprobs: int,
-    backend: Backend,
-    quantization: str | None = None,
-    *,
-    is_deterministic: bool = False,
-) -> int:
+def measure(setup: Setup, quantization: str | None = None) -> int:
     """Bytes beside weights and state that the largest calls need, as XLA has compiled them.
 
     Args:
-        module: Of `folojax.models`.
-        layout: Of the cache; nothing is allocated.
-        shapes: Which shapes exist.
-        num_slots: M.
-        max_logprobs: J, at most.
-        backend: That the engine runs on.
+        setup: Of the engine; nothing of it is allocated.
         quantization: Of the kernels.
-        is_deterministic: With the program of such an engine (`folojax.steps.row_by_row`) beside
-            the others.
     """
+    module, backend = setup.model, setup.backend
     num_layers = min(_NUM_LAYERS, module.config.num_layers)
-    shallow = module.clone(config=dataclasses.replace(module.config, num_layers=num_layers))
-    shallow_layout = dataclasses.replace(layout, num_layers=num_layers)
-    lowered = list(
-        _lower(
-            shallow,
-            shallow_layout,
-            shapes,
-            num_slots,
-            max_logprobs,
-            backend,
-            quantization,
-            is_deterministic,
-        )
+    setup = dataclasses.replace(
+        setup,
+        model=module.clone(config=dataclasses.replace(module.config, num_layers=num_layers)),
+        layout=dataclasses.replace(setup.layout, num_layers=num_layers),
     )
+
+    def make() -> Any:
+        params = init_params(setup.model, jax.random.key(0))
+        params = quantize_params(params, quantization) if quantization else params
+        state = init_state(setup.layout, setup.num_slots)
+        edits = init_edits(setup.num_slots, module.config.vocab_size)
+        return params, state._replace(slots=state.slots._replace(edits=edits))
+
+    params, state = backend.placed_shapes(jax.eval_shape(make))
+    steps, batch = backend.make_steps(setup.model), setup.batch()
+
+    def compile_one(one: Executable) -> list[Any]:
+        return compile_on_padding(one, setup, steps, batch, params, state)
+
     with ThreadPoolExecutor() as pool:  # XLA compiles without Python's lock
-        compiled = list(pool.map(lambda one: one.compile(), lowered))
+        compiled = [one for some in pool.map(compile_one, _largest(setup)) for one in some]
     found = [one.memory_analysis() for one in compiled]
     # One call after the other uses the same memory, but their results wait to be read.
     results = sum(one.output_size_in_bytes - one.alias_size_in_bytes for one in found)
-    copies = COPY_SIZES[-1] * layout.bytes_per_page
+    copies = COPY_SIZES[-1] * setup.layout.bytes_per_page
     return results + max(copies, *(one.temp_size_in_bytes for one in found))
 
 
-def estimate(module: nn.Module, layout: KVLayout, shapes: Shapes, max_logprobs: int) -> int:
+def _largest(setup: Setup) -> list[Executable]:
+    """Of every kind, the executable with the most rows and the most demanding sampling."""
+
+    def size(one: Executable) -> tuple[int, int, int]:
+        spec = one.spec
+        return one.rows, spec.needed if spec else 0, (spec.num_logprobs or 0) if spec else 0
+
+    listed = setup.list_executables(tuple(SamplingClass), True)
+    found = {one.kind: one for one in sorted(listed, key=size)}
+    return [one for one in found.values() if one not in (COPIES, EDITS)]
+
+
+def estimate(setup: Setup) -> int:
     """A bound on what `measure` finds, from shapes alone: generous, and nothing is compiled.
 
     Three times what stands in the largest arrays, as every one of them has a predecessor that it
     was made from and a successor.
     """
-    config = module.config
+    config, layout, shapes = setup.model.config, setup.layout, setup.shapes
     heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
     inner = 2 * config.intermediate_size + 3 * config.hidden_size + (heads + 2 * kv_heads) * dim
     page = layout.bytes_per_page // layout.num_layers
@@ -109,74 +103,7 @@ def estimate(module: nn.Module, layout: KVLayout, shapes: Shapes, max_logprobs: 
     model = attention + 4 * max(tokens, shapes.decode_rows[-1]) * inner
     # Sampling: logits, sorted copies, noise; and the alternatives that are reported.
     most_rows = max(rows, shapes.decode_rows[-1], columns)
-    sample = 4 * most_rows * (4 * config.vocab_size + 2 * max_logprobs)
-    scores = 8 * tokens * (max_logprobs + 1)
+    sample = 4 * most_rows * (4 * config.vocab_size + 2 * setup.max_logprobs)
+    scores = 8 * tokens * (setup.max_logprobs + 1)
     copies = COPY_SIZES[-1] * layout.bytes_per_page
     return 3 * max(model, sample, copies) + scores
-
-
-def _lower(
-    module: nn.Module,
-    layout: KVLayout,
-    shapes: Shapes,
-    num_slots: int,
-    max_logprobs: int,
-    backend: Backend,
-    quantization: str | None,
-    is_deterministic: bool,
-) -> Iterator[Any]:
-    """Traces the largest call of every jitted step on padding, with arrays that are only shapes."""
-    variables = jax.eval_shape(
-        lambda token: module.init(jax.random.key(0), token, token, None, dense_attend),
-        jax.ShapeDtypeStruct((1,), jnp.int32),
-    )
-    params = variables["params"]
-    if quantization:
-        params = jax.eval_shape(lambda params: quantize_params(params, quantization), params)
-    params = _on_device(params)
-    head = step.head_params(params)
-    state = _on_device(jax.eval_shape(functools.partial(init_state, layout, num_slots)))
-    vocab_size = module.config.vocab_size
-    edits = _on_device(jax.eval_shape(functools.partial(init_edits, num_slots, vocab_size)))
-    batch = Batch(num_slots, shapes.table_pages, layout.num_pages, vocab_size)
-
-    steps = make_steps(module, backend.is_layered, shapes.prefill_tokens)
-    shape = PrefillShape(shapes.prefill_rows[-1], shapes.prefill_columns)
-    inputs = batch.prefill_inputs(shape, [])
-    yield from (one.lower() for one in steps.prefill_calls(params, state.cache, inputs))
-
-    decode_shape = DecodeShape(shapes.decode_rows[-1])
-    one = batch.decode_inputs(decode_shape, [])
-    calls = steps.decode_calls(params, state.cache, state.slots.tokens, one)
-    yield from (call.lower() for call in calls)
-
-    if is_deterministic:
-        size = backend.rows_per_call
-        slot = batch.pad([], size)
-        one = DecodeInputs(slot, ints(size), ints(size), batch.page_tables(slot))
-        tokens = state.slots.tokens
-        yield rowwise.forward.lower(params, state.cache, tokens, one, None, model=module, edits=())
-
-    rows = max(shape.rows, decode_shape.rows)
-    slot = batch.pad([], rows)
-    spec = SamplingSpec(SamplingClass.EDITED, max_logprobs)
-    rows_inputs = SampleInputs(
-        slot, ints(rows), batch.params.rows(slot), batch.params.edit_rows(slot, ints(rows))
-    )
-    states = _array((rows, module.config.hidden_size), module.dtype)
-    slots = state.slots._replace(edits=edits)
-    yield step.sample_tokens.lower(head, slots, states, rows_inputs, model=module, spec=spec)
-
-    chunks = _array((shape.rows, shape.columns, module.config.hidden_size), module.dtype)
-    targets = ints((shape.rows, shape.columns))
-    yield step.score_tokens.lower(head, chunks, targets, model=module, num_logprobs=max_logprobs)
-
-
-def _on_device(shapes: Any) -> Any:
-    """Shapes of arrays that are committed to the device, as the engine's are."""
-    return jax.tree.map(lambda leaf: _array(leaf.shape, leaf.dtype), shapes)
-
-
-def _array(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-    sharding = SingleDeviceSharding(jax.devices()[0])
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)

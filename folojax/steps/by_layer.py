@@ -1,96 +1,35 @@
-"""Ways to run `prefill` and `decode`: as one program, or a few layers at a time.
+"""Steps that are run some layers at a time: the way of a CPU.
 
-On a GPU a step is one program: one CUDA graph, and one call of the host. On CPU the layers of a
-model are equal, so a group of a few is compiled once and called for each: compiling takes a
-fraction of the time, and the program a fraction of the memory, 1.5 MB a layer. A call costs 0.2 ms
-on CPU, half of it while the call before still computes: too much for each single layer. And no
-more than 32 calls may be under way: with many a step the host would wait to hand over the next one
-instead of reading what the last one gave.
+The layers of a model are equal, so a group of a few is compiled once and called for each: compiling
+takes a fraction of the time, and the program a fraction of the memory, 1.5 MB a layer. A call costs
+0.2 ms on CPU, half of it while the call before still computes: too much for each single layer. And
+no more than 32 calls may be under way: with many a step the host would wait to hand over the next
+one instead of reading what the last one gave.
 
-    whole      prefill | decode
-    layered    begin ──> group ──> group ──> ... ──> end      each with its own part of the cache
+    begin ──> group ──> group ──> ... ──> end      each with its own part of the cache
 """
 
 import functools
 from collections.abc import Hashable, Sequence
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
 
 from folojax.attention import attend
-from folojax.compile.programs import Call, Program, Programs
+from folojax.compile.programs import Program, Programs, Run, run
 from folojax.kv.cache import KVCache, join_layers
 from folojax.models.core.decoder import Llama
 from folojax.models.machine.row_sums import REORDERED
+from folojax.steps.executables import Executable, StepKind
 from folojax.steps.fused import WholeSteps
-from folojax.steps.placements import last_and_all, place_decode, place_prefill
-from folojax.steps.residual_stream import ActivationEdit, Streams
-from folojax.steps.state import DecodeInputs, PrefillInputs
-
-_LAYER = "layers_"
+from folojax.steps.placements import last_and_all, place
+from folojax.steps.residuals import LAYER, Residuals
+from folojax.steps.state import CallInputs, CallResults, DecodeInputs, EngineState, PrefillInputs
+from folojax.steps.step import head_params
 
 # Layers of a group. A decode program is larger, and there are more shapes of it.
-_PREFILL_LAYERS, _DECODE_LAYERS = 5, 3
-
-_Kind: TypeAlias = Literal["prefill", "decode"]
-
-
-class Steps(Protocol):
-    """`step.prefill` and `step.decode` for one model, both DONATING the cache.
-
-    What they return is followed by the streams behind the layers that `taps` names.
-    """
-
-    def prefill(
-        self,
-        params: Any,
-        cache: KVCache,
-        inputs: PrefillInputs,
-        edits: tuple[ActivationEdit, ...] = (),
-        is_edited: Any = None,
-        taps: tuple[int, ...] = (),
-    ) -> tuple[Any, Any, Any, Streams]:
-        """As `step.prefill`."""
-        ...
-
-    def decode(
-        self,
-        params: Any,
-        cache: KVCache,
-        tokens: Any,
-        inputs: DecodeInputs,
-        edits: tuple[ActivationEdit, ...] = (),
-        is_edited: Any = None,
-        taps: tuple[int, ...] = (),
-    ) -> tuple[Any, Any, Streams]:
-        """As `step.decode`."""
-        ...
-
-    def prefill_calls(self, params: Any, cache: KVCache, inputs: PrefillInputs) -> list[Call]:
-        """The programs that `prefill` runs, each once; arrays may be shapes."""
-        ...
-
-    def decode_calls(
-        self, params: Any, cache: KVCache, tokens: Any, inputs: DecodeInputs
-    ) -> list[Call]:
-        """The programs that `decode` runs, likewise."""
-        ...
-
-
-def make_steps(
-    model: nn.Module, is_layered: bool, most_tokens: int | None = None
-) -> "WholeSteps | LayeredSteps":
-    """Some layers at a time where that is wanted and the model can be run so.
-
-    Args:
-        model: Of `folojax.models`.
-        is_layered: Whether that is wanted.
-        most_tokens: Of prompts in a step; see `WholeSteps`.
-    """
-    if is_layered and isinstance(model, Llama):
-        return LayeredSteps(model)
-    return WholeSteps(model, most_tokens)
+_LAYERS = {"prefill": 5, "decode": 3}
 
 
 def split_layers(kinds: Sequence[Hashable], wanted: int) -> list[range]:
@@ -121,134 +60,76 @@ class LayeredSteps:
     """A step is a program for each kind of group of layers, and one before and one after them.
 
     One with edits of activations is a program: layers that are run alone do not know their number.
+    So are samplers, scorers, and several steps at once. See `folojax.steps.calls.Steps`.
     """
 
+    kind: StepKind = "layers"
+
     def __init__(self, model: Llama) -> None:
+        """Compiles nothing."""
         self._model = model
         self._blocks = [model.alone(layer) for layer in range(model.config.num_layers)]
-        self._groups: dict[_Kind, list[range]] = {
-            "prefill": split_layers(self._blocks, _PREFILL_LAYERS),
-            "decode": split_layers(self._blocks, _DECODE_LAYERS),
-        }
+        self._groups = {kind: split_layers(self._blocks, size) for kind, size in _LAYERS.items()}
         self._whole = WholeSteps(model)
         self._group_programs: dict[Any, Program] = {}
-        self._begin_prefill = _BEGIN_PREFILL.of(model=model)
-        self._end_prefill = _END_PREFILL.of(model=model)
-        self._begin_decode = _BEGIN_DECODE.of(model=model)
-        self._end_decode = _END_DECODE.of(model=model)
+        self._begin, self._end = _BEGIN.of(model=model), _END.of(model=model)
 
-    def prefill(
+    def call(
         self,
+        one: Executable,
         params: Any,
-        cache: KVCache,
-        inputs: PrefillInputs,
-        edits: tuple[ActivationEdit, ...] = (),
-        is_edited: Any = None,
-        taps: tuple[int, ...] = (),
-    ) -> tuple[Any, Any, Any, Streams]:
-        """As `step.prefill`."""
-        if edits:
-            return self._whole.prefill(params, cache, inputs, edits, is_edited, taps)
-        outer = _outer(params)
-        begun = self._begin_prefill(outer, cache.layer(0), inputs)
-        cache, hidden, streams = self._run_layers(params, cache, begun, "prefill", taps)
-        return cache, *self._end_prefill(outer, hidden, inputs), streams
-
-    def decode(
-        self,
-        params: Any,
-        cache: KVCache,
-        tokens: Any,
-        inputs: DecodeInputs,
-        edits: tuple[ActivationEdit, ...] = (),
-        is_edited: Any = None,
-        taps: tuple[int, ...] = (),
-    ) -> tuple[Any, Any, Streams]:
-        """As `step.decode`."""
-        if edits:
-            return self._whole.decode(params, cache, tokens, inputs, edits, is_edited, taps)
-        outer = _outer(params)
-        begun = self._begin_decode(outer, cache.layer(0), tokens, inputs)
-        cache, hidden, streams = self._run_layers(params, cache, begun, "decode", taps)
-        return cache, self._end_decode(outer, hidden), streams
-
-    def prefill_calls(self, params: Any, cache: KVCache, inputs: PrefillInputs) -> list[Call]:
-        """One program before the layers, one of each kind of group, one after them."""
-        outer = _outer(params)
-        begin = Call(self._begin_prefill, (outer, cache.layer(0), inputs))
-        _, hidden, _ = begun = begin.result_shapes()
-        layers = self._layer_calls(params, cache, begun, "prefill")
-        return [begin, *layers, Call(self._end_prefill, (outer, hidden, inputs))]
-
-    def decode_calls(
-        self, params: Any, cache: KVCache, tokens: Any, inputs: DecodeInputs
-    ) -> list[Call]:
-        """One program before the layers, one of each kind of group, one after them."""
-        outer = _outer(params)
-        begin = Call(self._begin_decode, (outer, cache.layer(0), tokens, inputs))
-        _, hidden, _ = begun = begin.result_shapes()
-        layers = self._layer_calls(params, cache, begun, "decode")
-        return [begin, *layers, Call(self._end_decode, (outer, hidden))]
-
-    def _run_layers(
-        self,
-        params: Any,
-        cache: KVCache,
-        begun: tuple[Any, Any, Any],
-        kind: _Kind,
-        taps: tuple[int, ...],
-    ) -> tuple[KVCache, Any, Streams]:
+        state: EngineState,
+        inputs: CallInputs,
+        run: Run = run,
+    ) -> tuple[EngineState, CallResults]:
+        """As `Steps.call`."""
+        if one.kind not in self._groups or one.extras.activation_edits:
+            return self._whole.call(one, params, state, inputs, run)
+        outer, cache, is_prefill = head_params(params), state.cache, one.kind == "prefill"
+        tokens = None if is_prefill else state.slots.tokens
+        begun = run(self._begin, (outer, cache.layer(0), tokens, inputs.rows))
         placement, hidden, shared = begun
         layers: list[KVCache] = []
-        streams: Streams = {}
-        for group in self._groups[kind]:
-            own, rotaries, parts = self._of_group(params, cache, shared, group)
-            tapped = tuple(i for i, layer in enumerate(group) if layer in taps)
-            run_group = self._group_program(group, kind, tapped)
-            hidden, parts, found = run_group(own, parts, hidden, rotaries, placement)
+        residuals: Residuals = {}
+        for group in self._groups[one.kind]:
+            program = self._program(group, one)
+            hidden, parts, found = run(
+                program,
+                (
+                    [params[f"{LAYER}{layer}"] for layer in group],
+                    [cache.layer(layer) for layer in group],
+                    hidden,
+                    [self._model.layer_rotary(shared, layer) for layer in group],
+                    placement,
+                ),
+            )
             layers += parts
-            streams |= {group[i]: stream for i, stream in found.items()}
-        return join_layers(layers), hidden, streams
+            residuals |= {group[place]: stream for place, stream in found.items()}
+        last, every = run(self._end, (outer, hidden, inputs.rows if is_prefill else None))
+        state = state._replace(cache=join_layers(layers))
+        return state, CallResults(last, every, residuals=residuals)
 
-    def _layer_calls(
-        self, params: Any, cache: KVCache, begun: tuple[Any, Any, Any], kind: _Kind
-    ) -> list[Call]:
-        placement, hidden, shared = begun
-        calls: dict[Program, Call] = {}
-        for group in self._groups[kind]:
-            own, rotaries, parts = self._of_group(params, cache, shared, group)
-            program = self._group_program(group, kind, ())
-            calls.setdefault(program, Call(program, (own, parts, hidden, rotaries, placement)))
-        return list(calls.values())
-
-    def _group_program(self, group: range, kind: _Kind, taps: tuple[int, ...]) -> Program:
-        key = group.start, kind, taps
+    def _program(self, group: range, one: Executable) -> Program:
+        key = group.start, one.kind, one.extras
         found = self._group_programs.get(key)  # to hash modules takes as long as to call a program
         if found is None:
             blocks = tuple(self._blocks[layer] for layer in group)
-            found = _RUN_GROUP.of(blocks=blocks, taps=taps)
-            self._group_programs[key] = found
+            wanted = one.extras.residual_layers
+            read = tuple(place for place, layer in enumerate(group) if layer in wanted)
+            found = self._group_programs[key] = _GROUP.of(blocks=blocks, read=read)
         return found
 
-    def _of_group(self, params: Any, cache: KVCache, shared: Any, group: range) -> Any:
-        """Parameters, rotations and caches of some layers."""
-        return (
-            [params[f"{_LAYER}{layer}"] for layer in group],
-            [self._model.layer_rotary(shared, layer) for layer in group],
-            [cache.layer(layer) for layer in group],
-        )
 
-
-def _begin_prefill(params: Any, layer: KVCache, inputs: PrefillInputs, *, model: Any) -> Any:
-    placement, tokens, positions = place_prefill(layer, inputs)
-    return placement, *model.apply({"params": params}, tokens, positions, method="begin")
-
-
-def _begin_decode(
-    params: Any, layer: KVCache, tokens: Any, inputs: DecodeInputs, *, model: Any
+def _begin(
+    params: Any,
+    layer: KVCache,
+    tokens: Any,
+    inputs: PrefillInputs | DecodeInputs,
+    *,
+    model: nn.Module,
 ) -> Any:
-    placement, token = place_decode(layer, tokens, inputs)
-    return placement, *model.apply({"params": params}, token, inputs.position, method="begin")
+    placement, token, position = place(layer, tokens, inputs)
+    return placement, *model.apply({"params": params}, token, position, method="begin")
 
 
 def _run_group(
@@ -259,36 +140,25 @@ def _run_group(
     placement: Any,
     *,
     blocks: tuple[nn.Module, ...],
-    taps: tuple[int, ...],
-) -> tuple[Any, list[KVCache], Streams]:
-    """DONATES `caches`, one of each layer, and `hidden`; `taps` are places in the group."""
+    read: tuple[int, ...],
+) -> tuple[Any, list[KVCache], Residuals]:
+    """DONATES `caches`, one of each layer, and `hidden`; `read` are places in the group."""
     bound = functools.partial(attend, placement)
     after: list[Any] = []
-    streams: Streams = {}
-    for place, (own, cache, rotary, block) in enumerate(
-        zip(params, caches, rotaries, blocks, strict=True)
-    ):
+    residuals: Residuals = {}
+    layers = zip(params, caches, rotaries, blocks, strict=True)
+    for number, (own, cache, rotary, block) in enumerate(layers):
         hidden, new = block.apply({"params": own}, hidden, rotary, cache, bound)
         after.append(new)
-        if place in taps:
-            streams[place] = jnp.copy(hidden)  # the next group takes the array for its own
-    return hidden, after, streams
+        if number in read:
+            residuals[number] = jnp.copy(hidden)  # the next group takes the array for its own
+    return hidden, after, residuals
 
 
-def _end_prefill(params: Any, hidden: Any, inputs: PrefillInputs, *, model: Any) -> Any:
+def _end(params: Any, hidden: Any, inputs: PrefillInputs | None, *, model: nn.Module) -> Any:
     hidden = model.apply({"params": params}, hidden, method="end")
-    return last_and_all(hidden, inputs)
+    return (hidden, None) if inputs is None else last_and_all(hidden, inputs)
 
 
-def _end_decode(params: Any, hidden: Any, *, model: Any) -> Any:
-    return model.apply({"params": params}, hidden, method="end")
-
-
-_BEGIN_PREFILL, _BEGIN_DECODE = Programs(_begin_prefill), Programs(_begin_decode)
-_RUN_GROUP = Programs(_run_group, donate=(1, 2), compiler_options=REORDERED)
-_END_PREFILL, _END_DECODE = Programs(_end_prefill), Programs(_end_decode)
-
-
-def _outer(params: Any) -> Any:
-    """The parameters outside the layers."""
-    return {name: leaf for name, leaf in params.items() if not name.startswith(_LAYER)}
+_BEGIN, _END = Programs(_begin), Programs(_end)
+_GROUP = Programs(_run_group, donate=(1, 2), compiler_options=REORDERED)

@@ -1,261 +1,198 @@
-"""A step as one program, on request with its sampling: the way of a GPU.
+"""Calls that are one program each: the way of a GPU, and of the sampler everywhere.
 
 One program is one CUDA graph and one call of the host, which has less than a millisecond for it:
 its small inputs come as one array, its report leaves as one (`folojax.steps.packing`), and what a
-call needs is looked up and not made.
+call needs is looked up by its `Executable` and not made.
 """
 
-import inspect
-from collections.abc import Hashable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 from flax import linen as nn
 
-from folojax.compile.programs import IN_GRAPH, Call, Program, Programs
-from folojax.kv.cache import KVCache
+from folojax.compile.programs import IN_GRAPH, Program, Programs, Run, run
+from folojax.kv import KVCache
 from folojax.models.machine.row_sums import REORDERED
-from folojax.sampling.rows import SampleInputs, SlotState
-from folojax.sampling.sampler import SamplingSpec, report_shapes
+from folojax.sampling.rows import SlotState
+from folojax.sampling.sampler import SamplingClass, report_shapes
 from folojax.steps import step
+from folojax.steps.executables import Executable, StepKind
 from folojax.steps.packing import PackedReport, Packing, pack_report, report_packing
-from folojax.steps.residual_stream import ActivationEdit, Streams, read_layers
-from folojax.steps.state import DecodeInputs, PrefillInputs
+from folojax.steps.placements import last_and_all
+from folojax.steps.state import CallInputs, CallResults, EngineState
+
+_WITH_CACHE = ("prefill", "decode", "decode_steps", "rows")
 
 
 class _Ready(NamedTuple):
-    """What is known of the calls of one kind and shape.
+    """What is known of the calls of one executable.
 
     Attributes:
-        packing: Of their inputs.
         program: That they run.
-        report: Packing of what they report; None where they report nothing.
+        packing: Of their inputs.
+        report: Of what they report; None where they sample nothing.
+        key: The compiled program's, which is this engine's alone: others have other shapes.
     """
 
-    packing: Packing
     program: Program
-    report: Packing | None = None
+    packing: Packing
+    report: Packing | None
+    key: object
 
 
 class WholeSteps:
-    """A step is one program; on request one that samples, too."""
+    """A call is a program, a decode step with its sampling in it; see `folojax.steps.calls`."""
 
-    def __init__(self, model: nn.Module, most_tokens: int | None = None) -> None:
+    kind: StepKind = "whole"
+
+    def __init__(self, model: nn.Module, programs: Mapping[str, Programs] | None = None) -> None:
         """Compiles nothing.
 
         Args:
             model: Of `folojax.models`.
-            most_tokens: Of prompts in a step: a call with rows for more computes no more than
-                these. None: all that its rows have room for.
+            programs: By kind of executable; None: those of this module.
         """
-        self._model, self._most_tokens = model, most_tokens
-        # By what tells calls apart, cheaply: on a GPU the host has less than a millisecond a step.
-        self._kinds: dict[Hashable, _Ready] = {}
-        self._compiled: dict[Hashable, jax.stages.Compiled] = {}
+        self._model = model
+        self._programs = _PROGRAMS if programs is None else programs
+        self._ready: dict[Executable, _Ready] = {}
 
-    def prefill(
+    def call(
         self,
+        one: Executable,
         params: Any,
-        cache: KVCache,
-        inputs: PrefillInputs,
-        edits: tuple[ActivationEdit, ...] = (),
-        is_edited: Any = None,
-        taps: tuple[int, ...] = (),
-    ) -> tuple[Any, Any, Any, Streams]:
-        """As `step.prefill`."""
-        return self._run(*self._prefill_call(params, cache, inputs, edits, is_edited, taps))
-
-    def decode(
-        self,
-        params: Any,
-        cache: KVCache,
-        tokens: Any,
-        inputs: DecodeInputs,
-        edits: tuple[ActivationEdit, ...] = (),
-        is_edited: Any = None,
-        taps: tuple[int, ...] = (),
-    ) -> tuple[Any, Any, Streams]:
-        """As `step.decode`."""
-        return self._run(*self._decode_call(params, cache, tokens, inputs, edits, is_edited, taps))
-
-    def decode_and_sample(
-        self,
-        params: Any,
-        cache: KVCache,
-        slots: SlotState,
-        inputs: tuple[DecodeInputs, SampleInputs],
-        spec: SamplingSpec,
-        edits: tuple[ActivationEdit, ...] = (),
-        is_edited: Any = None,
-        taps: tuple[int, ...] = (),
-    ) -> tuple[KVCache, SlotState, PackedReport, Streams]:
-        """As `step.decode_and_sample`; the report is on its way to the host."""
-        found = self._sampled_call(params, cache, slots, inputs, spec, edits, is_edited, taps)
-        cache, slots, packed, streams = self._run(*found)
-        report = self._kinds[found[0]].report
-        assert report is not None, "this kind of call reports"
-        packed.copy_to_host_async()
-        return cache, slots, PackedReport(packed, report), streams
-
-    def prefill_calls(self, params: Any, cache: KVCache, inputs: PrefillInputs) -> list[Call]:
-        """One program."""
-        return [self._prefill_call(params, cache, inputs, (), None, ())[1]]
-
-    def decode_calls(
-        self, params: Any, cache: KVCache, tokens: Any, inputs: DecodeInputs
-    ) -> list[Call]:
-        """One program."""
-        return [self._decode_call(params, cache, tokens, inputs, (), None, ())[1]]
-
-    def sampled_calls(
-        self,
-        params: Any,
-        cache: KVCache,
-        slots: SlotState,
-        inputs: tuple[DecodeInputs, SampleInputs],
-        spec: SamplingSpec,
-    ) -> list[Call]:
-        """One program: that of `decode_and_sample`."""
-        return [self._sampled_call(params, cache, slots, inputs, spec, (), None, ())[1]]
-
-    def _prefill_call(
-        self, params: Any, cache: KVCache, inputs: Any, edits: Any, is_edited: Any, taps: Any
-    ) -> tuple[Hashable, Call]:
-        key = "prefill", inputs.tokens.shape, edits, taps
-        # What is read of the stream is picked by its row.
-        static = {"edits": edits, "taps": taps, "num_tokens": None if taps else self._most_tokens}
-        ready = self._kind(key, _PREFILL, inputs, len(inputs.start), static)
-        args = params, cache, *ready.packing.pack(inputs), is_edited
-        return key, Call(ready.program, args)
-
-    def _decode_call(
-        self,
-        params: Any,
-        cache: KVCache,
-        tokens: Any,
-        inputs: Any,
-        edits: Any,
-        is_edited: Any,
-        taps: Any,
-    ) -> tuple[Hashable, Call]:
-        rows = len(inputs.slot)
-        key = "decode", rows, edits, taps
-        ready = self._kind(key, _DECODE, inputs, rows, {"edits": edits, "taps": taps})
-        args = params, cache, tokens, *ready.packing.pack(inputs), is_edited
-        return key, Call(ready.program, args)
-
-    def _sampled_call(
-        self,
-        params: Any,
-        cache: KVCache,
-        slots: SlotState,
-        inputs: tuple[DecodeInputs, SampleInputs],
-        spec: SamplingSpec,
-        edits: Any,
-        is_edited: Any,
-        taps: Any,
-    ) -> tuple[Hashable, Call]:
-        rows, sampling = len(inputs[0].slot), inputs[1]
-        num_bans = 0 if sampling.edits is None else len(sampling.edits.bans)
-        key = "sampled", rows, spec, num_bans, edits, taps
-        static = {"spec": spec, "edits": edits, "taps": taps}
-        ready = self._kind(key, _DECODE_AND_SAMPLE, inputs, rows, static)
-        args = params, cache, slots, *ready.packing.pack(inputs), is_edited
-        return key, Call(ready.program, args)
-
-    def _kind(
-        self,
-        key: Hashable,
-        programs: Programs,
-        inputs: Any,
-        rows: int,
-        static: dict[str, Any],
-    ) -> _Ready:
-        ready = self._kinds.get(key)
+        state: EngineState,
+        inputs: CallInputs,
+        run: Run = run,
+    ) -> tuple[EngineState, CallResults]:
+        """As `folojax.steps.calls.Steps.call`."""
+        ready = self._ready.get(one)
         if ready is None:
-            packing, report = Packing.of(inputs, rows), None
-            program = programs.of(model=self._model, packing=packing, **static)
-            if "spec" in static:
-                report = report_packing(report_shapes(static["spec"], rows))
-            ready = self._kinds[key] = _Ready(packing, program, report)
-        return ready
+            ready = self._ready[one] = self._prepare(one, inputs)
+        cache = state.cache if one.kind in _WITH_CACHE else None
+        given = step.head_params(params) if cache is None else params
+        packed, rest = ready.packing.pack(inputs)
+        args = given, cache, _slots_of(one, state.slots), packed, rest
+        cache, slots, results = run(ready.program, args, ready.key)
+        if ready.report is not None:
+            results = results._replace(report=PackedReport(results.report, ready.report))
+        return _joined(state, cache, slots), results
 
-    def _run(self, key: Hashable, call: Call) -> Any:
-        """Calls what the key stands for, compiled at the first time."""
-        compiled = self._compiled.get(key)
-        if compiled is None:
-            compiled = self._compiled[key] = call.compile()
-        return compiled(*call.args)
-
-
-def _prefill_packed(
-    params: Any,
-    cache: KVCache,
-    packed: Any,
-    rest: list[Any],
-    is_edited: Any,
-    *,
-    model: nn.Module,
-    packing: Packing,
-    edits: tuple[ActivationEdit, ...],
-    taps: tuple[int, ...],
-    num_tokens: int | None,
-) -> tuple[KVCache, Any, Any, Streams]:
-    """`step.prefill` with its inputs as one array, and taps. DONATES `cache`."""
-    inputs = packing.unpack(packed, rest)
-    options = {"model": model, "edits": edits, "num_tokens": num_tokens}
-    with read_layers(taps) as found:
-        prefill = inspect.unwrap(step.prefill)
-        cache, last, hidden = prefill(params, cache, inputs, is_edited, **options)
-    return cache, last, hidden, found
+    def _prepare(self, one: Executable, inputs: CallInputs) -> _Ready:
+        packing = Packing.of(inputs, one.rows)
+        program = self._programs[one.kind].of(one=one, packing=packing, model=self._model)
+        is_sampled = one.spec is not None and one.kind != "score"
+        report = report_packing(report_shapes(one.sampler, one.rows)) if is_sampled else None
+        return _Ready(program, packing, report, object())
 
 
-def _decode_packed(
-    params: Any,
-    cache: KVCache,
-    tokens: Any,
-    packed: Any,
-    rest: list[Any],
-    is_edited: Any,
-    *,
-    model: nn.Module,
-    packing: Packing,
-    edits: tuple[ActivationEdit, ...],
-    taps: tuple[int, ...],
-) -> tuple[KVCache, Any, Streams]:
-    """`step.decode` with its inputs as one array, and taps. DONATES `cache`."""
-    inputs = packing.unpack(packed, rest)
-    with read_layers(taps) as found:
-        decode = inspect.unwrap(step.decode)
-        cache, hidden = decode(params, cache, tokens, inputs, is_edited, model=model, edits=edits)
-    return cache, hidden, found
+def _slots_of(one: Executable, slots: SlotState) -> SlotState | None:
+    """The part that an executable takes: of another one it would be compiled once more."""
+    if one.kind in ("prefill", "score"):
+        return None
+    spec = one.spec
+    is_edited = spec is not None and spec.needed >= SamplingClass.EDITED
+    is_processed = spec is not None and spec.processors
+    return SlotState(
+        slots.tokens,
+        slots.edits if is_edited else None,
+        slots.processors if is_processed else None,
+    )
 
 
-def _decode_and_sample_packed(
-    params: Any,
-    cache: KVCache,
-    slots: SlotState,
-    packed: Any,
-    rest: list[Any],
-    is_edited: Any,
-    *,
-    model: nn.Module,
-    packing: Packing,
-    spec: SamplingSpec,
-    edits: tuple[ActivationEdit, ...],
-    taps: tuple[int, ...],
-) -> tuple[KVCache, SlotState, Any, Streams]:
-    """`step.decode_and_sample` with inputs and report as one array. DONATES `cache`, `slots`."""
-    inputs, sampling = packing.unpack(packed, rest)
-    run = inspect.unwrap(step.decode_and_sample)
-    options = {"model": model, "spec": spec, "activation_edits": edits, "taps": taps}
-    cache, slots, out, found = run(params, cache, slots, inputs, sampling, is_edited, **options)
-    return cache, slots, pack_report(out), found
+def _joined(state: EngineState, cache: Any, slots: SlotState | None) -> EngineState:
+    """What a call gave back, and the rest of what there was."""
+    kept = state.slots
+    if slots is not None:
+        kept = SlotState(
+            slots.tokens,
+            kept.edits if slots.edits is None else slots.edits,
+            kept.processors if slots.processors is None else slots.processors,
+        )
+    return EngineState(state.cache if cache is None else cache, kept)
 
 
-# On CPU with the options of a group of layers: as fast, and rounding alike.
-_PREFILL = Programs(_prefill_packed, donate=(1,), compiler_options=REORDERED | IN_GRAPH)
-_DECODE = Programs(_decode_packed, donate=(1,), compiler_options=REORDERED | IN_GRAPH)
-_DECODE_AND_SAMPLE = Programs(
-    _decode_and_sample_packed, donate=(1, 2), compiler_options=REORDERED | IN_GRAPH
-)
+def packed(
+    function: Callable[..., Any], name: str, options: dict[str, Any] | None = None
+) -> Programs:
+    """Programs of a function, with all small inputs as one array; static is the executable.
+
+    The function goes from parameters, cache, slots, `CallInputs`, executable and model to new cache
+    and slots, which are DONATED, and `CallResults`.
+    """
+
+    def compute(
+        params: Any,
+        cache: Any,
+        slots: Any,
+        packed: Any,
+        rest: list[Any],
+        *,
+        one: Executable,
+        packing: Packing,
+        model: nn.Module,
+    ) -> Any:
+        return function(params, cache, slots, packing.unpack(packed, rest), one, model)
+
+    compute.__name__ = name  # of the compiled program, too
+    return Programs(compute, donate=(1, 2), compiler_options=options)
+
+
+def _prefill(
+    params: Any, cache: KVCache, slots: None, inputs: CallInputs, one: Executable, model: Any
+) -> Any:
+    cache, hidden, placement, residuals = step.forward(
+        params, cache, None, inputs.rows, model, one.extras, inputs.is_edited, one.most_tokens
+    )
+    last, every = last_and_all(hidden, inputs.rows, placement)
+    return cache, slots, CallResults(last, every, residuals=residuals)
+
+
+def decode_rows(
+    params: Any, cache: KVCache, slots: SlotState, inputs: CallInputs, one: Executable, model: Any
+) -> Any:
+    """A token of every row, and with a `spec` the next one's draw; for `packed`."""
+    cache, hidden, _, residuals = step.forward(
+        params, cache, slots.tokens, inputs.rows, model, one.extras, inputs.is_edited
+    )
+    if one.spec is None:
+        return cache, slots, CallResults(hidden, residuals=residuals)
+    slots, out = step.sample_hidden(params, slots, hidden, inputs.sampling, model, one.spec)
+    return cache, slots, CallResults(report=pack_report(out), residuals=residuals)
+
+
+def _decode_steps(
+    params: Any, cache: KVCache, slots: SlotState, inputs: CallInputs, one: Executable, model: Any
+) -> Any:
+    cache, slots, out, residuals = step.decode_steps(
+        params, cache, slots, inputs, model, one.sampler, one.tokens, one.extras
+    )
+    return cache, slots, CallResults(report=jax.vmap(pack_report)(out), residuals=residuals)
+
+
+def _sample(
+    params: Any, cache: None, slots: SlotState, inputs: CallInputs, one: Executable, model: Any
+) -> Any:
+    slots, out = step.sample_hidden(
+        params, slots, inputs.hidden, inputs.sampling, model, one.sampler
+    )
+    return cache, slots, CallResults(report=pack_report(out))
+
+
+def _score(
+    params: Any, cache: None, slots: None, inputs: CallInputs, one: Executable, model: Any
+) -> Any:
+    count, num_tokens = one.sampler.num_logprobs or 0, one.sampler.num_tokens
+    scores = step.score_hidden(params, inputs.hidden, inputs.targets, model, count, num_tokens)
+    return cache, slots, CallResults(scores=scores)
+
+
+# On CPU the model's with the options of a group of layers: as fast, and rounding alike.
+_MODEL = REORDERED | IN_GRAPH
+_PROGRAMS = {
+    "prefill": packed(_prefill, "prefill", _MODEL),
+    "decode": packed(decode_rows, "decode", _MODEL),
+    "decode_steps": packed(_decode_steps, "decode_steps", REORDERED),
+    "sample": packed(_sample, "sample", IN_GRAPH),
+    "score": packed(_score, "score"),
+}

@@ -23,8 +23,8 @@ class Packing:
 
     Attributes:
         tree: Its structure.
-        fields: Shape behind the first axis, and dtype, of each leaf; None for a leaf that is no
-            entry of 32 bits for each row, which stays an array of its own.
+        fields: Shape behind the first axis, and dtype, of each leaf; None for a leaf that stays an
+            array of its own: one that is no NumPy array with an entry of 32 bits for each row.
     """
 
     tree: Any
@@ -92,4 +92,5 @@ def report_packing(report: Any) -> Packing:
 
 def _field(leaf: Any, num_rows: int) -> tuple[tuple[int, ...], str] | None:
     is_row_wise = leaf.ndim > 0 and leaf.shape[0] == num_rows and leaf.dtype.itemsize == 4
+    is_row_wise = is_row_wise and isinstance(leaf, np.ndarray)
     return (leaf.shape[1:], str(leaf.dtype)) if is_row_wise else None

@@ -8,17 +8,37 @@ from folojax.kv import KVCache, Placement, place_tokens
 from folojax.steps.state import DecodeInputs, PrefillInputs
 
 
-def place_prefill(
-    cache: KVCache, inputs: PrefillInputs, num_tokens: int | None = None
+def place(
+    cache: KVCache,
+    tokens: Int[Array, " M"] | None,
+    inputs: PrefillInputs | DecodeInputs,
+    most_tokens: int | None = None,
 ) -> tuple[Placement, Int[Array, " T"], Int[Array, " T"]]:
-    """What the layers of a prefill need: where tokens lie, the tokens, their positions."""
-    rows, columns = inputs.tokens.shape
-    chex.assert_shape([inputs.start, inputs.length], (rows,))
+    """What the layers of a step need: where tokens lie, the tokens, and their positions.
+
+    Args:
+        cache: Whose pages the inputs name.
+        tokens: The last token of every slot, for rows of a decode step that do not give theirs.
+        inputs: Chunks of prompts, or a token a row; a row without pages is padding.
+        most_tokens: T, if the chunks' tokens are to lie one behind the other; see `place_tokens`.
+    """
+    if isinstance(inputs, PrefillInputs):
+        rows, columns = inputs.tokens.shape
+        chex.assert_shape([inputs.start, inputs.length], (rows,))
+        first, length, given = inputs.start, inputs.length, inputs.tokens
+    else:
+        assert tokens is not None, "rows of a decode step continue slots"
+        (rows,), columns = inputs.slot.shape, 1
+        chex.assert_shape([inputs.token, inputs.position], (rows,))
+        sampled = tokens.at[inputs.slot].get(mode="clip")
+        first, given = inputs.position, jnp.where(inputs.token < 0, sampled, inputs.token)
+        length = (inputs.page_table[:, 0] < cache.num_pages).astype(jnp.int32)
+        given = given[:, None]
     chex.assert_shape(inputs.page_table, (rows, None))
     placement, position = place_tokens(
-        cache, inputs.page_table, inputs.start, inputs.length, columns, num_tokens
+        cache, inputs.page_table, first, length, columns, most_tokens
     )
-    return placement, placement.by_token(inputs.tokens), position
+    return placement, placement.by_token(given), position
 
 
 def last_and_all(
@@ -29,18 +49,3 @@ def last_and_all(
     every = hidden.reshape(rows, columns, -1) if placement is None else placement.by_row(hidden)
     last = jnp.maximum(inputs.length - 1, 0)
     return jnp.take_along_axis(every, last[:, None, None], axis=1)[:, 0], every
-
-
-def place_decode(
-    cache: KVCache, tokens: Int[Array, " M"], inputs: DecodeInputs
-) -> tuple[Placement, Int[Array, " B"]]:
-    """What the layers of a decode step need: where each row's token lies, and the token."""
-    rows = inputs.slot.shape[0]
-    chex.assert_shape([inputs.token, inputs.position], (rows,))
-    chex.assert_shape(inputs.page_table, (rows, None))
-    sampled = tokens.at[inputs.slot].get(mode="clip")
-    is_row = inputs.page_table[:, 0] < cache.num_pages
-    placement, _ = place_tokens(
-        cache, inputs.page_table, inputs.position, is_row.astype(jnp.int32), 1
-    )
-    return placement, jnp.where(inputs.token < 0, sampled, inputs.token)

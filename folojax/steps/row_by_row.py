@@ -1,68 +1,62 @@
-"""The steps of deterministic mode: every token is a row of one fixed shape.
+"""The calls of deterministic mode: every token is a row of one fixed shape.
 
-    prompt chunks, single tokens ──> T rows ──> forward ──> hidden ──> row_logits ──> logits
-                                                                          ├──> sample_logits
-                                                                          └──> score_logits
+    prompt chunks, single tokens ──> T rows ──> the model ──> hidden ──> logits ──> sampler
+                                                                            └────> scorer
 
 What changes the last bits of a row is the shape of the call that computes it, and how many terms a
 sum has. Here neither depends on the batch. All calls have T rows, a row is a token of any request,
-in prefill, decode and scoring alike; it reads its own pages one after the other, in the order of
-its table. The kernels of such an engine (`PageFormat.kernels`) are those whose sums depend on
-nothing but the row: C++ on CPU, or products of one shape a page.
+in prefill, decode and scoring alike; several rows may be tokens of one request, in order. A row
+reads its own pages one after the other, in the order of its table. The kernels of such an engine
+(`PageFormat.kernels`) are those whose sums depend on nothing but the row: C++ on CPU, or products
+of one shape a page. No program may add floats in another order (`REORDERED`).
 
 The raw log-probability is made of two numbers, a logit and the logarithm of the row's mass. Both
-come from one program, `row_logits`, whoever asks.
+come from one program, whoever asks: samplers and scorers are handed them in place of hidden states.
 """
 
-import functools
 from typing import Any
 
-import jax
 from flax import linen as nn
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
-from folojax.attention import attend
-from folojax.kv import KVCache
-from folojax.sampling.rows import SampleInputs, SlotState, StepOutput, TokenScores
-from folojax.sampling.sampler import SamplingSpec, log_sum_exp, token_logprobs
-from folojax.steps.placements import place_decode
-from folojax.steps.residual_stream import ActivationEdit, intercept
-from folojax.steps.state import DecodeInputs
-from folojax.steps.step import draw_and_note
-
-
-@functools.partial(jax.jit, static_argnames=("model", "edits"), donate_argnames="cache")
-def forward(
-    params: Any,
-    cache: KVCache,
-    tokens: Int[Array, " M"],
-    inputs: DecodeInputs,
-    is_edited: Bool[Array, "B _"] | None = None,
-    *,
-    model: nn.Module,
-    edits: tuple[ActivationEdit, ...] = (),
-) -> tuple[KVCache, Float[Array, "B E"]]:
-    """Caches one token of every row; several rows may be tokens of one request, in order.
-
-    DONATES `cache`. Arguments and results as of `folojax.decode`. A padding row has a table of
-    padding alone.
-    """
-    placement, token = place_decode(cache, tokens, inputs)
-    with intercept(edits, is_edited):
-        result: Any = model.apply(
-            {"params": params},
-            token,
-            inputs.position,
-            cache,
-            functools.partial(attend, placement),
-        )
-    hidden, cache = result
-    return cache, hidden
+from folojax.compile.programs import Programs, Run, run
+from folojax.sampling.rows import SlotState, TokenScores
+from folojax.sampling.sampler import log_sum_exp, token_logprobs
+from folojax.steps import step
+from folojax.steps.executables import Executable, StepKind
+from folojax.steps.fused import WholeSteps, decode_rows, packed
+from folojax.steps.packing import pack_report
+from folojax.steps.state import CallInputs, CallResults, EngineState
 
 
-@functools.partial(jax.jit, static_argnames=("model",))
-def row_logits(
+class RowSteps:
+    """Calls whose rows do not depend on each other's company; see `folojax.steps.calls.Steps`."""
+
+    kind: StepKind = "rows"
+
+    def __init__(self, model: nn.Module) -> None:
+        """Compiles nothing."""
+        self._calls = WholeSteps(model, _PROGRAMS)
+        self._logits = _LOGITS.of(model=model)
+
+    def call(
+        self,
+        one: Executable,
+        params: Any,
+        state: EngineState,
+        inputs: CallInputs,
+        run: Run = run,
+    ) -> tuple[EngineState, CallResults]:
+        """As `Steps.call`; the hidden states of "rows" are logits and their mass."""
+        state, results = self._calls.call(one, params, state, inputs, run)
+        if one.kind == "rows":
+            both = run(self._logits, (step.head_params(params), results.hidden))
+            results = results._replace(hidden=both, every=both)
+        return state, results
+
+
+def _row_logits(
     params: Any, hidden: Float[Array, "B E"], *, model: nn.Module
 ) -> tuple[Float[Array, "B V"], Float[Array, " B"]]:
     """Logits of rows, and the logarithms of the sums of their exponentials."""
@@ -71,31 +65,26 @@ def row_logits(
     return logits, log_sum_exp(logits)
 
 
-@functools.partial(jax.jit, static_argnames=("spec",), donate_argnames="slots")
-def sample_logits(
-    slots: SlotState,
-    logits: Float[Array, "B V"],
-    log_mass: Float[Array, " B"],
-    inputs: SampleInputs,
-    *,
-    spec: SamplingSpec,
-) -> tuple[SlotState, StepOutput]:
-    """Samples the next token of each row that has a slot, as `folojax.sample_tokens` does.
-
-    DONATES `slots`.
-    """
-    return draw_and_note(slots, logits, inputs, spec, log_mass)
+def _sample(
+    params: Any, cache: None, slots: SlotState, inputs: CallInputs, one: Executable, model: Any
+) -> Any:
+    logits, log_mass = inputs.hidden
+    slots, out = step.draw_and_note(slots, logits, inputs.sampling, one.sampler, log_mass)
+    return cache, slots, CallResults(report=pack_report(out))
 
 
-@functools.partial(jax.jit, static_argnames=("num_logprobs", "num_tokens"))
-def score_logits(
-    logits: Float[Array, "B V"],
-    log_mass: Float[Array, " B"],
-    targets: Int[Array, " B"],
-    *,
-    num_logprobs: int,
-    num_tokens: int | None = None,
-) -> TokenScores:
-    """Raw log-probabilities of given tokens; the rows of the report are the rows of the call."""
-    found = token_logprobs(logits, targets, num_logprobs, log_mass, num_tokens)
-    return TokenScores(*(field[:, None] for field in found))
+def _score(
+    params: Any, cache: None, slots: None, inputs: CallInputs, one: Executable, model: Any
+) -> Any:
+    logits, log_mass = inputs.hidden
+    count, num_tokens = one.sampler.num_logprobs or 0, one.sampler.num_tokens
+    found = token_logprobs(logits, inputs.targets[:, 0], count, log_mass, num_tokens)
+    return cache, slots, CallResults(scores=TokenScores(*(field[:, None] for field in found)))
+
+
+_LOGITS = Programs(_row_logits)
+_PROGRAMS = {
+    "rows": packed(decode_rows, "rows"),
+    "sample": packed(_sample, "sample_rows"),
+    "score": packed(_score, "score_rows"),
+}

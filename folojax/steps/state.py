@@ -11,20 +11,22 @@ One axis dictionary for the whole project, in shapes, einsums and comments:
     U  blocks of the vocabulary     W  tokens of a block          Z  bans of a step
 
 Carried state (`EngineState`) is donated to the steps that change it and dead afterwards; reported
-output (`StepOutput`) is a different type. Padding is spelled with out-of-range indices: a row whose
-slot is `M` or a table entry that is `P` is dropped by every scatter, so nothing masks it twice.
+output (`StepOutput`, `CallResults`) is a different type. Padding is spelled with out-of-range
+indices: a row whose slot is `M` or a table entry that is `P` is dropped by every scatter, so
+nothing masks it twice.
 
 Inputs may be NumPy arrays: handing those to a jitted call is their cheapest way to the device.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from folojax.kv.cache import KVCache, KVLayout, init_cache
-from folojax.sampling.rows import SlotState
+from folojax.sampling.rows import SlotState, TokenScores
+from folojax.steps.residuals import Residuals
 
 
 class EngineState(NamedTuple):
@@ -50,6 +52,30 @@ class DecodeInputs(NamedTuple):
     token: Int[Array, " B"]  # the input token where the host knows it; -1: the slot's last sample
     position: Int[Array, " B"]  # of the input token: how many tokens of the row are cached
     page_table: Int[Array, "B N"]  # the row's pages in order; P is padding
+
+
+class CallInputs(NamedTuple):
+    """What an executable is called with beside parameters and state; each kind takes some of it."""
+
+    rows: Any = None  # `PrefillInputs` or `DecodeInputs`, of R rows
+    is_edited: Any = None  # [R, Z], which rows the activation edits are on for; None without edits
+    sampling: Any = None  # `SampleInputs`
+    num_steps: Any = None  # [B], how many each row takes of several decode steps
+    hidden: Any = None  # what the model's call gave, for a sampler or a scorer
+    targets: Any = None  # [R, C], the tokens to be scored
+
+
+class CallResults(NamedTuple):
+    """What an executable gives beside the new state; None where a kind gives nothing.
+
+    The report of several decode steps has an axis of steps in front.
+    """
+
+    hidden: Any = None  # [R, E], of each row's last token
+    every: Any = None  # [R, C, E], of all tokens
+    report: Any = None  # a `StepOutput`, as a `folojax.steps.packing.PackedReport`
+    scores: TokenScores | None = None
+    residuals: Residuals | None = None
 
 
 def init_state(layout: KVLayout, max_num_seqs: int) -> EngineState:

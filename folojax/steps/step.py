@@ -10,15 +10,15 @@ has an error path: that a row has room in its pages is decided on the host (`fol
 
 Model and sampler are separate calls because each has its own axes of variation. The shapes of the
 inputs choose the executable of the model; the number of rows and a static `SamplingSpec` choose
-that of the sampler, which is small. Together they need the product of both; `decode_and_sample` is
-that, for devices that are done before the host could hand them a second program, and `decode_steps`
-is both several times over. Parameters of a request are arrays and choose nothing.
+that of the sampler, which is small. Together they need the product of both, which is for devices
+that are done before the host could hand them a second program. Parameters of a request are arrays
+and choose nothing. The engine compiles programs of its own (`folojax.steps.calls`) from what these
+functions consist of.
 
 Shapes that do not fit together fail while tracing, with an AssertionError that names them.
 """
 
 import functools
-from collections.abc import Mapping
 from typing import Any
 
 import chex
@@ -29,29 +29,19 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from folojax.attention import attend
-from folojax.kv import KVCache
-from folojax.models.machine.row_sums import REORDERED
+from folojax.kv import KVCache, Placement
 from folojax.sampling.logit_edits import note_tokens
 from folojax.sampling.logits_processors import apply_processors, note_outputs
 from folojax.sampling.rows import SampleInputs, SlotState, StepOutput, TokenScores
 from folojax.sampling.sampler import SamplingSpec, sample, token_logprobs
-from folojax.steps.placements import last_and_all, place_decode, place_prefill
-from folojax.steps.residual_stream import ActivationEdit, intercept, read_layers
-from folojax.steps.state import DecodeInputs, PrefillInputs
+from folojax.steps.placements import last_and_all, place
+from folojax.steps.residuals import LAYER, NO_EXTRAS, Residuals, StepExtras, with_extras
+from folojax.steps.state import CallInputs, DecodeInputs, PrefillInputs
 
 
-@functools.partial(
-    jax.jit, static_argnames=("model", "edits", "num_tokens"), donate_argnames="cache"
-)
+@functools.partial(jax.jit, static_argnames="model", donate_argnames="cache")
 def prefill(
-    params: Any,
-    cache: KVCache,
-    inputs: PrefillInputs,
-    is_edited: Bool[Array, "R _"] | None = None,
-    *,
-    model: nn.Module,
-    edits: tuple[ActivationEdit, ...] = (),
-    num_tokens: int | None = None,
+    params: Any, cache: KVCache, inputs: PrefillInputs, *, model: nn.Module
 ) -> tuple[KVCache, Float[Array, "R E"], Float[Array, "R C E"]]:
     """Caches chunks of prompts.
 
@@ -62,44 +52,29 @@ def prefill(
         cache: Earlier tokens of a row must be cached already, or stand in an earlier row of the
             same call.
         inputs: R rows of C tokens.
-        is_edited: Which rows the edits are on for; None without edits.
         model: A module of `folojax.models`.
-        edits: Z edits of the residual stream.
-        num_tokens: Most tokens that are no padding: only so many go through the model's products.
-            None: padding does, too.
 
     Returns:
         The new cache, the hidden state of each row's last valid token, and those of all tokens.
     """
-    placement, tokens, positions = place_prefill(cache, inputs, num_tokens)
-    is_on = None
-    if is_edited is not None:
-        of_rows = jnp.repeat(is_edited, inputs.tokens.shape[1], axis=0)
-        is_on = of_rows if placement.source is None else of_rows[placement.source]
-    with intercept(edits, is_on):
-        result: Any = model.apply(
-            {"params": params}, tokens, positions, cache, functools.partial(attend, placement)
-        )
-    hidden, cache = result
+    cache, hidden, placement, _ = forward(params, cache, None, inputs, model)
     return cache, *last_and_all(hidden, inputs, placement)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "edits"), donate_argnames="cache")
+@functools.partial(jax.jit, static_argnames="model", donate_argnames="cache")
 def decode(
     params: Any,
     cache: KVCache,
     tokens: Int[Array, " M"],
     inputs: DecodeInputs,
-    is_edited: Bool[Array, "B _"] | None = None,
     *,
     model: nn.Module,
-    edits: tuple[ActivationEdit, ...] = (),
 ) -> tuple[KVCache, Float[Array, "B E"]]:
     """Caches one token of every row.
 
     DONATES `cache`.
 
-    On CPU the engine's own programs of it (`folojax.steps.by_layer`) are compiled with the options
+    On CPU the engine's own programs of it are compiled with the options
     `models.machine.row_sums.REORDERED`, which make attention by XLA some three times as fast. JAX
     has them for a program only and not for a function within one, so here they are left to the
     caller.
@@ -110,141 +85,12 @@ def decode(
         tokens: The last token of every slot (`SlotState.tokens`); row i continues slot
             `inputs.slot[i]`, unless the inputs give its token.
         inputs: B rows.
-        is_edited: Which rows the edits are on for; None without edits.
         model: A module of `folojax.models`.
-        edits: Z edits of the residual stream.
 
     Returns:
         The new cache and the hidden state of each row's token.
     """
-    with intercept(edits, is_edited):
-        return _decode(params, cache, tokens, inputs, model, None)
-
-
-@functools.partial(
-    jax.jit,
-    static_argnames=("model", "spec", "activation_edits", "taps"),
-    donate_argnames=("cache", "slots"),
-)
-def decode_and_sample(
-    params: Any,
-    cache: KVCache,
-    slots: SlotState,
-    inputs: DecodeInputs,
-    sampling: SampleInputs,
-    is_edited: Bool[Array, "B _"] | None = None,
-    *,
-    model: nn.Module,
-    spec: SamplingSpec,
-    activation_edits: tuple[ActivationEdit, ...] = (),
-    taps: tuple[int, ...] = (),
-) -> tuple[KVCache, SlotState, StepOutput, dict[int, Float[Array, "B E"]]]:
-    """`decode`, and `sample_tokens` of what it gives.
-
-    DONATES `cache` and `slots`.
-
-    Args:
-        params: The module's parameters.
-        cache: Holds the rows' earlier tokens.
-        slots: Of all requests.
-        inputs: B rows.
-        sampling: Of the same rows; one with slot M samples nothing.
-        is_edited: Which rows the activation edits are on for; None without them.
-        model: A module of `folojax.models`.
-        spec: At least as demanding as every row.
-        activation_edits: Of the residual stream.
-        taps: Layers behind which the stream is read.
-
-    Returns:
-        The new cache and slots, the report, and by layer the streams of each row's token.
-    """
-    with read_layers(taps) as found, intercept(activation_edits, is_edited):
-        cache, hidden = _decode(params, cache, slots.tokens, inputs, model, None)
-    slots, out = sample_hidden(params, slots, hidden, sampling, model, spec)
-    return cache, slots, out, found
-
-
-@functools.partial(
-    jax.jit,
-    static_argnames=("model", "spec", "most_steps", "activation_edits", "taps"),
-    donate_argnames=("cache", "slots"),
-    compiler_options=REORDERED,
-)
-def decode_steps(
-    params: Any,
-    cache: KVCache,
-    slots: SlotState,
-    inputs: DecodeInputs,
-    num_steps: Int[Array, " B"],
-    sampling: SampleInputs,
-    bans: Int[Array, "K Z _"] | None,
-    is_edited: Bool[Array, "B _"] | None = None,
-    *,
-    model: nn.Module,
-    spec: SamplingSpec,
-    most_steps: int,
-    activation_edits: tuple[ActivationEdit, ...] = (),
-    taps: tuple[int, ...] = (),
-) -> tuple[KVCache, SlotState, StepOutput, dict[int, Float[Array, "T E"]]]:
-    """`decode` and `sample_tokens`, K times over: each step computes what the one before sampled.
-
-    DONATES `cache` and `slots`.
-
-    Args:
-        params: The module's parameters.
-        cache: Holds the rows' earlier tokens, and has room for K more.
-        slots: Of all requests.
-        inputs: B rows, as for the first step.
-        num_steps: How many steps each row takes; in the others it is padding.
-        sampling: As for the first step.
-        bans: In place of those in `sampling.edits`, of each step; None for specs without edits.
-        is_edited: Which rows the activation edits are on for; None without them.
-        model: A module of `folojax.models`.
-        spec: At least as demanding as every row.
-        most_steps: K.
-        activation_edits: Of the residual stream.
-        taps: Layers behind which the stream is read.
-
-    Returns:
-        The new cache and slots, the report of each step ([K, B] where one step has [B]), and by
-        layer the streams of K tokens a row; T is B * K.
-    """
-    num_slots = slots.tokens.shape[0]
-
-    def one_step(
-        carry: tuple[KVCache, SlotState], xs: tuple[Array, Array | None]
-    ) -> tuple[tuple[KVCache, SlotState], tuple[StepOutput, dict[int, Array]]]:
-        (cache, slots), (number, banned) = carry, xs
-        is_active = number < num_steps
-        # A row that is done stands still, at a token that it has computed already.
-        behind = jnp.clip(number, 0, jnp.maximum(num_steps - 1, 0))
-        now = inputs._replace(
-            slot=jnp.where(is_active, inputs.slot, num_slots),
-            token=jnp.where(number == 0, inputs.token, -1),
-            position=inputs.position + behind,
-        )
-        with read_layers(taps) as found, intercept(activation_edits, is_edited):
-            cache, hidden = _decode(params, cache, slots.tokens, now, model, is_active)
-        edits = sampling.edits
-        if edits is not None and banned is not None:
-            edits = edits._replace(slot=jnp.where(is_active, edits.slot, num_slots), bans=banned)
-        processors = sampling.processors
-        if processors is not None:
-            mine = jnp.where(is_active, processors.slot, num_slots)
-            processors = processors._replace(slot=mine)
-        drawn = sampling._replace(
-            processors=processors,
-            slot=jnp.where(is_active, sampling.slot, num_slots),
-            position=sampling.position + behind,
-            edits=edits,
-        )
-        slots, out = sample_hidden(params, slots, hidden, drawn, model, spec)
-        return (cache, slots), (out, found)
-
-    steps = jnp.arange(most_steps), bans
-    (cache, slots), (out, found) = lax.scan(one_step, (cache, slots), steps)
-    streams = {layer: _by_row(stream) for layer, stream in found.items()}
-    return cache, slots, out, streams
+    return forward(params, cache, tokens, inputs, model)[:2]
 
 
 @functools.partial(jax.jit, static_argnames=("model", "spec"), donate_argnames="slots")
@@ -268,6 +114,9 @@ def sample_tokens(
         inputs: B rows.
         model: A module of `folojax.models`.
         spec: At least as demanding as every row.
+
+    Returns:
+        The new slots, and a report whose row i is of input row i.
     """
     return sample_hidden(params, slots, hidden, inputs, model, spec)
 
@@ -294,13 +143,7 @@ def score_tokens(
         num_logprobs: J, alternatives to report for each position.
         num_tokens: Ids from here on are padding of the vocabulary, and no alternatives.
     """
-    chex.assert_shape(targets, hidden.shape[:2])
-
-    def score_row(row: tuple[Array, Array]) -> TokenScores:
-        logits: Any = model.apply({"params": params}, row[0], method="logits")
-        return TokenScores(*token_logprobs(logits, row[1], num_logprobs, None, num_tokens))
-
-    return lax.map(score_row, (hidden, targets))
+    return score_hidden(params, hidden, targets, model, num_logprobs, num_tokens)
 
 
 def head_params(params: Any) -> Any:
@@ -308,36 +151,116 @@ def head_params(params: Any) -> Any:
 
     The sampler is handed no more than that: what a call costs grows with its number of arrays.
     """
-    return {name: value for name, value in params.items() if not isinstance(value, Mapping)}
+    return {name: value for name, value in params.items() if not name.startswith(LAYER)}
 
 
-def _decode(
+def forward(
     params: Any,
     cache: KVCache,
-    tokens: Int[Array, " M"],
-    inputs: DecodeInputs,
+    tokens: Int[Array, " M"] | None,
+    inputs: PrefillInputs | DecodeInputs,
     model: nn.Module,
-    is_active: Bool[Array, " B"] | None,
-) -> tuple[KVCache, Float[Array, "B E"]]:
-    """See `decode`; rows that are not active store nothing."""
-    placement, token = place_decode(cache, tokens, inputs)
-    if is_active is not None:
-        page = jnp.where(is_active, placement.page, cache.num_pages)
-        placement = placement._replace(page=page)
-    # Meant to keep the layers' kernels from reading the inputs themselves, each of which a GPU's
-    # graph has to change when the next step's inputs lie elsewhere. With it there are still 33 to
-    # 40 of them (docs/gpu.md): it may go when a step is measured without it.
-    placement, token, position = lax.optimization_barrier((placement, token, inputs.position))
-    result: Any = model.apply(
-        {"params": params}, token, position, cache, functools.partial(attend, placement)
-    )
+    extras: StepExtras = NO_EXTRAS,
+    is_edited: Bool[Array, "R Z"] | None = None,
+    most_tokens: int | None = None,
+) -> tuple[KVCache, Float[Array, "T E"], Placement, Residuals]:
+    """The model on the tokens of a step; inside of a jitted function.
+
+    Args:
+        params: The module's parameters.
+        cache: Holds the rows' earlier tokens.
+        tokens: The last token of every slot; None for a prefill.
+        inputs: R rows.
+        model: A module of `folojax.models`.
+        extras: With Z edits.
+        is_edited: Which rows the edits are on for; None without edits.
+        most_tokens: Most tokens that are no padding: only so many go through the model's products.
+            None: padding does, too.
+
+    Returns:
+        The new cache, the hidden states of all tokens, where the tokens lie, and what was read.
+    """
+    placement, token, position = place(cache, tokens, inputs, most_tokens)
+    if is_edited is not None and isinstance(inputs, PrefillInputs):
+        is_edited = jnp.repeat(is_edited, inputs.tokens.shape[1], axis=0)
+        is_edited = is_edited if placement.source is None else is_edited[placement.source]
+    with with_extras(extras, is_edited) as residuals:
+        result: Any = model.apply(
+            {"params": params}, token, position, cache, functools.partial(attend, placement)
+        )
     hidden, cache = result
-    return cache, hidden
+    return cache, hidden, placement, residuals
 
 
-def _by_row(stream: Float[Array, "K B E"]) -> Float[Array, "T E"]:
-    """The tokens of a row one after the other."""
-    return jnp.swapaxes(stream, 0, 1).reshape(-1, stream.shape[-1])
+def decode_steps(
+    params: Any,
+    cache: KVCache,
+    slots: SlotState,
+    inputs: CallInputs,
+    model: nn.Module,
+    spec: SamplingSpec,
+    most_steps: int,
+    extras: StepExtras = NO_EXTRAS,
+) -> tuple[KVCache, SlotState, StepOutput, Residuals]:
+    """`decode` and `sample_tokens`, K times over: each step computes what the one before sampled.
+
+    Inside of a jitted function.
+
+    Args:
+        params: The module's parameters.
+        cache: Holds the rows' earlier tokens, and has room for K more.
+        slots: Of all requests.
+        inputs: B rows and their sampling, as for the first step; but bans, where there are any, are
+            those of each, [K, Z, _]. `num_steps` says how many each row takes: in the others it is
+            padding.
+        model: A module of `folojax.models`.
+        spec: At least as demanding as every row.
+        most_steps: K.
+        extras: Of the model.
+
+    Returns:
+        The new cache and slots, the report of each step ([K, B] where one step has [B]), and by
+        layer what was read of K tokens a row, one row after the other [B * K, E].
+    """
+    num_slots = slots.tokens.shape[0]
+    rows, sampling = inputs.rows, inputs.sampling
+
+    def one_step(carry: Any, xs: tuple[Array, Array | None]) -> Any:
+        (cache, slots), (number, bans) = carry, xs
+        is_active = number < inputs.num_steps
+
+        def mine(slot: Array) -> Array:
+            return jnp.where(is_active, slot, num_slots)
+
+        now = DecodeInputs(
+            slot=mine(rows.slot),
+            token=jnp.where(number == 0, rows.token, -1),
+            position=rows.position + number,
+            page_table=jnp.where(is_active[:, None], rows.page_table, cache.num_pages),
+        )
+        cache, hidden, _, residuals = forward(
+            params, cache, slots.tokens, now, model, extras, inputs.is_edited
+        )
+        edits, processors = sampling.edits, sampling.processors
+        if edits is not None:
+            edits = edits._replace(slot=mine(edits.slot), bans=bans)
+        if processors is not None:
+            processors = processors._replace(slot=mine(processors.slot))
+        drawn = SampleInputs(
+            mine(sampling.slot), sampling.position + number, sampling.rows, edits, processors
+        )
+        slots, out = sample_hidden(params, slots, hidden, drawn, model, spec)
+        return (cache, slots), (out, residuals)
+
+    bans = None if sampling.edits is None else sampling.edits.bans
+    (cache, slots), (out, residuals) = lax.scan(
+        one_step, (cache, slots), (jnp.arange(most_steps), bans)
+    )
+    by_row = {
+        layer: jnp.swapaxes(stream, 0, 1).reshape(-1, stream.shape[-1])
+        for layer, stream in residuals.items()
+    }
+    return cache, slots, out, by_row
 
 
 def sample_hidden(
@@ -352,6 +275,24 @@ def sample_hidden(
     chex.assert_shape([inputs.slot, inputs.position], (hidden.shape[0],))
     logits: Any = model.apply({"params": params}, hidden, method="logits")
     return draw_and_note(slots, logits, inputs, spec)
+
+
+def score_hidden(
+    params: Any,
+    hidden: Float[Array, "R C E"],
+    targets: Int[Array, "R C"],
+    model: nn.Module,
+    num_logprobs: int,
+    num_tokens: int | None,
+) -> TokenScores:
+    """`score_tokens`, inside of a jitted function."""
+    chex.assert_shape(targets, hidden.shape[:2])
+
+    def score_row(row: tuple[Array, Array]) -> TokenScores:
+        logits: Any = model.apply({"params": params}, row[0], method="logits")
+        return TokenScores(*token_logprobs(logits, row[1], num_logprobs, None, num_tokens))
+
+    return lax.map(score_row, (hidden, targets))
 
 
 def draw_and_note(

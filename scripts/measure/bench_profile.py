@@ -21,6 +21,7 @@ from folojax import LLM
 from folojax.engine.engine import Engine
 from folojax.runner.batch import Batch
 from folojax.runner.runner import Runner
+from folojax.runner.slot_states import SlotStates
 from folojax.sched.scheduler import Scheduler
 from folojax.text.detokenizer import Detokenizer
 
@@ -33,9 +34,7 @@ Wrap: TypeAlias = Callable[[Callable[..., Any], str], Callable[..., Any]]
 PHASES: dict[str, list[tuple[Any, str]]] = {
     "schedule": [(Scheduler, "schedule")],
     "pack": [(Runner, "dispatch")],
-    "dispatch": [(Runner, name) for name in ("_move_pages", "_prefill", "_call_decode")]
-    + [(Runner, name) for name in ("_call_decode_steps", "_call_sample")]
-    + [(Runner, name) for name in ("_score", "write_edits")],
+    "dispatch": [(Runner, "_move_pages"), (Runner, "call"), (SlotStates, "join")],
     "device wait": [(jax, "block_until_ready")],
     "read back": [(Runner, "collect"), (jax, "device_get")],
     "commit": [(Engine, "_commit")],

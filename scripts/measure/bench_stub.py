@@ -5,7 +5,7 @@ same limits; tokens are always the same one.
 """
 
 import contextlib
-import types
+import functools
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -18,6 +18,10 @@ from folojax import LLM, SamplingParams, StepOutput
 from folojax.models.core.config import ModelConfig
 from folojax.models.core.decoder import Llama, init_params
 from folojax.requests.prompts import ParsedPrompt
+from folojax.sampling.sampler import SamplingSpec
+from folojax.steps.executables import Executable
+from folojax.steps.packing import PackedReport, pack_report, report_packing
+from folojax.steps.state import CallInputs, CallResults
 
 _TOKEN = 7
 
@@ -48,32 +52,30 @@ def make_stub_llm(vocab_size: int = 128, max_position: int = 256, **options: Any
 def without_device(llm: LLM) -> Iterator[None]:
     """While it lasts nothing is computed, and every sample is the same token."""
 
-    def sample(hidden: Any, slot: Any, position: Any, spec: Any) -> StepOutput:
-        count = len(slot)
-        fields: tuple[Any, ...] = (
-            np.full(count, _TOKEN, np.int32),
-            np.full(count, -1.0, np.float32),
-            np.zeros(count, np.int32),
-            np.ones(count, bool),
-            np.zeros((count, 0), np.int32),
-            np.zeros((count, 0), np.float32),
-        )
-        return StepOutput(*fields)
+    def call(one: Executable, inputs: CallInputs) -> CallResults:
+        return CallResults(report=None if one.spec is None else _report(one.spec, one.rows))
 
-    steps = types.SimpleNamespace(
-        prefill=lambda params, cache, *_: (cache, None, None, {}),
-        decode=lambda params, cache, *_: (cache, None, {}),
-    )
-    nothing: dict[str, Any] = {
-        "steps": steps,
-        "_call_sample": sample,
-        "_move_pages": lambda moves: None,
-    }
+    nothing: dict[str, Any] = {"call": call, "_move_pages": lambda moves: None}
     with (
         mock.patch.multiple(llm.engine.runner, **nothing),
         mock.patch.object(jax, "device_get", lambda arrays: arrays),
     ):
         yield
+
+
+@functools.cache
+def _report(spec: SamplingSpec, count: int) -> PackedReport:
+    """The same token in every row."""
+    fields: tuple[Any, ...] = (
+        np.full(count, _TOKEN, np.int32),
+        np.full(count, -1.0, np.float32),
+        np.zeros(count, np.int32),
+        np.ones(count, bool),
+        np.zeros((count, 0), np.int32),
+        np.zeros((count, 0), np.float32),
+    )
+    out = StepOutput(*fields)
+    return PackedReport(np.asarray(pack_report(out)), report_packing(out))
 
 
 def start_rows(llm: LLM, prompts: list[list[int]], num_tokens: int) -> None:

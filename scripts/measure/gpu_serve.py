@@ -139,7 +139,7 @@ class Serving:
 
 @contextmanager
 def _clocks(llm: LLM) -> Iterator[dict[str, float]]:
-    """Seconds of the host by part of a step; `wait` is for the device."""
+    """Seconds of the host by part of a step, calls by their kind; `wait` is for the device."""
     times: dict[str, float] = collections.defaultdict(float)
 
     def clocked(label: str, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -148,7 +148,8 @@ def _clocks(llm: LLM) -> Iterator[dict[str, float]]:
             try:
                 return call(*args, **kwargs)
             finally:
-                times[label] += time.perf_counter() - start
+                part = args[0].kind if label == "call" else label
+                times[part] += time.perf_counter() - start
 
         return run
 
@@ -156,15 +157,12 @@ def _clocks(llm: LLM) -> Iterator[dict[str, float]]:
     parts = [
         ("schedule", scheduler, "schedule"),
         ("update", scheduler, "update_from_output"),
-        ("prefill", runner.steps, "prefill"),
-        ("decode", runner.steps, "decode_and_sample"),
-        ("sample", runner, "_sample_hidden"),
+        ("call", runner, "call"),
         ("wait", jax, "device_get"),
     ]
-    present = [(label, owner, name) for label, owner, name in parts if hasattr(owner, name)]
     patches = [
         mock.patch.object(owner, name, clocked(label, getattr(owner, name)))
-        for label, owner, name in present
+        for label, owner, name in parts
     ]
     for patch in patches:
         patch.start()

@@ -25,12 +25,12 @@ from jax.sharding import SingleDeviceSharding
 
 from folojax.attention import cudnn
 from folojax.backend.backend import GPU
-from folojax.compile.programs import Call
-from folojax.compile.shapes import DecodeShape, PrefillShape, slots_for
+from folojax.compile.shapes import slots_for
 from folojax.models.core.decoder import Llama, init_params
-from folojax.runner.batch import Batch, ints
-from folojax.sampling.rows import SampleInputs
+from folojax.runner.batch import Batch
+from folojax.runner.padding import padding
 from folojax.sampling.sampler import SamplingSpec
+from folojax.steps.executables import Executable
 from folojax.steps.fused import WholeSteps
 from folojax.steps.state import init_state
 
@@ -103,27 +103,30 @@ class Steps:
             module.config, module.dtype, num_pages, page_size
         )
 
-    def decode(self, shape: DecodeShape, spec: SamplingSpec) -> Compiled:
+    def decode(self, rows: int, spec: SamplingSpec) -> Compiled:
         """The decode step, with its sampling."""
-        batch, state = self._batch(shape.rows), self._state(shape.rows)
-        inputs = batch.decode_inputs(shape, [])
-        slot, position = inputs.slot, ints(shape.rows)
-        both = inputs, SampleInputs(slot, position, batch.params.rows(slot))
-        found = self._steps.sampled_calls(self._params, state.cache, state.slots, both, spec)
-        return self._compile(*found)
+        return self._compile(Executable("decode", rows, spec=spec))
 
-    def prefill(self, shape: PrefillShape) -> Compiled:
+    def prefill(self, rows: int, columns: int) -> Compiled:
         """The prefill step."""
-        inputs = self._batch(shape.rows).prefill_inputs(shape, [])
-        found = self._steps.prefill_calls(self._params, self._state(1).cache, inputs)
-        return self._compile(*found)
+        return self._compile(Executable("prefill", rows, columns))
 
-    def _compile(self, call: Call) -> Compiled:
+    def _compile(self, one: Executable) -> Compiled:
+        lowered: list[Any] = []
+
+        def lower(program: Any, args: Any, key: Any = None) -> Any:
+            lowered.append(program.lower(*args))
+            return lowered[-1].out_info
+
+        num_slots, num_pages = slots_for(one.rows), self._layout.num_pages
+        batch = Batch(num_slots, self._table_pages, num_pages, self._vocab_size)
+        make = functools.partial(init_state, self._layout, num_slots)
+        state = self._on_device(jax.eval_shape(make))
         with _pretend_cudnn():
-            lowered = call.lower()
+            self._steps.call(one, self._params, state, padding(one, batch), lower)
         with tempfile.TemporaryDirectory() as dump:
             options: Any = {"xla_dump_to": dump, "xla_dump_hlo_as_text": True}
-            compiled = lowered.compile(compiler_options=options)
+            compiled = lowered[0].compile(compiler_options=options)
             (sequence,) = Path(dump).glob("*.thunk_sequence_after_thunk_passes.txt")
             thunks = read_thunks(sequence.read_text())
         text, memory = compiled.as_text(), compiled.memory_analysis()
@@ -139,14 +142,6 @@ class Steps:
             cache_bytes=self._layout.num_pages * self._layout.bytes_per_page,
             weight_bytes=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weights)),
         )
-
-    def _batch(self, rows: int) -> Batch:
-        num_pages = self._layout.num_pages
-        return Batch(slots_for(rows), self._table_pages, num_pages, self._vocab_size)
-
-    def _state(self, rows: int) -> Any:
-        make = functools.partial(init_state, self._layout, slots_for(rows))
-        return self._on_device(jax.eval_shape(make))
 
     def _on_device(self, tree: Any) -> Any:
         return jax.tree.map(lambda leaf: self._array(leaf.shape, leaf.dtype), tree)

@@ -32,7 +32,6 @@ from hlo_read import count_kernels, kernels_per_layer, num_command_buffers, outs
 from rich.console import Console
 from rich.table import Table
 
-from folojax.compile.shapes import DecodeShape, PrefillShape
 from folojax.models.core.config import ModelConfig
 from folojax.models.core.decoder import Llama
 from folojax.sampling.sampler import SamplingClass, SamplingSpec
@@ -98,9 +97,9 @@ def inspect(args: argparse.Namespace, device: Any) -> Iterator[dict[str, Any]]:
     for call in args.calls:
         for rows in [args.prefill_rows] if call == "prefill" else args.rows:
             if call == "prefill":
-                compiled = steps.prefill(PrefillShape(rows, args.prefill_columns))
+                compiled = steps.prefill(rows, args.prefill_columns)
             else:
-                compiled = steps.decode(DecodeShape(rows), SamplingSpec(_DECODE[call]))
+                compiled = steps.decode(rows, SamplingSpec(_DECODE[call]))
             if args.text is not None:
                 lines = [f"{'  ' * one.depth}{one.kind} {one.name}" for one in compiled.thunks]
                 path = args.text / f"{args.model}-{call}-{rows}.txt"

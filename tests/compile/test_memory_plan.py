@@ -4,27 +4,24 @@ import dataclasses
 import logging
 import types
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 from folojax import LLM, EngineConfig
-from folojax.backend.backend import CPU, GPU
+from folojax.backend.backend import CPU, GPU, Backend
 from folojax.backend.device_memory import device_memory
 from folojax.compile.memory_plan import DeviceMemory, MemoryPlan, plan_fraction, plan_pages
-from folojax.compile.shapes import DecodeShape, PrefillShape, Shapes, slots_for
 from folojax.engine import build
-from folojax.kv import KVLayout
 from folojax.runner import temporaries as step_memory
+from folojax.runner.padding import compile_on_padding, padding
+from folojax.runner.setup import Setup
 from folojax.sampling.logit_edits import init_edits
-from folojax.sampling.rows import SampleInputs
-from folojax.sampling.sampler import SamplingClass, SamplingSpec
+from folojax.sampling.sampler import SamplingClass
 from folojax.sched.pages import pages_for
-from folojax.steps import step
-
-Sizes: TypeAlias = tuple[KVLayout, Shapes, int]
+from folojax.steps.executables import Executable
 
 LEAST = MemoryPlan(
     weights_bytes=1_000_000,
@@ -158,28 +155,30 @@ def test_this_machine_tells_its_memory() -> None:
     assert 0 <= device.used_bytes <= device.limit_bytes
 
 
-@pytest.fixture(scope="module")
-def sizes(tiny_model: tuple) -> Sizes:
-    """Layout and shapes of an engine with NUM_PAGES pages."""
-    most = tiny_model[0].config.max_position
-    config = EngineConfig(**OPTIONS, num_pages=NUM_PAGES).resolve(most, CPU)
-    shapes, layout = build._shapes(tiny_model[0], config, CPU)
-    return layout, shapes, slots_for(config.max_num_seqs)
+def make_setup(module: Any, backend: Backend = CPU, **options: Any) -> Setup:
+    config = EngineConfig(**(OPTIONS | options)).resolve(module.config.max_position, backend)
+    return build.make_setup(module, config, backend)
 
 
 @pytest.fixture(scope="module")
-def measured(tiny_model: tuple, sizes: Sizes) -> int:
-    return step_memory.measure(tiny_model[0], *sizes, 20, CPU)
+def setup(tiny_model: tuple) -> Setup:
+    """Of an engine with NUM_PAGES pages."""
+    return make_setup(tiny_model[0], num_pages=NUM_PAGES)
+
+
+@pytest.fixture(scope="module")
+def measured(setup: Setup) -> int:
+    return step_memory.measure(setup)
 
 
 @pytest.fixture
 def small_device(
-    monkeypatch: pytest.MonkeyPatch, tiny_model: tuple, sizes: Sizes, measured: int
+    monkeypatch: pytest.MonkeyPatch, tiny_model: tuple, setup: Setup, measured: int
 ) -> DeviceMemory:
     """A device of which one half holds the model, NUM_PAGES pages and their temporaries."""
     module, params = tiny_model
     fixed = nbytes(params) + step_memory.slot_bytes(module, 32)
-    pages = (NUM_PAGES + 0.5) * sizes[0].bytes_per_page
+    pages = (NUM_PAGES + 0.5) * setup.layout.bytes_per_page
     device = DeviceMemory(limit_bytes=int(2 * (fixed + pages + measured)))
     monkeypatch.setattr(build, "device_memory", lambda own_bytes=0: device)
     monkeypatch.setattr(step_memory, "measure", lambda *args, **options: measured)
@@ -238,9 +237,7 @@ def test_weights_are_counted_before_they_are_read(
     assert f"{nbytes(tiny_model[1]) / 2**10:.1f} KiB for weights" in str(info.value)
 
 
-def test_the_compiled_steps_of_an_engine_keep_to_its_plan(
-    tiny_model: tuple, sizes: Sizes, measured: int
-) -> None:
+def test_the_compiled_steps_of_an_engine_keep_to_its_plan(tiny_model: tuple, measured: int) -> None:
     """Of all layers, with its own arrays: by XLA's analysis, none needs more than was planned.
 
     One layer more than were measured.
@@ -249,27 +246,24 @@ def test_the_compiled_steps_of_an_engine_keep_to_its_plan(
     module = module.clone(config=dataclasses.replace(module.config, num_layers=3))
     params = params | {"layers_2": params["layers_1"]}
     runner = LLM((module, params), **OPTIONS, num_pages=NUM_PAGES).engine.runner
-    planned = nbytes(runner.params) + nbytes(runner.state.cache) + measured
-    shapes, batch, state = runner.shapes, runner.batch, runner.state
-    shape = PrefillShape(shapes.prefill_rows[-1], shapes.prefill_columns)
-    one = batch.decode_inputs(DecodeShape(shapes.decode_rows[-1]), [])
-    rows = one.slot.shape[0]
-    sampled = SampleInputs(one.slot, one.position, batch.params.rows(one.slot))
-    hidden = jnp.zeros((rows, module.config.hidden_size))
-    spec = SamplingSpec(SamplingClass.TRUNCATED, 20)
-    head, inputs = step.head_params(runner.params), batch.prefill_inputs(shape, [])
-    programs: list[Any] = [
-        *runner.steps.prefill_calls(runner.params, state.cache, inputs),
-        *runner.steps.decode_calls(runner.params, state.cache, state.slots.tokens, one),
-        step.sample_tokens.lower(head, state.slots, hidden, sampled, model=module, spec=spec),
-    ]
-    # What a program is given is part of the plan but for its inputs and hidden states.
-    given = nbytes(inputs) + nbytes(one) + nbytes(hidden)
-    for program in programs:
-        found = program.compile().memory_analysis()
-        peak = found.output_size_in_bytes + found.temp_size_in_bytes - found.alias_size_in_bytes
-        planned_beside = planned - nbytes(runner.params) - nbytes(runner.state.cache)
-        assert peak <= planned_beside + given + 2**15, program  # arrays are rounded up
+    shapes = runner.shapes
+    most, rows = shapes.prefill_rows[-1], shapes.decode_rows[-1]
+    spec = runner.setup.spec(SamplingClass.TRUNCATED, 20)
+    for one in (
+        Executable("prefill", most, shapes.prefill_columns),
+        Executable("decode", rows),
+        Executable("sample", rows, spec=spec),
+    ):
+        # What a program is given is part of the plan but for its inputs and hidden states.
+        given = nbytes(padding(one, runner.batch)) + 4 * rows * module.config.hidden_size
+        compiled = compile_on_padding(
+            one, runner.setup, runner.steps, runner.batch, runner.params, runner.state
+        )
+        for program in compiled:
+            found = program.memory_analysis()
+            peak = found.output_size_in_bytes + found.temp_size_in_bytes
+            peak -= found.alias_size_in_bytes
+            assert peak <= measured + given + 2**15, one  # arrays are rounded up
 
 
 @pytest.mark.parametrize(
@@ -292,12 +286,8 @@ def test_the_compiled_steps_of_an_engine_keep_to_its_plan(
 def test_the_bound_from_shapes_is_above_what_is_measured(
     tiny_model: tuple, dtype: Any, options: dict[str, Any]
 ) -> None:
-    module = tiny_model[0].clone(dtype=dtype)
-    config = EngineConfig(**(OPTIONS | options)).resolve(module.config.max_position, CPU)
-    shapes, layout = build._shapes(module, config, CPU)
-    found = step_memory.measure(module, layout, shapes, 32, 20, CPU)
-    bound = step_memory.estimate(module, layout, shapes, 20)
-    assert found <= bound
+    setup = make_setup(tiny_model[0].clone(dtype=dtype), **options)
+    assert step_memory.measure(setup) <= step_memory.estimate(setup)
 
 
 def test_a_deterministic_step_is_measured(tiny_model: tuple) -> None:
@@ -306,15 +296,19 @@ def test_a_deterministic_step_is_measured(tiny_model: tuple) -> None:
         tiny_model[0].config, num_heads=32, num_kv_heads=32, head_dim=64, num_layers=1
     )
     module = tiny_model[0].clone(config=config)
-    limits: dict[str, Any] = {"max_num_seqs": 1, "max_model_len": 128, "page_size": 64}
-    options = EngineConfig(
-        **limits, max_num_batched_tokens=64, num_pages=32, deterministic=True
-    ).resolve(128, CPU)
-    shapes, layout = build._shapes(module, options, CPU)
-    copied = 32 * layout.bytes_per_page // 2  # keys, or values
-    others = step_memory.measure(module, layout, shapes, 32, 1, CPU)
-    all_of_them = step_memory.measure(module, layout, shapes, 32, 1, CPU, is_deterministic=True)
-    assert max(others, copied) < all_of_them <= step_memory.estimate(module, layout, shapes, 1)
+    limits: dict[str, Any] = {
+        "max_num_seqs": 1,
+        "max_model_len": 128,
+        "page_size": 64,
+        "max_num_batched_tokens": 64,
+        "num_pages": 32,
+    }
+    exact = CPU.deterministic()
+    exact = dataclasses.replace(exact, kernels=exact.kernels[1:])  # what there is everywhere
+    setup, plain = make_setup(module, exact, **limits), make_setup(module, **limits)
+    copied = 32 * setup.layout.bytes_per_page // 2  # keys, or values
+    found = step_memory.measure(setup)
+    assert max(step_memory.measure(plain), copied) < found <= step_memory.estimate(setup)
 
 
 def test_a_pool_by_memory_begins_with_one_request() -> None:
@@ -328,8 +322,8 @@ def test_a_pool_by_memory_begins_with_one_request() -> None:
         EngineConfig(num_pages=5, memory_fraction=0.5)
 
 
-def test_bytes_of_a_page_are_those_of_its_arrays(sizes: Sizes) -> None:
-    layout: KVLayout = sizes[0]
+def test_bytes_of_a_page_are_those_of_its_arrays(setup: Setup) -> None:
+    layout = setup.layout
     elements = 2 * layout.num_layers * layout.num_kv_heads * layout.head_dim * layout.page_size
     assert layout.bytes_per_page == 4 * elements
 

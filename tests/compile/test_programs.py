@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from folojax.compile.programs import Call, Programs, clear_programs
+from folojax.compile.programs import Compiling, Programs, clear_programs, run
 
 
 class Counted:
@@ -55,18 +55,32 @@ def test_static_arguments_choose_the_program(counted: Any) -> None:
 
 def test_what_is_compiled_for_shapes_is_what_a_call_runs(counted: Any) -> None:
     counter, programs = counted
+    program, compiling = programs.of(factor=1), Compiling()
     shape = jax.ShapeDtypeStruct((4,), jnp.float32)
-    call = Call(programs.of(factor=1), (shape, shape))
-    assert call.result_shapes()["sum"].shape == (4,)
-    call.lower()
-    count = counter.count
-    compiled = call.compile()
+    found = compiling(program, (shape, shape))
+    assert (found["sum"].shape, found["sum"].dtype) == ((4,), jnp.float32)
+    assert counter.count == 1
+    (compiled,) = compiling.compiled
     assert compiled.memory_analysis() is not None
-    assert counter.count == count + 1
     args = np.ones(4, np.float32), jnp.ones(4, jnp.float32)
-    assert Call(programs.of(factor=1), args).run()["sum"].tolist() == [2.0] * 4
-    assert call.compile() is compiled
-    assert counter.count == count + 1
+    assert run(program, args)["sum"].tolist() == [2.0] * 4
+    assert compiling(program, args)["sum"].shape == (4,)
+    assert compiling.compiled == [compiled]
+    assert counter.count == 1
+
+
+def test_what_a_key_stands_for_is_looked_at_once(counted: Any) -> None:
+    counter, programs = counted
+    program, mine, other = programs.of(factor=1), object(), object()
+    args, more = (np.ones(4), np.ones(4)), (np.ones(3), np.ones(3))
+    for _ in range(2):
+        assert run(program, args, mine)["sum"].tolist() == [2.0] * 4
+        assert run(program, more, other)["sum"].tolist() == [2.0] * 3
+    with pytest.raises(TypeError, match="compiled"):
+        run(program, more, mine)
+    clear_programs()
+    assert run(program, more, mine)["sum"].tolist() == [2.0] * 3
+    assert counter.count == 3
 
 
 def test_a_weak_type_is_no_other_shape(counted: Any) -> None:
@@ -85,7 +99,7 @@ def test_arguments_keep_their_names(counted: Any) -> None:
 
 
 def test_donated_arguments_are_gone() -> None:
-    programs = Programs(jax.jit(lambda x, y: (x + y, y)), donate=(0,))
+    programs = Programs(lambda x, y: (x + y, y), donate=(0,))
     x, y = jnp.ones(8), jnp.ones(8)
     total, same = programs.of()(x, y)
     assert x.is_deleted()

@@ -21,7 +21,7 @@ ROOMS: dict[str, set[str]] = {
     "sampling": set(),
     "compile": {"sampling", "sched"},
     "steps": {"attention", "compile", "kv", "models/core", "models/machine", "sampling"},
-    "backend": {"compile", "kv", "models/core", "models/machine", "sched"},
+    "backend": {"compile", "kv", "models/core", "models/machine", "sched", "steps"},
     "text": {"models/files", "models/machine"},
     "requests": {"sampling", "sched", "steps", "text"},
     "config": {"backend", "models/quantized", "requests", "sched"},

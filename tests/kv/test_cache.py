@@ -133,7 +133,8 @@ def test_pages_lie_as_the_backend_wants_them(
     config = tiny_model[0].config
     shape = tuple({K: config.num_kv_heads, D: config.head_dim}.get(n, n) for n in shape[2:])
     for is_deterministic in (False, True):
-        layout = backend.kv_layout(config, jnp.bfloat16, P, S, is_deterministic=is_deterministic)
+        one = backend.deterministic() if is_deterministic else backend
+        layout = one.kv_layout(config, jnp.bfloat16, P, S)
         cache = jax.eval_shape(lambda layout=layout: kv.init_cache(layout))
         assert cache.layers[0].shape == (P, 2, *shape)
         assert len(cache.layers) == config.num_layers

@@ -5,15 +5,15 @@ A small version on a tiny model, and the proof on the embedded one.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from folojax import LLM, SamplingParams
-from folojax.steps import row_by_row as rowwise
 from tests import dense
+from tests.conftest import CompileCounter
 from tests.families import save_family
 from tests.reference import MORE_LIMITS, TIGHT
 
@@ -237,14 +237,15 @@ def test_windows_and_caps(tmp_path: Path, tiny_work: Workload, family: str) -> N
     assert 0 < largest_difference(plain, expected) < 1e-4
 
 
-def test_no_compilation_after_warm_up(tiny_model: tuple, tiny_work: Workload) -> None:
+def test_no_compilation_after_warm_up(
+    tiny_model: tuple, tiny_work: Workload, counter: CompileCounter
+) -> None:
     """One program a kind, however the batch changes."""
-    forward, row_logits = cast(Any, rowwise.forward), cast(Any, rowwise.row_logits)
     llm = LLM(tiny_model, **MORE_LIMITS, deterministic=True)
     llm.warm_up()
-    before = forward._cache_size(), row_logits._cache_size()
+    before = counter.count
     run(llm, tiny_work, range(12), 3)
-    assert (forward._cache_size(), row_logits._cache_size()) == before
+    assert counter.count == before
 
 
 def test_default_mode_differs_somewhere(tiny_model: tuple, tiny_work: Workload) -> None:

@@ -12,8 +12,8 @@ import pytest
 from folojax import LLM, ActivationEdit, RequestOutput, SamplingParams
 from folojax.models.core.dense_attend import dense_attend
 from folojax.requests.prompts import ParsedPrompt
-from folojax.runner.executables import Executable
-from folojax.steps.residual_stream import intercept, read_layers
+from folojax.steps.executables import Executable
+from folojax.steps.residuals import NO_EXTRAS, StepExtras, with_extras
 from tests import dense
 from tests.conftest import check_is_empty
 from tests.families import save_family
@@ -147,19 +147,19 @@ def test_steps_without_taps_run_the_programs_of_an_engine_without(
 ) -> None:
     """Whatever was asked before; and a step with them tells the gate so."""
     llm = make_llm(tiny_model)
-    seen: list[tuple[str, ...]] = []
+    seen: list[StepExtras] = []
     check = llm.engine.runner.gate.check
 
     def recorded(executable: Executable) -> None:
-        seen.append(executable.functions)
+        seen.append(executable.extras)
         check(executable)
 
     monkeypatch.setattr(llm.engine.runner.gate, "check", recorded)
     llm.generate([prompts()[0]], params(activations=True, temperature=0), use_tqdm=False)
-    assert ("activations",) in seen
+    assert StepExtras(residual_layers=LAYERS) in seen
     seen.clear()
     llm.generate([prompts()[0]], params(temperature=0), use_tqdm=False)
-    assert set(seen) == {()}
+    assert set(seen) == {NO_EXTRAS}
 
 
 def test_what_is_read_is_the_edited_stream(tiny_model: tuple) -> None:
@@ -177,7 +177,7 @@ def test_what_is_read_is_the_edited_stream(tiny_model: tuple) -> None:
         np.testing.assert_allclose(one.activations[0], scale * first, rtol=1e-4, atol=1e-3)
     is_on = jnp.ones((5, 1), bool)
     tokens = jnp.arange(5) + 7
-    with read_layers([1]) as found, intercept((edit,), is_on):
+    with with_extras(StepExtras((edit,), (1,)), is_on) as found:
         module.apply({"params": weights}, tokens, jnp.arange(5), None, dense_attend)
     assert set(found) == {1}
 

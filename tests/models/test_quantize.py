@@ -165,13 +165,13 @@ def test_memory_is_measured_for_what_will_run(
     deep = Llama(dataclasses.replace(module.config, num_layers=3), module.dtype)
     params = params | {"layers_2": params["layers_1"]}
     lowered = []
-    decode_calls = LayeredSteps.decode_calls
+    make_call = LayeredSteps.call
 
-    def spy(steps: LayeredSteps, params: Any, *args: Any) -> list[Any]:
+    def spy(steps: LayeredSteps, one: Any, params: Any, *args: Any) -> Any:
         lowered.append(params)
-        return decode_calls(steps, params, *args)
+        return make_call(steps, one, params, *args)
 
-    monkeypatch.setattr(LayeredSteps, "decode_calls", spy)
+    monkeypatch.setattr(LayeredSteps, "call", spy)
     fields = {name: value for name, value in LIMITS.items() if name != "num_pages"}
     llm = LLM((deep, params), quantization=quantization, **fields, memory_fraction=0.01)
     assert llm.memory_plan.is_measured

@@ -11,7 +11,6 @@ import pytest
 from folojax import SamplingParams
 from folojax.attention import attend
 from folojax.backend.backend import CPU, GPU, Backend
-from folojax.compile.shapes import DecodeShape, PrefillShape
 from folojax.kv import KVCache, KVLayout, PageFormat, init_cache, place_tokens
 from folojax.requests.sampling_request import SamplingRequest
 from folojax.runner.batch import Batch, Chunk
@@ -64,7 +63,7 @@ def test_rows_join_grow_and_leave_without_a_trace() -> None:
     batch.advance(slots, [1, 0])
     assert batch.num_row_pages[slots].tolist() == [3, 3]
     batch.check({"a": [3, 7, 1], "b": [0, 5, 6]})
-    inputs = batch.decode_inputs(DecodeShape(4), slots)
+    inputs = batch.decode_inputs(4, slots)
     np.testing.assert_array_equal(inputs.slot, [1, 0, M, M])
     np.testing.assert_array_equal(inputs.token, [-1, 8, -1, -1])  # "b" has sampled since
     np.testing.assert_array_equal(inputs.position, [3, 8, 0, 0])
@@ -92,12 +91,25 @@ def test_chunks_are_packed_into_rows() -> None:
     batch.update(plan({"a": (9, [3, 7, 1]), "b": (3, [0])}))
     a, b = batch.rows["a"], batch.rows["b"]
     chunks = [Chunk(a, 0, 4, False), Chunk(a, 4, 8, False), Chunk(b, 1, 3, True)]
-    inputs = batch.prefill_inputs(PrefillShape(4, 4), chunks)
+    inputs = batch.prefill_inputs(4, 4, chunks)
     expected = [[0, 1, 2, 3], [4, 5, 6, 7], [1, 2, 0, 0], [0] * 4]
     np.testing.assert_array_equal(inputs.tokens, expected)
     np.testing.assert_array_equal(inputs.start, [0, 4, 1, 0])
     np.testing.assert_array_equal(inputs.length, [4, 4, 2, 0])
     expected = [[3, 7, 1, P], [3, 7, 1, P], [0, P, P, P], [P] * 4]
+    np.testing.assert_array_equal(inputs.page_table[:, :4], expected)
+
+
+def test_rows_may_be_tokens_of_one_request() -> None:
+    """As in deterministic mode: known tokens are given, others are those that the slot sampled."""
+    batch = make_batch()
+    batch.update(plan({"a": (3, [3]), "b": (9, [0, 1, 2])}))
+    a, b = batch.rows["a"].slot, batch.rows["b"].slot
+    inputs = batch.decode_inputs(6, [b, b, a, a], [7, 8, 2, 3])
+    np.testing.assert_array_equal(inputs.slot, [b, b, a, a, M, M])
+    np.testing.assert_array_equal(inputs.token, [7, 8, 2, -1, -1, -1])
+    np.testing.assert_array_equal(inputs.position, [7, 8, 2, 3, 0, 0])
+    expected = [[0, 1, 2, P]] * 2 + [[3, P, P, P]] * 2 + [[P] * 4] * 2
     np.testing.assert_array_equal(inputs.page_table[:, :4], expected)
 
 
@@ -171,7 +183,7 @@ def test_rows_that_share_pages_attend_like_plain_attention(
     batch.check(tables)
     slots = [batch.rows[name].slot for name in tables]
     positions = [lengths[name] - 1 for name in tables]
-    inputs = batch.decode_inputs(DecodeShape(24), slots)
+    inputs = batch.decode_inputs(24, slots)
     assert inputs.position[: len(positions)].tolist() == positions
     query = rng.normal(size=(24, K * G, D)).astype(np.float32)
     key, value = rng.normal(size=(2, 24, K, D)).astype(np.float32)

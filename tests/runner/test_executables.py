@@ -3,10 +3,8 @@
 import dataclasses
 import gc
 import logging
-from collections.abc import Iterator
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 
@@ -21,8 +19,10 @@ from folojax import (
 from folojax.backend.backend import CPU, GPU
 from folojax.compile.programs import clear_programs
 from folojax.engine import build
-from folojax.runner.executables import COPIES, EDITS, Executable, list_executables
+from folojax.engine.build import make_setup
 from folojax.runner.warm_up import warm_up
+from folojax.steps.executables import COPIES, EDITS, Executable
+from tests.conftest import CompileCounter
 
 OPTIONS: dict[str, Any] = {
     "page_size": 8,
@@ -40,23 +40,6 @@ def room_for_plans() -> None:
     """Whole plans take half of the memory areas of a process: not beside all that came before."""
     clear_programs()
     gc.collect()
-
-
-class CompileCounter:
-    def __init__(self) -> None:
-        self.count = 0
-
-    def __call__(self, event: str, duration_secs: float, **kwargs: Any) -> None:
-        self.count += event == "/jax/core/compile/backend_compile_duration"
-
-
-@pytest.fixture
-def counter() -> Iterator[CompileCounter]:
-    """Programs that XLA has compiled, or read from disk, since the test began."""
-    counter = CompileCounter()
-    jax.monitoring.register_event_duration_secs_listener(counter)
-    yield counter
-    jax.monitoring.unregister_event_duration_listener(counter)
 
 
 def make(tiny_model: tuple, **options: Any) -> LLM:
@@ -142,14 +125,12 @@ def test_an_engine_of_whole_steps_lists_few_executables(
     assert len(llm.plan()) <= 80
 
 
-def test_the_engine_of_the_readme_lists_as_many_as_ever() -> None:
+def test_the_engine_of_the_readme_lists_as_many_as_ever(tiny_model: tuple) -> None:
     """On CPU, where model and sampler are separate programs: of 32 requests of up to 768 tokens."""
     config = EngineConfig(max_num_seqs=32, max_model_len=768).resolve(8192, CPU)
-    shapes = CPU.shapes(config, "float32")
-    greedy = list_executables(shapes, [SamplingClass.GREEDY], (), 1, is_whole=False)
-    assert len(list(greedy)) <= 29
-    everything = list_executables(shapes, tuple(SamplingClass), (0, 20), 1, is_whole=False)
-    assert len(list(everything)) <= 163
+    setup = make_setup(tiny_model[0], config, CPU)
+    assert len(setup.list_executables([SamplingClass.GREEDY], False)) <= 29
+    assert len(setup.list_executables(tuple(SamplingClass), True)) <= 163
 
 
 def test_no_workload_of_whole_steps_compiles_after_a_warm_up(

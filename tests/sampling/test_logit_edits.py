@@ -19,7 +19,7 @@ from folojax.sampling.logit_edits import (
     note_tokens,
     write_slot,
 )
-from folojax.sampling.sampler import SamplingClass
+from folojax.sampling.sampler import SamplingClass, SamplingSpec
 from folojax.sched.request import StopRule
 
 V = 200
@@ -88,6 +88,13 @@ def join(requests: Sequence[Request], vocab_size: int = V) -> tuple[Any, RowTabl
     return edits, table
 
 
+EDITED = SamplingSpec(SamplingClass.EDITED)
+
+
+def edit_rows(table: RowTable, slot: Any, position: Any) -> Any:
+    return table.sample_inputs(slot, position, EDITED).edits
+
+
 def positions(requests: Sequence[Request]) -> np.ndarray:
     return np.array([len(r.prompt) + len(r.output) for r in requests], np.int32)
 
@@ -118,7 +125,7 @@ def test_all_edits_are_those_of_the_plain_reference() -> None:
     requests = requests_of_all_kinds()
     edits, table = join(requests)
     logits, slot = random_logits(M), np.arange(M, dtype=np.int32)
-    got = edit(jnp.asarray(logits), edits, table.edit_rows(slot, positions(requests)))
+    got = edit(jnp.asarray(logits), edits, edit_rows(table, slot, positions(requests)))
     for row, request in enumerate(requests):
         expected = reference(logits[row], request)
         np.testing.assert_allclose(got[row], expected, rtol=1e-6, atol=1e-6, err_msg=str(row))
@@ -134,13 +141,13 @@ def test_tokens_noted_one_by_one_are_as_if_written_at_once() -> None:
         order = rng.permutation(M).astype(np.int32)
         slot = np.append(order, [M, M]).astype(np.int32)  # rows in any order, and padding
         tokens = rng.integers(0, V, M + 2).astype(np.int32)
-        rows = table.edit_rows(slot, np.zeros(M + 2, np.int32))
+        rows = edit_rows(table, slot, np.zeros(M + 2, np.int32))
         edits = note(edits, rows.slot, jnp.asarray(tokens))
         for place, request in enumerate(order):
             requests[request].output.append(int(tokens[place]))
     expected, _ = join(requests)
     logits, slot = jnp.asarray(random_logits(M)), np.arange(M, dtype=np.int32)
-    rows = table.edit_rows(slot, positions(requests))
+    rows = edit_rows(table, slot, positions(requests))
     np.testing.assert_array_equal(edit(logits, edits, rows), edit(logits, expected, rows))
     has_edits = np.array([request.row.has_slot_edits for request in requests])
     np.testing.assert_array_equal(edits.recent[has_edits], expected.recent[has_edits])
@@ -150,7 +157,7 @@ def test_a_neighbour_and_an_earlier_owner_of_the_slot_have_no_effect() -> None:
     requests = requests_of_all_kinds()
     edits, table = join(requests)
     logits, slot = jnp.asarray(random_logits(M)), np.arange(M, dtype=np.int32)
-    expected = edit(logits, edits, table.edit_rows(slot, positions(requests)))
+    expected = edit(logits, edits, edit_rows(table, slot, positions(requests)))
     # Each request moves into the slot of the next one, beside other neighbours.
     moved = requests[1:] + requests[:1]
     for i, request in enumerate(moved):
@@ -159,7 +166,7 @@ def test_a_neighbour_and_an_earlier_owner_of_the_slot_have_no_effect() -> None:
             tokens = np.array(request.prompt + request.output, np.int32)
             edits = write(edits, np.int32(i), slot_edits(request.row, tokens, V))
     order = np.array([3, 0, 5, 1, 7, 2, 6, 4], np.int32)
-    rows = table.edit_rows(order, positions(moved)[order])
+    rows = edit_rows(table, order, positions(moved)[order])
     got = edit(jnp.roll(logits, -1, axis=0)[order], edits, rows)
     np.testing.assert_array_equal(got, jnp.roll(expected, -1, axis=0)[order])
 
@@ -169,7 +176,7 @@ def test_a_row_without_edits_keeps_its_bits() -> None:
     stale = jax.tree.map(lambda x: x + 7, edits)
     logits = random_logits(2)
     logits[0, :4] = -0.0, np.nan, -np.inf, np.inf
-    rows = table.edit_rows(np.array([0, M], np.int32), np.array([3, 0], np.int32))
+    rows = edit_rows(table, np.array([0, M], np.int32), np.array([3, 0], np.int32))
     got = np.asarray(edit(jnp.asarray(logits), stale, rows))
     np.testing.assert_array_equal(got.view(np.uint32), logits.view(np.uint32))
 
@@ -178,7 +185,7 @@ def test_neutral_penalties_beside_a_bias_change_nothing_else() -> None:
     request = Request(logit_bias={3: 1.0}, prompt=range(100), output=range(50))
     edits, table = join([request])
     logits = random_logits(1)
-    got = edit(jnp.asarray(logits), edits, table.edit_rows(np.array([0]), positions([request])))
+    got = edit(jnp.asarray(logits), edits, edit_rows(table, np.array([0]), positions([request])))
     logits[0, 3] += 1.0
     np.testing.assert_array_equal(got, logits)
 
@@ -191,7 +198,7 @@ def test_nothing_is_compiled_for_values() -> None:
     logits, slot = jnp.asarray(random_logits(M)), np.arange(M, dtype=np.int32)
     for shift in range(3):
         order = np.roll(slot, shift)
-        traced_edit(logits, edits, table.edit_rows(order, positions(requests)[order]))
+        traced_edit(logits, edits, edit_rows(table, order, positions(requests)[order]))
     more = Request(prompt=range(40), output=range(30), frequency_penalty=2.0, bad_words=[[1, 5]])
     tokens = np.array(more.prompt + more.output, np.int32)
     write_slot(edits, np.int32(5), slot_edits(more.row, tokens, V))
@@ -231,8 +238,8 @@ def test_a_slot_forgets_its_earlier_owner() -> None:
     fresh = RowTable(M, V)
     fresh.put(0, Request(temperature=0.0).row)
     slot, position = np.array([0, M]), np.array([5, 5])
-    chex.assert_trees_all_equal(table.rows(slot), fresh.rows(slot))
-    chex.assert_trees_all_equal(table.edit_rows(slot, position), fresh.edit_rows(slot, position))
+    found, expected = (one.sample_inputs(slot, position, EDITED) for one in (table, fresh))
+    chex.assert_trees_all_equal(found, expected)
     assert table.sampling_class(slot, position) == SamplingClass.GREEDY
 
 
@@ -314,6 +321,6 @@ def test_edits_are_those_of_transformers() -> None:
         )
     edits, table = join(requests)
     logits = random_logits(M, seed=1)
-    rows = table.edit_rows(np.arange(M), positions(requests))
+    rows = edit_rows(table, np.arange(M), positions(requests))
     got = edit(jnp.asarray(logits), edits, rows)
     np.testing.assert_allclose(got, transformers_logits(requests, logits), rtol=1e-6, atol=1e-6)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pytest
 
 from folojax import LLM, SamplingParams, outputs_to_arrays
 from folojax.sampling.sampler import SamplingClass, SamplingSpec
+from folojax.steps.executables import Executable
 from tests.sampling_rows import OFF, draw, make_rows, random_logits, reference_kept
 
 ROWS: list[dict[str, Any]] = [
@@ -154,17 +156,16 @@ def test_raw_records_are_the_scores_of_the_tokens(letters_llm: LLM) -> None:
 def test_without_records_no_executable_has_them(letters_llm: LLM) -> None:
     """What is not asked for is not compiled, and so costs nothing."""
     specs = []
-    call = letters_llm.engine.runner._call_sample
+    gate = letters_llm.engine.runner.gate
+    check = gate.check
 
-    def spy(hidden: Any, slot: Any, position: Any, spec: SamplingSpec) -> Any:
-        specs.append(spec)
-        return call(hidden, slot, position, spec)
+    def spy(one: Executable) -> None:
+        if one.spec is not None:
+            specs.append(one.spec)
+        check(one)
 
-    letters_llm.engine.runner._call_sample = spy  # type: ignore[method-assign]
-    try:
+    with mock.patch.object(gate, "check", spy):
         letters_llm.generate(PROMPTS, SamplingParams(seed=1, max_tokens=3), use_tqdm=False)
-    finally:
-        del letters_llm.engine.runner._call_sample
     assert specs
     assert not any(spec.has_record for spec in specs)
 

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,16 +15,19 @@ from hypothesis import strategies as st
 
 from folojax import LLM, SamplingParams, kv
 from folojax.backend.backend import CPU, GPU
-from folojax.compile.programs import IN_GRAPH
+from folojax.compile.programs import IN_GRAPH, Compiling
+from folojax.compile.programs import run as run_program
 from folojax.engine import build
 from folojax.kv import KVCache
 from folojax.kv.cache import join_layers
 from folojax.models.core.decoder import Llama, init_params
 from folojax.models.machine.row_sums import REORDERED
-from folojax.runner.batch import ints
-from folojax.steps.by_layer import LayeredSteps, make_steps, split_layers
+from folojax.sampling.rows import SlotState
+from folojax.steps.by_layer import LayeredSteps, split_layers
+from folojax.steps.executables import Executable
 from folojax.steps.fused import WholeSteps
-from folojax.steps.state import DecodeInputs, PrefillInputs
+from folojax.steps.row_by_row import RowSteps
+from folojax.steps.state import CallInputs, DecodeInputs, EngineState, PrefillInputs
 from tests.conftest import check_is_empty
 from tests.mixed_requests import check_same, make_llm, make_prompts, run
 
@@ -59,31 +63,33 @@ def close(one: Any, other: Any) -> None:
         np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=2e-5, atol=2e-5)
 
 
-def test_a_prefill(tiny_model: tuple) -> None:
+TOKENS = jnp.array([5, 6, 7, 8])
+PREFILL, DECODE = Executable("prefill", 3, 4), Executable("decode", 3)
+
+
+def call(steps: Any, one: Executable, module: Any, params: Any, run: Any = run_program) -> Any:
+    """The cache and the hidden states that a step gives."""
+    rows = prefill_inputs() if one.kind == "prefill" else decode_inputs()
+    state = EngineState(random_cache(module), SlotState(TOKENS + 0))
+    state, results = steps.call(one, params, state, CallInputs(rows), run)
+    return state.cache, results.hidden, results.every
+
+
+@pytest.mark.parametrize("one", [PREFILL, DECODE], ids=str)
+def test_a_step(tiny_model: tuple, one: Executable) -> None:
     module, params = tiny_model
     assert module.config.num_layers > 1
-    results = [
-        steps.prefill(params, random_cache(module), prefill_inputs())
-        for steps in (WholeSteps(module), LayeredSteps(module))
-    ]
-    close(*results)
+    ways = WholeSteps(module), LayeredSteps(module)
+    close(*(call(steps, one, module, params) for steps in ways))
 
 
-def test_a_decode(tiny_model: tuple) -> None:
+@pytest.mark.parametrize("one", [PREFILL, DECODE], ids=str)
+def test_the_cache_is_donated(tiny_model: tuple, one: Executable) -> None:
     module, params = tiny_model
-    tokens = jnp.array([5, 6, 7, 8])
-    results = [
-        steps.decode(params, random_cache(module), tokens, decode_inputs())
-        for steps in (WholeSteps(module), LayeredSteps(module))
-    ]
-    close(*results)
-
-
-def test_the_cache_is_donated(tiny_model: tuple) -> None:
-    module, params = tiny_model
-    cache = random_cache(module)
-    LayeredSteps(module).decode(params, cache, ints(4), decode_inputs())
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(cache))
+    state = EngineState(random_cache(module), SlotState(TOKENS + 0))
+    rows = prefill_inputs() if one is PREFILL else decode_inputs()
+    LayeredSteps(module).call(one, params, state, CallInputs(rows))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.cache))
 
 
 @pytest.mark.parametrize(("num_layers", "num_groups"), [(12, 1), (13, 2)])
@@ -94,14 +100,13 @@ def test_a_group_is_compiled_once_whatever_the_depth(
     config = dataclasses.replace(tiny_model[0].config, num_layers=num_layers)
     module = Llama(config, jnp.float32)
     params = init_params(module, jax.random.key(0))
-    layered = LayeredSteps(module)
-    calls = layered.prefill_calls(params, random_cache(module), prefill_inputs())
-    assert len(calls) == 2 + num_groups  # before the layers, groups that differ, after them
-    results = [
-        steps.prefill(params, random_cache(module), prefill_inputs())
-        for steps in (WholeSteps(module), layered)
-    ]
+    layered, compiling = LayeredSteps(module), Compiling()
+    shapes = call(layered, PREFILL, module, params, compiling)
+    # Before the layers, groups that differ, after them.
+    assert len(compiling.compiled) == 2 + num_groups
+    results = [call(steps, PREFILL, module, params) for steps in (WholeSteps(module), layered)]
     close(*results)
+    chex.assert_trees_all_equal_shapes_and_dtypes(shapes, results[1])
 
 
 WANTED = st.sampled_from([3, 6])
@@ -134,20 +139,31 @@ class Opaque(nn.Module):
 @pytest.mark.parametrize("backend", [CPU, GPU], ids=["cpu", "gpu"])
 def test_who_is_run_in_layers(tiny_model: tuple, backend: Any) -> None:
     kind = LayeredSteps if backend is CPU else WholeSteps
-    assert isinstance(make_steps(tiny_model[0], backend.is_layered), kind)
-    opaque: Any = Opaque()
-    assert isinstance(make_steps(opaque, backend.is_layered), WholeSteps)
+    assert isinstance(backend.make_steps(tiny_model[0]), kind)
+    opaque = Opaque()
+    assert isinstance(backend.make_steps(opaque), WholeSteps)
+    assert isinstance(backend.deterministic().make_steps(opaque), RowSteps)
+    for model in (tiny_model[0], opaque):
+        for one in (backend, backend.deterministic()):
+            assert one.make_steps(model).kind == one.step_kind(model)
     assert dataclasses.is_dataclass(tiny_model[0].alone(0))
 
 
-@pytest.mark.parametrize("kind", [WholeSteps, LayeredSteps])
+@pytest.mark.parametrize("kind", [WholeSteps, LayeredSteps, RowSteps])
 def test_sums_may_be_reordered(tiny_model: tuple, kind: Any) -> None:
     """In the programs that attend; loops of whole ones stay in a GPU's graph."""
     module, params = tiny_model
-    calls = kind(module).decode_calls(params, random_cache(module), ints(8), decode_inputs())
-    options = [call.program.options["compiler_options"] for call in calls]
-    whole = [REORDERED | IN_GRAPH]
-    assert options == (whole if kind is WholeSteps else [None, REORDERED, None])
+    options: list[Any] = []
+
+    def note(program: Any, args: Any, key: Any = None) -> Any:
+        options.append(program.options["compiler_options"])
+        return run_program(program, args, key)
+
+    steps = kind(module)
+    call(steps, Executable("rows", 3) if kind is RowSteps else DECODE, module, params, note)
+    whole, layered = [REORDERED | IN_GRAPH], [None, REORDERED, None]
+    rows = [None, None]  # the model, and logits: no sum may depend on the compiler's mood
+    assert options == {WholeSteps: whole, LayeredSteps: layered, RowSteps: rows}[kind]
 
 
 # A platform that runs a step as one program, as far as this machine can be one.
@@ -201,13 +217,13 @@ def test_a_decode_step_of_an_engine_of_whole_steps_is_one_call(
     as_whole()
     llm: LLM = make_llm(tiny_model, async_scheduling=False)
     kinds: list[str] = []
-    run_one = WholeSteps._run
+    make_call = WholeSteps.call
 
-    def count(self: WholeSteps, key: Any, call: Any) -> Any:
-        kinds.append(key[0])
-        return run_one(self, key, call)
+    def count(self: WholeSteps, one: Executable, *args: Any) -> Any:
+        kinds.append(one.kind)
+        return make_call(self, one, *args)
 
-    monkeypatch.setattr(WholeSteps, "_run", count)
+    monkeypatch.setattr(WholeSteps, "call", count)
     fields: list[dict[str, Any]] = [
         {"temperature": 0},
         {"seed": 3, "top_p": 0.9, "logprobs": 2},
@@ -218,5 +234,5 @@ def test_a_decode_step_of_an_engine_of_whole_steps_is_one_call(
         params = SamplingParams(**one, max_tokens=6, ignore_eos=True)
         (output,) = llm.generate([3, 4, 5], params, use_tqdm=False)
         assert len(output.outputs[0].token_ids) == 6
-        assert kinds == ["prefill", *["sampled"] * 5]
+        assert kinds == ["prefill", "sample", *["decode"] * 5]
     check_is_empty(llm)

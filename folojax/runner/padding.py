@@ -1,0 +1,47 @@
+"""Executables on rows of padding: how they are compiled before there are requests."""
+
+from typing import Any
+
+from folojax.compile.programs import Compiling
+from folojax.runner.batch import Batch, ints
+from folojax.runner.setup import Setup
+from folojax.steps.calls import Steps, hidden_shapes
+from folojax.steps.executables import Executable
+from folojax.steps.state import CallInputs, EngineState
+
+
+def padding(one: Executable, batch: Batch, hidden: Any = None) -> CallInputs:
+    """What an executable is called with, in which no row is of a request.
+
+    Args:
+        one: Neither of copies nor of edits.
+        batch: Of the engine, or an empty one.
+        hidden: For a sampler or scorer, see `hidden_shapes`.
+    """
+    rows: Any = None
+    if one.kind == "prefill":
+        rows = batch.prefill_inputs(one.rows, one.tokens, [])
+    elif one.kind in ("decode", "decode_steps", "rows"):
+        rows = batch.decode_inputs(one.rows, [])
+    is_steps, is_score = one.kind == "decode_steps", one.kind == "score"
+    sampling = None
+    if one.spec is not None and not is_score:
+        positions = ints((one.tokens, one.rows) if is_steps else one.rows)
+        sampling = batch.params.sample_inputs(batch.pad([], one.rows), positions, one.spec)
+    return CallInputs(
+        rows,
+        sampling=sampling,
+        num_steps=ints(one.rows) if is_steps else None,
+        hidden=hidden,
+        targets=ints((one.rows, one.tokens)) if is_score else None,
+    )
+
+
+def compile_on_padding(
+    one: Executable, setup: Setup, steps: Steps, batch: Batch, params: Any, state: EngineState
+) -> list[Any]:
+    """What an executable runs, program by program; parameters and state may be shapes."""
+    hidden = setup.backend.placed_shapes(hidden_shapes(one, setup.model, steps.kind))
+    compiling = Compiling()
+    steps.call(one, params, state, padding(one, batch, hidden), compiling)
+    return compiling.compiled

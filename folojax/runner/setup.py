@@ -1,0 +1,94 @@
+"""What the device calls of an engine are made for: one value, from which all of them follow."""
+
+import dataclasses
+from collections.abc import Collection, Sequence
+
+from flax import linen as nn
+
+from folojax.backend import Backend
+from folojax.compile.shapes import Shapes, slots_for
+from folojax.kv import KVLayout
+from folojax.requests.user_functions import NO_FUNCTIONS, UserFunctions
+from folojax.runner.batch import Batch
+from folojax.sampling.logits_processors import LogitsProcessor
+from folojax.sampling.sampler import SamplingClass, SamplingSpec
+from folojax.steps.executables import Executable, list_executables
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Setup:
+    """Model, backend, and the limits that decide which executables there are."""
+
+    model: nn.Module  # of `folojax.models`
+    backend: Backend
+    layout: KVLayout  # of the cache
+    shapes: Shapes
+    max_num_seqs: int  # most requests in a plan of the scheduler
+    max_logprobs: int = 20  # J, at most
+    num_tokens: int | None = None  # ids from here on are padding of the vocabulary; None: none are
+    is_processed: bool = False  # of sampled tokens, as in `SamplingSpec`; prompts are always raw
+    max_decode_steps: int = 1  # most decode steps of a plan; their number wherever it is not 1
+
+    @property
+    def num_slots(self) -> int:
+        """M."""
+        return slots_for(self.max_num_seqs)
+
+    def batch(self, functions: UserFunctions = NO_FUNCTIONS) -> Batch:
+        """An empty one, for the user's functions."""
+        return Batch(
+            self.num_slots,
+            self.shapes.table_pages,
+            self.layout.num_pages,
+            self.model.config.vocab_size,
+            functions,
+        )
+
+    def spec(
+        self,
+        needed: SamplingClass,
+        wanted: int | None,
+        has_record: bool = False,
+        processors: tuple[LogitsProcessor, ...] = (),
+    ) -> SamplingSpec:
+        """The sampler of rows that need a class, and want so many alternatives or None."""
+        return SamplingSpec(
+            self.shapes.sampling_class(needed),
+            self.shapes.num_alternatives(wanted, self._most_logprobs),
+            self.is_processed,
+            self.num_tokens,
+            has_record,
+            processors,
+        )
+
+    def score_spec(self, wanted: int) -> SamplingSpec:
+        """The scorer of prompts of which one wants so many alternatives."""
+        count = self.shapes.num_alternatives(wanted, self._most_logprobs) or 0
+        return SamplingSpec(SamplingClass.GREEDY, count, num_tokens=self.num_tokens)
+
+    def list_executables(
+        self, sampling: Collection[SamplingClass], has_logprobs: bool
+    ) -> list[Executable]:
+        """Every executable that plans may need.
+
+        Those of records, of residuals and of the user's functions are not among them.
+
+        Args:
+            sampling: Classes of sampling parameters that will be used.
+            has_logprobs: Whether log-probabilities will be asked for.
+        """
+        most = self._most_logprobs
+        wanted: Sequence[int] = (0, min(1, most), most) if has_logprobs else ()
+        specs = [self.spec(one, count) for one in sorted(sampling) for count in (None, *wanted)]
+        found = list_executables(
+            self.backend.step_kind(self.model),
+            self.shapes,
+            list(dict.fromkeys(specs)),  # several wishes, one executable
+            list(dict.fromkeys(map(self.score_spec, wanted))),
+            self.max_decode_steps,
+        )
+        return list(found)
+
+    @property
+    def _most_logprobs(self) -> int:
+        return min(self.max_logprobs, self.model.config.vocab_size)
