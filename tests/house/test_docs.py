@@ -1,5 +1,6 @@
 """What the pages of docs/ say of the tree is so: links, paths, rooms and records."""
 
+import importlib
 import re
 from pathlib import Path
 
@@ -20,6 +21,16 @@ def test_what_a_page_names_is_there(page: Path) -> None:
     paths = re.findall(rf"(?<![\w/.-])((?:{roots})/[\w/.-]*[\w/])", text)
     gone = [path for path in paths if not (ROOT / path).exists() and path != "docs/log.md"]
     assert gone == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_modules_that_a_page_names_are_there(page: Path) -> None:
+    for name in set(re.findall(r"\bfolojax(?:\.\w+)+", page.read_text())):
+        path = ROOT.joinpath(*name.split("."))
+        is_module = path.with_suffix(".py").is_file() or path.is_dir()
+        module, _, attribute = name.rpartition(".")
+        if not is_module and not name.startswith("folojax.adapters"):
+            assert hasattr(importlib.import_module(module), attribute), name
 
 
 def test_the_index_has_every_page() -> None:
