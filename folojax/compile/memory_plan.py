@@ -3,7 +3,7 @@
     device  = used by others | weights | slots | pages ................ | temporaries | left free
               |<------------------ memory_fraction of the device ------------------->|
 
-The arithmetic alone, in bytes and without a device; what the parts need comes from `step_memory`.
+The arithmetic alone, in bytes and without a device; what steps need comes from `folojax.runner.temporaries`.
 """
 
 import dataclasses

@@ -32,7 +32,7 @@ _ALL: list["Programs"] = []
 
 
 class Programs:
-    """Those of one function, by its static arguments."""
+    """The programs of one function: one for each set of static arguments."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Which shapes exist: every executable an engine may need is listed here, before it is paid for.
+"""Which sizes the arrays of a step may have, and so how many executables an engine may need.
 
 A step's arrays are padded up to the next size of each axis. Few sizes mean few executables, many
 sizes mean little padding. Pages are read where they lie, so no shape depends on how many are in
@@ -55,7 +55,7 @@ class Shapes:
 
 
 def slots_for(max_num_seqs: int) -> int:
-    """M: rounded up, so that engines with other limits share their executables.
+    """M, slots on the device: rounded up, so that engines of other limits share executables.
 
     >>> slots_for(33)
     64

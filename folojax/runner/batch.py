@@ -191,5 +191,5 @@ class Batch:
 
 
 def ints(shape: int | tuple[int, ...], value: int = 0) -> Any:
-    """An array for the device. Any: a jitted function takes NumPy arrays for JAX ones."""
+    """An int32 array full of a value. Any: a jitted function takes NumPy arrays for JAX ones."""
     return np.full(shape, value, np.int32)

@@ -32,7 +32,7 @@ class TokenKV:
 
     @property
     def num_tokens(self) -> int:
-        """T."""
+        """T, tokens whose K/V these are."""
         return self.keys.shape[1]
 
     def take(self, num_tokens: int) -> "TokenKV":

@@ -31,11 +31,11 @@ class Setup:
 
     @property
     def num_slots(self) -> int:
-        """M."""
+        """M, slots on the device."""
         return slots_for(self.max_num_seqs)
 
     def batch(self, functions: UserFunctions = NO_FUNCTIONS) -> Batch:
-        """An empty one, for the user's functions."""
+        """An empty batch, for the user's functions."""
         return Batch(
             self.num_slots,
             self.shapes.table_pages,

@@ -41,9 +41,9 @@ def warm_up(
 ) -> CompilePlan:
     """Compiles all that `list_compile_plan` lists; a call then finds the same program.
 
-    Programs with their sampling in them are also run once, on padding: on a GPU a program is loaded
-    and its graph recorded at its first run, and that of every other program is dropped whenever one
-    is loaded.
+    Where a step is one program, each is also run once, on padding: on a GPU a program is loaded and
+    its graph recorded at its first run, and that of every other program is dropped whenever one is
+    loaded.
 
     XLA compiles without Python's lock, so that threads help; programs that an earlier process has
     compiled come from the cache on disk.
