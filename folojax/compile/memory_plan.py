@@ -3,7 +3,8 @@
     device  = used by others | weights | slots | pages ................ | temporaries | left free
               |<------------------ memory_fraction of the device ------------------->|
 
-The arithmetic alone, in bytes and without a device; what steps need comes from `folojax.runner.temporaries`.
+The arithmetic alone, in bytes and without a device; what steps need comes from
+`folojax.runner.temporaries`.
 """
 
 import dataclasses

@@ -75,9 +75,9 @@ def decode(
     DONATES `cache`.
 
     On CPU the engine's own programs of it are compiled with the options
-    `folojax.models.machine.row_sums.REORDERED`, which make attention by XLA some three times as fast. JAX
-    has them for a program only and not for a function within one, so here they are left to the
-    caller.
+    `folojax.models.machine.row_sums.REORDERED`, which make attention by XLA some three times as
+    fast. JAX has them for a program only and not for a function within one, so here they are left
+    to the caller.
 
     Args:
         params: The module's parameters.
