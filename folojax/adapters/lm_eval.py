@@ -112,7 +112,7 @@ class FolojaxLM(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        """For lm-eval's cache of requests."""
+        """The name by which lm-eval keys its cache of requests."""
         return self.tokenizer.name_or_path.replace("/", "__")
 
     def tok_encode(

@@ -16,7 +16,7 @@ class IdArray(Protocol):
         """Number of axes: 1 for a prompt, 2 for prompts of the same length."""
 
     def __array__(self) -> Any:
-        """The same for NumPy."""
+        """As a NumPy array."""
 
 
 Prompt: TypeAlias = str | Mapping[str, Any] | Sequence[SupportsIndex] | IdArray

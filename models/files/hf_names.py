@@ -33,7 +33,7 @@ class Source:
 
     @property
     def shape(self) -> Shape:
-        """Of the parameter."""
+        """The shape of the parameter."""
         group = self.tensors[: len(self.tensors) // (self.num_stacked or 1)]
         joined = (sum(shape[0] for _, shape in group), *group[0][1][1:])
         one = joined[::-1] if self.is_transposed else joined
