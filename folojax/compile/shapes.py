@@ -5,7 +5,6 @@ sizes mean little padding. Pages are read where they lie, so no shape depends on
 use: a decode step is a number of rows, a prefill step a number of rows of C tokens.
 """
 
-import bisect
 import dataclasses
 import itertools
 from collections.abc import Iterable
@@ -61,16 +60,6 @@ def slots_for(max_num_seqs: int) -> int:
     64
     """
     return -(-max_num_seqs // _SLOT_MULTIPLE) * _SLOT_MULTIPLE
-
-
-def round_up(value: int, sizes: tuple[int, ...]) -> int:
-    """The first of the ascending `sizes` that is not below `value`.
-
-    >>> round_up(5, (1, 4, 8))
-    8
-    """
-    assert value <= sizes[-1], f"{value} is beyond the largest size {sizes[-1]}"
-    return sizes[bisect.bisect_left(sizes, value)]
 
 
 def with_parts(sizes: tuple[int, ...], first_halved: int, first_quartered: int) -> tuple[int, ...]:

@@ -27,8 +27,7 @@ from folojax.engine.snapshot import Progress
 from folojax.engine.weights import check_same_shapes, fingerprint
 from folojax.requests.outputs import RequestOutput, ScoreOutput
 from folojax.requests.prompts import ParsedPrompt
-from folojax.requests.sampling_params import SamplingParams
-from folojax.requests.sampling_request import SamplingRequest
+from folojax.requests.sampling_params import SamplingParams, SamplingRequest
 from folojax.requests.validation import Validator
 from folojax.runner.results import Pending, StepResult
 from folojax.runner.runner import Runner

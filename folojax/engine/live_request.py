@@ -21,7 +21,7 @@ from folojax.requests.outputs import (
     RequestOutput,
     ScoreOutput,
 )
-from folojax.requests.sampling_request import SamplingRequest
+from folojax.requests.sampling_params import SamplingRequest
 from folojax.requests.validation import CheckedRequest
 from folojax.runner.residuals import SampleResiduals
 from folojax.runner.results import PromptLogprobs, TokenLogprob

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from folojax.engine.live_request import LiveRequest
 from folojax.requests.outputs import ScoreOutput
 from folojax.requests.prompts import ParsedPrompt
-from folojax.requests.sampling_params import SamplingParams
-from folojax.requests.sampling_request import SamplingRequest
+from folojax.requests.sampling_params import SamplingParams, SamplingRequest
 from folojax.sched.request import StopRule
 
 

@@ -11,7 +11,6 @@ token are masked, and no value is ever NaN, which a weight of zero would not hid
 """
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias
 
 import jax
@@ -65,10 +64,6 @@ class KVCache:
         """Of the arrays that keep keys and values."""
         return self.layers[0].dtype
 
-    def layer(self, index: int) -> "KVCache":
-        """A cache of one layer alone, as its layer 0; copies nothing."""
-        return KVCache((self.layers[index],), self.format)
-
 
 jax.tree_util.register_dataclass(KVCache, data_fields=["layers"], meta_fields=["format"])
 
@@ -102,11 +97,6 @@ def init_cache(layout: KVLayout) -> KVCache:
     shape = layout.format.shape(layout.num_pages, layout.num_kv_heads, layout.head_dim)
     layers = tuple(jnp.zeros(shape, layout.storage_dtype) for _ in range(layout.num_layers))
     return KVCache(layers, layout.format)
-
-
-def join_layers(layers: Sequence[KVCache]) -> KVCache:
-    """The inverse of `KVCache.layer`: caches of single layers as one."""
-    return KVCache(tuple(one.layers[0] for one in layers), layers[0].format)
 
 
 def finite_values(

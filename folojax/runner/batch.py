@@ -4,6 +4,7 @@ A plan tells only what changed, and only that is written; the inputs of a step a
 indexing operations, however many requests run.
 """
 
+import bisect
 import dataclasses
 import heapq
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from folojax.requests.sampling_request import SamplingRequest
+from folojax.requests.sampling_params import SamplingRequest
 from folojax.requests.user_functions import NO_FUNCTIONS, UserFunctions
 from folojax.runner.row_params import RowTable
 from folojax.sched.request import Request
@@ -193,3 +194,13 @@ class Batch:
 def ints(shape: int | tuple[int, ...], value: int = 0) -> Any:
     """An int32 array full of a value. Any: a jitted function takes NumPy arrays for JAX ones."""
     return np.full(shape, value, np.int32)
+
+
+def round_up(value: int, sizes: tuple[int, ...]) -> int:
+    """The first of the ascending `sizes` that is not below `value`.
+
+    >>> round_up(5, (1, 4, 8))
+    8
+    """
+    assert value <= sizes[-1], f"{value} is beyond the largest size {sizes[-1]}"
+    return sizes[bisect.bisect_left(sizes, value)]

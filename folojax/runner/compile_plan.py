@@ -50,16 +50,20 @@ class CompilePlan:
 
 
 class Gate:
-    """Lets executables pass that were planned, and tells of the others before they are compiled."""
+    """Lets executables pass that were planned, and tells of the others before they are compiled.
+
+    Attributes:
+        is_strict: Whether an executable outside the plan is an error.
+        passed: Those that are compiled, or have been checked.
+    """
 
     def __init__(self, planned: Collection[Executable], is_strict: bool) -> None:
-        """`is_strict` makes an executable outside the plan an error."""
         self.is_strict = is_strict
         self._is_warm = False
         self._has_warned = False
         self._compiled: dict[Executable, Planned] = {}
         self._known = set(planned)
-        self._met: set[Executable] = set()
+        self.passed: set[Executable] = set()
 
     def set_compiled(
         self, entries: Collection[Planned], left_out: Collection[Executable] = ()
@@ -72,6 +76,7 @@ class Gate:
         """
         self._compiled |= {entry.executable: entry for entry in entries}
         self._known = {*self._compiled, *left_out}
+        self.passed.update(self._compiled)
         self._is_warm = True
 
     def cost(self, executable: Executable) -> Planned:
@@ -84,7 +89,7 @@ class Gate:
         Raises:
             RuntimeError: there is one, and the gate is strict.
         """
-        if executable in self._compiled or executable in self._met:
+        if executable in self.passed:
             return
         text = f"{executable} is not in the compile plan"
         is_planned = executable in self._known
@@ -94,7 +99,7 @@ class Gate:
                 "(LLM.warm_up has the classes of sampling and log-probabilities as arguments), or "
                 "set strict to False"
             )
-        self._met.add(executable)
+        self.passed.add(executable)
         make_room()
         if self._is_warm and not is_planned and not self._has_warned:
             self._has_warned = True

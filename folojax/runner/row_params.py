@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from folojax.requests.sampling_request import SamplingRequest
+from folojax.requests.sampling_params import SamplingRequest
 from folojax.requests.user_functions import NO_FUNCTIONS, UserFunctions
 from folojax.sampling.logit_edits import (
     ANY_TOKEN,

@@ -22,10 +22,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from folojax.compile.shapes import round_up
 from folojax.kv.page_copies import PageCopies
 from folojax.requests.user_functions import NO_FUNCTIONS, UserFunctions
-from folojax.runner.batch import Chunk, Row, ints
+from folojax.runner.batch import Chunk, Row, ints, round_up
 from folojax.runner.compile_plan import Gate
 from folojax.runner.host_store import HostStore, TokenKV, read_tokens
 from folojax.runner.results import Pending, StepResult, is_scored, read, tokens_after
@@ -132,7 +131,8 @@ class Runner:
         Raises:
             RuntimeError: it is outside the compile plan, and the engine is strict.
         """
-        self.gate.check(one)
+        if one not in self.gate.passed:
+            self.gate.check(one)
         if one.spec is not None and one.spec.needed >= SamplingClass.EDITED:
             self._set_slots(self._slots.with_edits(self.state.slots))
         self.state, results = self.steps.call(one, self._params, self.state, inputs)
@@ -187,11 +187,13 @@ class Runner:
 
     def _update(self, plan: StepPlan) -> None:
         """Takes in who comes and goes, and moves pages."""
-        self._slots.leave(plan, self.batch, self.state.slots)
+        if plan.preempted_request_ids or plan.finished_request_ids:
+            self._slots.leave(plan, self.batch, self.state.slots)
         for row in self.batch.update(plan):
             if row.request.has_slot_edits:
                 self.gate.check(EDITS)
-            self._set_slots(self._slots.join(row, self.state.slots))
+            if row.request.has_slot_edits or row.request.sampling_params.logits_processors:
+                self._set_slots(self._slots.join(row, self.state.slots))
         self._move_pages(plan.page_moves)
 
     def _move_pages(self, moves: PageMoves) -> None:

@@ -18,7 +18,7 @@ from flax import linen as nn
 
 from folojax.attention import attend
 from folojax.compile.programs import Program, Programs, Run, run
-from folojax.kv.cache import KVCache, join_layers
+from folojax.kv.cache import KVCache
 from folojax.models.core.decoder import Llama
 from folojax.models.machine.row_sums import REORDERED
 from folojax.steps.executables import Executable, StepKind
@@ -87,7 +87,7 @@ class LayeredSteps:
             return self._whole.call(one, params, state, inputs, run)
         outer, cache, is_prefill = head_params(params), state.cache, one.kind == "prefill"
         tokens = None if is_prefill else state.slots.tokens
-        begun = run(self._begin, (outer, cache.layer(0), tokens, inputs.rows))
+        begun = run(self._begin, (outer, layer_of(cache, 0), tokens, inputs.rows))
         placement, hidden, shared = begun
         layers: list[KVCache] = []
         residuals: Residuals = {}
@@ -97,7 +97,7 @@ class LayeredSteps:
                 program,
                 (
                     [params[f"{LAYER}{layer}"] for layer in group],
-                    [cache.layer(layer) for layer in group],
+                    [layer_of(cache, layer) for layer in group],
                     hidden,
                     [self._model.layer_rotary(shared, layer) for layer in group],
                     placement,
@@ -118,6 +118,16 @@ class LayeredSteps:
             read = tuple(place for place, layer in enumerate(group) if layer in wanted)
             found = self._group_programs[key] = _GROUP.of(blocks=blocks, read=read)
         return found
+
+
+def layer_of(cache: KVCache, index: int) -> KVCache:
+    """A cache of one layer alone, as its layer 0; copies nothing."""
+    return KVCache((cache.layers[index],), cache.format)
+
+
+def join_layers(layers: Sequence[KVCache]) -> KVCache:
+    """The inverse: caches of single layers as one."""
+    return KVCache(tuple(one.layers[0] for one in layers), layers[0].format)
 
 
 def _begin(

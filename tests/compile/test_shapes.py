@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from folojax.backend.backend import CPU, GPU, Backend
-from folojax.compile.shapes import Shapes, round_up
+from folojax.compile.shapes import Shapes
 from folojax.config import EngineConfig, ResolvedConfig
+from folojax.runner.batch import round_up
 from folojax.sampling.sampler import SamplingClass
 from folojax.sched.pages import pages_for
 

@@ -3,7 +3,6 @@
 import functools
 from typing import Any, get_args
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +11,7 @@ import pytest
 from folojax import kv
 from folojax.backend.backend import CPU, GPU
 from folojax.kv import KVCache, KVLayout, PageFormat, place_tokens
-from folojax.kv.cache import PageOrder, join_layers
+from folojax.kv.cache import PageOrder
 from folojax.kv.page_copies import PageCopies
 from folojax.runner.host_store import read_tokens, write_tokens
 
@@ -142,16 +141,6 @@ def test_pages_lie_as_the_backend_wants_them(
         assert layout.dtype == jnp.bfloat16
         kernels = backend.exact_kernels if is_deterministic else backend.kernels
         assert cache.format.kernels == kernels
-
-
-@pytest.mark.parametrize("order", ORDERS)
-def test_a_cache_in_layers_is_the_same_arrays(order: str) -> None:
-    cache, *_ = full_cache(order)
-    layers = [cache.layer(index) for index in range(L)]
-    assert all(layer.num_pages == P and len(layer.layers) == 1 for layer in layers)
-    joined = join_layers(layers)
-    chex.assert_trees_all_equal_structs(joined, cache)
-    assert all(new is old for new, old in zip(joined.layers, cache.layers, strict=True))
 
 
 def test_tokens_are_placed_in_their_pages() -> None:

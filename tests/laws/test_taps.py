@@ -14,6 +14,7 @@ from folojax.models.core.dense_attend import dense_attend
 from folojax.requests.prompts import ParsedPrompt
 from folojax.steps.executables import Executable
 from folojax.steps.residuals import NO_EXTRAS, StepExtras, with_extras
+from folojax.steps.state import CallInputs, CallResults
 from tests import dense
 from tests.conftest import check_is_empty
 from tests.families import save_family
@@ -145,16 +146,16 @@ def test_nobody_else_notices(tiny_model: tuple, options: dict[str, Any]) -> None
 def test_steps_without_taps_run_the_programs_of_an_engine_without(
     tiny_model: tuple, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever was asked before; and a step with them tells the gate so."""
+    """Whatever was asked before; and a step with them says so."""
     llm = make_llm(tiny_model)
     seen: list[StepExtras] = []
-    check = llm.engine.runner.gate.check
+    call = llm.engine.runner.call
 
-    def recorded(executable: Executable) -> None:
-        seen.append(executable.extras)
-        check(executable)
+    def recorded(one: Executable, inputs: CallInputs) -> CallResults:
+        seen.append(one.extras)
+        return call(one, inputs)
 
-    monkeypatch.setattr(llm.engine.runner.gate, "check", recorded)
+    monkeypatch.setattr(llm.engine.runner, "call", recorded)
     llm.generate([prompts()[0]], params(activations=True, temperature=0), use_tqdm=False)
     assert StepExtras(residual_layers=LAYERS) in seen
     seen.clear()

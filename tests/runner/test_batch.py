@@ -12,7 +12,7 @@ from folojax import SamplingParams
 from folojax.attention import attend
 from folojax.backend.backend import CPU, GPU, Backend
 from folojax.kv import KVCache, KVLayout, PageFormat, init_cache, place_tokens
-from folojax.requests.sampling_request import SamplingRequest
+from folojax.requests.sampling_params import SamplingRequest
 from folojax.runner.batch import Batch, Chunk
 from folojax.sched.request import StopRule
 from folojax.sched.step_plan import StepPlan

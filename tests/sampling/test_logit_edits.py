@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from folojax.requests.sampling_params import SamplingParams
-from folojax.requests.sampling_request import SamplingRequest
+from folojax.requests.sampling_params import SamplingParams, SamplingRequest
 from folojax.runner.row_params import RowTable, slot_edits
 from folojax.sampling.logit_edits import (
     NUM_RECENT,

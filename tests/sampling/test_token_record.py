@@ -12,6 +12,7 @@ import pytest
 from folojax import LLM, SamplingParams, outputs_to_arrays
 from folojax.sampling.sampler import SamplingClass, SamplingSpec
 from folojax.steps.executables import Executable
+from folojax.steps.state import CallInputs, CallResults
 from tests.sampling_rows import OFF, draw, make_rows, random_logits, reference_kept
 
 ROWS: list[dict[str, Any]] = [
@@ -156,15 +157,14 @@ def test_raw_records_are_the_scores_of_the_tokens(letters_llm: LLM) -> None:
 def test_without_records_no_executable_has_them(letters_llm: LLM) -> None:
     """What is not asked for is not compiled, and so costs nothing."""
     specs = []
-    gate = letters_llm.engine.runner.gate
-    check = gate.check
+    call = letters_llm.engine.runner.call
 
-    def spy(one: Executable) -> None:
+    def spy(one: Executable, inputs: CallInputs) -> CallResults:
         if one.spec is not None:
             specs.append(one.spec)
-        check(one)
+        return call(one, inputs)
 
-    with mock.patch.object(gate, "check", spy):
+    with mock.patch.object(letters_llm.engine.runner, "call", spy):
         letters_llm.generate(PROMPTS, SamplingParams(seed=1, max_tokens=3), use_tqdm=False)
     assert specs
     assert not any(spec.has_record for spec in specs)

@@ -19,11 +19,10 @@ from folojax.compile.programs import IN_GRAPH, Compiling
 from folojax.compile.programs import run as run_program
 from folojax.engine import build
 from folojax.kv import KVCache
-from folojax.kv.cache import join_layers
 from folojax.models.core.decoder import Llama, init_params
 from folojax.models.machine.row_sums import REORDERED
 from folojax.sampling.rows import SlotState
-from folojax.steps.by_layer import LayeredSteps, split_layers
+from folojax.steps.by_layer import LayeredSteps, join_layers, layer_of, split_layers
 from folojax.steps.executables import Executable
 from folojax.steps.fused import WholeSteps
 from folojax.steps.row_by_row import RowSteps
@@ -126,10 +125,13 @@ def test_layers_that_repeat_are_few_programs(pattern: str, times: int, wanted: i
     assert len(programs) == 1, "the pattern itself would do"
 
 
-def test_a_cache_in_layers(tiny_model: tuple) -> None:
+def test_a_cache_in_layers_is_the_same_arrays(tiny_model: tuple) -> None:
     cache = random_cache(tiny_model[0])
-    layers = [cache.layer(i) for i in range(tiny_model[0].config.num_layers)]
-    close(join_layers(layers), cache)
+    layers = [layer_of(cache, i) for i in range(tiny_model[0].config.num_layers)]
+    assert all(one.num_pages == cache.num_pages and len(one.layers) == 1 for one in layers)
+    joined = join_layers(layers)
+    chex.assert_trees_all_equal_structs(joined, cache)
+    assert all(new is old for new, old in zip(joined.layers, cache.layers, strict=True))
 
 
 class Opaque(nn.Module):
