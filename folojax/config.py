@@ -7,10 +7,9 @@ and its flag on a command line (`add_flags`). `EngineOptions` tells type checker
 import argparse
 import dataclasses
 from collections.abc import Collection, Mapping
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
-from folojax.backend import Backend
-from folojax.models.quantized.quantize import QUANTIZATIONS
+from folojax.models.quantized.names import QUANTIZATIONS
 from folojax.requests.sampling_params import SamplingParams
 from folojax.sched.config import SchedulerConfig
 from folojax.sched.option_fields import (
@@ -21,6 +20,9 @@ from folojax.sched.option_fields import (
     options_of,
 )
 from folojax.sched.pages import pages_for
+
+if TYPE_CHECKING:  # the command line has its options from here, and need not wait for JAX
+    from folojax.backend import Backend
 
 LOGPROBS_MODES = ("raw", "processed")
 
@@ -106,7 +108,7 @@ class EngineConfig:
         build the product for x86-64 (else XLA computes it, slowly, and a RuntimeWarning says so).
         docs/models.md has by how much, and how far log-probabilities move. Experts and the rest
         stay as they are. Only on CPU, and without gradients. None computes in the dtype.""",
-        choices=tuple(QUANTIZATIONS),
+        choices=QUANTIZATIONS,
     )
     max_logprobs: int = option(
         20,
@@ -154,7 +156,7 @@ class EngineConfig:
         if problems:
             raise ValueError("EngineConfig: " + "; ".join(problems))
 
-    def pool_fraction(self, backend: Backend) -> float | None:
+    def pool_fraction(self, backend: "Backend") -> float | None:
         """Share of the device's memory that sizes the pool; None: it is not sized by memory."""
         if self.num_pages is not None:
             return None
@@ -163,7 +165,7 @@ class EngineConfig:
         return self.memory_fraction
 
     def resolve(
-        self, max_position: int, backend: Backend, min_swap_tokens: int = 1
+        self, max_position: int, backend: "Backend", min_swap_tokens: int = 1
     ) -> "ResolvedConfig":
         """Fills in what depends on the model and the device, but for its memory.
 

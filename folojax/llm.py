@@ -311,6 +311,11 @@ class LLM(RequestLoop):
             tokenizer=self.get_tokenizer(),
         )
 
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether `chat` needs no template to be given."""
+        return self.engine.tokenizer is not None and self.engine.tokenizer.has_chat_template
+
     def get_tokenizer(self) -> Any:
         """The transformers tokenizer; None if there is none."""
         return self.engine.tokenizer.hf if self.engine.tokenizer else None

@@ -8,6 +8,7 @@ import time
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from folojax import CompletionOutput, Logprob, RequestMetrics, RequestOutput, SamplingParams
@@ -63,6 +64,9 @@ class StubLLM:
 
     def has_unfinished_requests(self) -> bool:
         return bool(self._requests)
+
+    def metrics(self) -> Any:
+        return SimpleNamespace(compile_s=0.0)
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> Prompt:
         if messages[0]["role"] == "nobody":

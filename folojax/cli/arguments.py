@@ -1,15 +1,16 @@
-"""What several commands are told: the model, prompts, sampling parameters."""
+"""What several commands are told: the model, prompts, sampling parameters. Without JAX."""
 
 import argparse
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from folojax.config import EngineConfig, add_flags, given_options
-from folojax.llm import LLM
 from folojax.requests.sampling_params import SamplingParams
+
+STANDARD = Path("-")
+"""Standard input or output, in place of a file."""
 
 # Those that change what a person sees; the others are for programs.
 _ENGINE = (
@@ -31,7 +32,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("model").add_argument
     add("--model", help="directory, .gguf file or Hub name; default: SmolLM2-135M-Instruct")
     add("--revision", help="branch, tag or commit of a Hub model")
-    add("--dtype", default="auto", help="auto, float32, bfloat16 or float16; default: auto")
+    dtypes = ("auto", "float32", "bfloat16", "float16")
+    add("--dtype", choices=dtypes, default="auto", help="of weights and sums; default: auto")
     add_flags(parser.add_argument_group("engine"), EngineConfig, _ENGINE)
 
 
@@ -39,8 +41,10 @@ def add_prompt_options(parser: argparse.ArgumentParser, default: str) -> Any:
     """Texts, and how many; returns the group, for more of them."""
     group = parser.add_argument_group("prompts")
     add = group.add_argument
-    add("--prompts", nargs="+", metavar="TEXT", help=f"default: {default}")
-    add("--prompts-file", type=Path, metavar="FILE", help="a text file with one prompt a line")
+    told = f"- is all of standard input, as one prompt; default: {default}"
+    add("--prompts", nargs="+", metavar="TEXT", help=told)
+    told = "a text file with one prompt a line; - is standard input"
+    add("--prompts-file", type=Path, metavar="FILE", help=told)
     add("--num-prompts", type=int, metavar="N", help="repeat or cut the prompts to this number")
     return group
 
@@ -52,16 +56,18 @@ def add_sampling_options(parser: argparse.ArgumentParser, defaults: Mapping[str,
 
 def sampling_params(args: argparse.Namespace) -> SamplingParams:
     """The options that are fields of SamplingParams; ValueError if one is out of range."""
-    return SamplingParams(**given_options(args, SamplingParams))
+    given = given_options(args, SamplingParams)
+    if given.get("n", 1) > 1 and given.get("temperature") == 0:
+        raise ValueError(
+            f"--n is {given['n']}, and at temperature 0 all samples of a prompt are the same: add "
+            "--temperature 0.7, or another above 0"
+        )
+    return SamplingParams(**given)
 
 
-def load_llm(args: argparse.Namespace, log: Console) -> LLM:
-    """The engine that the options describe; its memory is told."""
-    config = EngineConfig(**given_options(args, EngineConfig))
-    with log.status("Loading the model"):
-        llm = LLM(args.model, dtype=args.dtype, revision=args.revision, config=config)
-    log.print(str(llm.memory_plan), style="dim", highlight=False, soft_wrap=True)
-    return llm
+def engine_config(args: argparse.Namespace) -> EngineConfig:
+    """The options that are fields of EngineConfig; ValueError if one is out of range."""
+    return EngineConfig(**given_options(args, EngineConfig))
 
 
 def read_prompts(args: argparse.Namespace, default: Sequence[str] = ()) -> list[str]:
@@ -73,16 +79,27 @@ def read_prompts(args: argparse.Namespace, default: Sequence[str] = ()) -> list[
     if args.num_prompts is not None and args.num_prompts < 1:
         raise ValueError(f"--num-prompts is {args.num_prompts}; it must be at least 1")
     given = list(args.prompts or ())
+    if given.count("-") + (args.prompts_file == STANDARD) > 1:
+        raise ValueError("standard input can be read once: give one - in --prompts, --prompts-file")
+    if "-" in given:
+        given[given.index("-")] = _read_text(STANDARD, "--prompts -").removesuffix("\n")
     if args.prompts_file is not None:
-        try:
-            lines = args.prompts_file.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"--prompts-file {args.prompts_file}: {error}") from error
+        lines = _read_text(args.prompts_file, f"--prompts-file {args.prompts_file}").splitlines()
         given += [line for line in lines if line.strip()]
-        if not given:
-            raise ValueError(f"--prompts-file {args.prompts_file} has no prompt in it")
     texts = given or default
     return [texts[i % len(texts)] for i in range(args.num_prompts or len(texts))] if texts else []
+
+
+def _read_text(path: Path, option: str) -> str:
+    """What a file or standard input holds; ValueError if that is nothing."""
+    try:
+        raw = sys.stdin.buffer.read() if path == STANDARD else path.read_bytes()
+        text = raw.decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{option}: {error}") from error
+    if not text.strip():
+        raise ValueError(f"{option} has no prompt in it")
+    return text
 
 
 def check_json_path(path: Path | None) -> None:

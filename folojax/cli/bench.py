@@ -14,20 +14,15 @@ import argparse
 import json
 from pathlib import Path
 
-import numpy as np
-from rich.console import Console
-
 from folojax.cli.arguments import (
     add_model_options,
     add_prompt_options,
     add_sampling_options,
     check_json_path,
-    load_llm,
+    engine_config,
     read_prompts,
     sampling_params,
 )
-from folojax.cli.show import as_json, print_metrics
-from folojax.requests.outputs import batch_metrics
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,15 +41,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command; returns the exit code."""
-    texts, params = read_prompts(args), sampling_params(args)
+    texts, params, config = read_prompts(args), sampling_params(args), engine_config(args)
     if texts and args.input_len is not None:
         raise ValueError("--input-len has no meaning beside prompts")
     input_len = 128 if args.input_len is None else args.input_len
     if min(args.rounds, input_len) < 1:
         raise ValueError(f"--rounds is {args.rounds} and --input-len {input_len}; at least 1 each")
     check_json_path(args.json)
+    import numpy as np  # and JAX: slow, and a mistake is told before
+    from rich.console import Console
+
+    from folojax.cli.load import load_llm, print_memory
+    from folojax.cli.show import as_json, print_metrics
+    from folojax.requests.outputs import batch_metrics
+
     log = Console(stderr=True)
-    llm = load_llm(args, log)
+    llm = load_llm(args, config, log)
+    print_memory(llm, log)
     # The last ids of a model's vocabulary may be padding, and no tokens.
     num_ids = llm.model_config.vocab_size // 2
     shape = (args.num_prompts or 32, input_len)

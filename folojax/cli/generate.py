@@ -9,6 +9,8 @@ folojax generate --num-prompts 32 --max-tokens 64 --ignore-eos --compare-sequent
 folojax generate --quantization int4     on CPU twice as fast, with other tokens here and there
 folojax generate --input requests.jsonl --output answers.jsonl --resume
 head -n 9 requests.jsonl | folojax generate --input - > answers.jsonl
+folojax generate --prompts - < letter.txt     - is standard input: one prompt; a prompt a line
+ls | folojax generate --prompts-file -        with --prompts-file
 
 JSON Lines: a line of --input is {"prompt" | "messages" | "prompt_token_ids": ..., "sampling":
 {fields of SamplingParams}, "id": ...}; the options below are what "sampling" leaves out. A "prompt"
@@ -16,34 +18,24 @@ is text as the model sees it, "messages" go through the chat template. A line of
 "line", "outputs", "usage"}, or {"id", "line", "error"} of a line that cannot be run; it is written
 when the request ends. A run that was killed goes on with --resume, the same input and the same
 options: no line is lost or done twice, and the tokens are those of an unbroken run.
+
+Ctrl-C prints what there is so far of the prompts that had begun.
 """
 
 import argparse
-import contextlib
 import dataclasses
-import json
-from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
-
-import jax
-from rich.console import Console
 
 from folojax.cli.arguments import (
+    STANDARD,
     add_model_options,
     add_prompt_options,
     add_sampling_options,
     check_json_path,
-    load_llm,
+    engine_config,
     read_prompts,
     sampling_params,
 )
-from folojax.cli.jsonl_job import STANDARD, open_files, run_job
-from folojax.cli.show import InOrder, as_json, print_logprobs, print_metrics, print_outputs
-from folojax.llm import LLM
-from folojax.requests.outputs import RequestOutput, batch_metrics
-from folojax.requests.prompts import Prompt
-from folojax.requests.sampling_params import SamplingParams
 
 DEFAULT_PROMPTS = (
     "What is the capital of France?",
@@ -87,76 +79,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs the command; returns the exit code."""
     _check_together(args)
-    params = sampling_params(args)
-    log = Console(stderr=True)
+    params, config = sampling_params(args), engine_config(args)
     if args.input is not None:
+        from folojax.cli.jsonl_job import open_files, run_job
+
         files = {"resume": bool(args.resume), "overwrite": bool(args.overwrite)}
         with open_files(args.input, args.output or STANDARD, **files) as (lines, output):
+            from rich.console import Console
+
+            from folojax.cli.load import load_llm
+
+            llm = load_llm(args, config, Console(stderr=True))
             defaults = dataclasses.replace(params, seed=None)
-            return run_job(load_llm(args, log), lines, output, defaults, params.seed or 0)
+            return run_job(llm, lines, output, defaults, params.seed or 0)
     texts = read_prompts(args, DEFAULT_PROMPTS)
     check_json_path(args.json)
-    llm = load_llm(args, log)
-    inputs = _as_inputs(llm, texts, args.chat, args.system)
-    log.print(f"{len(texts)} prompts, {llm.config.max_num_seqs} at once", style="dim")
-    if args.compare_sequential:
-        with log.status("Compiling, so that neither run pays for it"):
-            _warm_up(llm, inputs, params)
-    # With --stream standard output has the texts and nothing else.
-    console = log if args.stream else Console()
-    with _compile_times() as compiling:
-        if args.stream:
-            outputs = _stream(Console(), llm, texts, inputs, params)
-        else:
-            outputs = llm.generate(inputs, params)
-            print_outputs(console, texts, outputs)
-    if args.logprobs is not None:
-        print_logprobs(console, outputs)
-    runs = {"batch": batch_metrics(outputs)}
-    report: dict[str, Any] = {"outputs": [as_json(output) for output in outputs]}
-    for entry, text in zip(report["outputs"], texts, strict=True):
-        entry["prompt"] = text
-    if args.compare_sequential:
-        with log.status("One request at a time"):
-            sequential = [llm.generate(one, params, use_tqdm=False)[0] for one in inputs]
-        runs["sequential"] = batch_metrics(sequential)
-        report["is_equal"] = _token_ids(outputs) == _token_ids(sequential)
-    print_metrics(console, runs)
-    if args.compare_sequential:
-        batch, alone = runs.values()
-        console.print(
-            f"speed-up {batch.output_throughput / alone.output_throughput:.2f}x, time saved "
-            f"{alone.duration_s - batch.duration_s:.2f} s, "
-            f"{'the same' if report['is_equal'] else 'NOT the same'} tokens"
-        )
-    if sum(compiling) > 0.5:
-        console.print(
-            f"{sum(compiling):.1f} s of the batch's time went into compiling, or into loading what "
-            "an earlier run had compiled.",
-            style="dim",
-        )
-    if args.json is not None:
-        report |= {name: as_json(metrics) for name, metrics in runs.items()}
-        args.json.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
-    return 0
+    from folojax.cli.batch import run_batch  # and JAX: slow, and a mistake is told before
 
-
-def _stream(
-    console: Console,
-    llm: LLM,
-    texts: Sequence[str],
-    inputs: Sequence[Prompt],
-    params: SamplingParams,
-) -> list[RequestOutput]:
-    printer = InOrder(console, texts, params.n)
-    outputs: dict[int, RequestOutput] = {}
-    for index, prompt in enumerate(inputs):
-        llm.add_request(str(index), prompt, params)
-    while llm.has_unfinished_requests():
-        for output in llm.step():
-            printer.show(int(output.request_id), output)
-            outputs[int(output.request_id)] = output
-    return [outputs[index] for index in range(len(inputs))]
+    return run_batch(args, config, texts, params)
 
 
 def _check_together(args: argparse.Namespace) -> None:
@@ -179,43 +119,3 @@ def _check_together(args: argparse.Namespace) -> None:
 
 def _option(name: str) -> str:
     return "--" + name.replace("_", "-")
-
-
-@contextlib.contextmanager
-def _compile_times() -> Iterator[list[float]]:
-    """Seconds of each program that XLA compiles meanwhile, by JAX's own events."""
-    seconds: list[float] = []
-
-    def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
-            seconds.append(duration_secs)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield seconds
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
-
-
-def _as_inputs(
-    llm: LLM, texts: Sequence[str], chat: bool | None, system: str | None
-) -> Sequence[Prompt]:
-    tokenizer = llm.get_tokenizer()
-    has_template = tokenizer is not None and tokenizer.chat_template is not None
-    if not (chat or system is not None or (has_template and chat is None)):
-        return texts
-    before = [] if system is None else [{"role": "system", "content": system}]
-    return [llm.render_chat([*before, {"role": "user", "content": text}]) for text in texts]
-
-
-def _warm_up(llm: LLM, inputs: Sequence[Prompt], params: SamplingParams) -> None:
-    """Runs every shape of both runs: all of the batch, each prompt alone, and a whole answer."""
-    llm.generate(inputs, params, use_tqdm=False)
-    short = dataclasses.replace(params, max_tokens=2, min_tokens=0)
-    for one in inputs:
-        llm.generate(one, short, use_tqdm=False)
-    llm.generate(inputs[0], params, use_tqdm=False)
-
-
-def _token_ids(outputs: Sequence[RequestOutput]) -> list[list[list[int]]]:
-    return [[completion.token_ids for completion in output.outputs] for output in outputs]

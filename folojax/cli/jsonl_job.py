@@ -8,18 +8,15 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
-from tqdm.auto import tqdm
-
-from folojax.jsonl.file_job import JsonlJob
+from folojax.cli.arguments import STANDARD
 from folojax.jsonl.lines import Entry, find_error
 from folojax.jsonl.output_file import JsonlOutput, open_output
-from folojax.llm import LLM
 from folojax.requests.sampling_params import SamplingParams
 
-STANDARD = Path("-")
-"""Standard input or output, in place of a file."""
+if TYPE_CHECKING:
+    from folojax.llm import LLM
 
 
 @contextlib.contextmanager
@@ -50,9 +47,13 @@ def open_files(
 
 
 def run_job(
-    llm: LLM, source: BinaryIO, output: JsonlOutput, defaults: SamplingParams, seed: int
+    llm: "LLM", source: BinaryIO, output: JsonlOutput, defaults: SamplingParams, seed: int
 ) -> int:
     """Runs a job with a progress bar; returns the exit code: 1 if any line went wrong, else 0."""
+    from tqdm.auto import tqdm  # and JAX: the files are looked at before
+
+    from folojax.jsonl.file_job import JsonlJob
+
     with tqdm(desc="lines", unit=" lines", disable=None) as bar:
 
         def show(entry: Entry) -> None:

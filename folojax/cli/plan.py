@@ -9,9 +9,7 @@ A program is compiled when it is first needed, and kept in the cache for later r
 
 import argparse
 
-from rich.console import Console
-
-from folojax.cli.arguments import add_model_options, load_llm
+from folojax.cli.arguments import add_model_options, engine_config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +19,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command; returns the exit code."""
-    llm = load_llm(args, Console(stderr=True))
+    config = engine_config(args)
+    from rich.console import Console  # and JAX: slow, and a mistake is told before
+
+    from folojax.cli.load import load_llm, print_memory
+
+    log = Console(stderr=True)
+    llm = load_llm(args, config, log)
+    print_memory(llm, log)
     if args.warm_up:
         llm.warm_up()
     Console().print(str(llm.plan()), highlight=False, soft_wrap=True)

@@ -10,6 +10,7 @@ Programs are shared: engines of equal models and shapes in one process find the 
 import functools
 import inspect
 import threading
+import time
 from collections.abc import Callable, Hashable
 from typing import Any, TypeAlias
 
@@ -29,6 +30,21 @@ Autotuning of fusions takes longer than it gains. Other platforms pass over both
 
 _LOCK = threading.Lock()
 _ALL: list["Programs"] = []
+_spent_s = 0.0
+
+
+def compile_seconds() -> float:
+    """Seconds that this process has spent on making programs so far, of all threads together.
+
+    That is tracing and compiling, or loading what an earlier process has compiled.
+    """
+    return _spent_s
+
+
+def _count_seconds(seconds: float) -> None:
+    global _spent_s
+    with _LOCK:
+        _spent_s += seconds
 
 
 class Programs:
@@ -119,7 +135,9 @@ class Program:
         key = tree, tuple([(leaf.shape, leaf.dtype) for leaf in leaves])
         compiled = self._compiled.get(key)
         if compiled is None:
+            start_s = time.perf_counter()
             compiled = self._compiled[key] = self.lower(*args).compile()
+            _count_seconds(time.perf_counter() - start_s)
         return compiled
 
     def clear(self) -> None:

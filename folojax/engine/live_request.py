@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from typing import Any, Generic, TypeVar
 
+from folojax.compile.programs import compile_seconds
 from folojax.engine.snapshot import Progress
 from folojax.requests.outputs import (
     CompletionOutput,
@@ -49,6 +50,9 @@ class LiveRequest(abc.ABC, Generic[_Output]):
     arrival_time_s: float = math.nan  # when it was queued
     first_scheduled_time_s: float | None = None  # when a step first computed some of it
     first_token_time_s: float | None = None  # when its first token was read
+    # What the process had spent on compiling at those times.
+    compiled_at_arrival_s: float = 0.0
+    compiled_at_first_token_s: float | None = None
     # Of the prompt's tokens after the first, as far as they are known.
     prompt_logprobs: list[TokenLogprob] = dataclasses.field(default_factory=list)
 
@@ -80,6 +84,8 @@ class LiveRequest(abc.ABC, Generic[_Output]):
 
     def metrics(self) -> RequestMetrics:
         """Times and counts so far."""
+        now_s, start_s = compile_seconds(), self.compiled_at_arrival_s
+        first_s = self.compiled_at_first_token_s
         return RequestMetrics(
             arrival_time_s=self.arrival_time_s,
             first_scheduled_time_s=self.first_scheduled_time_s,
@@ -87,6 +93,8 @@ class LiveRequest(abc.ABC, Generic[_Output]):
             finish_time_s=time.perf_counter() if self.is_finished else None,
             num_output_tokens=sum(part.num_output_tokens for part in self.parts),
             num_preemptions=sum(part.num_preemptions for part in self.parts),
+            compile_s=now_s - start_s,
+            first_token_compile_s=(now_s if first_s is None else first_s) - start_s,
         )
 
 

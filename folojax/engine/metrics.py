@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from folojax.compile.programs import compile_seconds
 from folojax.runner.runner import Runner
 from folojax.sched.scheduler import Scheduler
 
@@ -29,6 +30,7 @@ class EngineMetrics:
     num_swapped_pages: int  # that came back from host memory, and were not computed again
     num_prefix_query_tokens: int  # looked up in the prefix cache
     num_prefix_hit_tokens: int  # of those, the ones that were found, and not computed
+    compile_s: float  # spent by this process, all engines in it, on compiling or loading programs
 
 
 def read_metrics(
@@ -54,4 +56,5 @@ def read_metrics(
         num_swapped_pages=stats.num_loaded_pages,
         num_prefix_query_tokens=memory.num_query_tokens,
         num_prefix_hit_tokens=memory.num_hit_tokens,
+        compile_s=compile_seconds(),
     )

@@ -38,18 +38,21 @@ class Summary:
     num_prompt_tokens: int = 0
     num_output_tokens: int = 0
     duration_s: float = 0.0  # from start to end of the job
+    compile_s: float = 0.0  # of these, what went into compiling or loading programs
 
     @property
     def output_throughput(self) -> float:
-        """Output tokens per second."""
-        return self.num_output_tokens / max(self.duration_s, 1e-9)
+        """Output tokens per second of `duration_s` less `compile_s`."""
+        return self.num_output_tokens / max(self.duration_s - self.compile_s, 1e-9)
 
     def __str__(self) -> str:
         before = f" (and {self.num_bad_before:,} before)" if self.num_bad_before else ""
+        compiling = f" and {self.compile_s:.1f} s of compiling" if self.compile_s >= 0.05 else ""
         text = (
             f"{self.num_done:,} done, {self.num_skipped:,} skipped, {self.num_bad:,} bad{before}; "
             f"{self.num_prompt_tokens:,} prompt tokens, {self.num_output_tokens:,} output tokens, "
-            f"{self.duration_s:.1f} s, {self.output_throughput:.1f} output tokens/s"
+            f"{self.duration_s - self.compile_s:.1f} s{compiling}, "
+            f"{self.output_throughput:.1f} output tokens/s"
         )
         if self.num_foreign:
             text += f"; {self.num_foreign:,} entries of the output are of no line of this input"
@@ -127,7 +130,7 @@ class JsonlJob:
                 says that the next line is not there yet: the job goes on with what it has, where
                 a read that waits would hold it up.
         """
-        start_s = time.perf_counter()
+        start_s, compiled_s = time.perf_counter(), self._llm.metrics().compile_s
         arriving = iter(lines)
         try:
             while self._fill(arriving):
@@ -141,6 +144,7 @@ class JsonlJob:
             if self._llm.has_unfinished_requests():
                 self._llm.step()  # takes what an interrupted step has aborted out of the engine
             self.summary.duration_s = time.perf_counter() - start_s
+            self.summary.compile_s = self._llm.metrics().compile_s - compiled_s
         return self.summary
 
     def _fill(self, arriving: Iterator[bytes | None]) -> bool:

@@ -86,7 +86,10 @@ def open_output(
     if resume and not is_file:
         raise ValueError(f"{path} is no file: what went there cannot be read again to resume")
     if path.is_file() and path.stat().st_size and not resume and not overwrite:
-        raise ValueError(f"{path} exists: ask to resume it or to overwrite it, or name another")
+        raise ValueError(
+            f"{path} exists: --resume goes on after what is in it, --overwrite drops it (in Python "
+            "resume=True, overwrite=True); or name another file"
+        )
     # Opened without truncation: until the lock is ours, the file is perhaps another job's.
     flags = os.O_RDWR | os.O_CREAT if is_file else os.O_WRONLY
     with os.fdopen(os.open(path, flags, 0o666), "r+b" if is_file else "wb") as file:

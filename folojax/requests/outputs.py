@@ -54,6 +54,9 @@ class RequestMetrics:
         num_output_tokens: Of all its samples.
         num_preemptions: How often it lost its pages; it was computed again, or came back from host
             memory.
+        compile_s: Seconds, of those from its arrival to its end, in which programs were compiled,
+            or loaded that an earlier process had compiled. Rates leave them out.
+        first_token_compile_s: Of these, the ones before its first token.
     """
 
     arrival_time_s: float
@@ -62,34 +65,43 @@ class RequestMetrics:
     finish_time_s: float | None
     num_output_tokens: int
     num_preemptions: int
+    compile_s: float = 0.0
+    first_token_compile_s: float = 0.0
 
     @property
     def e2e_s(self) -> float | None:
-        """From arrival to end; None while it goes on."""
+        """From arrival to end, compiling included; None while it goes on."""
         return None if self.finish_time_s is None else self.finish_time_s - self.arrival_time_s
 
     @property
     def ttft_s(self) -> float | None:
-        """Time to first token, waiting included."""
+        """Time to first token, waiting and compiling included."""
         if self.first_token_time_s is None:
             return None
         return self.first_token_time_s - self.arrival_time_s
 
     @property
     def tpot_s(self) -> float | None:
-        """Time after the first token per further one, of all samples; None below two or unended."""
+        """Time after the first token per further one of all samples, less what was compiled.
+
+        None below two tokens, and while it goes on.
+        """
         if (
             self.first_token_time_s is None
             or self.finish_time_s is None
             or self.num_output_tokens < 2
         ):
             return None
-        return (self.finish_time_s - self.first_token_time_s) / (self.num_output_tokens - 1)
+        compile_s = self.compile_s - self.first_token_compile_s
+        took_s = self.finish_time_s - self.first_token_time_s - compile_s
+        return max(took_s, 0.0) / (self.num_output_tokens - 1)
 
     @property
     def tokens_per_s(self) -> float | None:
-        """Output tokens over `e2e_s`."""
-        return None if self.e2e_s is None else self.num_output_tokens / max(self.e2e_s, 1e-9)
+        """Output tokens over `e2e_s` less `compile_s`."""
+        if self.e2e_s is None:
+            return None
+        return self.num_output_tokens / max(self.e2e_s - self.compile_s, 1e-9)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,10 +226,11 @@ class BatchMetrics:
         num_requests: How many.
         num_prompt_tokens: Sum over the prompts.
         num_output_tokens: Sum over all samples.
-        duration_s: From the first arrival to the last end.
+        duration_s: From the first arrival to the last end, compiling included.
         mean_ttft_s: Mean of the requests' `ttft_s`; None if no request had a token.
         mean_tpot_s: Mean of the requests' `tpot_s`; None if no request had two tokens.
         num_preemptions: Sum over the requests.
+        compile_s: The most `compile_s` of a request: of the whole batch, if all arrived together.
     """
 
     num_requests: int
@@ -227,16 +240,17 @@ class BatchMetrics:
     mean_ttft_s: float | None
     mean_tpot_s: float | None
     num_preemptions: int
+    compile_s: float = 0.0
 
     @property
     def output_throughput(self) -> float:
-        """Output tokens per second."""
-        return self.num_output_tokens / max(self.duration_s, 1e-9)
+        """Output tokens per second of `duration_s` less `compile_s`."""
+        return self.num_output_tokens / max(self.duration_s - self.compile_s, 1e-9)
 
     @property
     def request_throughput(self) -> float:
-        """Requests per second."""
-        return self.num_requests / max(self.duration_s, 1e-9)
+        """Requests per second of the same."""
+        return self.num_requests / max(self.duration_s - self.compile_s, 1e-9)
 
 
 def batch_metrics(outputs: list[RequestOutput]) -> BatchMetrics:
@@ -252,6 +266,7 @@ def batch_metrics(outputs: list[RequestOutput]) -> BatchMetrics:
         mean_ttft_s=_mean([m.ttft_s for m in metrics]),
         mean_tpot_s=_mean([m.tpot_s for m in metrics]),
         num_preemptions=sum(m.num_preemptions for m in metrics),
+        compile_s=max((m.compile_s for m in metrics), default=0.0),
     )
 
 

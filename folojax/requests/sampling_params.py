@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from folojax.sampling.sampler import SamplingClass
+from folojax.sampling.sampling_class import SamplingClass
 from folojax.sched.option_fields import (
     Option,
     documented,

@@ -10,7 +10,6 @@ A greedy row takes the largest logit and is divided by nothing.
 """
 
 import dataclasses
-import enum
 from typing import Any
 
 import jax
@@ -21,16 +20,8 @@ from folojax.sampling import draws
 from folojax.sampling.logit_edits import EditRows, EditState, apply_edits
 from folojax.sampling.logits_processors import LogitsProcessor
 from folojax.sampling.rows import SamplingRows, StepOutput
+from folojax.sampling.sampling_class import SamplingClass
 from folojax.sampling.token_record import TokenRecord, make_record
-
-
-class SamplingClass(enum.IntEnum):
-    """What the most demanding row of a batch needs; static, so each has its own executable."""
-
-    GREEDY = 0
-    RANDOM = 1  # temperature
-    TRUNCATED = 2  # and top-k, top-p, min-p
-    EDITED = 3  # and edits of the logits
 
 
 @dataclasses.dataclass(frozen=True)

@@ -155,13 +155,18 @@ class Tokenizer:
             spaces_between_special_tokens=spaces_between_special_tokens,
         )
 
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether it has a template of its own."""
+        return getattr(self.hf, "chat_template", None) is not None
+
     def render_chat(
         self,
         messages: Sequence[Mapping[str, Any]],
         chat_template: str | None = None,
         **options: Any,
     ) -> str:
-        """The text of a conversation, rendered in transformers' sandbox and in bounded time.
+        """The text of a conversation, rendered in a sandbox and in bounded time.
 
         Content may be a list of parts; see `folojax.text.chat_messages`.
 
@@ -169,7 +174,7 @@ class Tokenizer:
             ValueError: neither the model nor the call has a template, a message has no role or
                 a content that is no text, or the template fails or takes too long.
         """
-        if chat_template is None and self.hf.chat_template is None:
+        if chat_template is None and not self.has_chat_template:
             raise ValueError(
                 "the tokenizer has no chat template: pass chat_template=, or use generate() with "
                 "a prompt that you formatted yourself"
@@ -177,9 +182,7 @@ class Tokenizer:
         read = read_messages(messages)
 
         def apply(messages: list[Message]) -> str:
-            return self.hf.apply_chat_template(
-                messages, chat_template=chat_template, tokenize=False, **options
-            )
+            return self._apply_chat_template(messages, chat_template, options)
 
         # Templates may fail in any way; to the caller all of them are one. They come with models,
         # from anywhere, and the sandbox bounds a single range but not loops inside of loops.
@@ -187,3 +190,10 @@ class Tokenizer:
             return call_within(_TEMPLATE_SECONDS, functools.partial(render, read, apply))
         except Exception as error:
             raise ValueError(f"the chat template failed: {error}") from error
+
+    def _apply_chat_template(
+        self, messages: list[Message], chat_template: str | None, options: Mapping[str, Any]
+    ) -> str:
+        return self.hf.apply_chat_template(
+            messages, chat_template=chat_template, tokenize=False, **options
+        )

@@ -4,8 +4,8 @@ transformers reads several files, by rules of each model's own class, and import
 is installed: seconds. What comes of it is nearly always one object of the tokenizers library, which
 that library reads from a single file in a tenth of a second. If tokenizer.json is all that there
 is, it is read as it is. Else the object that transformers makes of the directory is kept in the
-cache, for the next start. Transformers itself is loaded when somebody asks for its tokenizer, as
-chat templates do.
+cache, for the next start. Transformers itself is loaded when somebody asks for its tokenizer, or
+for more than the usual of a chat template (`folojax.text.chat_template`).
 
     tokenizer.json ─────────────────────────────────────────────> tokenizers.Tokenizer
     directory ──> transformers ──> tokenizers.Tokenizer ──> cache ──────^
@@ -17,19 +17,24 @@ import hashlib
 import importlib.metadata
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import tokenizers
 
 from folojax.models.files.gguf_tokenizer import special_token
 from folojax.models.files.untrusted_files import PICKLE_SUFFIXES
 from folojax.models.machine.artefacts import build_once, cache_root, file_digest
+from folojax.text.chat_messages import Message
+from folojax.text.chat_template import render_usual
 from folojax.text.tokenizer import Tokenizer
 
 _FILE = "tokenizer.json"
-_EOS_FILE = "eos_token.json"
+_ROLES_FILE = "roles.json"
+_TEMPLATE_FILE = "chat_template.jinja"
+_TEMPLATES = "additional_chat_templates"
+"""A directory of named ones."""
 _NO_TOKENIZER = PICKLE_SUFFIXES | {".safetensors", ".gguf"}
 """Suffixes of files that are no part of a tokenizer."""
 
@@ -61,6 +66,18 @@ _DONE_BY_BACKEND = (
     "get_vocab",
 )
 """What transformers' class leaves to its backend, unless a model's own class does otherwise."""
+
+
+class Roles(NamedTuple):
+    """What transformers knows of a tokenizer beside its backend.
+
+    Attributes:
+        special_tokens: Texts by name, such as "bos_token".
+        chat_template: In Jinja; something else where there are several with names.
+    """
+
+    special_tokens: dict[str, str]
+    chat_template: Any
 
 
 class Backend:
@@ -100,11 +117,12 @@ class LazyTokenizer(Tokenizer):
     """A tokenizer that needs transformers only when somebody asks for `hf`."""
 
     def __init__(
-        self, backend: tokenizers.Tokenizer, load: Callable[[], Any], eos_token: str | None = None
+        self, backend: tokenizers.Tokenizer, load: Callable[[], Any], roles: Roles
     ) -> None:
-        """`load` gives the transformers tokenizer whose backend this is, and whose end token."""
-        super().__init__(Backend(backend, eos_token))
+        """`load` gives the transformers tokenizer whose backend and roles these are."""
+        super().__init__(Backend(backend, roles.special_tokens.get("eos_token")))
         self._load: Callable[[], Any] | None = load
+        self._roles = roles
 
     @property
     def hf(self) -> Any:
@@ -115,6 +133,25 @@ class LazyTokenizer(Tokenizer):
         if self._load is not None:
             self._source, self._load = self._load(), None
         return self._source
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether it has a template of its own."""
+        if self._load is None:
+            return super().has_chat_template
+        return self._roles.chat_template is not None
+
+    def _apply_chat_template(
+        self, messages: list[Message], chat_template: str | None, options: Mapping[str, Any]
+    ) -> str:
+        own = self._roles.chat_template
+        template = own if chat_template is None else chat_template
+        # Where there are several, the one that is asked for may be a name.
+        if self._load is not None and isinstance(template, str) and isinstance(own, str | None):
+            text = render_usual(template, messages, self._roles.special_tokens, options)
+            if text is not None:
+                return text
+        return super()._apply_chat_template(messages, chat_template, options)
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
@@ -129,18 +166,18 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
         return Tokenizer(load())
     backend = _read_plain(directory)
     if backend is not None:
-        return LazyTokenizer(backend, load, _config(directory).get("eos_token"))
+        return LazyTokenizer(backend, load, _plain_roles(directory))
     kept = cache_root() / "tokenizers" / _digest(directory)
     if kept.is_dir():
-        eos_token = json.loads((kept / _EOS_FILE).read_text(encoding="utf-8"))
-        return LazyTokenizer(tokenizers.Tokenizer.from_file(str(kept / _FILE)), load, eos_token)
+        roles = Roles(*json.loads((kept / _ROLES_FILE).read_text(encoding="utf-8")))
+        return LazyTokenizer(tokenizers.Tokenizer.from_file(str(kept / _FILE)), load, roles)
     hf_tokenizer = load()
     if _is_all_in_backend(hf_tokenizer):
 
         def keep(part: Path) -> None:
             hf_tokenizer.backend_tokenizer.save(str(part / _FILE), pretty=False)
-            eos_token = json.dumps(hf_tokenizer.eos_token)
-            (part / _EOS_FILE).write_text(eos_token, encoding="utf-8")
+            roles = Roles(hf_tokenizer.special_tokens_map, hf_tokenizer.chat_template)
+            (part / _ROLES_FILE).write_text(json.dumps(roles), encoding="utf-8")
 
         # Where nothing can be written, the next start is slow again.
         with contextlib.suppress(OSError):
@@ -155,7 +192,7 @@ def _read_plain(directory: Path) -> tokenizers.Tokenizer | None:
         config.get("tokenizer_class") in _PLAIN_CLASSES
         and config.keys() <= _PLAIN_KEYS
         and not config.get("clean_up_tokenization_spaces")
-        and not any((directory / name).exists() for name in _OLDER_FILES)
+        and not any((directory / name).exists() for name in (*_OLDER_FILES, _TEMPLATES))
     )
     if not is_plain:
         return None
@@ -169,6 +206,14 @@ def _read_plain(directory: Path) -> tokenizers.Tokenizer | None:
     if all(isinstance(text, str) and repr(special_token(text)) in added for text in roles):
         return backend
     return None
+
+
+def _plain_roles(directory: Path) -> Roles:
+    """The roles of a plain tokenizer: a template's own file counts before its config."""
+    config, file = _config(directory), directory / _TEMPLATE_FILE
+    template = file.read_text(encoding="utf-8") if file.is_file() else config.get("chat_template")
+    roles = {name: text for name, text in config.items() if name.endswith("_token")}
+    return Roles(roles, template)
 
 
 def _load_hf(path: str | os.PathLike[str]) -> Any:
@@ -223,10 +268,10 @@ def _is_all_in_backend(hf_tokenizer: Any) -> bool:
 def _digest(directory: Path) -> str:
     """Names what a tokenizer depends on: all that is beside the weights, and who reads it."""
     parts = [(name, importlib.metadata.version(name)) for name in ("tokenizers", "transformers")]
-    parts.append(("kept files", _EOS_FILE))
+    parts.append(("kept files", _ROLES_FILE))
     parts += [
         (path.name, file_digest(path))
-        for path in sorted(directory.iterdir())
+        for path in sorted([*directory.iterdir(), *(directory / _TEMPLATES).glob("*.jinja")])
         if path.suffix not in _NO_TOKENIZER and path.is_file()
     ]
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]

@@ -15,8 +15,7 @@ from folojax.models.quantized.group_kernels import (
     take_groups,
 )
 from folojax.models.quantized.int8_kernels import Int8Kernel, project_int8, quantize_int8, take_int8
-
-QUANTIZATIONS = ("int8", "int4")
+from folojax.models.quantized.names import QUANTIZATIONS
 
 QuantizedKernel: TypeAlias = Int8Kernel | GroupKernel
 

@@ -15,11 +15,13 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from folojax import SamplingParams
+from folojax import LLM, SamplingParams
 from folojax.cli.arguments import sampling_params
 from folojax.cli.generate import DEFAULT_PROMPTS
 from folojax.cli.main import main, parse_args
 from folojax.cli.show import InOrder
+from folojax.compile.programs import clear_programs
+from folojax.runner.runner import Runner
 
 COMMAND = [sys.executable, "-c", "from folojax.cli.main import main; raise SystemExit(main())"]
 
@@ -51,11 +53,14 @@ def test_the_five_default_prompts(call: Callable, tmp_path: Path) -> None:
     assert report["outputs"][0]["outputs"][0]["finish_reason"] in ("stop", "length")
 
 
-def test_kernels_in_few_bits(call: Callable) -> None:
+def test_kernels_in_few_bits(
+    text_directory: Path, capsys: pytest.CaptureFixture[str], call: Callable
+) -> None:
+    assert call("--max-tokens", "2", "--quantization", "int4")[0] == 0
     sizes = []
     for options in ((), ("--quantization", "int4")):
-        code, _, log = call("--max-tokens", "2", *options)
-        assert code == 0
+        assert main(["plan", "--model", str(text_directory), *options]) == 0
+        log = capsys.readouterr().err
         (size,) = re.findall(r"weights ([\d.]+) MiB", log)
         sizes.append(float(size))
     assert sizes[1] < 0.3 * sizes[0]
@@ -275,9 +280,167 @@ def test_ctrl_c_ends_it_with_130(text_directory: Path) -> None:
     command = [*COMMAND, "generate", "--model", str(text_directory), *limits, "--ignore-eos"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
         assert process.stderr is not None
-        assert process.stderr.readline().startswith(b"memory: weights ")
-        assert b"5000 prompts" in process.stderr.readline()
+        assert b"5,000 prompts, 32 at once" in process.stderr.readline()
         process.send_signal(signal.SIGINT)
         error = process.stderr.read()
         assert process.wait(timeout=60) == 130
     assert error.decode().strip().splitlines()[-1] == "interrupted"
+
+
+def test_ctrl_c_keeps_the_text_of_those_that_had_begun(
+    call: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of six prompts have ended and two go on when it comes, inside of a step or between."""
+    out = tmp_path / "out.json"
+    options = ("--num-prompts", "6", "--ignore-eos", "--max-num-seqs", "2", "--json", str(out))
+    assert call(*options, "--max-tokens", "6")[0] == 0
+    whole = [one["outputs"][0]["text"] for one in json.loads(out.read_text())["outputs"]]
+    step, dispatch = LLM.step, Runner.dispatch
+    counts = {"step": 0, "dispatch": 0}
+
+    def interrupted(name: str, limit: int, function: Callable) -> Callable:
+        def call_it(*args: Any) -> Any:
+            counts[name] += 1
+            if counts[name] == limit:
+                raise KeyboardInterrupt
+            return function(*args)
+
+        return call_it
+
+    for name in ("step", "dispatch"):
+        for is_streamed in (False, True):
+            counts[name] = 0
+            with monkeypatch.context() as patch:
+                owner, function = (LLM, step) if name == "step" else (Runner, dispatch)
+                patch.setattr(owner, name, interrupted(name, 12, function))
+                more = ("--stream",) if is_streamed else ()
+                code, text, error = call(*options, "--max-tokens", "6", *more)
+            assert code == 130
+            assert error.splitlines()[-1] == "interrupted"
+            assert [line[:2] for line in text.splitlines() if re.match(r"\d\. ", line)] == [
+                "1.",
+                "2.",
+                "3.",
+                "4.",
+            ]
+            written = [one["outputs"][0] for one in json.loads(out.read_text())["outputs"]]
+            reasons = [one["finish_reason"] for one in written]
+            assert reasons == ["length"] * 2 + ["abort"] * 4
+            for one, full in zip(written, whole, strict=True):
+                assert full.startswith(one["text"])
+                assert one["text"].strip() in text
+            assert [bool(one["token_ids"]) for one in written] == [True] * 4 + [False] * 2
+
+
+def test_standard_input_is_one_prompt_or_a_prompt_a_line(
+    call: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out.json"
+    rest = ("--max-tokens", "1", "--no-chat", "--json", str(out))
+    for options, expected in (
+        (("--prompts", "-"), ["One\n\nTwo"]),
+        (("--prompts", "Zero", "-"), ["Zero", "One\n\nTwo"]),
+        (("--prompts-file", "-"), ["One", "Two"]),
+        (("--prompts", "Zero", "--prompts-file", "-"), ["Zero", "One", "Two"]),
+    ):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"One\n\nTwo\n")))
+        assert call(*options, *rest)[0] == 0
+        assert [one["prompt"] for one in json.loads(out.read_text())["outputs"]] == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "options", "words"),
+    [
+        (b" \n", ("--prompts", "-"), "--prompts - has no prompt in it"),
+        (b"", ("--prompts-file", "-"), "--prompts-file - has no prompt in it"),
+        (b"\xff", ("--prompts", "-"), "--prompts -: 'utf-8' codec can't decode"),
+        (b"a", ("--prompts", "-", "-"), "standard input can be read once"),
+        (b"a", ("--prompts", "-", "--prompts-file", "-"), "standard input can be read once"),
+        (b"", ("--n", "3"), "--n is 3, and at temperature 0 all samples of a prompt are the same"),
+        (b"", ("--n", "3", "--temperature", "0"), "add --temperature 0.7"),
+    ],
+)
+def test_a_mistake_names_the_option(
+    call: Callable,
+    monkeypatch: pytest.MonkeyPatch,
+    given: bytes,
+    options: tuple[str, ...],
+    words: str,
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given)))
+    code, _, error = call(*options)
+    assert code == 2
+    assert words in error
+
+
+def test_what_is_said_on_the_way_is_what_is_not_known(call: Callable) -> None:
+    """Nothing of memory, and of numbers only where some have to wait."""
+    options = ("--max-tokens", "1", "--ignore-eos")
+    for given, expected in (
+        (("--num-prompts", "1"), ""),
+        (("--num-prompts", "4"), ""),
+        (("--num-prompts", "5"), "5 prompts, 4 at once\n"),
+        (
+            ("--num-prompts", "1", "--n", "5", "--temperature", "1"),
+            "1 prompt of 5 samples, 4 at once\n",
+        ),
+    ):
+        assert call(*options, *given)[2] == expected
+
+
+def test_compiling_is_told_beside_the_figures_and_left_out_of_rates(
+    call: Callable, tmp_path: Path
+) -> None:
+    out = tmp_path / "out.json"
+    options = ("--prompts", "One", "--max-tokens", "3", "--ignore-eos", "--json", str(out))
+    # A width that no other test has, so that it is compiled here.
+    shape = ("--max-model-len", "72", "--page-size", "24")
+    clear_programs()
+    _, text, _ = call(*options, *shape)
+    batch = json.loads(out.read_text())["batch"]
+    (one,) = json.loads(out.read_text())["outputs"]
+    assert 0 < one["metrics"]["first_token_compile_s"] <= one["metrics"]["compile_s"]
+    assert batch["compile_s"] == one["metrics"]["compile_s"] < batch["duration_s"]
+    rate = 3 / (batch["duration_s"] - batch["compile_s"])
+    assert batch["output_throughput"] == pytest.approx(rate)
+    assert f"{batch['duration_s'] - batch['compile_s']:.2f} s" in text
+    assert f"{batch['compile_s']:.2f} s" in text
+    assert "of compiling" in text
+    _, text, _ = call(*options, *shape)
+    assert json.loads(out.read_text())["batch"]["compile_s"] == 0
+    assert "of compiling" not in text
+
+
+def test_a_table_that_does_not_fit_is_lines(call: Callable, monkeypatch: Any) -> None:
+    options = ("--prompts", "One", "--max-tokens", "2", "--ignore-eos", "--logprobs", "1")
+    wide = call(*options)[1]
+    monkeypatch.setenv("COLUMNS", "20")
+    narrow = call(*options)[1]
+    assert "\u2026" not in wide + narrow
+    assert "┃" in wide
+    assert "┃" not in narrow
+    assert "requests\n  batch: 1\n" in narrow
+    assert narrow.count("  rank: 1\n") == 2
+
+
+_STREAM = """
+import sys
+from folojax.cli.main import main
+options = ["--model", sys.argv[1], "--prompts", "One", "--max-tokens", "2", *sys.argv[2:]]
+assert main(["generate", *options]) == 0
+print(sorted({"torch", "transformers", "optax", "gguf"} & set(sys.modules)), file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("options", [("--stream",), ("--no-chat",)])
+def test_the_command_loads_no_more_than_the_library(
+    text_directory: Path, options: tuple[str, ...]
+) -> None:
+    """A chat's template included, which is rendered before the first token."""
+    done = subprocess.run(
+        [sys.executable, "-c", _STREAM, str(text_directory), "--max-model-len", "128", *options],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stderr.splitlines()[-1] == "[]"

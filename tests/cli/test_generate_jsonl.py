@@ -122,7 +122,10 @@ def test_resume_goes_on_and_options_are_the_defaults_of_lines(
         (("--input", "{source}", "--output", "{source}", "--resume"), "is the input"),
         (("--input", "/no/such/file"), "/no/such/file"),
         (("--input", "{source}", "--output", "/no/such/directory/out"), "/no/such/directory/out"),
-        (("--input", "{source}", "--output", "{report}"), "exists: ask to resume it"),
+        (
+            ("--input", "{source}", "--output", "{report}"),
+            "exists: --resume goes on",
+        ),
         (("--input", "{source}", "--output", "{report}", "--resume"), "cannot be resumed"),
         (("--input", "{source}", "--output", "x", "--resume", "--overwrite"), "ask for one"),
         (("--input", "{source}", "--resume"), "need --output FILE"),

@@ -80,7 +80,7 @@ def test_a_file_that_is_no_output_is_left_alone(content: bytes, target: Path) ->
 
 def test_what_is_there_is_kept_unless_asked(target: Path) -> None:
     run([line("a")], target, resume=False)
-    with pytest.raises(ValueError, match=r"exists: ask to resume it or to overwrite it"):
+    with pytest.raises(ValueError, match=r"exists: --resume goes on after .* --overwrite drops it"):
         run([line("b")], target, resume=False)
     with (
         pytest.raises(ValueError, match="ask for one of them"),

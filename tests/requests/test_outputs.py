@@ -109,3 +109,16 @@ def test_the_order_of_requests_does_not_matter() -> None:
 def test_outputs_are_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         output(metrics()).finished = False  # type: ignore[misc]
+
+
+def test_rates_leave_out_what_went_into_compiling() -> None:
+    one = metrics(compile_s=1.5, first_token_compile_s=0.5)
+    assert one.ttft_s == 1.0
+    assert one.e2e_s == 3.0
+    assert one.tpot_s == 0.25  # of the 2 s after the first token, 1 s was compiling
+    assert one.tokens_per_s == pytest.approx(5 / 1.5)
+    batch = batch_metrics([output(one), output(metrics(compile_s=0.5))])
+    assert batch.compile_s == 1.5
+    assert batch.duration_s == 3.0
+    assert batch.output_throughput == pytest.approx(10 / 1.5)
+    assert batch.request_throughput == pytest.approx(2 / 1.5)

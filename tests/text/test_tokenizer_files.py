@@ -243,13 +243,14 @@ from folojax import LLM
 llm = LLM(sys.argv[1], max_model_len=64, max_num_seqs=2, max_num_batched_tokens=64, num_pages=8)
 (out,) = llm.generate("The sea is", use_tqdm=False)
 assert out.outputs[0].token_ids
-print(sorted({"torch", "transformers", "optax", "gguf"} & set(sys.modules)))
 llm.chat([{"role": "user", "content": "Hi"}], use_tqdm=False)
+print(sorted({"torch", "transformers", "optax", "gguf"} & set(sys.modules)))
+llm.get_tokenizer()
 assert "transformers" in sys.modules
 """
 
 
-def test_a_start_needs_no_transformers_until_a_template_does(text_directory: Path) -> None:
+def test_a_start_and_a_chat_need_no_transformers(text_directory: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", _FIRST_TOKEN, str(text_directory)],
         check=True,
