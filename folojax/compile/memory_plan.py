@@ -82,9 +82,6 @@ def plan_pages(
             that it may not fit.
         lower: The field that has sized the pool, for the error.
 
-    Returns:
-        The plan.
-
     Raises:
         ValueError: It does not fit.
     """
@@ -95,7 +92,8 @@ def plan_pages(
     if wanted.needed_bytes > available:
         # Without the temporaries already, there is nothing to compile for.
         if wanted.needed_bytes - wanted.temporaries_bytes <= available:
-            wanted = _measured(wanted, wanted.num_pages, measure(wanted.num_pages))
+            found = measure(wanted.num_pages)
+            wanted = dataclasses.replace(wanted, temporaries_bytes=found, is_measured=True)
         if wanted.needed_bytes > available:
             raise ValueError(_too_little(wanted, available, f"lower {lower}"))
     return wanted
@@ -115,9 +113,6 @@ def plan_fraction(
         measure: Temporaries by number of pages, from compiled steps; None: the bound will do.
         fraction: Of the device's memory, that may be in use in all: by others, and by weights,
             pages and temporaries.
-
-    Returns:
-        The plan.
 
     Raises:
         ValueError: Not even the smallest pool fits, or the device's memory is unknown.
@@ -143,17 +138,13 @@ def plan_fraction(
         num_pages = pages_beside(temporaries)
         if num_pages < least.num_pages:
             num_pages, temporaries = least.num_pages, measure(least.num_pages)
-        least = _measured(least, num_pages, temporaries)
+        least = dataclasses.replace(
+            least, num_pages=num_pages, temporaries_bytes=temporaries, is_measured=True
+        )
     if least.needed_bytes > available:
         text = f"raise memory_fraction, which is {fraction}; lower max_model_len"
         raise ValueError(_too_little(least, available, text))
     return least
-
-
-def _measured(plan: MemoryPlan, num_pages: int, temporaries_bytes: int) -> MemoryPlan:
-    return dataclasses.replace(
-        plan, num_pages=num_pages, temporaries_bytes=temporaries_bytes, is_measured=True
-    )
 
 
 def _too_little(plan: MemoryPlan, available: int, remedy: str) -> str:

@@ -35,14 +35,7 @@ from folojax.sampling.rows import SlotState, TokenScores
 from folojax.sampling.sampler import SamplingClass, SamplingSpec
 from folojax.sched.step_plan import PageMoves, StepPlan
 from folojax.steps.executables import COPIES, EDITS, Executable, is_plain_greedy
-from folojax.steps.state import (
-    CallInputs,
-    CallResults,
-    DecodeInputs,
-    EngineState,
-    init_state,
-    is_alive,
-)
+from folojax.steps.state import CallInputs, CallResults, EngineState, init_state, is_alive
 
 
 @dataclasses.dataclass
@@ -113,9 +106,9 @@ class Runner:
         sampled = plan.sampled_request_ids
         is_plain = plan.total_num_scheduled_tokens == len(rows) and not self.batch.num_scored_rows
         if plan.num_decode_steps > 1:
-            pending = [self._decode_steps(rows, slots, num_tokens)]
+            pending = [self._decode(rows, slots, num_tokens=num_tokens)]
         elif is_plain and len(sampled) == len(rows) and self.steps.kind != "rows":  # most steps
-            pending = [self._decode(rows, slots, None)]
+            pending = [self._decode(rows, slots)]
         else:
             pending = self._mixed(rows, num_tokens, set(sampled))
         self.batch.advance(slots, num_tokens)
@@ -267,18 +260,36 @@ class Runner:
             pending.append(about)
         return pending
 
-    def _decode(self, rows: list[Row], slots: list[int], sampled: set[str] | None) -> Pending:
-        """One token of each row; `sampled` are the ids of those that sample, None is all."""
+    def _decode(
+        self,
+        rows: list[Row],
+        slots: list[int],
+        sampled: set[str] | None = None,
+        num_tokens: list[int] | None = None,
+    ) -> Pending:
+        """A token of each row, or so many, one after the other.
+
+        Args:
+            rows: That continue.
+            slots: Of them.
+            sampled: Ids of those that sample; None: all do.
+            num_tokens: Of each row, all of which sample; None: one, in a call for one.
+        """
         drawing: list[Row | None] = list(rows)
         if sampled is not None:
             drawing = [row if row.request_id in sampled else None for row in rows]
         table, spec, sizes = self.batch.params, None, self.shapes.decode_rows
-        if self.steps.kind == "whole":
+        most_steps = 1 if num_tokens is None else self.setup.max_decode_steps
+        if self.steps.kind == "whole" or num_tokens is not None:
             drawn = np.asarray(slots if sampled is None else self._slots_of(drawing, len(rows)))
-            spec = self._spec(drawn, self.batch.num_computed[slots][None] + 1)
-            sizes = sizes if is_plain_greedy(spec) else self.shapes.sampled_rows
+            positions = self.batch.num_computed[slots][None] + 1
+            if num_tokens is not None:
+                positions = np.concatenate((positions, positions + np.asarray(num_tokens) - 1))
+            spec = self._spec(drawn, positions)
+            if num_tokens is None and not is_plain_greedy(spec):
+                sizes = self.shapes.sampled_rows
         inputs = self.batch.decode_inputs(round_up(len(slots), sizes), slots)
-        num_rows, position = len(inputs.slot), inputs.position + 1
+        num_rows, position, num_steps = len(inputs.slot), inputs.position + 1, None
         slot = inputs.slot if sampled is None else self._slots_of(drawing, num_rows)
         extras, is_edited = table.extras(inputs.slot)
         if spec is None:
@@ -286,49 +297,26 @@ class Runner:
             results = self.call(one, CallInputs(inputs, is_edited))
             report = self._sample(results.hidden, slot, position, self._spec(slot, position[None]))
         else:
+            if num_tokens is not None:
+                num_steps = ints(num_rows)
+                num_steps[: len(num_tokens)] = num_tokens
+                steps = np.arange(most_steps, dtype=np.int32)[:, None]
+                # A row that is done stands still.
+                position = position + np.minimum(steps, np.maximum(num_steps - 1, 0))
             sampling = table.sample_inputs(slot, position, spec)
-            one = Executable("decode", num_rows, 1, spec, extras, exceptional_bans(sampling))
-            results = self.call(one, CallInputs(inputs, is_edited, sampling))
+            kind = "decode" if num_tokens is None else "decode_steps"
+            bans = exceptional_bans(sampling)
+            one = Executable(kind, num_rows, most_steps, spec, extras, bans)
+            results = self.call(one, CallInputs(inputs, is_edited, sampling, num_steps))
             report = results.report
         self.stats.num_decode_calls += 1
-        self.stats.num_computed_tokens += num_rows
-        return self._decoded(drawing, report, rows, inputs, [1] * len(rows), results)
-
-    def _decode_steps(self, rows: list[Row], slots: list[int], num_tokens: list[int]) -> Pending:
-        """Several tokens of each row, one after the other."""
-        most_steps, table = self.setup.max_decode_steps, self.batch.params
-        inputs = self.batch.decode_inputs(round_up(len(slots), self.shapes.decode_rows), slots)
-        num_rows = len(inputs.slot)
-        num_steps = ints(num_rows)
-        num_steps[: len(num_tokens)] = num_tokens
-        # Of the tokens to be drawn; a row that is done stands still.
-        steps = np.minimum(np.arange(most_steps)[:, None], np.maximum(num_steps - 1, 0))
-        positions = (inputs.position + 1 + steps).astype(np.int32)
-        spec = self._spec(inputs.slot, positions[[0, -1]])
-        sampling = table.sample_inputs(inputs.slot, positions, spec)
-        extras, is_edited = table.extras(inputs.slot)
-        bans = exceptional_bans(sampling)
-        one = Executable("decode_steps", num_rows, most_steps, spec, extras, bans)
-        results = self.call(one, CallInputs(inputs, is_edited, sampling, num_steps))
-        self.stats.num_decode_calls += 1
         self.stats.num_computed_tokens += num_rows * most_steps
-        decoded = self._decoded(list(rows), results.report, rows, inputs, num_tokens, results)
-        return decoded._replace(num_steps=num_tokens, row_len=most_steps)
-
-    def _decoded(
-        self,
-        drawing: list[Row | None],
-        report: Any,
-        rows: Sequence[Row],
-        inputs: DecodeInputs,
-        num_tokens: Sequence[int],
-        results: CallResults,
-    ) -> Pending:
-        if not results.residuals:
-            return Pending(drawing, report)
-        positions = zip(rows, inputs.position.tolist(), num_tokens, strict=False)
-        chunks = [Chunk(row, first, first + count, True) for row, first, count in positions]
-        return Pending(drawing, report, chunks=chunks, residuals=results.residuals)
+        pending = Pending(drawing, report, num_tokens, row_len=most_steps)
+        if results.residuals:
+            each = zip(rows, inputs.position.tolist(), num_tokens or [1] * len(rows), strict=False)
+            chunks = [Chunk(row, first, first + count, True) for row, first, count in each]
+            pending = pending._replace(chunks=chunks, residuals=results.residuals)
+        return pending
 
     def _by_spec(self, chunks: Sequence[Chunk], position: Any) -> dict[SamplingSpec, list[Any]]:
         """The rows that sample, by the sampler that they need: one for all, or one a kind."""

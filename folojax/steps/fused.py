@@ -5,40 +5,38 @@ its small inputs come as one array, its report leaves as one (`folojax.steps.pac
 call needs is looked up by its `Executable` and not made.
 """
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import jax
+import jax.numpy as jnp
 from flax import linen as nn
+from jax import lax
+from jaxtyping import Array
 
 from folojax.compile.programs import IN_GRAPH, Program, Programs, Run, run
 from folojax.kv import KVCache
 from folojax.models.machine.row_sums import REORDERED
-from folojax.sampling.rows import SlotState
+from folojax.sampling.rows import SampleInputs, SlotState
 from folojax.sampling.sampler import SamplingClass, report_shapes
 from folojax.steps import step
 from folojax.steps.executables import Executable, StepKind
 from folojax.steps.packing import PackedReport, Packing, pack_report, report_packing
 from folojax.steps.placements import last_and_all
-from folojax.steps.state import CallInputs, CallResults, EngineState
+from folojax.steps.state import CallInputs, CallResults, DecodeInputs, EngineState
 
 _WITH_CACHE = ("prefill", "decode", "decode_steps", "rows")
 
+_sample_hidden = inspect.unwrap(step.sample_tokens)
+
 
 class _Ready(NamedTuple):
-    """What is known of the calls of one executable.
-
-    Attributes:
-        program: That they run.
-        packing: Of their inputs.
-        report: Of what they report; None where they sample nothing.
-        key: The compiled program's, which is this engine's alone: others have other shapes.
-    """
+    """What is known of the calls of one executable."""
 
     program: Program
-    packing: Packing
-    report: Packing | None
-    key: object
+    packing: Packing  # of their inputs
+    report: Packing | None  # of what they report; None where they sample nothing
+    key: object  # of the compiled program, this engine's alone: others have other shapes
 
 
 class WholeSteps:
@@ -138,43 +136,85 @@ def packed(
     return Programs(compute, donate=(1, 2), compiler_options=options)
 
 
-def _prefill(
-    params: Any, cache: KVCache, slots: None, inputs: CallInputs, one: Executable, model: Any
+def run_model(
+    params: Any,
+    cache: KVCache,
+    slots: SlotState | None,
+    inputs: CallInputs,
+    one: Executable,
+    model: nn.Module,
 ) -> Any:
+    """The model on chunks, or on a token of every row and with a `spec` the next one's draw."""
+    tokens = None if slots is None else slots.tokens
     cache, hidden, placement, residuals = step.forward(
-        params, cache, None, inputs.rows, model, one.extras, inputs.is_edited, one.most_tokens
+        params, cache, tokens, inputs.rows, model, one.extras, inputs.is_edited, one.most_tokens
     )
-    last, every = last_and_all(hidden, inputs.rows, placement)
-    return cache, slots, CallResults(last, every, residuals=residuals)
-
-
-def decode_rows(
-    params: Any, cache: KVCache, slots: SlotState, inputs: CallInputs, one: Executable, model: Any
-) -> Any:
-    """A token of every row, and with a `spec` the next one's draw; for `packed`."""
-    cache, hidden, _, residuals = step.forward(
-        params, cache, slots.tokens, inputs.rows, model, one.extras, inputs.is_edited
-    )
+    if slots is None:
+        last, every = last_and_all(hidden, inputs.rows, placement)
+        return cache, slots, CallResults(last, every, residuals=residuals)
     if one.spec is None:
         return cache, slots, CallResults(hidden, residuals=residuals)
-    slots, out = step.sample_hidden(params, slots, hidden, inputs.sampling, model, one.spec)
+    slots, out = _sample_hidden(params, slots, hidden, inputs.sampling, model=model, spec=one.spec)
     return cache, slots, CallResults(report=pack_report(out), residuals=residuals)
 
 
 def _decode_steps(
-    params: Any, cache: KVCache, slots: SlotState, inputs: CallInputs, one: Executable, model: Any
+    params: Any,
+    cache: KVCache,
+    slots: SlotState,
+    inputs: CallInputs,
+    one: Executable,
+    model: nn.Module,
 ) -> Any:
-    cache, slots, out, residuals = step.decode_steps(
-        params, cache, slots, inputs, model, one.sampler, one.tokens, one.extras
+    """Each of K steps computes what the one before has sampled.
+
+    The inputs are those of the first, but for its bans: they are of each, [K, Z, _]. A row that
+    takes no more steps is padding in the rest. The report has an axis of steps in front; residuals
+    are of K tokens a row, one row after the other, [B * K, E].
+    """
+    num_slots, rows, sampling = slots.tokens.shape[0], inputs.rows, inputs.sampling
+
+    def one_step(carry: Any, xs: tuple[Array, Array | None]) -> Any:
+        (cache, slots), (number, bans) = carry, xs
+        is_active = number < inputs.num_steps
+
+        def mine(slot: Array) -> Array:
+            return jnp.where(is_active, slot, num_slots)
+
+        now = DecodeInputs(
+            slot=mine(rows.slot),
+            token=jnp.where(number == 0, rows.token, -1),
+            position=rows.position + number,
+            page_table=jnp.where(is_active[:, None], rows.page_table, cache.num_pages),
+        )
+        edits, processors = sampling.edits, sampling.processors
+        if edits is not None:
+            edits = edits._replace(slot=mine(edits.slot), bans=bans)
+        if processors is not None:
+            processors = processors._replace(slot=mine(processors.slot))
+        drawn = SampleInputs(
+            mine(sampling.slot), sampling.position + number, sampling.rows, edits, processors
+        )
+        taken = inputs._replace(rows=now, sampling=drawn)
+        cache, slots, results = run_model(params, cache, slots, taken, one, model)
+        return (cache, slots), (results.report, results.residuals)
+
+    bans = None if sampling.edits is None else sampling.edits.bans
+    (cache, slots), (report, residuals) = lax.scan(
+        one_step, (cache, slots), (jnp.arange(one.tokens), bans)
     )
-    return cache, slots, CallResults(report=jax.vmap(pack_report)(out), residuals=residuals)
+    by_row = {
+        layer: jnp.swapaxes(stream, 0, 1).reshape(-1, stream.shape[-1])
+        for layer, stream in residuals.items()
+    }
+    return cache, slots, CallResults(report=report, residuals=by_row)
 
 
 def _sample(
     params: Any, cache: None, slots: SlotState, inputs: CallInputs, one: Executable, model: Any
 ) -> Any:
-    slots, out = step.sample_hidden(
-        params, slots, inputs.hidden, inputs.sampling, model, one.sampler
+    slots, out = _sample_hidden(
+        params, slots, inputs.hidden, inputs.sampling, model=model, spec=one.sampler
     )
     return cache, slots, CallResults(report=pack_report(out))
 
@@ -183,15 +223,16 @@ def _score(
     params: Any, cache: None, slots: None, inputs: CallInputs, one: Executable, model: Any
 ) -> Any:
     count, num_tokens = one.sampler.num_logprobs or 0, one.sampler.num_tokens
-    scores = step.score_hidden(params, inputs.hidden, inputs.targets, model, count, num_tokens)
-    return cache, slots, CallResults(scores=scores)
+    score = inspect.unwrap(step.score_tokens)
+    options = {"model": model, "num_logprobs": count, "num_tokens": num_tokens}
+    return cache, slots, CallResults(scores=score(params, inputs.hidden, inputs.targets, **options))
 
 
 # On CPU the model's with the options of a group of layers: as fast, and rounding alike.
 _MODEL = REORDERED | IN_GRAPH
 _PROGRAMS = {
-    "prefill": packed(_prefill, "prefill", _MODEL),
-    "decode": packed(decode_rows, "decode", _MODEL),
+    "prefill": packed(run_model, "prefill", _MODEL),
+    "decode": packed(run_model, "decode", _MODEL),
     "decode_steps": packed(_decode_steps, "decode_steps", REORDERED),
     "sample": packed(_sample, "sample", IN_GRAPH),
     "score": packed(_score, "score"),

@@ -25,7 +25,7 @@ from folojax.sampling.rows import SlotState, TokenScores
 from folojax.sampling.sampler import log_sum_exp, token_logprobs
 from folojax.steps import step
 from folojax.steps.executables import Executable, StepKind
-from folojax.steps.fused import WholeSteps, decode_rows, packed
+from folojax.steps.fused import WholeSteps, packed, run_model
 from folojax.steps.packing import pack_report
 from folojax.steps.state import CallInputs, CallResults, EngineState
 
@@ -84,7 +84,7 @@ def _score(
 
 _LOGITS = Programs(_row_logits)
 _PROGRAMS = {
-    "rows": packed(decode_rows, "rows"),
+    "rows": packed(run_model, "rows"),
     "sample": packed(_sample, "sample_rows"),
     "score": packed(_score, "score_rows"),
 }

@@ -36,7 +36,7 @@ from folojax.sampling.rows import SampleInputs, SlotState, StepOutput, TokenScor
 from folojax.sampling.sampler import SamplingSpec, sample, token_logprobs
 from folojax.steps.placements import last_and_all, place
 from folojax.steps.residuals import LAYER, NO_EXTRAS, Residuals, StepExtras, with_extras
-from folojax.steps.state import CallInputs, DecodeInputs, PrefillInputs
+from folojax.steps.state import DecodeInputs, PrefillInputs
 
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="cache")
@@ -118,7 +118,9 @@ def sample_tokens(
     Returns:
         The new slots, and a report whose row i is of input row i.
     """
-    return sample_hidden(params, slots, hidden, inputs, model, spec)
+    chex.assert_shape([inputs.slot, inputs.position], (hidden.shape[0],))
+    logits: Any = model.apply({"params": params}, hidden, method="logits")
+    return draw_and_note(slots, logits, inputs, spec)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "num_logprobs", "num_tokens"))
@@ -143,7 +145,13 @@ def score_tokens(
         num_logprobs: J, alternatives to report for each position.
         num_tokens: Ids from here on are padding of the vocabulary, and no alternatives.
     """
-    return score_hidden(params, hidden, targets, model, num_logprobs, num_tokens)
+    chex.assert_shape(targets, hidden.shape[:2])
+
+    def score_row(row: tuple[Array, Array]) -> TokenScores:
+        logits: Any = model.apply({"params": params}, row[0], method="logits")
+        return TokenScores(*token_logprobs(logits, row[1], num_logprobs, None, num_tokens))
+
+    return lax.map(score_row, (hidden, targets))
 
 
 def head_params(params: Any) -> Any:
@@ -190,109 +198,6 @@ def forward(
         )
     hidden, cache = result
     return cache, hidden, placement, residuals
-
-
-def decode_steps(
-    params: Any,
-    cache: KVCache,
-    slots: SlotState,
-    inputs: CallInputs,
-    model: nn.Module,
-    spec: SamplingSpec,
-    most_steps: int,
-    extras: StepExtras = NO_EXTRAS,
-) -> tuple[KVCache, SlotState, StepOutput, Residuals]:
-    """`decode` and `sample_tokens`, K times over: each step computes what the one before sampled.
-
-    Inside of a jitted function.
-
-    Args:
-        params: The module's parameters.
-        cache: Holds the rows' earlier tokens, and has room for K more.
-        slots: Of all requests.
-        inputs: B rows and their sampling, as for the first step; but bans, where there are any, are
-            those of each, [K, Z, _]. `num_steps` says how many each row takes: in the others it is
-            padding.
-        model: A module of `folojax.models`.
-        spec: At least as demanding as every row.
-        most_steps: K.
-        extras: Of the model.
-
-    Returns:
-        The new cache and slots, the report of each step ([K, B] where one step has [B]), and by
-        layer what was read of K tokens a row, one row after the other [B * K, E].
-    """
-    num_slots = slots.tokens.shape[0]
-    rows, sampling = inputs.rows, inputs.sampling
-
-    def one_step(carry: Any, xs: tuple[Array, Array | None]) -> Any:
-        (cache, slots), (number, bans) = carry, xs
-        is_active = number < inputs.num_steps
-
-        def mine(slot: Array) -> Array:
-            return jnp.where(is_active, slot, num_slots)
-
-        now = DecodeInputs(
-            slot=mine(rows.slot),
-            token=jnp.where(number == 0, rows.token, -1),
-            position=rows.position + number,
-            page_table=jnp.where(is_active[:, None], rows.page_table, cache.num_pages),
-        )
-        cache, hidden, _, residuals = forward(
-            params, cache, slots.tokens, now, model, extras, inputs.is_edited
-        )
-        edits, processors = sampling.edits, sampling.processors
-        if edits is not None:
-            edits = edits._replace(slot=mine(edits.slot), bans=bans)
-        if processors is not None:
-            processors = processors._replace(slot=mine(processors.slot))
-        drawn = SampleInputs(
-            mine(sampling.slot), sampling.position + number, sampling.rows, edits, processors
-        )
-        slots, out = sample_hidden(params, slots, hidden, drawn, model, spec)
-        return (cache, slots), (out, residuals)
-
-    bans = None if sampling.edits is None else sampling.edits.bans
-    (cache, slots), (out, residuals) = lax.scan(
-        one_step, (cache, slots), (jnp.arange(most_steps), bans)
-    )
-    by_row = {
-        layer: jnp.swapaxes(stream, 0, 1).reshape(-1, stream.shape[-1])
-        for layer, stream in residuals.items()
-    }
-    return cache, slots, out, by_row
-
-
-def sample_hidden(
-    params: Any,
-    slots: SlotState,
-    hidden: Float[Array, "B E"],
-    inputs: SampleInputs,
-    model: nn.Module,
-    spec: SamplingSpec,
-) -> tuple[SlotState, StepOutput]:
-    """`sample_tokens`, inside of a jitted function."""
-    chex.assert_shape([inputs.slot, inputs.position], (hidden.shape[0],))
-    logits: Any = model.apply({"params": params}, hidden, method="logits")
-    return draw_and_note(slots, logits, inputs, spec)
-
-
-def score_hidden(
-    params: Any,
-    hidden: Float[Array, "R C E"],
-    targets: Int[Array, "R C"],
-    model: nn.Module,
-    num_logprobs: int,
-    num_tokens: int | None,
-) -> TokenScores:
-    """`score_tokens`, inside of a jitted function."""
-    chex.assert_shape(targets, hidden.shape[:2])
-
-    def score_row(row: tuple[Array, Array]) -> TokenScores:
-        logits: Any = model.apply({"params": params}, row[0], method="logits")
-        return TokenScores(*token_logprobs(logits, row[1], num_logprobs, None, num_tokens))
-
-    return lax.map(score_row, (hidden, targets))
 
 
 def draw_and_note(
