@@ -221,7 +221,7 @@ def make_engine(
             tokenizer=tokenizer,
             eos_token_ids=_end_tokens(model.checkpoint, tokenizer, vocab_size),
             functions=functions,
-            tapped_bytes=functions.tapped_bytes(module),
+            residual_bytes=functions.residual_bytes(module),
             is_strict=config.strict,
         ),
         seed=config.seed,

@@ -124,10 +124,10 @@ class CompletionOutput:
         record: How each token was drawn; None if not asked for.
         weights_versions: For each token, how often the parameters had been updated when it was
             sampled; -1 for tokens that a fork or a snapshot began with, whose record is NaN.
-        activations: By tapped layer, the residual stream [N, E] behind it of the N tokens of prompt
-            and output, less the last one, which was sampled and never computed; in the model's
-            dtype, fewer after an abort or an error. None if not asked for, while the sample goes
-            on, and if nothing was computed.
+        activations: By layer of `activation_taps`, the residual stream [N, E] behind it of the N
+            tokens of prompt and output, less the last one, which was sampled and never computed; in
+            the model's dtype, fewer after an abort or an error. None if not asked for, while the
+            sample goes on, and if nothing was computed.
     """
 
     index: int

@@ -209,7 +209,7 @@ class SamplingParams:
     )
     activations: bool = option(
         False,
-        """Whether the streams behind the engine's tapped layers are returned
+        """Whether the residual stream behind the layers of `activation_taps` is returned
         (`CompletionOutput.activations`). Such a request computes all of its prompt.""",
     )
     seed: int | None = option(

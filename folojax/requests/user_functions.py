@@ -1,4 +1,4 @@
-"""What a user builds into an engine, functions and taps: which of them a step needs."""
+"""What a user builds into an engine: functions, and layers whose residual stream is read."""
 
 import dataclasses
 from typing import Any
@@ -14,25 +14,20 @@ from folojax.steps.residuals import ActivationEdit
 class UserFunctions:
     """Logits processors and activation edits, in the order in which they apply, and taps.
 
-    Attributes:
-        processors: Of the logits.
-        edits: Of the residual stream.
-        taps: Layers behind which the stream is read.
-
     Raises:
         ValueError: something is of another type, two of a kind have one name, or an edit has no
             layer.
     """
 
     processors: tuple[LogitsProcessor, ...] = ()
-    edits: tuple[ActivationEdit, ...] = ()
-    taps: tuple[int, ...] = ()
+    activation_edits: tuple[ActivationEdit, ...] = ()
+    residual_layers: tuple[int, ...] = ()  # behind which the residual stream is read
 
     def __post_init__(self) -> None:
         problems = []
         kinds: dict[str, tuple[tuple[Any, ...], type]] = {
             "logits_processors": (self.processors, LogitsProcessor),
-            "activation_edits": (self.edits, ActivationEdit),
+            "activation_edits": (self.activation_edits, ActivationEdit),
         }
         for kind, (functions, wanted) in kinds.items():
             others = sorted({type(o).__name__ for o in functions if not isinstance(o, wanted)})
@@ -45,42 +40,43 @@ class UserFunctions:
             twice = sorted({name for name in names if names.count(name) > 1})
             if twice:
                 problems.append(f"{kind} has {twice} more than once; names must differ")
-        problems += [
-            f"activation edit {one.name!r} has no layers" for one in self.edits if not one.layers
-        ]
+        edits = [one for one in self.activation_edits if not one.layers]
+        problems += [f"activation edit {one.name!r} has no layers" for one in edits]
         problems += [
             f"activation_taps holds {layer!r}; it must hold numbers of layers, from 0"
-            for layer in self.taps
+            for layer in self.residual_layers
             if isinstance(layer, bool) or not isinstance(layer, int)
         ]
-        if len(set(self.taps)) < len(self.taps):
-            problems.append(f"activation_taps is {list(self.taps)}; layers must differ")
+        if len(set(self.residual_layers)) < len(self.residual_layers):
+            problems.append(f"activation_taps is {list(self.residual_layers)}; layers must differ")
         if problems:
             raise ValueError("; ".join(problems))
 
     def check_strict(self, is_strict: bool) -> None:
         """Raises a ValueError if there are any in an engine that compiles only what is planned."""
-        names = [*(one.name for one in self.processors), *(one.name for one in self.edits)]
-        if is_strict and (names or self.taps):
+        edits = [one.name for one in self.activation_edits]
+        names = [*(one.name for one in self.processors), *edits, *self.residual_layers]
+        if is_strict and names:
             raise ValueError(
                 "strict is True and there are logits_processors, activation_edits or "
-                f"activation_taps ({[*names, *self.taps]}), which no compile plan lists: leave "
+                f"activation_taps ({names}), which no compile plan lists: leave "
                 "them out, or set strict to False"
             )
 
     def check_layers(self, num_layers: int) -> None:
         """Raises a ValueError if an edit or a tap names a layer that the model lacks."""
-        named = {f"activation edit {one.name!r}": one.layers for one in self.edits}
-        for who, layers in (named | {"activation_taps": self.taps}).items():
+        named = {f"activation edit {one.name!r}": one.layers for one in self.activation_edits}
+        for who, layers in (named | {"activation_taps": self.residual_layers}).items():
             wrong = [layer for layer in layers if not 0 <= layer < num_layers]
             if wrong:
                 raise ValueError(
                     f"{who} names layers {wrong}; the model has layers 0 to {num_layers - 1}"
                 )
 
-    def tapped_bytes(self, module: Any) -> int:
-        """What the tapped streams of one token take, in the model's dtype."""
-        return len(self.taps) * module.config.hidden_size * jnp.dtype(module.dtype).itemsize
+    def residual_bytes(self, module: Any) -> int:
+        """What the residual stream of one token takes behind those layers, in the model's dtype."""
+        width = module.config.hidden_size
+        return len(self.residual_layers) * width * jnp.dtype(module.dtype).itemsize
 
     def check_results(self, vocab_size: int, hidden_size: int, dtype: Any) -> None:
         """Raises a ValueError if a function returns other shapes than it is given.
@@ -114,7 +110,7 @@ class UserFunctions:
                 problems.append(
                     f"{name} returns the value {_text(found[1])}; init makes {_text(value)}"
                 )
-        for edit in self.edits:
+        for edit in self.activation_edits:
             for layer in edit.layers:
                 found = jax.eval_shape(lambda x, e=edit, i=layer: e.apply(x, i), hidden)
                 if getattr(found, "shape", None) != hidden.shape:

@@ -23,7 +23,7 @@ MAX_REPORTED = 4_000_000
 """Most log-probabilities that a request may ask for, of its prompt or of its outputs: 1 GB."""
 
 MAX_TAPPED_BYTES = 2**30
-"""Most bytes of tapped residual streams that a request may ask for."""
+"""Most bytes of residual streams that a request may ask for."""
 
 MAX_OUTPUT_TOKENS = 16_777_216
 """Most tokens that the samples of a request may have together."""
@@ -57,7 +57,7 @@ class Validator:
     tokenizer: Tokenizer | None  # None: there is no text
     eos_token_ids: tuple[int, ...] = ()  # the model's, the one first that is no `stop_reason`
     functions: UserFunctions = NO_FUNCTIONS
-    tapped_bytes: int = 0  # of the tapped residual streams of one token
+    residual_bytes: int = 0  # of the residual stream of one token, at all layers read
     is_strict: bool = False  # whether steps that no compile plan lists are refused
 
     def check(
@@ -204,7 +204,7 @@ class Validator:
     def _function_problems(self, params: SamplingParams) -> Iterator[str]:
         known = {
             "logits_processors": [one.name for one in self.functions.processors],
-            "activation_edits": [one.name for one in self.functions.edits],
+            "activation_edits": [one.name for one in self.functions.activation_edits],
         }
         for field, names in known.items():
             unknown = sorted(set(getattr(params, field)) - set(names))
@@ -215,14 +215,14 @@ class Validator:
                 )
         if self.is_strict and params.record:
             yield "record is True, which no compile plan lists: set it, or strict, to False"
-        if params.activations and not self.functions.taps:
+        if params.activations and not self.functions.residual_layers:
             yield (
                 "activations is True; the engine was built without taps: pass activation_taps= to "
                 "LLM"
             )
 
     def _tap_problems(self, params: SamplingParams, num_tokens: int) -> Iterator[str]:
-        num_bytes = num_tokens * self.tapped_bytes
+        num_bytes = num_tokens * self.residual_bytes
         if params.activations and num_bytes > MAX_TAPPED_BYTES:
             yield (
                 f"activations is True: those of {num_tokens:,} tokens would take {num_bytes:,} "

@@ -56,7 +56,7 @@ class RowTable:
         self._num_logprobs = column(NO_LOGPROBS, np.int32)
         self._has_record = column(False, bool)
         self._processors = column(False, bool, len(functions.processors))
-        self._activation_edits = column(False, bool, len(functions.edits))
+        self._activation_edits = column(False, bool, len(functions.activation_edits))
         self._reads_residuals = column(False, bool)
         # Below this position a row has bans of a step: 0 for most, never ending for bad words.
         self._banned_until = column(0, np.int32)
@@ -86,8 +86,9 @@ class RowTable:
         self._num_logprobs[slot] = NO_LOGPROBS if row.num_logprobs is None else row.num_logprobs
         self._has_record[slot] = params.record
         asked, edited = params.logits_processors or (), params.activation_edits or ()
-        self._processors[slot] = [one.name in asked for one in self.functions.processors]
-        self._activation_edits[slot] = [one.name in edited for one in self.functions.edits]
+        functions = self.functions
+        self._processors[slot] = [one.name in asked for one in functions.processors]
+        self._activation_edits[slot] = [one.name in edited for one in functions.activation_edits]
         self._reads_residuals[slot] = params.activations
         self._banned_until[slot] = row.banned_until if row.banned_ids else 0
         if any(len(word) > 1 for word in row.bad_word_ids):
@@ -139,13 +140,13 @@ class RowTable:
 
     def extras(self, slot: Any) -> tuple[StepExtras, Any]:
         """What slots ask of the model's step, and [B, Z], which rows its edits are on for."""
-        edits = _some(self.functions.edits, self._activation_edits[slot])
-        layers = self.functions.taps
+        edits = _some(self.functions.activation_edits, self._activation_edits[slot])
+        layers = self.functions.residual_layers
         if not layers or not self._reads_residuals[slot].any():
             layers = ()
         if not edits:
             return (StepExtras(residual_layers=layers) if layers else NO_EXTRAS), None
-        columns = [self.functions.edits.index(one) for one in edits]
+        columns = [self.functions.activation_edits.index(one) for one in edits]
         return StepExtras(edits, layers), self._activation_edits[slot][:, columns]
 
     def _bans(self, slot: Any, positions: Any) -> Any:
