@@ -1,7 +1,6 @@
 """The compile plan: what is listed is compiled, and nothing else is, whatever comes."""
 
 import dataclasses
-import gc
 import logging
 from typing import Any
 
@@ -17,7 +16,6 @@ from folojax import (
     SamplingParams,
 )
 from folojax.backend.backend import CPU, GPU
-from folojax.compile.programs import clear_programs
 from folojax.engine import build
 from folojax.engine.build import make_setup
 from folojax.runner.warm_up import warm_up
@@ -29,17 +27,10 @@ OPTIONS: dict[str, Any] = {
     "num_pages": 14,
     "max_model_len": 96,
     "max_num_seqs": 2,
-    "max_num_batched_tokens": 16,
+    "max_num_batched_tokens": 8,
     "prefill_row_len": 8,
     "max_logprobs": 3,
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def room_for_plans() -> None:
-    """Whole plans take half of the memory areas of a process: not beside all that came before."""
-    clear_programs()
-    gc.collect()
 
 
 def make(tiny_model: tuple, **options: Any) -> LLM:
@@ -59,6 +50,8 @@ EVERYTHING: list[dict[str, Any]] = [
     {"temperature": 0.5, "seed": 4, "repetition_penalty": 1.3, "logit_bias": {5: 2.0}},
     {"temperature": 0.0, "logprobs": 0, "prompt_logprobs": 2},
 ]
+CUT = [EVERYTHING[k] for k in (0, 2, 3, 5)]
+"""Those of two classes, greedy and truncated."""
 GREEDY: list[dict[str, Any]] = [{"temperature": 0.0}] * 6
 """The smallest plan, where every shape of a step is a program of the whole model."""
 
@@ -79,19 +72,21 @@ def run_everything(llm: LLM, kinds: list[dict[str, Any]] = EVERYTHING) -> None:
             ids = prompt(int(rng.integers(1, 50)), int(k))["prompt_token_ids"]
             prompts.append({"prompt_token_ids": common + ids[:30] if k % 2 else ids})
         llm.generate(prompts, params, use_tqdm=False)
-    if kinds is EVERYTHING:
+    if any("prompt_logprobs" in kind for kind in kinds):
         llm.score(prompt(11), [prompt(7, 1), prompt(20, 2)], use_tqdm=False)
 
 
-@pytest.mark.parametrize(("options", "least"), [({}, 30), ({"deterministic": True}, 10)])
+@pytest.mark.parametrize("is_deterministic", [False, True])
 def test_no_workload_compiles_after_a_warm_up(
-    tiny_model: tuple, counter: CompileCounter, options: dict[str, Any], least: int
+    tiny_model: tuple, counter: CompileCounter, is_deterministic: bool
 ) -> None:
-    llm = make(tiny_model, strict=True, **options)
-    assert llm.warm_up() == len(llm.plan()) > least
+    llm = make(tiny_model, strict=True, deterministic=is_deterministic)
+    needed = [SamplingClass.GREEDY, SamplingClass.TRUNCATED]
+    classes = needed if is_deterministic else tuple(SamplingClass)
+    assert llm.warm_up(classes) == len(llm.plan(classes)) > 8
     before = counter.count
     assert before > 0
-    run_everything(llm)
+    run_everything(llm, CUT if is_deterministic else EVERYTHING)
     assert llm.metrics().num_preemptions > 0
     assert llm.metrics().num_prefix_hit_tokens > 0
     assert counter.count == before
