@@ -11,23 +11,14 @@ from tests.mixed_requests import GREEDY, check_same, make_llm, make_prompts, run
 from tests.reference import TIGHT
 
 
-@pytest.fixture(scope="module")
-def expected(tiny_model: tuple) -> list[RequestOutput]:
-    """Every step is read before the next one is planned."""
-    llm = make_llm(tiny_model, async_scheduling=False)
-    outputs = run(llm)
-    assert llm.metrics().num_discarded_tokens == 0
-    return outputs
-
-
 @pytest.mark.parametrize("has_cache", [True, False], ids=["cache", "no-cache"])
 @pytest.mark.parametrize("limits", [{}, TIGHT], ids=["ample", "tight"])
 def test_tokens_are_the_same_and_at_most_one_is_discarded(
-    tiny_model: tuple, expected: list[RequestOutput], limits: dict[str, Any], has_cache: bool
+    tiny_model: tuple, mixed_outputs: list[RequestOutput], limits: dict[str, Any], has_cache: bool
 ) -> None:
     llm = make_llm(tiny_model, **limits, enable_prefix_caching=has_cache)
     outputs = run(llm)
-    check_same(outputs, expected)
+    check_same(outputs, mixed_outputs)
     ends = [completion.finish_reason for output in outputs for completion in output.outputs]
     assert ends.count("stop") >= 6
     assert 1 <= llm.metrics().num_discarded_tokens <= ends.count("stop")

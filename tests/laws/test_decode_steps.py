@@ -12,23 +12,18 @@ from tests.mixed_requests import GREEDY, check_same, make_llm, make_prompts, run
 from tests.reference import TIGHT
 
 
-@pytest.fixture(scope="module")
-def expected(tiny_model: tuple) -> list[RequestOutput]:
-    return run(make_llm(tiny_model, async_scheduling=False))
-
-
 @pytest.mark.parametrize(
     "options",
     [{"async_scheduling": False}, {}, TIGHT, {"enable_prefix_caching": False}],
     ids=["sync", "async", "tight", "no-cache"],
 )
 def test_tokens_are_the_same(
-    tiny_model: tuple, expected: list[RequestOutput], options: dict[str, Any]
+    tiny_model: tuple, mixed_outputs: list[RequestOutput], options: dict[str, Any]
 ) -> None:
     """Stop ids and strings, penalties, bans, minimum lengths, log-probabilities and n > 1 too."""
     llm = make_llm(tiny_model, max_decode_steps=4, check_integrity=True, **options)
     outputs = run(llm)
-    check_same(outputs, expected)
+    check_same(outputs, mixed_outputs)
     assert llm.metrics().num_discarded_tokens <= 8 * sum(len(o.outputs) for o in outputs)
     assert (llm.metrics().num_preemptions > 0) == ("num_pages" in options)
 

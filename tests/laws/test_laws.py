@@ -22,15 +22,20 @@ def make_prompts() -> list[list[int]]:
     return [rng.integers(3, 128, length).tolist() for length in rng.integers(1, 85, NUM_REQUESTS)]
 
 
+KINDS: list[dict[str, Any]] = [
+    {"temperature": 0, "max_tokens": 30},
+    {"top_k": 100, "max_tokens": 25},
+    {"temperature": 0.8, "top_k": 20, "max_tokens": 40},
+    {"temperature": 1.3, "top_p": 0.9, "min_p": 0.01, "max_tokens": 35},
+    {"frequency_penalty": 0.5, "repetition_penalty": 1.3, "logit_bias": {5: 4.0}, "max_tokens": 20},
+    {"allowed_token_ids": range(40), "presence_penalty": 1.0, "max_tokens": 20},
+    {"stop_token_ids": range(3, 128, 2), "min_tokens": 10, "logprobs": 0, "max_tokens": 30},
+]
+
+
 def make_params(index: int) -> SamplingParams:
-    """Greedy and seeded requests, with every kind of truncation, of different lengths."""
-    kinds = (
-        SamplingParams(temperature=0, max_tokens=30),
-        SamplingParams(temperature=1.0, top_k=100, seed=index, max_tokens=25),
-        SamplingParams(temperature=0.8, top_k=20, seed=index, max_tokens=40),
-        SamplingParams(temperature=1.3, top_p=0.9, min_p=0.01, seed=index, max_tokens=35),
-    )
-    return kinds[index % len(kinds)]
+    """Greedy and seeded requests, with every kind of truncation and edit, of different lengths."""
+    return SamplingParams(**{"seed": index} | KINDS[index % len(KINDS)])
 
 
 def make_llm(model: tuple, **options: Any) -> LLM:

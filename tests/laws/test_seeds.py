@@ -11,7 +11,7 @@ import pytest
 
 from folojax import LLM, SamplingParams
 from tests import dense
-from tests.reference import MORE_LIMITS, TIGHT
+from tests.reference import MORE_LIMITS
 
 ROOT = Path(__file__).parents[2]
 
@@ -63,19 +63,6 @@ def test_in_a_batch_of_30(tiny_model: tuple, alone: list[list[int]]) -> None:
     outputs = llm.generate(prompts, mixed, use_tqdm=False)
     assert llm.metrics().num_preemptions == 0
     assert [output.outputs[0].token_ids for output in outputs[:4]] == alone
-
-
-def test_after_preemption(tiny_model: tuple, alone: list[list[int]]) -> None:
-    llm = make_llm(tiny_model, **TIGHT)
-    assert generate(llm, REQUESTS) == alone
-    assert llm.metrics().num_preemptions > 0
-
-
-def test_as_samples_of_another_request(tiny_model: tuple, alone: list[list[int]]) -> None:
-    llm = make_llm(tiny_model)
-    first = dict(REQUESTS[0]) | {"seed": 0, "n": 3}
-    (output,) = llm.generate(prompt(0), params(first), use_tqdm=False)
-    assert output.outputs[1].token_ids == alone[0]
 
 
 def test_in_another_process(tiny_directory: Path, alone: list[list[int]]) -> None:

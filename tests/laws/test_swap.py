@@ -21,20 +21,19 @@ from tests.mixed_requests import check_same, make_llm, make_prompts, run
 from tests.reference import TIGHT
 
 
-@pytest.fixture(scope="module")
-def expected(tiny_model: tuple) -> list[RequestOutput]:
-    return run(make_llm(tiny_model, async_scheduling=False))
-
-
-@pytest.mark.parametrize("num_host_pages", [3, 100])
 @pytest.mark.parametrize(
-    "options",
-    [{"async_scheduling": False}, {}, {"enable_prefix_caching": False}, {"max_decode_steps": 4}],
+    ("num_host_pages", "options"),
+    [
+        (3, {"async_scheduling": False}),
+        (3, {}),
+        (100, {"enable_prefix_caching": False}),
+        (100, {"max_decode_steps": 4}),
+    ],
     ids=["sync", "async", "no-cache", "decode-steps"],
 )
 def test_tokens_are_the_same(
     tiny_model: tuple,
-    expected: list[RequestOutput],
+    mixed_outputs: list[RequestOutput],
     num_host_pages: int,
     options: dict[str, Any],
 ) -> None:
@@ -46,7 +45,7 @@ def test_tokens_are_the_same(
         check_integrity=True,
         **options,
     )
-    check_same(run(llm), expected)
+    check_same(run(llm), mixed_outputs)
     metrics = llm.metrics()
     assert metrics.num_preemptions > 0
     assert 0 < metrics.num_swapped_pages <= metrics.num_preemptions * TIGHT["num_pages"]
