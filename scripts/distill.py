@@ -10,6 +10,7 @@ after, an engine of the student scores text of the teacher that it was not train
 
 import argparse
 import dataclasses
+import importlib.util
 import itertools
 import json
 import time
@@ -173,6 +174,8 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, default=Path("distill.png"))
     parser.add_argument("--log", type=Path, help="writes a JSON line a step")
     args = parser.parse_args()
+    if importlib.util.find_spec("matplotlib") is None:
+        parser.error("the plot at the end needs matplotlib: pip install matplotlib")
     history, told = train(args)
     if args.log is not None:
         args.log.write_text("".join(json.dumps(entry) + "\n" for entry in history))

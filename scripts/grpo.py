@@ -9,6 +9,7 @@ as its own baseline, and moves the parameters once; the engine goes on with the 
 """
 
 import argparse
+import importlib.util
 import json
 import time
 from pathlib import Path
@@ -18,7 +19,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from matplotlib import pyplot
 from tqdm import tqdm
 
 from folojax import (
@@ -139,6 +139,8 @@ def train(args: argparse.Namespace) -> list[dict[str, float]]:
 
 def plot(history: list[dict[str, float]], path: Path) -> None:
     """Saves the curve of the reward, step by step and smoothed."""
+    from matplotlib import pyplot
+
     rewards = [entry["reward"] for entry in history]
     smooth = [float(np.mean(rewards[max(0, i - 4) : i + 1])) for i in range(len(rewards))]
     pyplot.plot(rewards, alpha=0.4, label="step")
@@ -161,6 +163,8 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, default=Path("grpo.png"))
     parser.add_argument("--log", type=Path, help="writes a JSON line a step")
     args = parser.parse_args()
+    if importlib.util.find_spec("matplotlib") is None:
+        parser.error("the plot at the end needs matplotlib: pip install matplotlib")
     history = train(args)
     if args.log is not None:
         args.log.write_text("".join(json.dumps(entry) + "\n" for entry in history))

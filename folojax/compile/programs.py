@@ -30,21 +30,25 @@ Autotuning of fusions takes longer than it gains. Other platforms pass over both
 
 _LOCK = threading.Lock()
 _ALL: list["Programs"] = []
-_spent_s = 0.0
 
 
-def compile_seconds() -> float:
-    """Seconds that this process has spent on making programs so far, of all threads together.
+class Spent:
+    """What this process has spent on making programs so far, of all threads together.
 
-    That is tracing and compiling, or loading what an earlier process has compiled.
+    Attributes:
+        seconds: Of tracing and compiling, or of loading what an earlier process has compiled.
     """
-    return _spent_s
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def add(self, seconds: float) -> None:
+        """Counts one program."""
+        with _LOCK:
+            self.seconds += seconds
 
 
-def _count_seconds(seconds: float) -> None:
-    global _spent_s
-    with _LOCK:
-        _spent_s += seconds
+SPENT = Spent()
 
 
 class Programs:
@@ -137,7 +141,7 @@ class Program:
         if compiled is None:
             start_s = time.perf_counter()
             compiled = self._compiled[key] = self.lower(*args).compile()
-            _count_seconds(time.perf_counter() - start_s)
+            SPENT.add(time.perf_counter() - start_s)
         return compiled
 
     def clear(self) -> None:

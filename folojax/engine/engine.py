@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from folojax.compile.programs import compile_seconds
+from folojax.compile.programs import SPENT
 from folojax.engine.live_request import (
     NOTHING_YET,
     LiveGeneration,
@@ -156,7 +156,7 @@ class Engine:
                 )
         for live in requests:
             live.arrival_time_s = time.perf_counter()
-            live.compiled_at_arrival_s = compile_seconds()
+            live.compiled_at_arrival_s = SPENT.seconds
             if isinstance(live, LiveGeneration) and live.is_seedless:
                 live.set_seed(int(self._seeds.integers(2**63)))
             self.live[live.request_id] = live
@@ -342,7 +342,7 @@ class Engine:
             if new_token_ids and isinstance(request, Sample):
                 if live.first_token_time_s is None:
                     live.first_token_time_s = now
-                    live.compiled_at_first_token_s = compile_seconds()
+                    live.compiled_at_first_token_s = SPENT.seconds
                 entries = sampled[request.request_id][: len(new_token_ids)]
                 stop = request.take(entries, self.weights_version)
                 if stop is not None:

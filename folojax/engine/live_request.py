@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from typing import Any, Generic, TypeVar
 
-from folojax.compile.programs import compile_seconds
+from folojax.compile.programs import SPENT
 from folojax.engine.snapshot import Progress
 from folojax.requests.outputs import (
     CompletionOutput,
@@ -84,7 +84,7 @@ class LiveRequest(abc.ABC, Generic[_Output]):
 
     def metrics(self) -> RequestMetrics:
         """Times and counts so far."""
-        now_s, start_s = compile_seconds(), self.compiled_at_arrival_s
+        now_s, start_s = SPENT.seconds, self.compiled_at_arrival_s
         first_s = self.compiled_at_first_token_s
         return RequestMetrics(
             arrival_time_s=self.arrival_time_s,

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from folojax.compile.programs import compile_seconds
+from folojax.compile.programs import SPENT
 from folojax.runner.runner import Runner
 from folojax.sched.scheduler import Scheduler
 
@@ -56,5 +56,5 @@ def read_metrics(
         num_swapped_pages=stats.num_loaded_pages,
         num_prefix_query_tokens=memory.num_query_tokens,
         num_prefix_hit_tokens=memory.num_hit_tokens,
-        compile_s=compile_seconds(),
+        compile_s=SPENT.seconds,
     )

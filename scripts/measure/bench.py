@@ -38,6 +38,7 @@ from bench_ratios import ONE_AT_A_TIME, find_ratios
 from bench_sampling import measure_sampling, print_sampling
 from bench_table import print_ceilings, print_results, print_sweep
 from bench_workloads import NAMES, Workload, make_workload
+from needs import need_for
 from rich.console import Console
 
 from folojax import LLM
@@ -64,6 +65,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     sampling.add_argument("--input-len", type=int, default=64)
     sampling.add_argument("--output-len", type=int, default=64)
     args = parser.parse_args(argv)
+    need_for([args.workload, *getattr(args, "peers", ())])
     if args.rounds is None:
         args.rounds = 3 if args.workload == "long" else 5
     if args.rounds < 1:

@@ -19,6 +19,7 @@ from bench_engine import drive
 from bench_stub import make_stub_llm, without_device
 from bench_table import print_padding
 from bench_workloads import NAMES, Workload, make_workload
+from needs import need_for
 from rich.console import Console
 
 from folojax.models.files.checkpoint import open_checkpoint
@@ -62,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     unknown = sorted(set(args.workload) - set(NAMES))
     if unknown:
         parser.error(f"there are no workloads {unknown}; there are {', '.join(NAMES)}")
+    need_for(args.workload)
     checkpoint = open_checkpoint(args.model)
     tokenizer = load_tokenizer(checkpoint.directory)
     counts = {}

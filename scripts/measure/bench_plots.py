@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bench_profile import TIMELINE_FIELDS
+from needs import need
 
 LATENCIES = ("ttft", "tpot", "itl", "e2el")
 _SHOWN = ("p50", "p90", "p99", "max")
@@ -183,6 +184,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("report", type=Path, help="what bench.py --json has written")
     parser.add_argument("directory", type=Path, help="gets the plots")
     args = parser.parse_args(argv)
+    need("matplotlib")
     for path in plot_report(json.loads(args.report.read_text()), args.directory):
         print(path)
     return 0

@@ -16,6 +16,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from needs import need
+
 _PROMPT = "The capital of France is"
 
 _OURS = f"""
@@ -23,6 +25,15 @@ from folojax import LLM, SamplingParams
 llm = LLM(dtype="float32")
 (out,) = llm.generate({_PROMPT!r}, SamplingParams(temperature=0, max_tokens=1), use_tqdm=False)
 print("first token:", out.outputs[0].text, flush=True)
+"""
+
+_OPTIONS = ["--dtype", "float32", "--max-tokens", "1", "--stream", "--prompts", _PROMPT]
+
+_COMMAND = f"""
+import sys
+from folojax.cli.main import main
+print("first token:", end="", flush=True)
+sys.exit(main(["generate", "--no-chat", *{_OPTIONS!r}]))
 """
 
 _THEIRS = f"""
@@ -70,6 +81,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="of the warm runs")
     parser.add_argument("--cold-rounds", type=int, default=1)
     args = parser.parse_args()
+    need("torch")
 
     # Here, so that the children do not share what this has imported.
     from folojax.models.files.checkpoint import embedded_model, open_checkpoint
@@ -90,11 +102,14 @@ def main() -> None:
         directory = str(open_checkpoint().directory)
         for _ in range(args.rounds):
             run("folojax, warm", _OURS, warm)
+            run("folojax generate --stream, warm", _COMMAND, warm)
             run("transformers, safetensors", _THEIRS, warm, directory)
     for name, values in times.items():
         spread = f"{min(values):.1f} to {max(values):.1f}"
-        print(f"{name:28s} {statistics.median(values):6.1f} s ({len(values)} runs, {spread})")
+        print(f"{name:32s} {statistics.median(values):6.1f} s ({len(values)} runs, {spread})")
     ours = statistics.median(times["folojax, warm"])
+    command = statistics.median(times["folojax generate --stream, warm"])
+    print(f"{'folojax generate --stream / folojax':40s} {command / ours:6.2f}")
     for kind in ("safetensors", "GGUF"):
         ratio = statistics.median(times[f"transformers, {kind}"]) / ours
         print(f"{f'transformers, {kind} / folojax, warm':40s} {ratio:6.2f}")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
+from needs import need
 
 _MOST = 1e-4
 
@@ -22,6 +23,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("cases", nargs="*", help="of tests/families.py; all by default")
     args = parser.parse_args()
+    need("torch")
     sys.path.insert(0, str(Path(__file__).parents[2]))
     from tests.families import FAMILIES
 

@@ -19,6 +19,7 @@ import jax
 from gpu_bits import check_bits
 from gpu_common import SHAPES, Report
 from gpu_right import check_right
+from needs import need
 
 
 def main() -> None:
@@ -32,6 +33,8 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=150, metavar="S", help="for peer, seconds")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the figures to this file")
     args = parser.parse_args()
+    if args.part == "peer":
+        need("torch")
     report = Report(part=args.part, flags=os.environ.get("XLA_FLAGS", ""))
     start = time.perf_counter()
     if args.part == "peer":  # leaves the memory of the card to PyTorch
