@@ -50,11 +50,11 @@ def walk(shared_letters_llm: LLM) -> tuple[list[str], list[str]]:
         if event != "call" or stack:
             return
         name = own_file(frame)
-        if frame.f_code.co_filename == programs.__file__:
+        if frame.f_code in (programs.run.__code__, programs.Program.__call__.__code__):
             own = [one.f_code.co_qualname for one in frames_of(frame.f_back) if own_file(one)]
             stack.extend(name for name in reversed(own) if not name.endswith("comp>"))
-        elif name is not None:
-            files.setdefault(name)
+        elif name is not None and frame.f_code.co_filename != programs.__file__:
+            files.setdefault(name)  # (JAX tells those how long it has compiled, at any time.)
 
     sys.setprofile(profile)
     try:
