@@ -32,7 +32,7 @@ def chatted(llm: LLM, prompt: str, params: SamplingParams) -> Any:
 
 def scored(llm: LLM, prompt: str, params: SamplingParams) -> Any:
     del params
-    return [round(sum(one.logprobs), 4) for one in llm.score(prompt, ["a", "bc"], use_tqdm=False)]
+    return [sum(one.logprobs) for one in llm.score(prompt, ["a", "bc"], use_tqdm=False)]
 
 
 def streamed(llm: LLM, prompt: str, params: SamplingParams) -> Any:
@@ -81,6 +81,9 @@ def mixed_calls(count: int) -> list[tuple[Callable[..., Any], str, SamplingParam
 def check_mixed_calls(llm: LLM, count: int) -> None:
     calls = mixed_calls(count)
     expected = [kind(llm, prompt, params) for kind, prompt, params in calls]
+    for place, (kind, *_) in enumerate(calls):
+        if kind is scored:
+            expected[place] = pytest.approx(expected[place], abs=1e-3)
     with ThreadPoolExecutor(THREADS) as pool:
         jobs = [pool.submit(kind, llm, prompt, params) for kind, prompt, params in calls]
         found = [job.result(timeout=300) for job in jobs]
