@@ -37,14 +37,14 @@ if TYPE_CHECKING:
     from folojax.sampling.rows import greedy_rows as greedy_rows
     from folojax.sampling.sampler import SamplingSpec as SamplingSpec
     from folojax.sampling.sampling_class import SamplingClass as SamplingClass
-    from folojax.steps.residuals import ActivationEdit as ActivationEdit
-    from folojax.steps.residuals import read_residuals as read_residuals
+    from folojax.steps.layers import ActivationEdit as ActivationEdit
+    from folojax.steps.layers import head_params as head_params
+    from folojax.steps.layers import read_residuals as read_residuals
     from folojax.steps.state import DecodeInputs as DecodeInputs
     from folojax.steps.state import EngineState as EngineState
     from folojax.steps.state import PrefillInputs as PrefillInputs
     from folojax.steps.state import init_state as init_state
     from folojax.steps.step import decode as decode
-    from folojax.steps.step import head_params as head_params
     from folojax.steps.step import prefill as prefill
     from folojax.steps.step import sample_tokens as sample_tokens
     from folojax.steps.step import score_tokens as score_tokens
@@ -74,9 +74,9 @@ _NAMES = {
     "sampling.rows": "SampleInputs SamplingRows SlotState StepOutput TokenScores greedy_rows",
     "sampling.sampler": "SamplingSpec",
     "sampling.sampling_class": "SamplingClass",
-    "steps.residuals": "ActivationEdit read_residuals",
+    "steps.layers": "ActivationEdit head_params read_residuals",
     "steps.state": "DecodeInputs EngineState PrefillInputs init_state",
-    "steps.step": "decode head_params prefill sample_tokens score_tokens",
+    "steps.step": "decode prefill sample_tokens score_tokens",
     "train.likelihood": "log_likelihood",
     "train.lora": "init_lora merge_lora",
     "train.output_arrays": "OutputArrays RecordArrays outputs_to_arrays",

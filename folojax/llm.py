@@ -38,7 +38,7 @@ from folojax.runner.compile_plan import CompilePlan
 from folojax.runner.warm_up import list_compile_plan, warm_up
 from folojax.sampling.logits_processors import LogitsProcessor
 from folojax.sampling.sampler import SamplingClass
-from folojax.steps.residuals import ActivationEdit
+from folojax.steps.layers import ActivationEdit
 
 _LOG = logging.getLogger("folojax")
 

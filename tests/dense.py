@@ -12,9 +12,19 @@ import numpy as np
 from folojax import log_likelihood, read_residuals
 from folojax.models.core.dense_attend import dense_attend
 from folojax.models.files.checkpoint import build_module, load_params, open_checkpoint
+from folojax.steps.layers import StepExtras, run_layers
 
 likelihood = jax.jit(log_likelihood, static_argnames="model")
 residuals = jax.jit(read_residuals, static_argnames=("layers", "model"))
+
+
+def layers(
+    params: Any, tokens: Any, extras: StepExtras, is_edited: Any, *, model: Any
+) -> tuple[Any, Any, Any]:
+    """`run_layers` on one sequence, without a cache."""
+    nothing, attend = [None] * model.config.num_layers, jax.tree_util.Partial(dense_attend)
+    options = {"model": model, "extras": extras, "is_edited": is_edited}
+    return run_layers(params, tokens, jnp.arange(len(tokens)), nothing, attend, **options)
 
 
 def load(path: Path | None, dtype: Any = jnp.float32) -> tuple[Any, Any]:

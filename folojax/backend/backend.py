@@ -7,11 +7,11 @@ is lowered for (`models.core.layers`).
 
 import dataclasses
 import re
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 from jax.sharding import SingleDeviceSharding
 from jax.typing import DTypeLike
 
@@ -76,16 +76,14 @@ class Backend:
         """The same platform where what a row gets has the same bits whatever its company."""
         return dataclasses.replace(self, steps="rows", kernels=self.exact_kernels)
 
-    def step_kind(self, model: nn.Module) -> StepKind:
-        """How the steps of a model are made: one that cannot be cut into layers is run whole."""
-        is_whole = self.steps == "layers" and not isinstance(model, Llama)
-        return "whole" if is_whole else self.steps
-
-    def make_steps(self, model: nn.Module) -> Steps:
+    def make_steps(self, model: Llama) -> Steps:
         """From executables to the device calls of a model."""
-        if self.steps == "layers" and isinstance(model, Llama):
-            return LayeredSteps(model)
-        return RowSteps(model) if self.steps == "rows" else WholeSteps(model)
+        kinds: dict[StepKind, Callable[[Llama], Steps]] = {
+            "layers": LayeredSteps,
+            "rows": RowSteps,
+            "whole": WholeSteps,
+        }
+        return kinds[self.steps](model)
 
     def place(self, arrays: _T) -> _T:
         """Commits arrays to the device; one that is there already is shared, not copied.

@@ -41,7 +41,7 @@ _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.floa
 class LoadedModel(NamedTuple):
     """A model in memory, the checkpoint if it came from one, and what its engine may take."""
 
-    module: nn.Module
+    module: Llama
     params: Any
     checkpoint: Checkpoint | None
     config: ResolvedConfig
@@ -82,7 +82,8 @@ def load_model(
         backend = backend.deterministic()
     quantization = config.quantization
     if isinstance(model, tuple):
-        module, params = model
+        given: tuple[Any, Any] = model
+        module, params = given
         if quantization and not isinstance(module, Llama):
             raise ValueError(
                 f"quantization is {quantization!r} and the module a {type(module).__name__}: "
@@ -117,7 +118,7 @@ def load_model(
 
 def plan_memory(
     config: EngineConfig,
-    module: nn.Module,
+    module: Llama,
     weights_bytes: int,
     num_weights: int,
     backend: Backend,
@@ -229,7 +230,7 @@ def make_engine(
     )
 
 
-def _tell_kernels(module: nn.Module, layout: KVLayout) -> None:
+def _tell_kernels(module: Llama, layout: KVLayout) -> None:
     """Logs how the layers attend; a warning where an accelerator's own way does not fit."""
     layers, reasons = kernels_of(module.config, layout)
     told = (f"{name} ({len(found)} layers)" for name, found in layers.items())
@@ -241,7 +242,7 @@ def _tell_kernels(module: nn.Module, layout: KVLayout) -> None:
 
 
 def make_setup(
-    module: nn.Module, config: ResolvedConfig, backend: Backend, num_tokens: int | None = None
+    module: Llama, config: ResolvedConfig, backend: Backend, num_tokens: int | None = None
 ) -> Setup:
     """What the calls of an engine are made for; ids from `num_tokens` on are no tokens."""
     vocab_size = module.config.vocab_size
@@ -260,7 +261,7 @@ def make_setup(
     )
 
 
-def _min_swap_tokens(module: nn.Module, num_weights: int, backend: Backend) -> int:
+def _min_swap_tokens(module: Llama, num_weights: int, backend: Backend) -> int:
     layout = backend.kv_layout(module.config, module.dtype, num_pages=1, page_size=1)
     return min_swap_tokens(num_weights, layout.bytes_per_page, backend.swap_rates)
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from folojax.sampling.logits_processors import LogitsProcessor, RequestState
-from folojax.steps.residuals import ActivationEdit
+from folojax.steps.layers import ActivationEdit
 
 
 @dataclasses.dataclass(frozen=True)

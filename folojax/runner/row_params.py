@@ -19,7 +19,7 @@ from folojax.sampling.logit_edits import (
 from folojax.sampling.logits_processors import LogitsProcessor, ProcessorRows
 from folojax.sampling.rows import SampleInputs, SamplingRows
 from folojax.sampling.sampler import SamplingClass, SamplingSpec
-from folojax.steps.residuals import NO_EXTRAS, StepExtras
+from folojax.steps.layers import NO_EXTRAS, StepExtras
 
 NO_LOGPROBS = -1
 

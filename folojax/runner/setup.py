@@ -3,11 +3,10 @@
 import dataclasses
 from collections.abc import Collection, Sequence
 
-from flax import linen as nn
-
 from folojax.backend import Backend
 from folojax.compile.shapes import Shapes, slots_for
 from folojax.kv import KVLayout
+from folojax.models.core.decoder import Llama
 from folojax.requests.user_functions import NO_FUNCTIONS, UserFunctions
 from folojax.runner.batch import Batch
 from folojax.sampling.logits_processors import LogitsProcessor
@@ -19,7 +18,7 @@ from folojax.steps.executables import Executable, list_executables
 class Setup:
     """Model, backend, and the limits that decide which executables there are."""
 
-    model: nn.Module  # of `folojax.models`
+    model: Llama  # of `folojax.models`
     backend: Backend
     layout: KVLayout  # of the cache
     shapes: Shapes
@@ -81,7 +80,7 @@ class Setup:
         wanted: Sequence[int] = (0, min(1, most), most) if has_logprobs else ()
         specs = [self.spec(one, count) for one in sorted(sampling) for count in (None, *wanted)]
         found = list_executables(
-            self.backend.step_kind(self.model),
+            self.backend.steps,
             self.shapes,
             list(dict.fromkeys(specs)),  # several wishes, one executable
             list(dict.fromkeys(map(self.score_spec, wanted))),

@@ -9,10 +9,10 @@ one instead of reading what the last one gave.
     begin ──> group ──> group ──> ... ──> end      each with its own part of the cache
 """
 
-import functools
 from collections.abc import Hashable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
@@ -23,10 +23,9 @@ from folojax.models.core.decoder import Llama
 from folojax.models.machine.row_sums import REORDERED
 from folojax.steps.executables import Executable, StepKind
 from folojax.steps.fused import WholeSteps
+from folojax.steps.layers import LAYER, Residuals, head_params, run_layer
 from folojax.steps.placements import last_and_all, place
-from folojax.steps.residuals import LAYER, Residuals
 from folojax.steps.state import CallInputs, CallResults, DecodeInputs, EngineState, PrefillInputs
-from folojax.steps.step import head_params
 
 # Layers of a group. A decode program is larger, and there are more shapes of it.
 _LAYERS = {"prefill": 5, "decode": 3}
@@ -87,7 +86,7 @@ class LayeredSteps:
             return self._whole.call(one, params, state, inputs, run)
         outer, cache, is_prefill = head_params(params), state.cache, one.kind == "prefill"
         tokens = None if is_prefill else state.slots.tokens
-        begun = run(self._begin, (outer, layer_of(cache, 0), tokens, inputs.rows))
+        begun = run(self._begin, (outer, cache.layer(0), tokens, inputs.rows))
         placement, hidden, shared = begun
         layers: list[KVCache] = []
         residuals: Residuals = {}
@@ -97,7 +96,7 @@ class LayeredSteps:
                 program,
                 (
                     [params[f"{LAYER}{layer}"] for layer in group],
-                    [layer_of(cache, layer) for layer in group],
+                    [cache.layer(layer) for layer in group],
                     hidden,
                     [self._model.layer_rotary(shared, layer) for layer in group],
                     placement,
@@ -106,7 +105,7 @@ class LayeredSteps:
             layers += parts
             residuals |= {group[place]: stream for place, stream in found.items()}
         last, every = run(self._end, (outer, hidden, inputs.rows if is_prefill else None))
-        state = state._replace(cache=join_layers(layers))
+        state = state._replace(cache=KVCache.joined(layers))
         return state, CallResults(last, every, residuals=residuals)
 
     def _program(self, group: range, one: Executable) -> Program:
@@ -120,23 +119,13 @@ class LayeredSteps:
         return found
 
 
-def layer_of(cache: KVCache, index: int) -> KVCache:
-    """A cache of one layer alone, as its layer 0; copies nothing."""
-    return KVCache((cache.layers[index],), cache.format)
-
-
-def join_layers(layers: Sequence[KVCache]) -> KVCache:
-    """The inverse: caches of single layers as one."""
-    return KVCache(tuple(one.layers[0] for one in layers), layers[0].format)
-
-
 def _begin(
     params: Any,
     layer: KVCache,
     tokens: Any,
     inputs: PrefillInputs | DecodeInputs,
     *,
-    model: nn.Module,
+    model: Llama,
 ) -> Any:
     placement, token, position = place(layer, tokens, inputs)
     return placement, *model.apply({"params": params}, token, position, method="begin")
@@ -153,19 +142,19 @@ def _run_group(
     read: tuple[int, ...],
 ) -> tuple[Any, list[KVCache], Residuals]:
     """DONATES `caches`, one of each layer, and `hidden`; `read` are places in the group."""
-    bound = functools.partial(attend, placement)
+    bound = jax.tree_util.Partial(attend, placement)
     after: list[Any] = []
     residuals: Residuals = {}
     layers = zip(params, caches, rotaries, blocks, strict=True)
     for number, (own, cache, rotary, block) in enumerate(layers):
-        hidden, new = block.apply({"params": own}, hidden, rotary, cache, bound)
+        hidden, new = run_layer(own, hidden, rotary, cache, bound, block=block)
         after.append(new)
         if number in read:
             residuals[number] = jnp.copy(hidden)  # the next group takes the array for its own
     return hidden, after, residuals
 
 
-def _end(params: Any, hidden: Any, inputs: PrefillInputs | None, *, model: nn.Module) -> Any:
+def _end(params: Any, hidden: Any, inputs: PrefillInputs | None, *, model: Llama) -> Any:
     hidden = model.apply({"params": params}, hidden, method="end")
     return (hidden, None) if inputs is None else last_and_all(hidden, inputs)
 

@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple, TypeAlias
 
 from folojax.compile.shapes import Shapes
 from folojax.sampling.sampler import SamplingClass, SamplingSpec
-from folojax.steps.residuals import NO_EXTRAS, StepExtras
+from folojax.steps.layers import NO_EXTRAS, StepExtras
 
 StepKind: TypeAlias = Literal["layers", "whole", "rows"]
 """How steps are run: some layers at a time, as one program, or in rows of one shape."""

@@ -10,17 +10,18 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from flax import linen as nn
 from jax import lax
 from jaxtyping import Array
 
 from folojax.compile.programs import IN_GRAPH, Program, Programs, Run, run
 from folojax.kv import KVCache
+from folojax.models.core.decoder import Llama
 from folojax.models.machine.row_sums import REORDERED
 from folojax.sampling.rows import SampleInputs, SlotState
 from folojax.sampling.sampler import SamplingClass, report_shapes
 from folojax.steps import step
 from folojax.steps.executables import Executable, StepKind
+from folojax.steps.layers import head_params
 from folojax.steps.packing import PackedReport, Packing, pack_report, report_packing
 from folojax.steps.placements import last_and_all
 from folojax.steps.state import CallInputs, CallResults, DecodeInputs, EngineState
@@ -44,7 +45,7 @@ class WholeSteps:
 
     kind: StepKind = "whole"
 
-    def __init__(self, model: nn.Module, programs: Mapping[str, Programs] | None = None) -> None:
+    def __init__(self, model: Llama, programs: Mapping[str, Programs] | None = None) -> None:
         """Compiles nothing.
 
         Args:
@@ -68,7 +69,7 @@ class WholeSteps:
         if ready is None:
             ready = self._ready[one] = self._prepare(one, inputs)
         cache = state.cache if one.kind in _WITH_CACHE else None
-        given = step.head_params(params) if cache is None else params
+        given = head_params(params) if cache is None else params
         packed, rest = ready.packing.pack(inputs)
         args = given, cache, _slots_of(one, state.slots), packed, rest
         cache, slots, results = run(ready.program, args, ready.key)
@@ -128,7 +129,7 @@ def packed(
         *,
         one: Executable,
         packing: Packing,
-        model: nn.Module,
+        model: Llama,
     ) -> Any:
         return function(params, cache, slots, packing.unpack(packed, rest), one, model)
 
@@ -142,7 +143,7 @@ def run_model(
     slots: SlotState | None,
     inputs: CallInputs,
     one: Executable,
-    model: nn.Module,
+    model: Llama,
 ) -> Any:
     """The model on chunks, or on a token of every row and with a `spec` the next one's draw."""
     tokens = None if slots is None else slots.tokens
@@ -164,7 +165,7 @@ def _decode_steps(
     slots: SlotState,
     inputs: CallInputs,
     one: Executable,
-    model: nn.Module,
+    model: Llama,
 ) -> Any:
     """Each of K steps computes what the one before has sampled.
 

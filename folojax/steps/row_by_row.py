@@ -16,16 +16,17 @@ come from one program, whoever asks: samplers and scorers are handed them in pla
 
 from typing import Any
 
-from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Float
 
 from folojax.compile.programs import Programs, Run, run
+from folojax.models.core.decoder import Llama
 from folojax.sampling.rows import SlotState, TokenScores
 from folojax.sampling.sampler import log_sum_exp, token_logprobs
 from folojax.steps import step
 from folojax.steps.executables import Executable, StepKind
 from folojax.steps.fused import WholeSteps, packed, run_model
+from folojax.steps.layers import head_params
 from folojax.steps.packing import pack_report
 from folojax.steps.state import CallInputs, CallResults, EngineState
 
@@ -35,7 +36,7 @@ class RowSteps:
 
     kind: StepKind = "rows"
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Llama) -> None:
         """Compiles nothing."""
         self._calls = WholeSteps(model, _PROGRAMS)
         self._logits = _LOGITS.of(model=model)
@@ -51,13 +52,13 @@ class RowSteps:
         """As `Steps.call`; the hidden states of "rows" are logits and their mass."""
         state, results = self._calls.call(one, params, state, inputs, run)
         if one.kind == "rows":
-            both = run(self._logits, (step.head_params(params), results.hidden))
+            both = run(self._logits, (head_params(params), results.hidden))
             results = results._replace(hidden=both, every=both)
         return state, results
 
 
 def _row_logits(
-    params: Any, hidden: Float[Array, "B E"], *, model: nn.Module
+    params: Any, hidden: Float[Array, "B E"], *, model: Llama
 ) -> tuple[Float[Array, "B V"], Float[Array, " B"]]:
     """Logits of rows, and the logarithms of the sums of their exponentials."""
     logits: Any = model.apply({"params": params}, hidden, method="logits")

@@ -26,7 +26,7 @@ from jaxtyping import Array, Int
 
 from folojax.kv.cache import KVCache, KVLayout, init_cache
 from folojax.sampling.rows import SlotState, TokenScores
-from folojax.steps.residuals import Residuals
+from folojax.steps.layers import Residuals
 
 
 class EngineState(NamedTuple):

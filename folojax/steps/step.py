@@ -24,24 +24,24 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from folojax.attention import attend
 from folojax.kv import KVCache, Placement
+from folojax.models.core.decoder import Llama
 from folojax.sampling.logit_edits import note_tokens
 from folojax.sampling.logits_processors import apply_processors, note_outputs
 from folojax.sampling.rows import SampleInputs, SlotState, StepOutput, TokenScores
 from folojax.sampling.sampler import SamplingSpec, sample, token_logprobs
+from folojax.steps.layers import NO_EXTRAS, Residuals, StepExtras, run_layers
 from folojax.steps.placements import last_and_all, place
-from folojax.steps.residuals import LAYER, NO_EXTRAS, Residuals, StepExtras, with_extras
 from folojax.steps.state import DecodeInputs, PrefillInputs
 
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="cache")
 def prefill(
-    params: Any, cache: KVCache, inputs: PrefillInputs, *, model: nn.Module
+    params: Any, cache: KVCache, inputs: PrefillInputs, *, model: Llama
 ) -> tuple[KVCache, Float[Array, "R E"], Float[Array, "R C E"]]:
     """Caches chunks of prompts.
 
@@ -68,7 +68,7 @@ def decode(
     tokens: Int[Array, " M"],
     inputs: DecodeInputs,
     *,
-    model: nn.Module,
+    model: Llama,
 ) -> tuple[KVCache, Float[Array, "B E"]]:
     """Caches one token of every row.
 
@@ -100,7 +100,7 @@ def sample_tokens(
     hidden: Float[Array, "B E"],
     inputs: SampleInputs,
     *,
-    model: nn.Module,
+    model: Llama,
     spec: SamplingSpec,
 ) -> tuple[SlotState, StepOutput]:
     """Samples the next token of each row and keeps it as its slot's last one.
@@ -129,7 +129,7 @@ def score_tokens(
     hidden: Float[Array, "R C E"],
     targets: Int[Array, "R C"],
     *,
-    model: nn.Module,
+    model: Llama,
     num_logprobs: int,
     num_tokens: int | None = None,
 ) -> TokenScores:
@@ -154,20 +154,12 @@ def score_tokens(
     return lax.map(score_row, (hidden, targets))
 
 
-def head_params(params: Any) -> Any:
-    """The part of a parameter tree that a model's `logits` reads: all but the layers.
-
-    The sampler is handed no more than that: what a call costs grows with its number of arrays.
-    """
-    return {name: value for name, value in params.items() if not name.startswith(LAYER)}
-
-
 def forward(
     params: Any,
     cache: KVCache,
     tokens: Int[Array, " M"] | None,
     inputs: PrefillInputs | DecodeInputs,
-    model: nn.Module,
+    model: Llama,
     extras: StepExtras = NO_EXTRAS,
     is_edited: Bool[Array, "R Z"] | None = None,
     most_tokens: int | None = None,
@@ -192,12 +184,17 @@ def forward(
     if is_edited is not None and isinstance(inputs, PrefillInputs):
         is_edited = jnp.repeat(is_edited, inputs.tokens.shape[1], axis=0)
         is_edited = is_edited if placement.source is None else is_edited[placement.source]
-    with with_extras(extras, is_edited) as residuals:
-        result: Any = model.apply(
-            {"params": params}, token, position, cache, functools.partial(attend, placement)
-        )
-    hidden, cache = result
-    return cache, hidden, placement, residuals
+    hidden, layers, residuals = run_layers(
+        params,
+        token,
+        position,
+        [cache.layer(index) for index in range(len(cache.layers))],
+        jax.tree_util.Partial(attend, placement),
+        model=model,
+        extras=extras,
+        is_edited=is_edited,
+    )
+    return KVCache.joined(layers), hidden, placement, residuals
 
 
 def draw_and_note(

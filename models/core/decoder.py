@@ -291,12 +291,12 @@ class Llama(nn.Module):
         return local if is_local else everywhere
 
     @nn.nowrap
-    def alone(self, layer: int) -> Block:
+    def alone(self, layer: int, leaves_sum: bool = False) -> Block:
         """A layer as a module of its own; layers that compute the same are equal modules."""
         config = self.config
         kinds = [(config.scoring(i), config.is_sparse(i)) for i in range(layer + 1)]
         first = kinds.index(kinds[layer])
-        return Block(config, self.dtype, first, cache_layer=0, parent=None)
+        return Block(config, self.dtype, first, 0, leaves_sum, parent=None)
 
     def logits(self, hidden: Float[Array, "M E"]) -> Float[Array, "M V"]:
         """Scores of the next token in float32, for hidden states that `__call__` returned."""

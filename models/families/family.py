@@ -4,8 +4,6 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from flax import linen as nn
-
 from folojax.models.core.config import ModelConfig
 from folojax.models.core.decoder import Llama
 
@@ -77,7 +75,7 @@ class Family:
     """Kernels lie as [in, out] in the checkpoint (Conv1D), not as [out, in] (Linear)."""
     ignorable: str = r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
     """Regular expression of tensors that old exports have and that mean nothing."""
-    module: Callable[[ModelConfig, Any], nn.Module] = Llama
+    module: Callable[[ModelConfig, Any], Llama] = Llama
     """Makes the Flax module, of a config and the dtype that it computes in."""
 
 

@@ -7,9 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from flax import linen as nn
-
 from folojax.models.core.config import ModelConfig
+from folojax.models.core.decoder import Llama
 from folojax.models.families.families import family_of
 from folojax.models.files.gguf_conversion import convert_gguf
 from folojax.models.files.hf_config import config_from_hf
@@ -91,7 +90,7 @@ def load_params(
     return read_params(checkpoint.directory, checkpoint.config, dtype, quantization)
 
 
-def build_module(config: ModelConfig, dtype: Any) -> nn.Module:
+def build_module(config: ModelConfig, dtype: Any) -> Llama:
     """The Flax module of the config's architecture, computing in `dtype`."""
     return family_of(config.architecture)[1].module(config, dtype)
 

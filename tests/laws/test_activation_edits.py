@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from folojax import LLM, ActivationEdit, RequestOutput
-from folojax.models.core.dense_attend import dense_attend
-from folojax.steps.residuals import StepExtras, with_extras
+from folojax.steps.layers import StepExtras
 from tests import dense
 from tests.reference import TINY_LIMITS, save_tiny, streams
 from tests.user_functions import (
@@ -48,8 +47,8 @@ def check_same(found: RequestOutput, expected: RequestOutput, is_to_the_bit: boo
 @functools.partial(jax.jit, static_argnames=("module", "edit"))
 def next_token(module: Any, weights: Any, tokens: Any, last: Any, edit: ActivationEdit) -> Any:
     size = len(tokens)
-    with with_extras(StepExtras((edit,)), jnp.ones((size, 1), bool)):
-        hidden, _ = module.apply({"params": weights}, tokens, jnp.arange(size), None, dense_attend)
+    extras, is_on = StepExtras((edit,)), jnp.ones((size, 1), bool)
+    hidden, *_ = dense.layers(weights, tokens, extras, is_on, model=module)
     return jnp.argmax(module.apply({"params": weights}, hidden, method="logits")[last])
 
 

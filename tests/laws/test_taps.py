@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 
 from folojax import LLM, ActivationEdit, RequestOutput, SamplingParams
-from folojax.models.core.dense_attend import dense_attend
 from folojax.requests.prompts import ParsedPrompt
 from folojax.steps.executables import Executable
-from folojax.steps.residuals import NO_EXTRAS, StepExtras, with_extras
+from folojax.steps.layers import NO_EXTRAS, StepExtras
 from folojax.steps.state import CallInputs, CallResults
 from tests import dense
 from tests.conftest import check_is_empty
@@ -176,10 +175,8 @@ def test_what_is_read_is_the_edited_stream(tiny_model: tuple) -> None:
         tokens = jnp.array((output.prompt_token_ids + one.token_ids)[:-1])
         (first,) = dense.residuals(weights, tokens, (0,), model=module)
         np.testing.assert_allclose(one.activations[0], scale * first, rtol=1e-4, atol=1e-3)
-    is_on = jnp.ones((5, 1), bool)
-    tokens = jnp.arange(5) + 7
-    with with_extras(StepExtras((edit,), (1,)), is_on) as found:
-        module.apply({"params": weights}, tokens, jnp.arange(5), None, dense_attend)
+    extras, is_on = StepExtras((edit,), (1,)), jnp.ones((5, 1), bool)
+    *_, found = dense.layers(weights, jnp.arange(5) + 7, extras, is_on, model=module)
     assert set(found) == {1}
 
 

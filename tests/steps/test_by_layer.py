@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -22,7 +21,7 @@ from folojax.kv import KVCache
 from folojax.models.core.decoder import Llama, init_params
 from folojax.models.machine.row_sums import REORDERED
 from folojax.sampling.rows import SlotState
-from folojax.steps.by_layer import LayeredSteps, join_layers, layer_of, split_layers
+from folojax.steps.by_layer import LayeredSteps, split_layers
 from folojax.steps.executables import Executable
 from folojax.steps.fused import WholeSteps
 from folojax.steps.row_by_row import RowSteps
@@ -127,28 +126,20 @@ def test_layers_that_repeat_are_few_programs(pattern: str, times: int, wanted: i
 
 def test_a_cache_in_layers_is_the_same_arrays(tiny_model: tuple) -> None:
     cache = random_cache(tiny_model[0])
-    layers = [layer_of(cache, i) for i in range(tiny_model[0].config.num_layers)]
+    layers = [cache.layer(i) for i in range(tiny_model[0].config.num_layers)]
     assert all(one.num_pages == cache.num_pages and len(one.layers) == 1 for one in layers)
-    joined = join_layers(layers)
+    joined = type(cache).joined(layers)
     chex.assert_trees_all_equal_structs(joined, cache)
     assert all(new is old for new, old in zip(joined.layers, cache.layers, strict=True))
 
 
-class Opaque(nn.Module):
-    """A model that cannot be cut."""
-
-
 @pytest.mark.parametrize("backend", [CPU, GPU], ids=["cpu", "gpu"])
-def test_who_is_run_in_layers(tiny_model: tuple, backend: Any) -> None:
+def test_a_backend_makes_its_steps(tiny_model: tuple, backend: Any) -> None:
     kind = LayeredSteps if backend is CPU else WholeSteps
     assert isinstance(backend.make_steps(tiny_model[0]), kind)
-    opaque = Opaque()
-    assert isinstance(backend.make_steps(opaque), WholeSteps)
-    assert isinstance(backend.deterministic().make_steps(opaque), RowSteps)
-    for model in (tiny_model[0], opaque):
-        for one in (backend, backend.deterministic()):
-            assert one.make_steps(model).kind == one.step_kind(model)
-    assert dataclasses.is_dataclass(tiny_model[0].alone(0))
+    assert isinstance(backend.deterministic().make_steps(tiny_model[0]), RowSteps)
+    for one in (backend, backend.deterministic()):
+        assert one.make_steps(tiny_model[0]).kind == one.steps
 
 
 @pytest.mark.parametrize("kind", [WholeSteps, LayeredSteps, RowSteps])

@@ -1,0 +1,155 @@
+"""The layers of a model one by one, and what requests ask for between them: reading, and edits.
+
+What lies between layers is the residual stream. Models need not know that it is read or edited.
+Where a layer is edited and read, what is read is edited: what the next layer sees.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Bool, Float, Int
+
+from folojax.models.core.decoder import Llama, summed
+from folojax.models.core.dense_attend import dense_attend
+
+LAYER = "layers_"
+"""What the names of layers begin with, in modules and in their parameters."""
+
+Residuals: TypeAlias = dict[int, Any]
+"""By layer, the residual stream [T, E] behind it, of all tokens of a call, padding included."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ActivationEdit:
+    """A function of the residual stream behind some layers, by name.
+
+    Attributes:
+        name: What `SamplingParams.activation_edits` calls it.
+        layers: Behind which layers it is applied, from 0.
+        apply: From the stream of one token [E], in the model's dtype, and the number of the layer
+            to the new stream. Pure, traced once a layer.
+    """
+
+    name: str
+    layers: Sequence[int]
+    apply: Callable[[Any, int], Any]
+
+    def __post_init__(self) -> None:
+        # Of a list no hash could be taken, and steps are compiled by it.
+        object.__setattr__(self, "layers", tuple(self.layers))
+
+
+class StepExtras(NamedTuple):
+    """What a step of the model does beside its work, because a row asks for it; static.
+
+    Attributes:
+        activation_edits: In the order in which they apply.
+        residual_layers: Behind which layers the residual stream is read.
+    """
+
+    activation_edits: tuple[ActivationEdit, ...] = ()
+    residual_layers: tuple[int, ...] = ()
+
+
+NO_EXTRAS = StepExtras()
+
+
+@functools.partial(jax.jit, static_argnames="block")
+def run_layer(
+    params: Any, stream: Any, rotary: Any, cache: Any, attend: Any, *, block: nn.Module
+) -> tuple[Any, Any]:
+    """One layer. Jitted, so that equal layers of a program are traced and lowered once."""
+    result: Any = block.apply({"params": params}, stream, rotary, cache, attend)
+    return result
+
+
+def run_layers(
+    params: Any,
+    tokens: Int[Array, " T"],
+    positions: Int[Array, " T"],
+    caches: Sequence[Any],
+    attend: jax.tree_util.Partial,
+    *,
+    model: Llama,
+    extras: StepExtras = NO_EXTRAS,
+    is_edited: Bool[Array, "T Z"] | None = None,
+) -> tuple[Float[Array, "T E"], list[Any], Residuals]:
+    """The model layer by layer, as its `__call__`, and what extras ask for between them.
+
+    Args:
+        params: The module's parameters.
+        tokens: As in `Llama.__call__`, like the positions.
+        positions: Of the tokens.
+        caches: What `attend` takes and gives back, of each layer alone.
+        attend: Attention, with arrays that it needs bound to it.
+        model: A module of `folojax.models`.
+        extras: With Z edits.
+        is_edited: Which tokens each edit is on for; None without edits.
+
+    Returns:
+        The hidden states after the final norm, the new caches, and what was read.
+    """
+    outer = head_params(params)
+    stream, shared = model.apply({"params": outer}, tokens, positions, method="begin")
+    after, found = [], {}
+    for layer, cache in enumerate(caches):
+        stream, new = run_layer(
+            params[f"{LAYER}{layer}"],
+            stream,
+            model.layer_rotary(shared, layer),
+            cache,
+            attend,
+            block=model.alone(layer, leaves_sum=True),
+        )
+        after.append(new)
+        for index, edit in enumerate(extras.activation_edits):
+            if layer in edit.layers:
+                assert is_edited is not None, "edits come with the tokens that they are on for"
+                stream = summed(stream)
+                changed = jax.vmap(lambda x, edit=edit, layer=layer: edit.apply(x, layer))(stream)
+                is_on = is_edited[:, index][:, None]
+                stream = jnp.where(is_on, changed.astype(stream.dtype), stream)
+        if layer in extras.residual_layers:
+            found[layer] = stream = summed(stream)
+    hidden: Any = model.apply({"params": outer}, stream, method="end")
+    return hidden, after, found
+
+
+def head_params(params: Any) -> Any:
+    """The part of a parameter tree that a model's `logits` reads: all but the layers.
+
+    The sampler is handed no more than that: what a call costs grows with its number of arrays.
+    """
+    return {name: value for name, value in params.items() if not name.startswith(LAYER)}
+
+
+def read_residuals(
+    params: Any, tokens: Int[Array, " N"], layers: Sequence[int], *, model: Llama
+) -> Float[Array, "L N E"]:
+    """The residual stream behind some layers, for every token of one sequence.
+
+    Pure: jit, differentiate or vmap it.
+
+    Args:
+        params: The module's parameters.
+        tokens: A sequence from its first token on.
+        layers: Which, from 0; they come in this order.
+        model: A module of `folojax.models`.
+
+    Raises:
+        ValueError: the model has no such layer.
+    """
+    missing = sorted(set(layers) - set(range(model.config.num_layers)))
+    if missing:
+        last = model.config.num_layers - 1
+        raise ValueError(f"layers holds {missing}; the model has layers 0 to {last}")
+    positions, nothing = jnp.arange(len(tokens)), [None] * model.config.num_layers
+    attend = jax.tree_util.Partial(dense_attend)
+    extras = StepExtras(residual_layers=tuple(layers))
+    *_, found = run_layers(params, tokens, positions, nothing, attend, model=model, extras=extras)
+    return jnp.stack([found[layer] for layer in layers])
