@@ -11,7 +11,6 @@ token are masked, and no value is ever NaN, which a weight of zero would not hid
 """
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias
 
 import jax
@@ -64,15 +63,6 @@ class KVCache:
     def dtype(self) -> jnp.dtype:
         """Of the arrays that keep keys and values."""
         return self.layers[0].dtype
-
-    def layer(self, index: int) -> "KVCache":
-        """A cache of one layer alone, as its layer 0; copies nothing."""
-        return KVCache((self.layers[index],), self.format)
-
-    @staticmethod
-    def joined(layers: Sequence["KVCache"]) -> "KVCache":
-        """The inverse: caches of single layers as one."""
-        return KVCache(tuple(one.layers[0] for one in layers), layers[0].format)
 
 
 jax.tree_util.register_dataclass(KVCache, data_fields=["layers"], meta_fields=["format"])

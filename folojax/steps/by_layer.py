@@ -23,7 +23,7 @@ from folojax.models.core.decoder import Llama
 from folojax.models.machine.row_sums import REORDERED
 from folojax.steps.executables import Executable, StepKind
 from folojax.steps.fused import WholeSteps
-from folojax.steps.layers import LAYER, Residuals, head_params, run_layer
+from folojax.steps.layers import LAYER, Residuals, head_params, join_layers, layer_of, run_layer
 from folojax.steps.placements import last_and_all, place
 from folojax.steps.state import CallInputs, CallResults, DecodeInputs, EngineState, PrefillInputs
 
@@ -86,7 +86,7 @@ class LayeredSteps:
             return self._whole.call(one, params, state, inputs, run)
         outer, cache, is_prefill = head_params(params), state.cache, one.kind == "prefill"
         tokens = None if is_prefill else state.slots.tokens
-        begun = run(self._begin, (outer, cache.layer(0), tokens, inputs.rows))
+        begun = run(self._begin, (outer, layer_of(cache, 0), tokens, inputs.rows))
         placement, hidden, shared = begun
         layers: list[KVCache] = []
         residuals: Residuals = {}
@@ -96,7 +96,7 @@ class LayeredSteps:
                 program,
                 (
                     [params[f"{LAYER}{layer}"] for layer in group],
-                    [cache.layer(layer) for layer in group],
+                    [layer_of(cache, layer) for layer in group],
                     hidden,
                     [self._model.layer_rotary(shared, layer) for layer in group],
                     placement,
@@ -105,7 +105,7 @@ class LayeredSteps:
             layers += parts
             residuals |= {group[place]: stream for place, stream in found.items()}
         last, every = run(self._end, (outer, hidden, inputs.rows if is_prefill else None))
-        state = state._replace(cache=KVCache.joined(layers))
+        state = state._replace(cache=join_layers(layers))
         return state, CallResults(last, every, residuals=residuals)
 
     def _program(self, group: range, one: Executable) -> Program:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
+from folojax.kv.cache import KVCache
 from folojax.models.core.decoder import Llama, summed
 from folojax.models.core.dense_attend import dense_attend
 
@@ -118,6 +119,16 @@ def run_layers(
             found[layer] = stream = summed(stream)
     hidden: Any = model.apply({"params": outer}, stream, method="end")
     return hidden, after, found
+
+
+def layer_of(cache: KVCache, index: int) -> KVCache:
+    """A cache of one layer alone, as its layer 0; copies nothing."""
+    return KVCache((cache.layers[index],), cache.format)
+
+
+def join_layers(layers: Sequence[KVCache]) -> KVCache:
+    """The inverse: caches of single layers as one."""
+    return KVCache(tuple(one.layers[0] for one in layers), layers[0].format)
 
 
 def head_params(params: Any) -> Any:

@@ -34,7 +34,7 @@ from folojax.sampling.logit_edits import note_tokens
 from folojax.sampling.logits_processors import apply_processors, note_outputs
 from folojax.sampling.rows import SampleInputs, SlotState, StepOutput, TokenScores
 from folojax.sampling.sampler import SamplingSpec, sample, token_logprobs
-from folojax.steps.layers import NO_EXTRAS, Residuals, StepExtras, run_layers
+from folojax.steps.layers import NO_EXTRAS, Residuals, StepExtras, join_layers, layer_of, run_layers
 from folojax.steps.placements import last_and_all, place
 from folojax.steps.state import DecodeInputs, PrefillInputs
 
@@ -188,13 +188,13 @@ def forward(
         params,
         token,
         position,
-        [cache.layer(index) for index in range(len(cache.layers))],
+        [layer_of(cache, index) for index in range(len(cache.layers))],
         jax.tree_util.Partial(attend, placement),
         model=model,
         extras=extras,
         is_edited=is_edited,
     )
-    return KVCache.joined(layers), hidden, placement, residuals
+    return join_layers(layers), hidden, placement, residuals
 
 
 def draw_and_note(

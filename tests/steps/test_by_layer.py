@@ -24,6 +24,7 @@ from folojax.sampling.rows import SlotState
 from folojax.steps.by_layer import LayeredSteps, split_layers
 from folojax.steps.executables import Executable
 from folojax.steps.fused import WholeSteps
+from folojax.steps.layers import join_layers, layer_of
 from folojax.steps.row_by_row import RowSteps
 from folojax.steps.state import CallInputs, DecodeInputs, EngineState, PrefillInputs
 from tests.conftest import check_is_empty
@@ -126,9 +127,9 @@ def test_layers_that_repeat_are_few_programs(pattern: str, times: int, wanted: i
 
 def test_a_cache_in_layers_is_the_same_arrays(tiny_model: tuple) -> None:
     cache = random_cache(tiny_model[0])
-    layers = [cache.layer(i) for i in range(tiny_model[0].config.num_layers)]
+    layers = [layer_of(cache, i) for i in range(tiny_model[0].config.num_layers)]
     assert all(one.num_pages == cache.num_pages and len(one.layers) == 1 for one in layers)
-    joined = type(cache).joined(layers)
+    joined = join_layers(layers)
     chex.assert_trees_all_equal_structs(joined, cache)
     assert all(new is old for new, old in zip(joined.layers, cache.layers, strict=True))
 
