@@ -9,6 +9,7 @@ from typing import Any, TypeAlias, TypedDict, Unpack
 from flax import linen as nn
 
 from folojax.backend.compilation_cache import enable_compilation_cache
+from folojax.backend.devices import outside_meshes
 from folojax.config import EngineConfig, EngineOptions
 from folojax.engine.build import (
     default_params,
@@ -64,8 +65,8 @@ class LLM(RequestLoop):
 
     Args:
         model: A directory (config.json and safetensors), a .gguf file, a Hub name, or a pair
-            (module, params) that is already in memory; None is the embedded default,
-            SmolLM2-135M-Instruct.
+            (module, params) that is already in memory, on one device, where the engine then runs;
+            None is the embedded default, SmolLM2-135M-Instruct.
         tokenizer: A directory or a transformers tokenizer; None takes the model's own. A pair in
             memory has none: without one, prompts are token ids and there is no text.
         dtype: "float32", "bfloat16", "float16", or "auto": float32 on CPU, bfloat16 elsewhere.
@@ -114,15 +115,16 @@ class LLM(RequestLoop):
         )
         functions.check_strict(config.strict)
         enable_compilation_cache()
-        loaded = load_model(model, dtype, revision, config)
-        self.config, self.memory_plan = loaded.config, loaded.memory_plan
-        _LOG.info("%s", self.memory_plan)
-        engine = make_engine(loaded, find_tokenizer(tokenizer, loaded.checkpoint), functions)
+        with outside_meshes():
+            loaded = load_model(model, dtype, revision, config)
+            self.config, self.memory_plan = loaded.config, loaded.memory_plan
+            _LOG.info("%s", self.memory_plan)
+            engine = make_engine(loaded, find_tokenizer(tokenizer, loaded.checkpoint), functions)
+            if self.config.warm_up:
+                warm_up(engine.runner, _USUAL_SAMPLING, has_logprobs=False, is_shown=True)
         super().__init__(engine, default_params(loaded.checkpoint))
         self._generation_config = loaded.checkpoint.generation_config if loaded.checkpoint else {}
         self._numbers = itertools.count()
-        if self.config.warm_up:
-            warm_up(engine.runner, _USUAL_SAMPLING, has_logprobs=False, is_shown=True)
 
     def generate(
         self,

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 from jax.typing import DTypeLike
 
+from folojax.backend.devices import check_devices, default_device
 from folojax.backend.swap_cost import SwapRates
 from folojax.compile.shapes import Shapes, powers, up_to, with_parts
 from folojax.kv.cache import KVLayout, PageFormat, PageOrder
@@ -57,6 +58,7 @@ class Backend:
     swap_rates: SwapRates  # what moving K/V to the host and computing them again cost
     host_memory: str | None  # JAX's name of the host's memory; None: it is the device's
     capability: float = 0.0  # NVIDIA's compute capability of the device; 0 for any other
+    device: jax.Device | None = None  # that the engine runs on; None: JAX's default one
 
     def kv_layout(
         self, config: ModelConfig, dtype: DTypeLike, num_pages: int, page_size: int
@@ -91,14 +93,27 @@ class Backend:
         To jit, committed arrays and others are different inputs: were some of either kind,
         parameters that come from elsewhere would need executables of their own.
         """
-        return jax.device_put(arrays, jax.devices()[0])
+        return jax.device_put(arrays, self._sharding)
+
+    def make(self, function: Callable[[], _T]) -> _T:
+        """Commits what a function makes of nothing; it is made on the device already."""
+        with jax.default_device(self.device):
+            return self.place(function())
 
     def placed_shapes(self, shapes: Any) -> Any:
         """Shapes of arrays that are committed to the device, as the engine's are."""
-        sharding = SingleDeviceSharding(jax.devices()[0])
+        sharding = self._sharding
         return jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes
         )
+
+    def check_place(self, params: Any) -> None:
+        """Raises a ValueError if JAX arrays among parameters would have to be copied to run."""
+        check_devices(params, self.device or default_device())
+
+    @property
+    def _sharding(self) -> SingleDeviceSharding:
+        return SingleDeviceSharding(self.device or default_device())
 
     def shapes(self, config: Any, dtype: DTypeLike) -> Shapes:
         """The shapes of an engine's calls.
@@ -198,11 +213,11 @@ GPU = Backend(
 )
 
 
-def choose_backend() -> Backend:
-    """The backend of JAX's default platform; platforms nobody has measured are as a GPU."""
-    device = jax.devices()[0]
+def choose_backend(device: jax.Device | None = None) -> Backend:
+    """The backend of a device, or of JAX's default one; what nobody has measured is as a GPU."""
+    device = device or default_device()
     if device.platform == "cpu":
-        return CPU
+        return dataclasses.replace(CPU, device=device)
     stated = str(getattr(device, "compute_capability", ""))  # AMD's are names
     capability = float(stated) if re.fullmatch(r"\d+\.\d+", stated) else 0.0
-    return dataclasses.replace(GPU, name=device.platform, capability=capability)
+    return dataclasses.replace(GPU, name=device.platform, capability=capability, device=device)

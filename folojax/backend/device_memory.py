@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 
+from folojax.backend.devices import default_device
 from folojax.compile.memory_plan import DeviceMemory
 
 # Sizes of a container's memory, versions 2 and 1; absent or "max" where there is no limit.
@@ -15,16 +16,17 @@ _CGROUP_LIMITS = (
 )
 
 
-def device_memory(own_bytes: int = 0) -> DeviceMemory | None:
-    """The memory of the device that engines run on; None where nobody tells.
+def device_memory(own_bytes: int = 0, device: jax.Device | None = None) -> DeviceMemory | None:
+    """The memory of the device that an engine runs on; None where nobody tells.
 
     Of a GPU it is what JAX may have: XLA_PYTHON_CLIENT_MEM_FRACTION of the card, 0.75 by default,
     and less where other processes hold so much of the card that this is no longer there.
 
     Args:
         own_bytes: Of arrays on the device that the engine counts as its own.
+        device: None: JAX's default one.
     """
-    device = jax.devices()[0]
+    device = device or default_device()
     stats = device.memory_stats()
     if stats and "bytes_limit" in stats:
         limit, pool = stats["bytes_limit"], stats.get("pool_bytes", 0)

@@ -136,7 +136,9 @@ class Program:
     def compile(self, *args: Any) -> jax.stages.Compiled:
         """What a call with such arguments runs; arrays may be shapes, and nothing is donated."""
         leaves, tree = jax.tree.flatten(args)
-        key = tree, tuple([(leaf.shape, leaf.dtype) for leaf in leaves])
+        # All lie where the first does, but for those that come from the host.
+        where = next((leaf.sharding for leaf in leaves if hasattr(leaf, "sharding")), None)
+        key = tree, where, tuple([(leaf.shape, leaf.dtype) for leaf in leaves])
         compiled = self._compiled.get(key)
         if compiled is None:
             start_s = time.perf_counter()

@@ -13,6 +13,7 @@ from flax import linen as nn
 from folojax.attention import kernels_of
 from folojax.backend import Backend, choose_backend
 from folojax.backend.device_memory import device_memory
+from folojax.backend.devices import device_of
 from folojax.backend.swap_cost import min_swap_tokens
 from folojax.compile.mapped_memory import give_back_memory
 from folojax.compile.memory_plan import MemoryPlan, plan_fraction, plan_pages
@@ -77,7 +78,7 @@ def load_model(
 
     Limits and memory are settled before weights are read, which may take long or not fit.
     """
-    backend = choose_backend()
+    backend = choose_backend(device_of(model[1]) if isinstance(model, tuple) else None)
     if config.deterministic:
         backend = backend.deterministic()
     quantization = config.quantization
@@ -157,7 +158,7 @@ def plan_memory(
         max_model_len=resolved.max_model_len,
         temporaries_bytes=step_memory.estimate(setup),
         is_measured=False,
-        device=device_memory(resident_bytes),
+        device=device_memory(resident_bytes, backend.device),
     )
     fraction = config.pool_fraction(backend)
     if fraction is None:

@@ -269,6 +269,7 @@ class Engine:
         """Replaces the model's parameters; the prefix cache is dropped. See `LLM.update_params`."""
         if running not in UPDATE_POLICIES:
             raise ValueError(f"running is {running!r}; it must be one of {list(UPDATE_POLICIES)}")
+        self.runner.backend.check_place(params)
         params = check_same_shapes(self.runner.params, params)
         self.drain()
         if running == "keep":

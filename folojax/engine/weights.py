@@ -17,8 +17,8 @@ _NUM_PROBED = 256
 def check_same_shapes(old: Any, new: Any) -> Any:
     """Returns new parameters as the jitted steps know the old ones.
 
-    JAX arrays are taken as they are, with no copy; others go to the device. A kernel of floats that
-    takes the place of a quantised one is quantised likewise.
+    JAX arrays are taken as they are, with no copy; others go to where the old ones lie. A kernel of
+    floats that takes the place of a quantised one is quantised likewise.
 
     Args:
         old: The parameters that the executables were compiled for.
@@ -103,6 +103,6 @@ def _kind(leaf: Any) -> str:
 
 def _as_known(old: jax.Array, new: Any) -> jax.Array:
     # A weak type would be another executable.
-    if isinstance(new, jax.Array) and new.weak_type == old.weak_type:
-        return new
-    return jnp.asarray(new, dtype=old.dtype)
+    if not isinstance(new, jax.Array):
+        return jax.device_put(new, old.sharding)
+    return new if new.weak_type == old.weak_type else jnp.asarray(new, dtype=old.dtype)

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from jaxtyping import Num
 
+from folojax.backend import Backend
 from folojax.kv.cache import KVCache, KVLayout
 from folojax.kv.page_copies import PageCopies, TakenPages
 from folojax.sched.host_pages import PageLoad, PageSave
@@ -43,19 +44,17 @@ class TokenKV:
 class HostStore:
     """Pages by key, in the memory of the host."""
 
-    def __init__(
-        self, layout: KVLayout, copies: PageCopies, memory_kind: str | None = None
-    ) -> None:
+    def __init__(self, layout: KVLayout, copies: PageCopies, backend: Backend) -> None:
         """An empty one.
 
         Args:
             layout: Of the cache.
             copies: Moves the pages.
-            memory_kind: JAX's name of the memory that holds them; None: they stay where they are.
+            backend: Where these lie, and the memory that holds them.
         """
         self._layout = layout
         self._copies = copies
-        self._memory_kind = memory_kind
+        self._backend = backend
         self._taken: dict[int, list[TakenPages]] = {}
 
     def __len__(self) -> int:
@@ -103,16 +102,17 @@ class HostStore:
                 f"are {dtype}{list(wanted)} [layers, tokens, heads, head dim]: use the engine's "
                 "own model and dtype"
             )
-        self._taken[key] = [self._to_host(write_tokens(kv, layout))]
+        pages = write_tokens(kv, layout)
+        placed = pages._replace(layers=self._backend.place(pages.layers))
+        self._taken[key] = [self._to_host(placed)]
 
     def _to_host(self, pages: TakenPages) -> TakenPages:
-        return self._move(pages, self._memory_kind)
+        return self._move(pages, self._backend.host_memory)
 
     def _move(self, pages: TakenPages, memory_kind: str | None) -> TakenPages:
-        if self._memory_kind is None:
+        if memory_kind is None or self._backend.host_memory is None:
             return pages
-        (device,) = pages.layers[0].devices()
-        sharding = jax.sharding.SingleDeviceSharding(device, memory_kind=memory_kind)
+        sharding = pages.layers[0].sharding.with_memory_kind(memory_kind)
         return pages._replace(layers=jax.device_put(pages.layers, sharding))
 
 
@@ -141,4 +141,4 @@ def write_tokens(kv: TokenKV, layout: KVLayout) -> TakenPages:
     shape = (2, layout.num_layers, num_pages, layout.page_size, *both.shape[3:])
     layers = layout.format.by_token(both.reshape(shape).transpose(1, 2, 0, 3, 4, 5))
     # One group: its size is its own, and so is what `PageCopies.put` compiles for it.
-    return TakenPages(np.arange(num_pages), [jax.numpy.asarray(layer) for layer in layers])
+    return TakenPages(np.arange(num_pages), list(layers))

@@ -78,7 +78,7 @@ class Runner:
         self.stats = RunnerStats()
         self.steps = self.backend.make_steps(setup.model)
         self.copies = PageCopies(self.backend.arrays_per_copy)
-        self.host = HostStore(setup.layout, self.copies, self.backend.host_memory)
+        self.host = HostStore(setup.layout, self.copies, self.backend)
         self.gate = Gate(setup.list_executables(tuple(SamplingClass), True), is_strict)
         self.batch = setup.batch(functions)
         self._slots = SlotStates(setup, functions)
@@ -173,7 +173,7 @@ class Runner:
         self._set_slots(self._slots.compile_edits(self.state.slots))
 
     def _allocate(self) -> EngineState:
-        return self.backend.place(init_state(self.setup.layout, self.setup.num_slots))
+        return self.backend.make(lambda: init_state(self.setup.layout, self.setup.num_slots))
 
     def _set_slots(self, slots: SlotState) -> None:
         self.state = self.state._replace(slots=slots)

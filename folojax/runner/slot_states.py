@@ -28,14 +28,14 @@ class SlotStates:
     def __init__(self, setup: Setup, functions: UserFunctions) -> None:
         self._num_slots, self._vocab_size = setup.num_slots, setup.model.config.vocab_size
         # Committed, as what the sampler returns: others are another input to jit.
-        self._place = setup.backend.place
+        self._make = setup.backend.make
         self._processors = functions.processors
         self._aside: dict[str, ProcessorSlots] = {}
 
     def with_edits(self, slots: SlotState) -> SlotState:
         """The slots with room for edits of logits."""
         if slots.edits is None:
-            edits = self._place(init_edits(self._num_slots, self._vocab_size))
+            edits = self._make(lambda: init_edits(self._num_slots, self._vocab_size))
             slots = slots._replace(edits=edits)
         return slots
 
@@ -79,7 +79,7 @@ class SlotStates:
 
     def _join_processors(self, row: Row, slots: ProcessorSlots | None) -> ProcessorSlots:
         if slots is None:
-            slots = self._place(init_processors(self._processors, self._num_slots))
+            slots = self._make(lambda: init_processors(self._processors, self._num_slots))
         num_outputs = len(row.token_ids) - row.request.num_prompt_tokens
         aside = self._aside.pop(row.request_id, None)
         # One that begins again has nothing behind it.

@@ -180,7 +180,7 @@ def small_device(
     fixed = nbytes(params) + step_memory.slot_bytes(module, 32)
     pages = (NUM_PAGES + 0.5) * setup.layout.bytes_per_page
     device = DeviceMemory(limit_bytes=int(2 * (fixed + pages + measured)))
-    monkeypatch.setattr(build, "device_memory", lambda own_bytes=0: device)
+    monkeypatch.setattr(build, "device_memory", lambda own_bytes=0, where=None: device)
     monkeypatch.setattr(step_memory, "measure", lambda *args, **options: measured)
     return device
 
@@ -231,7 +231,7 @@ def test_weights_are_counted_before_they_are_read(
 ) -> None:
     monkeypatch.setattr(build, "load_params", never)
     device = DeviceMemory(limit_bytes=nbytes(tiny_model[1]))
-    monkeypatch.setattr(build, "device_memory", lambda own_bytes=0: device)
+    monkeypatch.setattr(build, "device_memory", lambda own_bytes=0, where=None: device)
     with pytest.raises(ValueError, match="not enough memory") as info:
         LLM(tiny_directory, dtype="float32", **OPTIONS, num_pages=NUM_PAGES)
     assert f"{nbytes(tiny_model[1]) / 2**10:.1f} KiB for weights" in str(info.value)
@@ -345,9 +345,8 @@ def test_what_others_hold_of_a_gpu_counts(
     free: int | None,
     expected: tuple[int, int],
 ) -> None:
-    device = types.SimpleNamespace(platform="gpu", memory_stats=lambda: stats)
-    monkeypatch.setattr("folojax.backend.device_memory.jax.devices", lambda: [device])
+    device: Any = types.SimpleNamespace(platform="gpu", memory_stats=lambda: stats)
     monkeypatch.setattr("folojax.backend.device_memory._free_bytes", lambda device: free)
-    found = device_memory(own_bytes=10)
+    found = device_memory(10, device)
     assert found is not None
     assert (found.limit_bytes, found.used_bytes) == expected

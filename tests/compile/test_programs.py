@@ -56,7 +56,7 @@ def test_static_arguments_choose_the_program(counted: Any) -> None:
 def test_what_is_compiled_for_shapes_is_what_a_call_runs(counted: Any) -> None:
     counter, programs = counted
     program, compiling = programs.of(factor=1), Compiling()
-    shape = jax.ShapeDtypeStruct((4,), jnp.float32)
+    shape = jax.ShapeDtypeStruct((4,), jnp.float32, sharding=jnp.ones(4).sharding)
     found = compiling(program, (shape, shape))
     assert (found["sum"].shape, found["sum"].dtype) == ((4,), jnp.float32)
     assert counter.count == 1

@@ -138,7 +138,7 @@ def make_layout(
 
 
 def make_store(layout: KVLayout, backend: Backend = CPU) -> HostStore:
-    return HostStore(layout, PageCopies(backend.arrays_per_copy), backend.host_memory)
+    return HostStore(layout, PageCopies(backend.arrays_per_copy), backend)
 
 
 def fill(layout: KVLayout, pages: list[int], kv: TokenKV) -> KVCache:

@@ -105,7 +105,7 @@ WHOLE = dataclasses.replace(
 @pytest.fixture
 def whole_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Engines that are made have whole steps."""
-    monkeypatch.setattr(build, "choose_backend", lambda: WHOLE)
+    monkeypatch.setattr(build, "choose_backend", lambda device: WHOLE)
 
 
 def test_an_engine_of_whole_steps_lists_few_executables(

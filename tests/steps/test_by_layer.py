@@ -171,7 +171,7 @@ def as_whole(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Engines that are made from then on run whole steps."""
 
     def choose() -> None:
-        monkeypatch.setattr(build, "choose_backend", lambda: WHOLE)
+        monkeypatch.setattr(build, "choose_backend", lambda device: WHOLE)
 
     return choose
 
