@@ -40,9 +40,7 @@ def attend(
     cache = write(cache, layer, placement.page, placement.offset, key, value)
     spec = AttentionSpec(query.dtype, cache.dtype, query.shape[-1], cache.format, scoring)
     _, kernel = choose_kernel(spec)
-    queries, keys, values = (placement.by_row(one) for one in (query, key, value))
-    out = kernel.attend(queries, keys, values, cache.layers[layer], placement, spec)
-    return cache, placement.by_token(out)
+    return cache, kernel.attend(query, key, value, cache.layers[layer], placement, spec)
 
 
 def kernels_of(

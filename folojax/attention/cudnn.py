@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
 
 from folojax.attention.interface import AttentionSpec
-from folojax.kv.cache import finite_values
+from folojax.attention.row_layout import Part, join, lay_out
 from folojax.kv.placement import Placement
 
 _ARGUMENTS = (
@@ -87,19 +87,19 @@ class _CuDNN:
 
     def attend(
         self,
-        query: Float[Array, "R C H D"],
-        key: Float[Array, "R C K D"],
-        value: Float[Array, "R C K D"],
+        query: Float[Array, "T H D"],
+        key: Float[Array, "T K D"],
+        value: Float[Array, "T K D"],
         pages: Num[Array, "P 2 S K D"],
         placement: Placement,
         spec: AttentionSpec,
-    ) -> Float[Array, "R C H D"]:
+    ) -> Float[Array, "T H D"]:
         """As `Kernel.attend`; one call for single tokens, two for chunks."""
         scale = spec.scoring.scale
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         window = spec.scoring.window
-        if query.shape[1] == 1:
-            return _attend_pages(query, pages, placement, 1, window, scale)
+        if placement.columns == 1:
+            return _attend_pages(query[:, None], pages, placement, 1, window, scale)[:, 0]
         return _attend_chunk(query, key, value, pages, placement, window, scale)
 
 
@@ -142,21 +142,20 @@ def _attend_pages(
 
 
 def _attend_chunk(
-    query: Float[Array, "R C H D"],
-    key: Float[Array, "R C K D"],
-    value: Float[Array, "R C K D"],
+    query: Float[Array, "T H D"],
+    key: Float[Array, "T K D"],
+    value: Float[Array, "T K D"],
     pages: Num[Array, "P 2 S K D"],
     placement: Placement,
     window: int | None,
     scale: float,
-) -> Float[Array, "R C H D"]:
-    columns = query.shape[1]
-    # Later tokens are masked by a weight of zero, too.
-    key, value = finite_values(key, value)
-    own, own_mass = _call(
-        query,
-        key,
-        value,
+) -> Float[Array, "T H D"]:
+    queries, keys, values = lay_out(query, key, value, placement)
+    columns = queries.shape[1]
+    own = _call(
+        queries,
+        keys,
+        values,
         (placement.length, placement.length),
         None,
         None,
@@ -165,23 +164,8 @@ def _attend_chunk(
         window=window if window is not None and window < columns else None,
         has_mass=True,
     )
-    before, mass = _attend_pages(query, pages, placement, 0, window, scale, has_mass=True)
-    # [R, H, C] to [R, C, H, 1]
-    own_mass, mass = (one.swapaxes(1, 2)[..., None] for one in (own_mass, mass))
-
-    def wide(x: Array) -> Array:
-        return x[:, None, None, None]
-
-    # A window of one token sees nothing before the chunk.
-    is_behind = (placement.first > 0) & (window != 1)
-    mass = jnp.where(wide(is_behind), mass, -jnp.inf)
-    most = jnp.maximum(own_mass, mass)
-    own_weight, weight = jnp.exp(own_mass - most), jnp.exp(mass - most)
-    # Of no pages there is no result, of padding neither; 0 times whatever stands there may be NaN.
-    before = jnp.where(weight > 0, before.astype(jnp.float32), 0.0)
-    out = (own.astype(jnp.float32) * own_weight + before * weight) / (own_weight + weight)
-    is_real = jnp.arange(columns)[None, :] < placement.length[:, None]
-    return jnp.where(is_real[:, :, None, None], out, 0.0).astype(query.dtype)
+    before = _attend_pages(queries, pages, placement, 0, window, scale, has_mass=True)
+    return join(Part(*own), Part(*before), placement, window)
 
 
 def _shift(table: Int[Array, "R N"], skipped: Int[Array, " R"], width: int) -> Int[Array, "R W"]:

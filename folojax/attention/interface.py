@@ -33,13 +33,13 @@ class Kernel(Protocol):
 
     def attend(
         self,
-        query: Float[Array, "R C H D"],
-        key: Float[Array, "R C K D"],
-        value: Float[Array, "R C K D"],
+        query: Float[Array, "T H D"],
+        key: Float[Array, "T K D"],
+        value: Float[Array, "T K D"],
         pages: Num[Array, "P 2 _ _ D"],
         placement: Placement,
         spec: AttentionSpec,
-    ) -> Float[Array, "R C H D"]:
+    ) -> Float[Array, "T H D"]:
         """Causal attention of every row's tokens to its pages, softmax in float32.
 
         Args:

@@ -46,34 +46,35 @@ class _Native:
 
     def attend(
         self,
-        query: Float[Array, "R C H D"],
-        key: Float[Array, "R C K D"],
-        value: Float[Array, "R C K D"],
+        query: Float[Array, "T H D"],
+        key: Float[Array, "T K D"],
+        value: Float[Array, "T K D"],
         pages: Num[Array, "P 2 K S D"],
         placement: Placement,
         spec: AttentionSpec,
-    ) -> Float[Array, "R C H D"]:
+    ) -> Float[Array, "T H D"]:
         """As `Kernel.attend`; zeros for tokens of padding."""
         del key, value
-        rows, _, heads, dim = query.shape
+        queries = placement.by_row(query)
+        rows, _, heads, dim = queries.shape
         num_pages, _, kv_heads, size, _ = pages.shape
         chex.assert_shape(pages, (num_pages, 2, kv_heads, size, dim))
         chex.assert_shape(placement.page_table, (rows, None))
         chex.assert_shape([placement.first, placement.length], (rows,))
         chex.assert_is_divisible(heads, kv_heads)
         call = jax.ffi.ffi_call(
-            _NAME, jax.ShapeDtypeStruct(query.shape, jnp.float32), vmap_method="sequential"
+            _NAME, jax.ShapeDtypeStruct(queries.shape, jnp.float32), vmap_method="sequential"
         )
         of_rows = placement.page_table, placement.first, placement.length
         scoring = spec.scoring
         out = call(
-            query.astype(jnp.float32),
+            queries.astype(jnp.float32),
             pages,
             *(one.astype(jnp.int32) for one in of_rows),
             scale=np.float32(dim**-0.5 if scoring.scale is None else scoring.scale),
             window=np.int64(_UNBOUNDED if scoring.window is None else scoring.window),
         )
-        return out.astype(query.dtype)
+        return placement.by_token(out.astype(query.dtype))
 
 
 KERNEL = _Native()

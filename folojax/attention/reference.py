@@ -51,20 +51,21 @@ class _Reference:
 
     def attend(
         self,
-        query: Float[Array, "R C H D"],
-        key: Float[Array, "R C K D"],
-        value: Float[Array, "R C K D"],
+        query: Float[Array, "T H D"],
+        key: Float[Array, "T K D"],
+        value: Float[Array, "T K D"],
         pages: Num[Array, "P 2 _ _ D"],
         placement: Placement,
         spec: AttentionSpec,
-    ) -> Float[Array, "R C H D"]:
+    ) -> Float[Array, "T H D"]:
         """As `Kernel.attend`, computed in the dtype of the pages, or of the queries if alike."""
         del value
-        rows, columns, heads, dim = query.shape
-        kv_heads, size = key.shape[2], spec.page_format.page_size
+        queries = placement.by_row(query)
+        rows, columns, heads, dim = queries.shape
+        kv_heads, size = key.shape[1], spec.page_format.page_size
         groups = heads // kv_heads
         dtype = query.dtype if self._is_alike else pages.dtype
-        grouped = query.astype(dtype).reshape(rows, columns, kv_heads, groups, dim)
+        grouped = queries.astype(dtype).reshape(rows, columns, kv_heads, groups, dim)
         grouped = grouped.transpose(0, 2, 3, 1, 4).reshape(rows * kv_heads, groups * columns, dim)
         product = _product(grouped, spec, self._is_alike)
         is_by_page = self._is_alike or spec.page_format.order == "heads"
@@ -105,7 +106,7 @@ class _Reference:
         # Rows of padding see nothing.
         out = sums.value / jnp.maximum(sums.total, jnp.finfo(jnp.float32).tiny)[..., None]
         out = out.reshape(rows, kv_heads, groups, columns, dim).transpose(0, 3, 1, 2, 4)
-        return out.reshape(query.shape).astype(query.dtype)
+        return placement.by_token(out.reshape(queries.shape).astype(query.dtype))
 
 
 KERNEL = _Reference(is_alike=False)

@@ -26,6 +26,13 @@ class Placement(NamedTuple):
     source: Int[Array, " T"] | None = None  # of each token, where it is among the R * C
     place: Int[Array, "R C"] | None = None  # the inverse; of padding, that of some other token
 
+    @property
+    def columns(self) -> int:
+        """C, tokens of a row."""
+        return (
+            self.page.shape[0] // self.first.shape[0] if self.place is None else self.place.shape[1]
+        )
+
     def by_row(self, tokens: Array) -> Array:
         """Lays an array of tokens, [T, ...], out by rows, [R, C, ...]; padding holds anything."""
         if self.place is None:

@@ -12,6 +12,7 @@ Axes: N tokens, E width of the stream, H query heads, K key heads, D head dimens
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -97,7 +98,7 @@ def norm_rotate(
 ) -> tuple[Float[Array, "N H D"], Float[Array, "N K D"]]:
     """Queries and keys of `qkv`, normed and rotated, as one kernel."""
     num_rows, _, head_dim = qkv.shape
-    together = next(n for n in (8, 4, 2, 1) if num_heads % n == 0 and num_kv_heads % n == 0)
+    together = most_together(8, num_heads, num_kv_heads)
     return pl.pallas_call(
         functools.partial(_norm_rotate, eps=eps, num_heads=num_heads, together=together),
         grid=(num_rows, (num_heads + num_kv_heads) // together),
@@ -158,6 +159,11 @@ def _weighed(normed: Any, weight: Any) -> Any:
     """Rounded before the weight and after it, as `rms_norm` does."""
     rounded = normed.astype(weight.dtype).astype(jnp.float32)
     return (rounded * weight.astype(jnp.float32)).astype(weight.dtype)
+
+
+def most_together(most: int, *counts: int) -> int:
+    """The largest power of two up to `most` that divides all counts."""
+    return math.gcd(most, *counts)
 
 
 def _power(size: int) -> int:

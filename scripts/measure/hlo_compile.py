@@ -107,9 +107,9 @@ class Steps:
         """The decode step, with its sampling."""
         return self._compile(Executable("decode", rows, spec=spec))
 
-    def prefill(self, rows: int, columns: int) -> Compiled:
+    def prefill(self, rows: int, columns: int, most_tokens: int) -> Compiled:
         """The prefill step."""
-        return self._compile(Executable("prefill", rows, columns))
+        return self._compile(Executable("prefill", rows, columns, most_tokens=most_tokens))
 
     def _compile(self, one: Executable) -> Compiled:
         lowered: list[Any] = []

@@ -70,6 +70,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--pool-gb", type=float, default=100.0, help="size of the cache")
     add("--prefill-rows", type=int, default=8, help="rows of a prefill call")
     add("--prefill-columns", type=int, default=128, help="tokens of such a row")
+    add("--prefill-tokens", type=int, default=4096, help="most tokens of such a call")
     add("--target", type=Path, default=TARGET, help="description of another card")
     add("--check", action="store_true", help="exit code 1 if decode breaks a rule")
     add("--text", type=Path, metavar="DIR", help="write the thunks of each program there")
@@ -97,7 +98,7 @@ def inspect(args: argparse.Namespace, device: Any) -> Iterator[dict[str, Any]]:
     for call in args.calls:
         for rows in [args.prefill_rows] if call == "prefill" else args.rows:
             if call == "prefill":
-                compiled = steps.prefill(rows, args.prefill_columns)
+                compiled = steps.prefill(rows, args.prefill_columns, args.prefill_tokens)
             else:
                 compiled = steps.decode(rows, SamplingSpec(_DECODE[call]))
             if args.text is not None:

@@ -68,8 +68,10 @@ def _attend(
     spec = AttentionSpec(query.dtype, cache.dtype, query.shape[-1], cache.format, scoring)
     assert KERNELS[name].refusal(spec) is None
     # No more than the shape of these is read.
-    own = query[:, :, : cache.layers[0].shape[2]]
-    return KERNELS[name].attend(query, own, own, cache.layers[0], placement, spec)
+    flat = query.reshape(-1, *query.shape[2:])
+    own = flat[:, : cache.layers[0].shape[2]]
+    out = KERNELS[name].attend(flat, own, own, cache.layers[0], placement, spec)
+    return out.reshape(query.shape)
 
 
 def make_placement(
@@ -238,9 +240,8 @@ def test_nothing_is_copied() -> None:
         placement, _ = place_tokens(cache, table, row, row * 0 + 1, 1)
         new = query[:, 0, : shape.kv_heads]
         cache = kv.cache.write(cache, 0, placement.page, placement.offset, new, new)
-        spec = make_spec(shape)
-        own = new[:, None]
-        return cache, KERNELS["native"].attend(query, own, own, cache.layers[0], placement, spec)
+        spec, last = make_spec(shape), cache.layers[0]
+        return cache, KERNELS["native"].attend(query[:, 0], new, new, last, placement, spec)
 
     compiled = jax.jit(step, donate_argnums=0).lower(cache, query).compile()
     analysis: Any = compiled.memory_analysis()
