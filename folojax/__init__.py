@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from folojax.engine.snapshot import load_snapshot as load_snapshot
     from folojax.kv import KVLayout as KVLayout
     from folojax.llm import LLM as LLM
+    from folojax.llm_engine import EngineArgs as EngineArgs
+    from folojax.llm_engine import LLMEngine as LLMEngine
     from folojax.requests.outputs import BatchMetrics as BatchMetrics
     from folojax.requests.outputs import CompletionOutput as CompletionOutput
     from folojax.requests.outputs import Logprob as Logprob
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     from folojax.requests.outputs import ScoreOutput as ScoreOutput
     from folojax.requests.outputs import batch_metrics as batch_metrics
     from folojax.requests.prompts import Prompt as Prompt
+    from folojax.requests.prompts import TextPrompt as TextPrompt
+    from folojax.requests.prompts import TokensPrompt as TokensPrompt
     from folojax.requests.sampling_params import SamplingParams as SamplingParams
     from folojax.sampling.logits_processors import LogitsProcessor as LogitsProcessor
     from folojax.sampling.logits_processors import RequestState as RequestState
@@ -64,11 +68,12 @@ _NAMES = {
     "engine.snapshot": "Snapshot load_snapshot",
     "kv": "KVLayout",
     "llm": "LLM",
+    "llm_engine": "EngineArgs LLMEngine",
     "requests.outputs": (
         "BatchMetrics CompletionOutput Logprob LogprobRecord RequestMetrics RequestOutput "
         "ScoreOutput batch_metrics"
     ),
-    "requests.prompts": "Prompt",
+    "requests.prompts": "Prompt TextPrompt TokensPrompt",
     "requests.sampling_params": "SamplingParams",
     "sampling.logits_processors": "LogitsProcessor RequestState",
     "sampling.rows": "SampleInputs SamplingRows SlotState StepOutput TokenScores greedy_rows",
@@ -91,6 +96,10 @@ __all__ = sorted(_HOMES)
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
+        from folojax.requests.vllm_names import IMPORTS
+
+        if name in IMPORTS:
+            raise ImportError(f"{name} of vLLM is not here: {IMPORTS[name]}")
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f"folojax.{_HOMES[name]}"), name)
     globals()[name] = value

@@ -59,7 +59,8 @@ class EngineConfig:
         temporaries, and by what others hold, such as a training process's arrays; vLLM's
         gpu_memory_utilization. None is 0.9 on a GPU, of what JAX may have of it
         (XLA_PYTHON_CLIENT_MEM_FRACTION, 0.75 by default), and nothing on CPU, whose memory is not
-        ours alone.""",
+        ours alone: there the pool is also never larger than `max_num_seqs` requests of
+        `max_model_len` tokens can use.""",
         above=0,
         at_most=1,
     )
@@ -225,6 +226,11 @@ class ResolvedConfig(EngineConfig):
     num_pages: int
     prefill_row_len: int
     min_swap_tokens: int
+
+    @property
+    def most_running_pages(self) -> int:
+        """Pages of all requests that can run at once, if each is as long as may be."""
+        return self.max_num_seqs * pages_for(self.max_model_len, self.page_size)
 
     def scheduler(self) -> SchedulerConfig:
         """The scheduler's part."""

@@ -4,7 +4,7 @@ import itertools
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias, TypedDict, Unpack
+from typing import Any, TypeAlias, Unpack
 
 from flax import linen as nn
 
@@ -12,6 +12,7 @@ from folojax.backend.compilation_cache import enable_compilation_cache
 from folojax.backend.devices import outside_meshes
 from folojax.config import EngineConfig, EngineOptions
 from folojax.engine.build import (
+    DType,
     default_params,
     find_tokenizer,
     load_model,
@@ -19,11 +20,11 @@ from folojax.engine.build import (
     make_engine,
 )
 from folojax.engine.live_request import LiveGeneration
-from folojax.engine.metrics import EngineMetrics
 from folojax.engine.request_loop import RequestLoop
 from folojax.engine.shared_engine import exclusive
 from folojax.models.core.config import ModelConfig
 from folojax.models.files.save import save_pretrained
+from folojax.requests.call_options import ChatOptions, GenerateOptions
 from folojax.requests.continuations import pair_continuations
 from folojax.requests.outputs import RequestOutput, ScoreOutput
 from folojax.requests.prompts import (
@@ -32,9 +33,11 @@ from folojax.requests.prompts import (
     each_named,
     params_per_prompt,
     parse_prompts,
+    priority_per_prompt,
 )
 from folojax.requests.sampling_params import SamplingParams
 from folojax.requests.user_functions import UserFunctions
+from folojax.requests.vllm_names import CALL_ARGUMENTS, own_names, prompts_of
 from folojax.runner.compile_plan import CompilePlan
 from folojax.runner.warm_up import list_compile_plan, warm_up
 from folojax.sampling.logits_processors import LogitsProcessor
@@ -50,16 +53,6 @@ Params: TypeAlias = SamplingParams | Sequence[SamplingParams] | None
 Message: TypeAlias = Mapping[str, Any]
 
 
-class TemplateOptions(TypedDict, total=False):
-    """The keywords of `LLM.render_chat`, which `LLM.chat` hands on."""
-
-    chat_template: str | None
-    add_generation_prompt: bool
-    continue_final_message: bool
-    tools: Sequence[Any] | None
-    chat_template_kwargs: Mapping[str, Any] | None
-
-
 class LLM(RequestLoop):
     """A model, its tokenizer and an engine.
 
@@ -67,19 +60,20 @@ class LLM(RequestLoop):
         model: A directory (config.json and safetensors), a .gguf file, a Hub name, or a pair
             (module, params) that is already in memory, on one device, where the engine then runs;
             None is the embedded default, SmolLM2-135M-Instruct.
-        tokenizer: A directory or a transformers tokenizer; None takes the model's own. A pair in
-            memory has none: without one, prompts are token ids and there is no text.
-        dtype: "float32", "bfloat16", "float16", or "auto": float32 on CPU, bfloat16 elsewhere.
-            A pair in memory keeps its own.
+        tokenizer: A directory or a transformers tokenizer; None takes the model's own, if it has
+            one. Without, prompts are token ids and there is no text.
+        dtype: "float32", "bfloat16", "float16" or such a dtype of NumPy, JAX or PyTorch; "auto" is
+            float32 on CPU, bfloat16 elsewhere. A pair in memory keeps its own.
         config: Limits and sizes; or give its fields as keywords.
         revision: Branch, tag or commit of a Hub model.
         trust_remote_code: Only False: code that ships with a model is never run.
+        skip_tokenizer_init: Leaves the model's tokenizer alone; its end tokens still count.
         logits_processors: Functions that requests may name, compiled into the sampler.
         activation_edits: Functions of the residual stream that requests may name, compiled into
             the model's step.
         activation_taps: Layers, from 0, behind which the residual stream is returned to requests
             that ask for `activations`.
-        **fields: Fields of EngineConfig.
+        **fields: Fields of EngineConfig, or vLLM's arguments (docs/coming_from_vllm.md).
 
     Attributes:
         config: The limits and sizes, nothing left open.
@@ -98,10 +92,11 @@ class LLM(RequestLoop):
         model: str | os.PathLike[str] | tuple[nn.Module, Any] | None = None,
         tokenizer: str | os.PathLike[str] | Any | None = None,
         *,
-        dtype: str = "auto",
+        dtype: DType = "auto",
         config: EngineConfig | None = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
+        skip_tokenizer_init: bool = False,
         logits_processors: Sequence[LogitsProcessor] = (),
         activation_edits: Sequence[ActivationEdit] = (),
         activation_taps: Sequence[int] = (),
@@ -119,7 +114,8 @@ class LLM(RequestLoop):
             loaded = load_model(model, dtype, revision, config)
             self.config, self.memory_plan = loaded.config, loaded.memory_plan
             _LOG.info("%s", self.memory_plan)
-            engine = make_engine(loaded, find_tokenizer(tokenizer, loaded.checkpoint), functions)
+            found = None if skip_tokenizer_init else find_tokenizer(tokenizer, loaded.checkpoint)
+            engine = make_engine(loaded, found, functions)
             if self.config.warm_up:
                 warm_up(engine.runner, _USUAL_SAMPLING, has_logprobs=False, is_shown=True)
         super().__init__(engine, default_params(loaded.checkpoint))
@@ -128,9 +124,12 @@ class LLM(RequestLoop):
 
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: Prompt | Sequence[Prompt] | None = None,
         sampling_params: Params = None,
         use_tqdm: bool | Callable[..., Any] = True,
+        *,
+        priority: Sequence[int] | None = None,
+        **others: Unpack[GenerateOptions],
     ) -> list[RequestOutput]:
         """Continues prompts, all in one continuous batch.
 
@@ -142,6 +141,8 @@ class LLM(RequestLoop):
                 {"prompt_token_ids": ...}.
             sampling_params: One for all, one for each, or None for the model's own defaults.
             use_tqdm: Shows a progress bar on a terminal; or what makes the bar, called as tqdm is.
+            priority: One for each prompt, as in `add_request`.
+            **others: What vLLM's method takes; prompt_token_ids may stand in place of prompts.
 
         Returns:
             One output for each prompt, in order.
@@ -150,7 +151,9 @@ class LLM(RequestLoop):
             ValueError: a prompt or its parameters are refused.
             RuntimeError: the engine sleeps.
         """
-        requests = self._make_requests("generate", prompts, sampling_params)
+        if others:
+            prompts = prompts_of(prompts, others)
+        requests = self._make_requests("generate", prompts, sampling_params, priority)
         return self._shared.wait(requests, use_tqdm)
 
     def chat(
@@ -158,7 +161,9 @@ class LLM(RequestLoop):
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         sampling_params: Params = None,
         use_tqdm: bool | Callable[..., Any] = True,
-        **template: Unpack[TemplateOptions],
+        *,
+        priority: Sequence[int] | None = None,
+        **template: Unpack[ChatOptions],
     ) -> list[RequestOutput]:
         """Answers conversations: renders the chat template, then generates.
 
@@ -166,18 +171,18 @@ class LLM(RequestLoop):
             messages: One conversation, or a list of them; a message has "role" and "content".
             sampling_params: As in `generate`.
             use_tqdm: As in `generate`.
-            **template: As in `render_chat`.
+            priority: As in `generate`, one for each conversation.
+            **template: As in `render_chat`; and what vLLM's method takes.
 
         Raises:
             ValueError: as in `render_chat` or `generate`.
             RuntimeError: the engine sleeps.
         """
+        options: Any = own_names(template, CALL_ARGUMENTS)
         prompts = each_named(
-            "conversation",
-            conversations(messages),
-            lambda one: self.render_chat(one, **template),
+            "conversation", conversations(messages), lambda one: self.render_chat(one, **options)
         )
-        return self.generate(prompts, sampling_params, use_tqdm)
+        return self.generate(prompts, sampling_params, use_tqdm, priority=priority)
 
     @exclusive
     def render_chat(
@@ -188,6 +193,7 @@ class LLM(RequestLoop):
         continue_final_message: bool = False,
         tools: Sequence[Any] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        chat_template_content_format: str = "auto",
     ) -> Prompt:
         """The prompt of one conversation, as `generate` takes it: what `chat` would continue.
 
@@ -199,6 +205,8 @@ class LLM(RequestLoop):
                 `add_generation_prompt` must be False.
             tools: Functions or JSON schemas, for templates that know them.
             chat_template_kwargs: Further variables of the template.
+            chat_template_content_format: "string" joins contents that are lists of parts, "openai"
+                gives the template parts always; "auto" tries out what it knows.
 
         Raises:
             ValueError: there is no tokenizer or no template, or it fails.
@@ -209,6 +217,7 @@ class LLM(RequestLoop):
         text = tokenizer.render_chat(
             messages,
             chat_template,
+            chat_template_content_format,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             tools=tools,
@@ -318,15 +327,6 @@ class LLM(RequestLoop):
         """Whether `chat` needs no template to be given."""
         return self.engine.tokenizer is not None and self.engine.tokenizer.has_chat_template
 
-    def get_tokenizer(self) -> Any:
-        """The transformers tokenizer; None if there is none."""
-        return self.engine.tokenizer.hf if self.engine.tokenizer else None
-
-    @exclusive
-    def metrics(self) -> EngineMetrics:
-        """Counts as they stand now."""
-        return self.engine.metrics()
-
     @exclusive
     def plan(
         self,
@@ -369,16 +369,17 @@ class LLM(RequestLoop):
 
     @exclusive
     def _make_requests(
-        self, kind: str, prompts: Prompt | Sequence[Prompt], sampling_params: Params
+        self, kind: str, prompts: Any, sampling_params: Params, priority: Any = None
     ) -> list[LiveGeneration]:
         """Parses and checks the prompts of a call; nothing is queued yet."""
         parsed = parse_prompts(prompts, self.engine.tokenizer)
         params = params_per_prompt(sampling_params, len(parsed), self.default_params)
+        priorities = priority_per_prompt(priority, len(parsed))
         return each_named(
             "prompt",
-            list(zip(parsed, params, strict=True)),
-            lambda pair: self.engine.make_request(
-                self._draw_id(kind), *pair, is_streamed=kind == "stream"
+            list(zip(parsed, params, priorities, strict=True)),
+            lambda one: self.engine.make_request(
+                self._draw_id(kind), *one, is_streamed=kind == "stream"
             ),
         )
 

@@ -273,10 +273,7 @@ CASES: dict[str, tuple[Change, str]] = {
     "generation: temperature": (_generation(temperature=-3.0), "temperature is -3"),
     "tokenizer: no JSON": (_text("tokenizer.json", "{"), "no tokenizer could be loaded"),
     "tokenizer: another JSON": (_text("tokenizer.json", '{"a": 1}'), "no tokenizer could be"),
-    "tokenizer: none": (
-        _no_tokenizer,
-        "no tokenizer could be loaded",
-    ),
+    "tokenizer: none": (_no_tokenizer, "chat needs a tokenizer: pass tokenizer="),
     "tokenizer: its own code": (
         _code(
             "tokenizer_config.json",

@@ -3,7 +3,20 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from folojax import LLM, BatchMetrics, EngineConfig, RequestOutput, SamplingParams, batch_metrics
+import numpy as np
+
+from folojax import (
+    LLM,
+    BatchMetrics,
+    EngineArgs,
+    EngineConfig,
+    LLMEngine,
+    RequestOutput,
+    SamplingParams,
+    TextPrompt,
+    TokensPrompt,
+    batch_metrics,
+)
 from folojax.jsonl.file_job import JsonlJob, Summary
 from folojax.jsonl.output_file import open_output
 from folojax.requests.prompts import Prompt
@@ -28,6 +41,21 @@ def parameters() -> list[SamplingParams]:
         SamplingParams(logit_bias={5: -100.0}, allowed_token_ids=[5, 6], bad_words=["no"]),
         SamplingParams(logprobs=5, prompt_logprobs=0, min_tokens=2, stop_token_ids={2}),
     ]
+
+
+def as_with_vllm(llm: LLM) -> None:
+    params = llm.get_default_sampling_params().clone()
+    params.max_tokens = 5
+    params.stop = "a"
+    prompts = [TokensPrompt(prompt_token_ids=[1, 2]), TokensPrompt(prompt_token_ids=[3])]
+    llm.generate(prompts, params, priority=[1, 0], lora_request=None)
+    llm.generate(TextPrompt(prompt="text"), SamplingParams.from_optional(n=None))
+    llm.generate(prompt_token_ids=[[1, 2]], sampling_params=params)
+    messages = [{"role": "user", "content": "Hi"}]
+    llm.chat(messages, params, priority=[0], chat_template_content_format="string")
+    llm.wake_up(tags=["kv_cache"])
+    LLM(dtype=np.float32, skip_tokenizer_init=True, gpu_memory_utilization=0.5)
+    LLMEngine.from_engine_args(EngineArgs(model="gpt2")).add_request("a", "text", params)
 
 
 def texts(llm: LLM, prompts: Sequence[str], params: SamplingParams) -> list[str]:

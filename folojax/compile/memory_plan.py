@@ -38,6 +38,7 @@ class MemoryPlan:
     """Whether the temporaries are those of compiled steps. Otherwise they are a generous bound,
     which was enough to see that all fits."""
     device: DeviceMemory | None  # None: its memory is unknown, and nothing was checked
+    is_capped: bool = False  # whether there was memory for more pages than requests can use
 
     @property
     def pages_bytes(self) -> int:
@@ -62,12 +63,13 @@ class MemoryPlan:
     def __str__(self) -> str:
         bound = "" if self.is_measured else "at most "
         limit = "unknown" if self.device is None else show_bytes(self.device.limit_bytes)
+        capped = ", all that max_num_seqs can use of memory_fraction" if self.is_capped else ""
         return (
             f"memory: weights {show_bytes(self.weights_bytes)}; {self.num_pages:,} pages of "
             f"{show_bytes(self.bytes_per_page)} {show_bytes(self.pages_bytes)}, room for "
             f"{self.num_tokens:,} tokens or {self.num_longest_requests:,} requests of "
-            f"{self.max_model_len:,}; slots {show_bytes(self.slots_bytes)}; temporaries {bound}"
-            f"{show_bytes(self.temporaries_bytes)}; device {limit}"
+            f"{self.max_model_len:,}{capped}; slots {show_bytes(self.slots_bytes)}; temporaries "
+            f"{bound}{show_bytes(self.temporaries_bytes)}; device {limit}"
         )
 
 
@@ -100,7 +102,10 @@ def plan_pages(
 
 
 def plan_fraction(
-    least: MemoryPlan, measure: Callable[[int], int] | None, fraction: float
+    least: MemoryPlan,
+    measure: Callable[[int], int] | None,
+    fraction: float,
+    most_pages: int | None = None,
 ) -> MemoryPlan:
     """Takes as many pages as a share of the device holds beside all else that is in it.
 
@@ -113,6 +118,7 @@ def plan_fraction(
         measure: Temporaries by number of pages, from compiled steps; None: the bound will do.
         fraction: Of the device's memory, that may be in use in all: by others, and by weights,
             pages and temporaries.
+        most_pages: That are of any use; None: all are.
 
     Raises:
         ValueError: Not even the smallest pool fits, or the device's memory is unknown.
@@ -130,16 +136,23 @@ def plan_fraction(
         return (available - fixed - temporaries) // least.bytes_per_page
 
     most = pages_beside(0)
+    bounded = pages_beside(least.temporaries_bytes)
+    if most_pages is not None and bounded > most_pages:
+        return dataclasses.replace(least, num_pages=most_pages, is_capped=True)
     if measure is None:
-        num_pages = max(pages_beside(least.temporaries_bytes), least.num_pages)
-        least = dataclasses.replace(least, num_pages=num_pages)
+        least = dataclasses.replace(least, num_pages=max(bounded, least.num_pages))
     elif most >= least.num_pages:
+        most = most if most_pages is None else min(most, most_pages)
         temporaries = measure(most)
-        num_pages = pages_beside(temporaries)
+        num_pages = min(most, pages_beside(temporaries))
         if num_pages < least.num_pages:
             num_pages, temporaries = least.num_pages, measure(least.num_pages)
         least = dataclasses.replace(
-            least, num_pages=num_pages, temporaries_bytes=temporaries, is_measured=True
+            least,
+            num_pages=num_pages,
+            temporaries_bytes=temporaries,
+            is_measured=True,
+            is_capped=num_pages == most_pages,
         )
     if least.needed_bytes > available:
         text = f"raise memory_fraction, which is {fraction}; lower max_model_len"

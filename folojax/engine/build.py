@@ -4,7 +4,7 @@ import dataclasses
 import logging
 import math
 import os
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -27,16 +27,36 @@ from folojax.models.quantized.quantize import is_quantized, quantization_of, qua
 from folojax.requests.sampling_params import SamplingParams
 from folojax.requests.user_functions import NO_FUNCTIONS, UserFunctions
 from folojax.requests.validation import Validator
+from folojax.requests.vllm_names import LLM_ARGUMENTS, own_names
 from folojax.runner import temporaries as step_memory
 from folojax.runner.runner import Runner
 from folojax.runner.setup import Setup
+from folojax.sched.option_fields import options_of
 from folojax.sched.scheduler import Scheduler
 from folojax.text.tokenizer import Tokenizer
-from folojax.text.tokenizer_files import load_tokenizer
+from folojax.text.tokenizer_files import has_tokenizer, load_tokenizer
 
 _LOG = logging.getLogger("folojax")
 
-_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+_DTYPES = {
+    "float32": jnp.float32,
+    "bfloat16": jnp.bfloat16,
+    "float16": jnp.float16,
+    "float": jnp.float32,  # as PyTorch has them for short
+    "half": jnp.float16,
+}
+
+
+class SizedType(Protocol):
+    """A dtype of NumPy or PyTorch."""
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element."""
+
+
+DType: TypeAlias = str | type | SizedType
+"""A name of a dtype, or a dtype of NumPy, JAX or PyTorch."""
 
 
 class LoadedModel(NamedTuple):
@@ -51,26 +71,22 @@ class LoadedModel(NamedTuple):
 
 
 def make_config(config: EngineConfig | None, fields: dict[str, Any]) -> EngineConfig:
-    """Puts single options over a config; ValueError names those that do not exist."""
-    if "gpu_memory_utilization" in fields:
-        if "memory_fraction" in fields:
-            raise ValueError(
-                "memory_fraction and gpu_memory_utilization are two names of the same: give one"
-            )
-        fields["memory_fraction"] = fields.pop("gpu_memory_utilization")
-    # What vLLM's users write out for one device, where it means nothing.
-    if fields.pop("tensor_parallel_size", 1) != 1:
-        raise ValueError("tensor_parallel_size must be 1: an engine runs on one device")
-    known = {field.name for field in dataclasses.fields(EngineConfig)}
-    unknown = sorted(fields.keys() - known)
+    """Puts single options over a config; ValueError names those that do not exist.
+
+    None is as if an option were not given, also where a field has no such value, as in vLLM.
+    """
+    known = {one.name: one for one in options_of(EngineConfig)}
+    fields = own_names(fields, LLM_ARGUMENTS)
+    unknown = sorted(fields.keys() - known.keys())
     if unknown:
         raise ValueError(f"unknown options {unknown}; there are {sorted(known)}")
+    fields = {name: v for name, v in fields.items() if v is not None or known[name].has_none}
     return dataclasses.replace(config or EngineConfig(), **fields)
 
 
 def load_model(
     model: str | os.PathLike[str] | tuple[nn.Module, Any] | None,
-    dtype: str,
+    dtype: DType,
     revision: str | None,
     config: EngineConfig,
 ) -> LoadedModel:
@@ -164,7 +180,13 @@ def plan_memory(
     if fraction is None:
         lower = "max_num_seqs" if config.num_pages is None else "num_pages"
         return resolved, plan_pages(plan, measure, lower)
-    plan = plan_fraction(plan, measure if backend.measures_memory else None, fraction)
+    plan = plan_fraction(
+        plan,
+        measure if backend.measures_memory else None,
+        fraction,
+        # Memory that is not ours alone is not taken for the prefixes of requests that have ended.
+        None if backend.memory_fraction else resolved.most_running_pages,
+    )
     return dataclasses.replace(resolved, num_pages=plan.num_pages), plan
 
 
@@ -174,7 +196,12 @@ def find_tokenizer(tokenizer: Any, checkpoint: Checkpoint | None) -> Tokenizer |
         return load_tokenizer(tokenizer)
     if tokenizer is not None:
         return Tokenizer(tokenizer)
-    return load_tokenizer(checkpoint.directory) if checkpoint else None
+    if checkpoint is None:
+        return None
+    if not has_tokenizer(checkpoint.directory):
+        _LOG.info("no tokenizer in %s: prompts are token ids", checkpoint.directory)
+        return None
+    return load_tokenizer(checkpoint.directory)
 
 
 def default_params(checkpoint: Checkpoint | None) -> SamplingParams:
@@ -281,9 +308,14 @@ def _end_tokens(
     return tuple(dict.fromkeys(ends))
 
 
-def _resolve_dtype(dtype: str, backend: Backend) -> Any:
-    if dtype == "auto":
+def _resolve_dtype(dtype: DType, backend: Backend) -> Any:
+    if isinstance(dtype, str) and dtype == "auto":
         return backend.default_dtype
-    if dtype not in _DTYPES:
-        raise ValueError(f"dtype is {dtype!r}; it must be 'auto' or one of {sorted(_DTYPES)}")
-    return _DTYPES[dtype]
+    # Types of JAX and NumPy have names, dtypes of NumPy and PyTorch are written as these.
+    name = getattr(dtype, "__name__", str(dtype)).removeprefix("torch.")
+    if name not in _DTYPES:
+        raise ValueError(
+            f"dtype is {dtype!r}; it must be 'auto', one of {sorted(_DTYPES)}, or such a dtype of "
+            "NumPy, JAX or PyTorch"
+        )
+    return _DTYPES[name]

@@ -1,15 +1,17 @@
 """For callers that own the loop: requests in, steps, and what each step has changed."""
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Self
 
 from folojax.engine import branching
 from folojax.engine.engine import Engine
+from folojax.engine.metrics import EngineMetrics
 from folojax.engine.shared_engine import FairLock, SharedEngine, exclusive
 from folojax.engine.snapshot import Snapshot
 from folojax.requests.outputs import RequestOutput
 from folojax.requests.prompts import Prompt, params_per_prompt, parse_prompt
 from folojax.requests.sampling_params import SamplingParams
+from folojax.requests.vllm_names import missing_method
 
 
 class RequestLoop:
@@ -31,6 +33,24 @@ class RequestLoop:
         self.default_params = default_params
         self._shared = SharedEngine(engine)
         self.lock: FairLock = self._shared.lock
+
+    if not TYPE_CHECKING:  # which finds wrong names by itself
+
+        def __getattr__(self, name: str) -> Any:
+            return missing_method(name)
+
+    @property
+    def llm_engine(self) -> Self:
+        """What has `add_request` and `step`: under that name too, as in vLLM."""
+        return self
+
+    def get_tokenizer(self) -> Any:
+        """The transformers tokenizer; None if there is none."""
+        return self.engine.tokenizer.hf if self.engine.tokenizer else None
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """The parameters of requests that come without any, to be changed and passed."""
+        return self.default_params.clone()
 
     @exclusive
     def add_request(
@@ -145,6 +165,11 @@ class RequestLoop:
         return self._shared.abort(request_ids)
 
     @exclusive
+    def metrics(self) -> EngineMetrics:
+        """Counts as they stand now."""
+        return self.engine.metrics()
+
+    @exclusive
     def has_unfinished_requests(self) -> bool:
         """Whether `step` has anything to do or to return."""
         return self._shared.has_outputs() or self.engine.has_unfinished_requests()
@@ -159,13 +184,23 @@ class RequestLoop:
             level: Only 1: the parameters stay where they are.
         """
         if level != 1:
-            raise ValueError(f"level is {level!r}; it must be 1, which keeps the parameters")
+            raise ValueError(
+                f"level is {level!r}; it must be 1, which keeps the parameters: update_params "
+                "replaces them, and what was theirs goes with the caller's last reference"
+            )
         self.engine.sleep()
 
     @exclusive
-    def wake_up(self) -> None:
-        """Allocates the KV cache again, empty."""
-        self.engine.wake_up()
+    def wake_up(self, tags: Sequence[str] | None = None) -> None:
+        """Allocates the KV cache again, empty.
+
+        Args:
+            tags: What to wake of "weights", which never slept, and "kv_cache"; None is both.
+        """
+        if unknown := [tag for tag in tags or () if tag not in ("weights", "kv_cache")]:
+            raise ValueError(f'tags holds {unknown}; it may hold "weights" and "kv_cache"')
+        if tags is None or "kv_cache" in tags:
+            self.engine.wake_up()
 
     @exclusive
     def reset_prefix_cache(self, reset_running_requests: bool = False) -> bool:

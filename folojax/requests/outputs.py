@@ -1,8 +1,19 @@
 """What comes back: completions, their log-probabilities and their times."""
 
 import dataclasses
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+_VLLM_TIMES = {
+    **dict.fromkeys(("arrival_time", "queued_ts"), "arrival_time_s"),
+    **dict.fromkeys(("first_scheduled_time", "scheduled_ts"), "first_scheduled_time_s"),
+    **dict.fromkeys(("first_token_time", "first_token_ts"), "first_token_time_s"),
+    **dict.fromkeys(("finished_time", "last_token_time", "last_token_ts"), "finish_time_s"),
+    "first_token_latency": "ttft_s",
+    "num_generation_tokens": "num_output_tokens",
+}
+"""Names that vLLM's engines have had for what `RequestMetrics` holds."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -67,6 +78,13 @@ class RequestMetrics:
     num_preemptions: int
     compile_s: float = 0.0
     first_token_compile_s: float = 0.0
+
+    if not TYPE_CHECKING:  # who reads vLLM's names as well
+
+        def __getattr__(self, name: str) -> Any:
+            if name not in _VLLM_TIMES:
+                raise AttributeError(f"RequestMetrics has no {name!r}")
+            return getattr(self, _VLLM_TIMES[name])
 
     @property
     def e2e_s(self) -> float | None:

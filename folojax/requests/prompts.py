@@ -1,9 +1,19 @@
 """The forms in which a prompt may come."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, SupportsIndex, TypeAlias, TypeVar
+from typing import (
+    Any,
+    NamedTuple,
+    NotRequired,
+    Protocol,
+    SupportsIndex,
+    TypeAlias,
+    TypedDict,
+    TypeVar,
+)
 
 from folojax.requests.sampling_params import SamplingParams
+from folojax.requests.vllm_names import PROMPT_KEYS, own_names
 from folojax.text.plain_numbers import is_array, plain
 from folojax.text.tokenizer import Tokenizer
 
@@ -19,9 +29,24 @@ class IdArray(Protocol):
         """As a NumPy array."""
 
 
+class TextPrompt(TypedDict):
+    """A prompt as text."""
+
+    prompt: str
+
+
+class TokensPrompt(TypedDict):
+    """A prompt as token ids, and its text to be shown in the output."""
+
+    prompt_token_ids: Sequence[SupportsIndex] | IdArray
+    prompt: NotRequired[str]
+
+
 Prompt: TypeAlias = str | Mapping[str, Any] | Sequence[SupportsIndex] | IdArray
 """Text, token ids (a list or an array), {"prompt": text}, {"prompt_token_ids": ids}."""
 
+
+_OWN_KEYS = ("prompt", "prompt_token_ids")
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -44,9 +69,11 @@ def parse_prompt(
     text: Any = prompt
     token_ids: Any = None
     if isinstance(prompt, Mapping):
-        if unknown := sorted(map(str, prompt.keys() - {"prompt", "prompt_token_ids"})):
+        others = {key: prompt[key] for key in prompt if key not in _OWN_KEYS}
+        if others and (unknown := own_names(others, PROMPT_KEYS, f"{name}: ")):
             raise ValueError(
-                f'{name} has keys {unknown}; it may have "prompt" and "prompt_token_ids"'
+                f"{name} has keys {sorted(map(str, unknown))}; it may have "
+                '"prompt" and "prompt_token_ids"'
             )
         text, token_ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
         if text is None and token_ids is None:
@@ -179,6 +206,21 @@ def params_per_prompt(
             "all, or one for each"
         )
     return list(params)
+
+
+def priority_per_prompt(priority: Sequence[int] | None, num_prompts: int) -> list[int]:
+    """One priority for each prompt; None is 0 for all.
+
+    Raises:
+        ValueError: no list, or one of another length.
+    """
+    if priority is None:
+        return [0] * num_prompts
+    if not _is_list(priority) or len(priority) != num_prompts:
+        raise ValueError(
+            f"priority is {priority!r:.80} for {num_prompts} prompts: give a list with one for each"
+        )
+    return [plain(one) for one in priority]
 
 
 def _is_list(value: Any) -> bool:

@@ -1,10 +1,12 @@
 """What a user may ask of a sampler, as in vLLM; and the request that carries it to the runner."""
 
+import copy
 import dataclasses
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from folojax.requests.vllm_names import SAMPLING_FIELDS, takes_names
 from folojax.sampling.sampling_class import SamplingClass
 from folojax.sched.option_fields import (
     Option,
@@ -74,16 +76,18 @@ _TEXTS: dict[str, Any] = {
 }
 
 
+@takes_names(SAMPLING_FIELDS)
 @documented
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(unsafe_hash=True, kw_only=True)
 class SamplingParams:
     """How one prompt is continued.
 
     Logits processors apply first, then penalties, bias and masks, temperature, min-p, top-k, top-p,
     and the draw.
     Lists are kept as tuples and `logit_bias` as a frozen mapping: a SamplingParams can be shared
-    and hashed. What depends on the model (ids in its vocabulary, the cap on log-probabilities) is
-    checked by the engine.
+    and hashed. A field that is assigned to is checked as when it was made; requests under way keep
+    what they came with. What depends on the model (ids in its vocabulary, the cap on
+    log-probabilities) is checked by the engine.
 
     Raises:
         ValueError: some fields are out of range; all of them are named.
@@ -184,7 +188,7 @@ class SamplingParams:
     logprobs: int | None = option(
         None,
         """How many of the likeliest tokens are reported for each output token, besides the sampled
-        one; 0 is the sampled one only, -1 the whole vocabulary, None nothing.""",
+        one; 0 is the sampled one only, -1 the whole vocabulary, None nothing, True one.""",
         at_least=-1,
     )
     prompt_logprobs: int | None = option(
@@ -214,7 +218,7 @@ class SamplingParams:
     )
     seed: int | None = option(
         None,
-        "Of the draws, recorded in the output; None takes one from the engine's seed.",
+        "Of the draws, recorded in the output; None or -1 takes one from the engine's seed.",
         at_least=0,
         at_most=2**64 - 1,
     )
@@ -227,11 +231,34 @@ class SamplingParams:
     detokenize: bool = option(True, "False leaves the text empty.")
 
     def __post_init__(self) -> None:
-        for one in options_of(SamplingParams):
+        own: type = type(self)
+        for one in options_of(own):
             object.__setattr__(self, one.name, _frozen(one, getattr(self, one.name)))
         # Fields can be compared only once each of them is what it must be.
         if problems := option_problems(self) or list(self._conflicts()):
             raise ValueError("SamplingParams: " + "; ".join(problems))
+
+    if not TYPE_CHECKING:  # for whom an assignment is that of a dataclass
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            if name in self.__dict__:  # or it is being made
+                value = getattr(dataclasses.replace(self, **{name: value}), name)
+            elif name not in self.__dataclass_fields__:
+                raise AttributeError(f"SamplingParams has no field {name!r}")
+            object.__setattr__(self, name, value)
+
+    @classmethod
+    def from_optional(cls, **fields: Any) -> "SamplingParams":
+        """Parameters of which None means the default, also where None is no value."""
+        own: type = cls
+        numbers = {one.name for one in options_of(own) if not one.has_none}
+        return cls(
+            **{name: v for name, v in fields.items() if v is not None or name not in numbers}
+        )
+
+    def clone(self) -> "SamplingParams":
+        """A copy, to be changed by itself."""
+        return copy.copy(self)
 
     def _conflicts(self) -> Iterator[str]:
         if self.stop and not self.detokenize:

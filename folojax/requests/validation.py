@@ -116,7 +116,7 @@ class Validator:
             request_id=request_id,
             prompt=prompt.text,
             prompt_token_ids=tuple(int(token) for token in prompt.token_ids),
-            params=params,
+            params=params.clone(),  # what is assigned to them later is for later requests
             priority=priority,
             max_tokens=max_tokens,
             bad_word_ids=bad_word_ids,

@@ -6,6 +6,8 @@ from typing import Any
 
 Message = dict[str, Any]
 
+CONTENT_FORMATS = ("auto", "string", "openai")
+
 
 def read_messages(messages: Sequence[Any]) -> list[Message]:
     """Copies of messages, whose lists of parts hold only parts of text.
@@ -43,13 +45,22 @@ def read_messages(messages: Sequence[Any]) -> list[Message]:
     return found
 
 
-def render(messages: list[Message], apply: Callable[[list[Message]], str]) -> str:
+def render(
+    messages: list[Message], apply: Callable[[list[Message]], str], content_format: str = "auto"
+) -> str:
     """A template's text for messages; it gets their parts, if it knows what they are.
 
     Elsewhere they are joined, each in a line of its own. Whether a template walks them is tried
     out: with marks for texts, it has to write every mark, and nothing of what is around them.
-    `messages` are as `read_messages` gives them; `apply` renders the template.
+
+    Args:
+        messages: As `read_messages` gives them.
+        apply: Renders the template.
+        content_format: "string" joins parts without trying; "openai" gives the template parts, also
+            of contents that are one text.
     """
+    if content_format == "openai":
+        return apply([_in_parts(message) for message in messages])
     if not any(_has_parts(message) for message in messages):
         return apply(messages)
     numbers = itertools.count()
@@ -66,6 +77,8 @@ def render(messages: list[Message], apply: Callable[[list[Message]], str]) -> st
         lambda content: [{"type": "text", "text": f"part{next(numbers)}end"} for _ in content]
     )
     joined = change(lambda content: "\n".join(part["text"] for part in content))
+    if content_format == "string":
+        return apply(joined)
     try:
         text = apply(marked)
     # Templates fail in any way on what they do not know.
@@ -87,6 +100,12 @@ def _has_parts(message: Mapping[str, Any]) -> bool:
         return False
     is_typed = all(isinstance(part, Mapping) and "type" in part for part in content)
     return is_typed or message["role"] != "tool"
+
+
+def _in_parts(message: Message) -> Message:
+    content = message.get("content")
+    is_text = isinstance(content, str)
+    return message | {"content": [{"type": "text", "text": content}]} if is_text else message
 
 
 def _read_part(part: Any) -> str | None:

@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from folojax.text.chat_messages import Message, read_messages, render
+from folojax.text.chat_messages import CONTENT_FORMATS, Message, read_messages, render
 from folojax.text.time_limit import call_within
 
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
@@ -164,11 +164,12 @@ class Tokenizer:
         self,
         messages: Sequence[Mapping[str, Any]],
         chat_template: str | None = None,
+        content_format: str = "auto",
         **options: Any,
     ) -> str:
         """The text of a conversation, rendered in a sandbox and in bounded time.
 
-        Content may be a list of parts; see `folojax.text.chat_messages`.
+        Content may be a list of parts; `folojax.text.chat_messages` says what `content_format` is.
 
         Raises:
             ValueError: neither the model nor the call has a template, a message has no role or
@@ -179,6 +180,11 @@ class Tokenizer:
                 "the tokenizer has no chat template: pass chat_template=, or use generate() with "
                 "a prompt that you formatted yourself"
             )
+        if content_format not in CONTENT_FORMATS:
+            raise ValueError(
+                f"chat_template_content_format is {content_format!r}; it must be one of "
+                f"{', '.join(CONTENT_FORMATS)}"
+            )
         read = read_messages(messages)
 
         def apply(messages: list[Message]) -> str:
@@ -187,7 +193,9 @@ class Tokenizer:
         # Templates may fail in any way; to the caller all of them are one. They come with models,
         # from anywhere, and the sandbox bounds a single range but not loops inside of loops.
         try:
-            return call_within(_TEMPLATE_SECONDS, functools.partial(render, read, apply))
+            return call_within(
+                _TEMPLATE_SECONDS, functools.partial(render, read, apply, content_format)
+            )
         except Exception as error:
             raise ValueError(f"the chat template failed: {error}") from error
 

@@ -17,6 +17,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,6 +38,9 @@ _TEMPLATES = "additional_chat_templates"
 """A directory of named ones."""
 _NO_TOKENIZER = PICKLE_SUFFIXES | {".safetensors", ".gguf"}
 """Suffixes of files that are no part of a tokenizer."""
+
+_TOKENIZER_FILE = re.compile(r"token|vocab|merges|tekken|\.(model|spm|tiktoken)$")
+"""What is in the name of every file that a tokenizer could be read from."""
 
 _PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 """Two names of the class that does nothing of its own."""
@@ -152,6 +156,11 @@ class LazyTokenizer(Tokenizer):
             if text is not None:
                 return text
         return super()._apply_chat_template(messages, chat_template, options)
+
+
+def has_tokenizer(directory: Path) -> bool:
+    """Whether a directory has files of a tokenizer, whatever is in them."""
+    return any(_TOKENIZER_FILE.search(path.name) for path in directory.iterdir())
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:

@@ -350,3 +350,19 @@ def test_what_others_hold_of_a_gpu_counts(
     found = device_memory(10, device)
     assert found is not None
     assert (found.limit_bytes, found.used_bytes) == expected
+
+
+def test_a_pool_is_no_larger_than_requests_can_use() -> None:
+    """Nothing is compiled where the bound on the temporaries is enough to see that."""
+    ample = plan_fraction(with_device(LEAST, 2**40), never, 0.9, most_pages=7)
+    assert (ample.num_pages, ample.is_capped, ample.is_measured) == (7, True, False)
+    assert "requests of 64, all that max_num_seqs can use of memory_fraction;" in str(ample)
+    tight = plan_fraction(with_device(LEAST, 1_950_000), lambda pages: 1_000, 1.0, most_pages=90)
+    assert (tight.num_pages, tight.is_capped, tight.is_measured) == (90, True, True)
+    for plan in (
+        plan_fraction(with_device(LEAST, 2**40), None, 0.9),
+        plan_fraction(with_device(LEAST, 4_000_000), lambda pages: 1_000, 0.5, most_pages=1_000),
+    ):
+        assert plan.num_pages > 90
+        assert not plan.is_capped
+        assert "max_num_seqs" not in str(plan)

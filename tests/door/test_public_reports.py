@@ -38,7 +38,7 @@ def test_a_final_message_may_end_in_spaces(end: str, template: str) -> None:
     """As in vllm 9547, transformers 34214, 34253 and 35433: "substring not found"."""
     tokenizer = Tokenizer(make_letters_tokenizer())
     messages = [{"role": "user", "content": "a joke"}, {"role": "assistant", "content": end}]
-    options = {"continue_final_message": True, "add_generation_prompt": False}
+    options: Any = {"continue_final_message": True, "add_generation_prompt": False}
     text = tokenizer.render_chat(messages, template, **options)
     wanted = end.strip() if template is TRIMMING else end
     assert text.rstrip() == f"<user>a joke<assistant>{wanted}".rstrip()

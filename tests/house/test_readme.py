@@ -18,6 +18,7 @@ ADAPTERS = (pytest.mark.adapters, pytest.mark.filterwarnings("default"))
     [
         ("README.md", 2),
         ("docs/using.md", 9),
+        ("docs/coming_from_vllm.md", 1),
         ("docs/research.md", 8),
         pytest.param("docs/adapters.md", 2, marks=ADAPTERS),
     ],

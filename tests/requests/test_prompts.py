@@ -84,7 +84,7 @@ def test_text_needs_a_tokenizer(prompts: Any) -> None:
         (["ab", {}], r"prompt 1 has keys \[\]"),
         ({"prompt": None}, r"prompt 0 has keys \['prompt'\]; it needs"),
         ({"prompt": 5}, '"prompt" of prompt 0 is a int'),
-        ({"prompt": "ab", "multi_modal_data": 1}, r"prompt 0 has keys \['multi_modal_data'\]"),
+        ({"prompt": "ab", "multi_modal_data": 1}, "prompt 0: multi_modal_data is 1; .* text only"),
         ({"prompt_token_ids": 5}, "prompt 0 is a int"),
     ],
     ids=str,

@@ -12,7 +12,8 @@ from folojax.requests.sampling_params import SamplingParams
 from folojax.sampling.sampler import SamplingClass
 
 NAN, INF = math.nan, math.inf
-NOT_INTEGERS = [True, 1.0, "1", NAN, INF, [1], (1,)]
+NO_COUNTS = [False, 1.0, "1", NAN, INF, [1], (1,)]
+NOT_INTEGERS = [True, *NO_COUNTS]
 NOT_NUMBERS = [True, "0.5", NAN, INF, -INF, [0.5], 1j, -0.1, -(10**400), 10**400]
 
 BAD: list[tuple[str, Any]] = [
@@ -23,9 +24,9 @@ BAD: list[tuple[str, Any]] = [
     *[("min_p", bad) for bad in (None, 1.0001, *NOT_NUMBERS)],
     *[("max_tokens", bad) for bad in (0, -1, *NOT_INTEGERS)],
     *[("min_tokens", bad) for bad in (-1, None, *NOT_INTEGERS)],
-    *[("seed", bad) for bad in (-1, 2**64, *NOT_INTEGERS)],
-    *[("logprobs", bad) for bad in (-2, *NOT_INTEGERS)],
-    *[("prompt_logprobs", bad) for bad in (-2, *NOT_INTEGERS)],
+    *[("seed", bad) for bad in (-2, 2**64, *NOT_INTEGERS)],
+    *[("logprobs", bad) for bad in (-2, *NO_COUNTS)],
+    *[("prompt_logprobs", bad) for bad in (-2, *NO_COUNTS)],
     *[("presence_penalty", bad) for bad in (None, 2.01, -2.01, True, "1", NAN, INF)],
     *[("frequency_penalty", bad) for bad in (None, 2.01, -2.01, True, "1", NAN, INF)],
     *[("repetition_penalty", bad) for bad in (None, 0, 0.0, -1, 1e31, True, "1", NAN, INF)],
@@ -198,10 +199,35 @@ def test_numpy_numbers_are_numbers() -> None:
     assert type(params.top_k) is int
 
 
-def test_what_vllm_takes_and_this_engine_does_not_is_refused_by_name() -> None:
-    for name in ("best_of", "use_beam_search", "guided_decoding"):
-        with pytest.raises(TypeError, match=name):
-            SamplingParams(**{name: None})  # type: ignore[arg-type]
+def test_a_name_that_nobody_has_is_an_error() -> None:
+    with pytest.raises(TypeError, match="temprature"):
+        SamplingParams(temprature=0.7)  # type: ignore[call-arg]
+
+
+def test_a_field_that_is_assigned_to_is_checked_as_when_it_was_made() -> None:
+    params = SamplingParams(stop=["a"])
+    before = params.clone()
+    params.max_tokens = 5
+    params.stop = "b"
+    params.seed = -1
+    params.logprobs = True
+    assert params == SamplingParams(stop=["b"], max_tokens=5, logprobs=1)
+    assert before == SamplingParams(stop=["a"])
+    with pytest.raises(ValueError, match=r"top_k is 1\.5; it must be"):
+        params.top_k = 1.5  # type: ignore[assignment]
+    with pytest.raises(ValueError, match="min_tokens is 6; it must be at most max_tokens, 5"):
+        params.min_tokens = 6
+    with pytest.raises(AttributeError, match="has no field 'max_token'"):
+        params.max_token = 5  # type: ignore[attr-defined]
+    assert (params.top_k, params.min_tokens) == (0, 0)
+
+
+def test_none_is_the_default_of_optional_fields() -> None:
+    every: dict[str, Any] = dict.fromkeys(dataclasses.asdict(SamplingParams()))
+    assert SamplingParams.from_optional(**every) == SamplingParams(max_tokens=None)
+    assert SamplingParams.from_optional(n=2, seed=-1) == SamplingParams(n=2)
+    with pytest.raises(ValueError, match="top_p is 2"):
+        SamplingParams.from_optional(top_p=2)
 
 
 def test_nothing_is_asked_for_with_none() -> None:
@@ -219,10 +245,8 @@ def test_iterators_are_read_once() -> None:
     assert (params.stop, params.stop_token_ids) == (("a", "b"), (1, 2))
 
 
-def test_it_is_frozen_hashable_and_keyword_only() -> None:
+def test_it_is_hashable_and_keyword_only() -> None:
     params = SamplingParams(stop=["a"], stop_token_ids=[1])
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        params.top_k = 3  # type: ignore[misc]
     same = SamplingParams(stop="a", stop_token_ids=(1,))
     assert params == same
     assert hash(params) == hash(same)
