@@ -43,7 +43,11 @@ class EngineConfig:
         SchedulerConfig, "max_num_seqs", None, "None is 32 on CPU, 256 elsewhere."
     )
     max_num_batched_tokens: int | None = option_like(
-        SchedulerConfig, "max_num_batched_tokens", None, "None is 512 on CPU, 4,096 elsewhere."
+        SchedulerConfig,
+        "max_num_batched_tokens",
+        None,
+        """None is 512 on CPU and 4,096 elsewhere; more, if `max_num_seqs` or prompts that are not
+        cut in chunks need it.""",
     )
     page_size: int | None = option_like(SchedulerConfig, "page_size", None, "None is 64.")
     num_pages: int | None = option_like(
@@ -197,6 +201,9 @@ class EngineConfig:
             if fields[name] is None:
                 fields[name] = default
         max_model_len = fields["max_model_len"]
+        if self.max_num_batched_tokens is None:  # it gives way to what somebody has chosen
+            least = fields["max_num_seqs"] if self.enable_chunked_prefill else max_model_len
+            fields["max_num_batched_tokens"] = max(fields["max_num_batched_tokens"], least)
         if max_model_len > max_position:
             raise ValueError(
                 f"max_model_len is {max_model_len}, but the model was made for {max_position} "

@@ -13,6 +13,7 @@ from folojax import (
     RequestState,
     SamplingParams,
 )
+from folojax.sampling.logits_processors import NO_TOKEN
 from tests.reference import TINY_LIMITS
 
 OPEN, CLOSE, BODY = 91, 93, 10
@@ -36,15 +37,21 @@ def brackets(logits: jax.Array, state: RequestState) -> tuple[jax.Array, Any]:
 
 def count_up(logits: jax.Array, state: RequestState) -> tuple[jax.Array, Any]:
     """Forces 0, 1, 2, ... by a count of its own, and NaN should the last token be another."""
-    count = state.value["count"]
-    is_right = (state.last_token == count - 1) & (state.num_outputs == count)
-    return jnp.where(is_right, force(logits, count), jnp.nan), {"count": count + 1}
+    start, count = state.value["start"], state.value["count"]
+    last = jnp.where(count == 0, NO_TOKEN, start + count - 1)
+    is_right = (state.last_token == last) & (state.num_outputs == count)
+    forced = force(logits, start + count)
+    return jnp.where(is_right, forced, jnp.nan), {"start": start, "count": count + 1}
+
+
+def start_count(start: int = 0) -> dict[str, jax.Array]:
+    return {"start": jnp.int32(start), "count": jnp.int32(0)}
 
 
 PROCESSORS = [
     LogitsProcessor("odd", ban_even),
     LogitsProcessor("brackets", brackets),
-    LogitsProcessor("count", count_up, lambda: {"count": jnp.int32(0)}),
+    LogitsProcessor("count", count_up, start_count),
 ]
 
 

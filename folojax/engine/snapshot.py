@@ -65,8 +65,8 @@ class Snapshot:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a safetensors file; `load_snapshot` reads it."""
         params = dataclasses.asdict(self.params)
-        if self.params.logit_bias is not None:
-            params["logit_bias"] = dict(self.params.logit_bias)
+        for name in ("logit_bias", "extra_args"):
+            params[name] = params[name] and dict(params[name])
         fields: dict[str, Any] = {
             "format": _FORMAT,
             "prompt": self.prompt,
@@ -114,7 +114,7 @@ def _from_fields(fields: dict[str, Any], arrays: dict[str, np.ndarray]) -> Snaps
         dtype = jnp.dtype(fields["dtype"])
         kv = TokenKV(arrays["keys"].view(dtype), arrays["values"].view(dtype))
     params = fields["params"]
-    if params["logit_bias"] is not None:
+    if params["logit_bias"]:
         params["logit_bias"] = {int(token): bias for token, bias in params["logit_bias"].items()}
     logprobs = fields["logprobs"]
     return Snapshot(

@@ -30,16 +30,16 @@ MAX_SCALE = 1e30
 MAX_N = 16384
 
 
-class FrozenDict(Mapping[int, float]):
+class FrozenDict(Mapping[Any, Any]):
     """A dictionary that cannot change, so that what holds it can be hashed and shared."""
 
     def __init__(self, items: Mapping[Any, Any]) -> None:
         self._items = dict(items)
 
-    def __getitem__(self, key: int) -> float:
+    def __getitem__(self, key: Any) -> Any:
         return self._items[key]
 
-    def __iter__(self) -> Iterator[int]:
+    def __iter__(self) -> Iterator[Any]:
         return iter(self._items)
 
     def __len__(self) -> int:
@@ -64,6 +64,11 @@ def _is_text(value: Any) -> bool:
 def _is_bias(value: Any) -> bool:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return is_number and -MAX_SCALE <= value <= MAX_SCALE
+
+
+def _is_argument(value: Any) -> bool:
+    items = value if isinstance(value, tuple) else (value,)
+    return all(isinstance(item, bool | int | float | str) for item in items)
 
 
 _TOKEN_IDS: dict[str, Any] = {
@@ -205,6 +210,16 @@ class SamplingParams:
         engine's order.""",
         **_TEXTS,
     )
+    extra_args: Mapping[str, Any] | None = option(
+        None,
+        """Keywords of the `init` of these logits processors; each gets those that it takes.""",
+        is_valid=lambda value: (
+            isinstance(value, FrozenDict)
+            and all(isinstance(name, str) for name in value)
+            and all(map(_is_argument, value.values()))
+        ),
+        must_be="a dict of names to numbers, texts or lists of these",
+    )
     activation_edits: Iterable[str] | None = option(
         (),
         """Names of the engine's activation edits that are on, for prompt and output. Such a request
@@ -301,15 +316,21 @@ class SamplingParams:
 def _frozen(one: Option, value: Any) -> Any:
     """Plain numbers, tuples and frozen dicts for what came; a value of no such kind stays."""
     if isinstance(value, Mapping):
-        return FrozenDict({plain(key): plain(item) for key, item in value.items()})
+        return FrozenDict({plain(key): _listed(item) for key, item in value.items()})
     if not one.is_list:
         return plain(value)
     if value is None:
         return one.default
     if one.name == "stop" and isinstance(value, str):
         return (value,)
+    return _listed(value)
+
+
+def _listed(value: Any) -> Any:
+    """A tuple of what came as a list of any kind, or else one plain number."""
+    value = plain(value)
     # Letter by letter, a text would be a list of bad words.
-    is_listed = isinstance(value, Iterable) and not isinstance(value, str | bytes)
+    is_listed = isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping)
     return tuple(map(plain, value)) if is_listed else value
 
 

@@ -1,6 +1,7 @@
 """What a user builds into an engine: functions, and layers whose residual stream is read."""
 
 import dataclasses
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -71,6 +72,29 @@ class UserFunctions:
             if wrong:
                 raise ValueError(
                     f"{who} names layers {wrong}; the model has layers 0 to {num_layers - 1}"
+                )
+
+    def argument_problems(
+        self, names: Collection[str], extra_args: Mapping[str, Any]
+    ) -> Iterator[str]:
+        """Says what is wrong with a request's arguments for the processors of these names."""
+        on = [one for one in self.processors if one.name in names]
+        known = {name for one in on for name in one.arguments}
+        if unknown := sorted(extra_args.keys() - known):
+            yield (
+                f"extra_args has {unknown}; the logits processors that are on take {sorted(known)}"
+            )
+        for one in on:
+            usual = _text(jax.tree.map(jnp.asarray, one.init()))
+            try:
+                found = _text(jax.tree.map(jnp.asarray, one.start(extra_args)))
+            # It is the user's, and raises what it likes.
+            except Exception as error:
+                found = f"{type(error).__name__}: {error}"
+            if found != usual:
+                yield (
+                    f"extra_args is {extra_args!r}: init of logits processor {one.name!r} gives "
+                    f"{found}; without, it gives {usual}"
                 )
 
     def residual_bytes(self, module: Any) -> int:

@@ -213,6 +213,9 @@ class Validator:
                     f"{field} holds {unknown}; the engine was built with {sorted(names)}: pass "
                     f"{field}= to LLM"
                 )
+        if params.extra_args:
+            on = tuple(params.logits_processors or ())
+            yield from self.functions.argument_problems(on, params.extra_args)
         if self.is_strict and params.record:
             yield "record is True, which no compile plan lists: set it, or strict, to False"
         if params.activations and not self.functions.residual_layers:

@@ -188,7 +188,6 @@ SAMPLING_FIELDS = {
         (False,), "enable_prefix_caching=False is for a whole engine"
     ),
     "thinking_token_budget": Name((), "max_tokens, and a second request behind what is thought"),
-    "extra_args": Name(({},), "logits processors keep what they need in their own state"),
     "skip_clone": Name(ANY),
 }
 """Keywords of `SamplingParams`."""

@@ -85,7 +85,9 @@ class SlotStates:
         # One that begins again has nothing behind it.
         values = aside.values if aside is not None and num_outputs else None
         if values is None:
-            values = {one.name: one.init() for one in self._processors}
+            params = row.request.sampling_params
+            args = dict.fromkeys(params.logits_processors or (), params.extra_args or {})
+            values = {one.name: one.start(args.get(one.name, {})) for one in self._processors}
         last = row.token_ids[-1] if num_outputs else NO_TOKEN
         state = ProcessorSlots(values, ints((), last), ints((), num_outputs))
         return write_processors(slots, ints((), row.slot), state)

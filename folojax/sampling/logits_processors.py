@@ -8,12 +8,19 @@ request names a processor run the programs of an engine without it.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+
+_UNNAMED = (
+    inspect.Parameter.POSITIONAL_ONLY,
+    inspect.Parameter.VAR_POSITIONAL,
+    inspect.Parameter.VAR_KEYWORD,
+)
 
 NO_TOKEN = -1
 """`RequestState.last_token` before the first output."""
@@ -35,12 +42,25 @@ class LogitsProcessor:
         name: What `SamplingParams.logits_processors` calls it.
         apply: From logits [V] in float32 and a `RequestState` to logits and a new `value`, whose
             shapes and dtypes are the old one's. -inf bans a token. Pure, traced once.
-        init: Makes the `value` of a new request; left out, that is an empty tuple.
+        init: Makes the `value` of a new request; left out, that is an empty tuple. Its keywords,
+            which need defaults, are what `SamplingParams.extra_args` may hold; shapes and dtypes
+            do not depend on them.
     """
 
     name: str
     apply: Callable[[Any, RequestState], tuple[Any, Any]]
-    init: Callable[[], Any] = tuple
+    init: Callable[..., Any] = tuple
+
+    @functools.cached_property
+    def arguments(self) -> frozenset[str]:
+        """The keywords of `init`."""
+        named = inspect.signature(self.init).parameters.values()
+        return frozenset(one.name for one in named if one.kind not in _UNNAMED)
+
+    def start(self, extra_args: Mapping[str, Any]) -> Any:
+        """The `value` of a new request that came with these."""
+        own = {name: extra_args[name] for name in extra_args if name in self.arguments}
+        return self.init(**own)
 
 
 class ProcessorSlots(NamedTuple):

@@ -117,6 +117,14 @@ def test_the_device_chooses_what_was_left_open() -> None:
     assert EngineConfig(page_size=32).resolve(4096, GPU).page_size == 32
 
 
+def test_a_budget_that_nobody_chose_gives_way() -> None:
+    """To a number of requests, and to whole prompts; as with vLLM."""
+    assert EngineConfig(max_num_seqs=600).resolve(4096, CPU).max_num_batched_tokens == 600
+    whole = EngineConfig(enable_chunked_prefill=False)
+    assert whole.resolve(4096, CPU).max_num_batched_tokens == 4096
+    assert whole.resolve(128, CPU).max_num_batched_tokens == 512
+
+
 def test_eight_bits_are_for_cpu() -> None:
     config = EngineConfig(quantization="int8")
     assert config.resolve(4096, CPU).quantization == "int8"

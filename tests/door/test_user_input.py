@@ -158,7 +158,7 @@ HOSTILE = [
     b'{"prompt_token_ids": [1e400]}\n',
     b'{"prompt_token_ids": [123456789012345678901234567890]}\n',
     b'{"prompt_token_ids": [[5]]}\n',
-    b'{"prompt": "a", "sampling": {"seed": -1}}\n',
+    b'{"prompt": "a", "sampling": {"seed": -2}}\n',
     b'{"prompt": "a", "sampling": {"top_k": 1e400}}\n',
     b'{"prompt": "a", "sampling": {"logit_bias": {"5": 1e400}}}\n',
     b'{"messages": [{"role": "user", "content": 5}]}\n',

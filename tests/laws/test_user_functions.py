@@ -1,6 +1,7 @@
 """The user's own functions in the step: processors of logits, and what is refused."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from folojax import (
     LogitsProcessor,
     RequestOutput,
     RequestState,
+    load_snapshot,
 )
 from tests import dense
 from tests.reference import TIGHT, TINY_LIMITS
@@ -113,6 +115,37 @@ def test_states_survive_preemption(tiny_model: tuple, is_deterministic: bool) ->
     for output in outputs:
         assert output.outputs[0].finish_reason == "length"
         assert output.outputs[0].token_ids == list(range(60))
+
+
+def test_a_request_may_say_where_its_state_starts(llm: LLM, tmp_path: Path) -> None:
+    """Beside others that do not, and once more from a snapshot."""
+    asked = [
+        params(seed=1, logits_processors=["count"], max_tokens=10, extra_args=args)
+        for args in ({"start": 40}, None, {"start": np.int64(7)}, {})
+    ]
+    outputs = generate(llm, asked)
+    for output, start in zip(outputs, (40, 0, 7, 0), strict=True):
+        assert output.outputs[0].token_ids == list(range(start, start + 10))
+    llm.add_request("a", PROMPTS[1], asked[0])
+    while not llm.step():
+        pass
+    llm.snapshot("a").save(tmp_path / "one")
+    assert load_snapshot(tmp_path / "one").params == asked[0]
+    llm.abort_request("a")
+
+
+def test_arguments_that_no_processor_takes_are_refused(llm: LLM) -> None:
+    for fields, message in (
+        ({"extra_args": {"start": 4}}, r"extra_args has \['start'\]; .* that are on take \[\]"),
+        ({"logits_processors": ["count"], "extra_args": {"end": 4}}, r"are on take \['start'\]"),
+        (
+            {"logits_processors": ["count"], "extra_args": {"start": [4, 5]}},
+            r"init of logits processor 'count' gives .*int32\[2\].*; without, it gives .*int32\[\]",
+        ),
+        ({"logits_processors": ["count"], "extra_args": {"start": "x"}}, r"gives \w+Error: "),
+    ):
+        with pytest.raises(ValueError, match=message):
+            llm.generate([PROMPTS[1]], params(**fields))
 
 
 @pytest.mark.parametrize("running", ["recompute", "keep", "restart"])
