@@ -19,6 +19,15 @@ if TYPE_CHECKING:
     from folojax.llm import LLM as LLM
     from folojax.llm_engine import EngineArgs as EngineArgs
     from folojax.llm_engine import LLMEngine as LLMEngine
+    from folojax.models.core.config import ModelConfig as ModelConfig
+    from folojax.models.core.decoder import init_params as init_params
+    from folojax.models.files.checkpoint import build_module as build_module
+    from folojax.models.files.checkpoint import load_params as load_params
+    from folojax.models.files.checkpoint import open_checkpoint as open_checkpoint
+    from folojax.models.files.hf_config import config_from_hf as config_from_hf
+    from folojax.models.files.params import params_from_hf as params_from_hf
+    from folojax.models.files.save import params_to_hf as params_to_hf
+    from folojax.models.files.save import save_pretrained as save_pretrained
     from folojax.requests.outputs import BatchMetrics as BatchMetrics
     from folojax.requests.outputs import CompletionOutput as CompletionOutput
     from folojax.requests.outputs import Logprob as Logprob
@@ -69,6 +78,12 @@ _NAMES = {
     "kv": "KVLayout",
     "llm": "LLM",
     "llm_engine": "EngineArgs LLMEngine",
+    "models.core.config": "ModelConfig",
+    "models.core.decoder": "init_params",
+    "models.files.checkpoint": "build_module load_params open_checkpoint",
+    "models.files.hf_config": "config_from_hf",
+    "models.files.params": "params_from_hf",
+    "models.files.save": "params_to_hf save_pretrained",
     "requests.outputs": (
         "BatchMetrics CompletionOutput Logprob LogprobRecord RequestMetrics RequestOutput "
         "ScoreOutput batch_metrics"

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias, Unpack
 from flax import linen as nn
 
 from folojax.backend.compilation_cache import enable_compilation_cache
-from folojax.backend.devices import outside_meshes
+from folojax.compile.programs import own_settings
 from folojax.config import EngineConfig, EngineOptions
 from folojax.engine.build import (
     DType,
@@ -58,21 +58,23 @@ class LLM(RequestLoop):
 
     Args:
         model: A directory (config.json and safetensors), a .gguf file, a Hub name, or a pair
-            (module, params) that is already in memory, on one device, where the engine then runs;
-            None is the embedded default, SmolLM2-135M-Instruct.
+            (module, params) that is already in memory, on one device, where the engine then runs
+            (docs/weights.md); None is the embedded default, SmolLM2-135M-Instruct.
         tokenizer: A directory or a transformers tokenizer; None takes the model's own, if it has
             one. Without, prompts are token ids and there is no text.
         dtype: "float32", "bfloat16", "float16" or such a dtype of NumPy, JAX or PyTorch; "auto" is
-            float32 on CPU, bfloat16 elsewhere. A pair in memory keeps its own.
+            float32 on CPU, bfloat16 elsewhere. A pair in memory has its own, and no other.
         config: Limits and sizes; or give its fields as keywords.
         revision: Branch, tag or commit of a Hub model.
         trust_remote_code: Only False: code that ships with a model is never run.
         skip_tokenizer_init: Leaves the model's tokenizer alone; its end tokens still count.
+        eos_token_id: Tokens that end a text, one or several, in place of those of the model's
+            files and the tokenizer; the first is no `stop_reason`.
         logits_processors: Functions that requests may name, compiled into the sampler.
         activation_edits: Functions of the residual stream that requests may name, compiled into
             the model's step.
         activation_taps: Layers, from 0, behind which the residual stream is returned to requests
-            that ask for `activations`.
+            that ask for `activations`; one or several, as of the functions.
         **fields: Fields of EngineConfig, or vLLM's arguments (docs/coming_from_vllm.md).
 
     Attributes:
@@ -87,6 +89,7 @@ class LLM(RequestLoop):
         FileNotFoundError: no such model.
     """
 
+    @own_settings()
     def __init__(
         self,
         model: str | os.PathLike[str] | tuple[nn.Module, Any] | None = None,
@@ -97,27 +100,26 @@ class LLM(RequestLoop):
         revision: str | None = None,
         trust_remote_code: bool = False,
         skip_tokenizer_init: bool = False,
-        logits_processors: Sequence[LogitsProcessor] = (),
-        activation_edits: Sequence[ActivationEdit] = (),
-        activation_taps: Sequence[int] = (),
+        eos_token_id: int | Sequence[int] | None = None,
+        logits_processors: LogitsProcessor | Sequence[LogitsProcessor] = (),
+        activation_edits: ActivationEdit | Sequence[ActivationEdit] = (),
+        activation_taps: int | Sequence[int] = (),
         **fields: Unpack[EngineOptions],
     ) -> None:
         if trust_remote_code is not False:
             raise ValueError("trust_remote_code: code that ships with a model is never run here")
         config = make_config(config, dict(fields))
-        functions = UserFunctions(
-            tuple(logits_processors), tuple(activation_edits), tuple(activation_taps)
-        )
+        several: tuple[Any, Any, Any] = logits_processors, activation_edits, activation_taps
+        functions = UserFunctions(*several)
         functions.check_strict(config.strict)
         enable_compilation_cache()
-        with outside_meshes():
-            loaded = load_model(model, dtype, revision, config)
-            self.config, self.memory_plan = loaded.config, loaded.memory_plan
-            _LOG.info("%s", self.memory_plan)
-            found = None if skip_tokenizer_init else find_tokenizer(tokenizer, loaded.checkpoint)
-            engine = make_engine(loaded, found, functions)
-            if self.config.warm_up:
-                warm_up(engine.runner, _USUAL_SAMPLING, has_logprobs=False, is_shown=True)
+        loaded = load_model(model, dtype, revision, config)
+        self.config, self.memory_plan = loaded.config, loaded.memory_plan
+        _LOG.info("%s", self.memory_plan)
+        found = None if skip_tokenizer_init else find_tokenizer(tokenizer, loaded.checkpoint)
+        engine = make_engine(loaded, found, functions, eos_token_id)
+        if self.config.warm_up:
+            warm_up(engine.runner, _USUAL_SAMPLING, has_logprobs=False, is_shown=True)
         super().__init__(engine, default_params(loaded.checkpoint))
         self._generation_config = loaded.checkpoint.generation_config if loaded.checkpoint else {}
         self._numbers = itertools.count()

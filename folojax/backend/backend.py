@@ -90,8 +90,8 @@ class Backend:
     def place(self, arrays: _T) -> _T:
         """Commits arrays to the device; one that is there already is shared, not copied.
 
-        To jit, committed arrays and others are different inputs: were some of either kind,
-        parameters that come from elsewhere would need executables of their own.
+        To jit, committed arrays and others are different inputs: those of the engine's own state
+        are of one kind.
         """
         return jax.device_put(arrays, self._sharding)
 
@@ -99,6 +99,20 @@ class Backend:
         """Commits what a function makes of nothing; it is made on the device already."""
         with jax.default_device(self.device):
             return self.place(function())
+
+    def share(self, params: _T) -> _T:
+        """Parameters on the device; they are committed to it if the caller's arrays were.
+
+        A trainer has arrays beside them that are not, such as those of an optimizer: its step would
+        be compiled once for these and once for what it returns.
+        """
+
+        def on_device(leaf: Any) -> jax.Array:
+            array = jnp.asarray(leaf, leaf.dtype)  # of no weak type, another input to jit
+            return self.place(array) if array.committed else array
+
+        with jax.default_device(self.device):
+            return jax.tree.map(on_device, params)
 
     def placed_shapes(self, shapes: Any) -> Any:
         """Shapes of arrays that are committed to the device, as the engine's are."""

@@ -1,21 +1,10 @@
 """Which device an engine runs on: that of its parameters, whatever mesh the caller has."""
 
-import functools
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, SingleDeviceSharding
-
-outside_meshes: Callable[[], AbstractContextManager[Any]] = functools.partial(
-    jax.set_mesh, Mesh(np.empty((), object), ())
-)
-"""A context in which the caller's `jax.set_mesh` does not decide what is compiled, and where.
-
-Everything that an engine does on its device happens in one.
-"""
+from jax.sharding import SingleDeviceSharding
 
 
 def default_device() -> jax.Device:

@@ -7,14 +7,17 @@ shape of a decode step, a third of what the shape takes, and none of it is neede
 Programs are shared: engines of equal models and shapes in one process find the same ones.
 """
 
+import contextlib
 import functools
 import inspect
 import threading
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any, TypeAlias
 
 import jax
+import numpy as np
+from jax.sharding import Mesh
 
 IN_GRAPH: dict[str, Any] = {
     "xla_gpu_enable_command_buffer": (
@@ -28,8 +31,25 @@ By default a loop ends the graph, and the host waits for the device to learn whe
 Autotuning of fusions takes longer than it gains. Other platforms pass over both.
 """
 
+_NO_MESH = Mesh(np.empty((), object), ())
 _LOCK = threading.Lock()
 _ALL: list["Programs"] = []
+
+
+@contextlib.contextmanager
+def own_settings() -> Iterator[None]:
+    """A context in which the caller's settings of JAX do not decide what is compiled, and where.
+
+    Everything that an engine does on its device happens in one, in whichever thread: outside of
+    the caller's mesh, in the dtypes of the model, and compiled.
+    """
+    with (
+        jax.set_mesh(_NO_MESH),
+        jax.enable_x64(False),
+        jax.disable_jit(False),
+        jax.numpy_dtype_promotion("standard"),
+    ):
+        yield
 
 
 class Spent:
@@ -117,7 +137,8 @@ class Program:
 
     def lower(self, *args: Any) -> jax.stages.Lowered:
         """What there is to be compiled; nothing of it is kept. Arrays may be shapes."""
-        return jax.jit(self._anew(), **self.options).lower(*args)
+        with own_settings():
+            return jax.jit(self._anew(), **self.options).lower(*args)
 
     def _anew(self) -> Callable[..., Any]:
         """A function of its own: JAX's caches forget with it what was traced."""

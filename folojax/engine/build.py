@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import math
 import os
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import jax
@@ -19,6 +20,7 @@ from folojax.compile.mapped_memory import give_back_memory
 from folojax.compile.memory_plan import MemoryPlan, plan_fraction, plan_pages
 from folojax.config import EngineConfig, ResolvedConfig
 from folojax.engine.engine import Engine
+from folojax.engine.weights import checked_pair
 from folojax.kv import KVLayout
 from folojax.models.core.decoder import Llama
 from folojax.models.files.checkpoint import Checkpoint, build_module, load_params, open_checkpoint
@@ -33,6 +35,7 @@ from folojax.runner.runner import Runner
 from folojax.runner.setup import Setup
 from folojax.sched.option_fields import options_of
 from folojax.sched.scheduler import Scheduler
+from folojax.text.plain_numbers import plain
 from folojax.text.tokenizer import Tokenizer
 from folojax.text.tokenizer_files import has_tokenizer, load_tokenizer
 
@@ -94,35 +97,11 @@ def load_model(
 
     Limits and memory are settled before weights are read, which may take long or not fit.
     """
-    backend = choose_backend(device_of(model[1]) if isinstance(model, tuple) else None)
-    if config.deterministic:
-        backend = backend.deterministic()
-    quantization = config.quantization
-    if isinstance(model, tuple):
-        given: tuple[Any, Any] = model
-        module, params = given
-        if quantization and not isinstance(module, Llama):
-            raise ValueError(
-                f"quantization is {quantization!r} and the module a {type(module).__name__}: "
-                "quantised kernels are for the modules of folojax.models"
-            )
-        found = quantization_of(params)
-        # What cannot be cut into groups is of eight bits with "int4", too.
-        if found not in (None, quantization) and (found, quantization) != ("int8", "int4"):
-            raise ValueError(f'params have quantised kernels: pass quantization="{found}"')
-        kept = params
-        if quantization:
-            # Floats that are quantised remain the caller's.
-            kept = jax.eval_shape(lambda params: quantize_params(params, quantization), params)
-        leaves = jax.tree.leaves(kept)
-        here = sum(leaf.nbytes for leaf in leaves if isinstance(leaf, jax.Array))
-        weights = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
-        num_weights = sum(
-            math.prod(leaf.shape) for leaf in jax.tree.leaves(params, is_leaf=is_quantized)
-        )
-        resolved, plan = plan_memory(config, module, weights, num_weights, backend, here)
-        params = quantize_params(params, quantization) if quantization else params
-        return LoadedModel(module, params, None, resolved, plan, backend)
+    if model is not None and not isinstance(model, str | os.PathLike):
+        if revision is not None:
+            raise ValueError(f"revision {revision!r} is for Hub repositories; the model is a pair")
+        return _load_pair(model, dtype, config)
+    backend, quantization = _backend(config), config.quantization
     compute_dtype = _resolve_dtype(dtype, backend)
     checkpoint = open_checkpoint(model, revision)
     module = build_module(checkpoint.config, compute_dtype)
@@ -131,6 +110,42 @@ def load_model(
     resolved, plan = plan_memory(config, module, weights, num_weights, backend)
     params = load_params(checkpoint, compute_dtype, quantization)
     return LoadedModel(module, params, checkpoint, resolved, plan, backend)
+
+
+def _load_pair(model: Any, dtype: DType, config: EngineConfig) -> LoadedModel:
+    """A pair of the user's, once it is one that an engine can run."""
+    module, params = checked_pair(model)
+    backend, quantization = _backend(config, device_of(params)), config.quantization
+    is_auto = isinstance(dtype, str) and dtype == "auto"
+    if not is_auto and jnp.dtype(_resolve_dtype(dtype, backend)) != module.dtype:
+        raise ValueError(
+            f"dtype is {dtype!r}, and the module of the pair computes in "
+            f"{jnp.dtype(module.dtype)}: leave dtype out, or build the module in that dtype and "
+            "cast the params with jax.tree.map"
+        )
+    found = quantization_of(params)
+    # What cannot be cut into groups is of eight bits with "int4", too.
+    if found not in (None, quantization) and (found, quantization) != ("int8", "int4"):
+        raise ValueError(f'params have quantised kernels: pass quantization="{found}"')
+    kept = params
+    if quantization:
+        # Floats that are quantised remain the caller's.
+        kept = jax.eval_shape(lambda params: quantize_params(params, quantization), params)
+    leaves = jax.tree.leaves(kept)
+    here = sum(leaf.nbytes for leaf in leaves if isinstance(leaf, jax.Array))
+    weights = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+    num_weights = sum(
+        math.prod(leaf.shape) for leaf in jax.tree.leaves(params, is_leaf=is_quantized)
+    )
+    resolved, plan = plan_memory(config, module, weights, num_weights, backend, here)
+    params = quantize_params(params, quantization) if quantization else params
+    return LoadedModel(module, params, None, resolved, plan, backend)
+
+
+def _backend(config: EngineConfig, device: jax.Device | None = None) -> Backend:
+    """That of a device, None for the default one, in the mode of the config."""
+    backend = choose_backend(device)
+    return backend.deterministic() if config.deterministic else backend
 
 
 def plan_memory(
@@ -226,15 +241,19 @@ def default_params(checkpoint: Checkpoint | None) -> SamplingParams:
 
 
 def make_engine(
-    model: LoadedModel, tokenizer: Tokenizer | None, functions: UserFunctions = NO_FUNCTIONS
+    model: LoadedModel,
+    tokenizer: Tokenizer | None,
+    functions: UserFunctions = NO_FUNCTIONS,
+    eos_token_id: int | Sequence[int] | None = None,
 ) -> Engine:
-    """Allocates an engine."""
+    """Allocates an engine; end tokens are as of `LLM`."""
     functions.check_layers(model.module.config.num_layers)
     module, config = model.module, model.config
     functions.check_results(module.config.vocab_size, module.config.hidden_size, module.dtype)
     vocab_size = module.config.vocab_size
     # Rows of the vocabulary beyond the tokenizer's are padding, and no token.
     num_tokens = min(vocab_size, tokenizer.num_tokens) if tokenizer else vocab_size
+    ends = _end_tokens(eos_token_id, model.checkpoint, tokenizer, vocab_size)
     setup = make_setup(module, config, model.backend, num_tokens)
     _tell_kernels(module, setup.layout)
     give_back_memory()  # of what loading has left, before the pool is allocated
@@ -248,7 +267,7 @@ def make_engine(
             num_tokens=num_tokens,
             max_logprobs=config.max_logprobs,
             tokenizer=tokenizer,
-            eos_token_ids=_end_tokens(model.checkpoint, tokenizer, vocab_size),
+            eos_token_ids=ends,
             functions=functions,
             residual_bytes=functions.residual_bytes(module),
             is_strict=config.strict,
@@ -295,12 +314,24 @@ def _min_swap_tokens(module: Llama, num_weights: int, backend: Backend) -> int:
 
 
 def _end_tokens(
-    checkpoint: Checkpoint | None, tokenizer: Tokenizer | None, vocab_size: int
+    given: int | Sequence[int] | None,
+    checkpoint: Checkpoint | None,
+    tokenizer: Tokenizer | None,
+    vocab_size: int,
 ) -> tuple[int, ...]:
-    """The tokenizer's end token, then those of the model's files, of which there may be several.
+    """The user's end tokens, or else the tokenizer's, then those of the model's files.
 
     Fine-tuned models often state the end of a turn in one of the three files only.
     """
+    if given is not None:
+        several = [plain(one) for one in (given if isinstance(given, Iterable) else (given,))]
+        for one in several:
+            if type(one) is not int or not 0 <= one < vocab_size:
+                raise ValueError(
+                    f"eos_token_id holds {one!r}; it must be one token id or several, from 0 to "
+                    f"{vocab_size - 1}"
+                )
+        return tuple(dict.fromkeys(several))
     ends = list(checkpoint.eos_token_ids) if checkpoint is not None else []
     own = tokenizer.eos_token_id if tokenizer is not None else None
     if own is not None and own < vocab_size:

@@ -18,7 +18,7 @@ from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, cast
 
 from tqdm.auto import tqdm
 
-from folojax.backend.devices import outside_meshes
+from folojax.compile.programs import own_settings
 from folojax.engine.engine import Engine, Output
 from folojax.engine.live_request import LiveGeneration, LiveRequest
 from folojax.requests.outputs import RequestOutput, ScoreOutput
@@ -106,11 +106,11 @@ _Self = TypeVar("_Self", bound=HasLock)
 def exclusive(
     method: Callable[Concatenate[_Self, _P], _Result],
 ) -> Callable[Concatenate[_Self, _P], _Result]:
-    """A method that holds the lock of its object while it runs, outside of the caller's mesh."""
+    """A method that holds the lock of its object while it runs, under JAX settings of its own."""
 
     @functools.wraps(method)
     def run(self: Any, *args: _P.args, **kwargs: _P.kwargs) -> _Result:
-        with self.lock, outside_meshes():
+        with self.lock, own_settings():
             return method(self, *args, **kwargs)
 
     return run
@@ -167,7 +167,7 @@ class SharedEngine:
             with bar:
                 while num_done < len(requests):
                     num_told = num_done
-                    with self.lock, outside_meshes():
+                    with self.lock, own_settings():
                         if len(box) < len(requests):
                             self._early += _ended(self._deliver(self._engine.step()))
                         num_done = len(box)
@@ -184,7 +184,7 @@ class SharedEngine:
         try:
             self._open(requests, box)
             while num_left:
-                with self.lock, outside_meshes():
+                with self.lock, own_settings():
                     if not box:
                         self._early += _ended(self._deliver(self._engine.step()))
                     outputs = [cast(RequestOutput, box.pop(one)) for one in list(box)]

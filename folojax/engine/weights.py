@@ -1,4 +1,4 @@
-"""Parameters as an argument: new ones in place of old ones, and which ones they are."""
+"""Parameters as an argument: the user's own, new ones in place of old ones, and which they are."""
 
 import hashlib
 from collections.abc import Mapping
@@ -9,44 +9,64 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from folojax.models.core.decoder import Llama
+from folojax.models.core.param_tree import check_fit, kind_of, named_leaves, plain_tree
+from folojax.models.files.hf_names import parameter_sources
 from folojax.models.quantized.quantize import is_quantized, quantization_of, quantize_like
 
 _NUM_PROBED = 256
 
 
-def check_same_shapes(old: Any, new: Any) -> Any:
-    """Returns new parameters as the jitted steps know the old ones.
+def checked_pair(model: Any) -> tuple[Llama, Any]:
+    """A module and its parameters as the engine takes them, in plain dicts; no array is touched.
 
-    JAX arrays are taken as they are, with no copy; others go to where the old ones lie. A kernel of
-    floats that takes the place of a quantised one is quantised likewise.
+    Args:
+        model: What the user gave, and should be a pair (module, params).
+
+    Raises:
+        ValueError: it is none, the module is none of folojax, or the parameters do not have its
+            names, shapes and dtypes; what differs is named.
+    """
+    module, params = model if isinstance(model, tuple) and len(model) == 2 else (model, None)
+    if not isinstance(module, Llama) or not isinstance(params, Mapping):
+        parts = model if isinstance(model, tuple | list) and len(model) < 4 else ()
+        what = f" of {', '.join(type(part).__name__ for part in parts)}" if parts else ""
+        raise ValueError(
+            f"model is a {type(model).__name__}{what}; it must be a path, a Hub name or a tuple "
+            "(module, params), where module comes from folojax.build_module(config, dtype) and "
+            "params is a dict of its arrays; docs/weights.md makes both of other modules' weights"
+        )
+    params = plain_tree(params)
+
+    def shape(leaf: Any) -> Any:
+        return jax.ShapeDtypeStruct(leaf.shape, module.dtype)
+
+    # Quantised kernels may stand wherever the module has kernels of floats.
+    floats = jax.tree.map(
+        lambda leaf: shape(leaf) if is_quantized(leaf) else leaf, params, is_leaf=is_quantized
+    )
+    check_fit(jax.tree.map(shape, parameter_sources(module.config)), floats)
+    return module, params
+
+
+def check_same_shapes(old: Any, new: Any) -> Any:
+    """Returns new parameters in the tree that the jitted steps know; no array is touched.
+
+    But for kernels of floats that take the place of quantised ones: these are quantised likewise.
 
     Args:
         old: The parameters that the executables were compiled for.
-        new: A pytree of arrays, in the nesting of the old ones.
+        new: A pytree of arrays, in the nesting of the old ones; mappings of any kind, and with
+            Flax's {"params": ...} around them or without.
 
     Raises:
-        ValueError: leaves are missing or new, or have another shape or dtype; all are named.
+        ValueError: leaves are missing or new, or have another shape or dtype; they are named.
     """
+    new = plain_tree(new)
     if quantization_of(old):
         new = _quantized_as(old, new)
-    expected, found = _kernels(old), _kernels(new)
-    problems = [f"{name} is missing" for name in expected if name not in found]
-    problems += [f"{name} is unknown" for name in found if name not in expected]
-    for name, leaf in found.items():
-        if name in expected:
-            wanted, got = _kind(expected[name]), _kind(leaf)
-            if got != wanted:
-                is_float = is_quantized(expected[name]) and not is_quantized(leaf)
-                has = (
-                    f"takes a float kernel {list(expected[name].shape)}, or" if is_float else "has"
-                )
-                problems.append(f"{name} is {got}, the model {has} {wanted}")
-    wanted_tree, tree = str(jax.tree.structure(old)), str(jax.tree.structure(new))
-    if not problems and tree != wanted_tree:
-        problems.append(f"the tree is {tree}, the model has {wanted_tree}")
-    if problems:
-        raise ValueError("params do not fit the model: " + "; ".join(problems))
-    return jax.tree.map(_as_known, old, new)
+    check_fit(old, new)
+    return new
 
 
 def _quantized_as(old: Any, new: Any) -> Any:
@@ -69,8 +89,8 @@ def fingerprint(params: Any) -> str:
     such as a step of training, is seen, and one of a few may not be.
     """
     digest = hashlib.sha256()
-    for name, leaf in sorted(_leaves(params).items()):
-        digest.update(f"{name} {_kind(leaf)}".encode())
+    for name, leaf in sorted(named_leaves(params).items()):
+        digest.update(f"{name} {kind_of(leaf)}".encode())
         digest.update(np.asarray(_probe(leaf)).tobytes())
     return digest.hexdigest()[:32]
 
@@ -80,29 +100,3 @@ def _probe(leaf: Array) -> Array:
     """Some elements, evenly spread, the first among them."""
     flat = leaf.reshape(-1)
     return flat[:: max(1, flat.size // _NUM_PROBED)]
-
-
-def _kernels(params: Any) -> dict[str, Any]:
-    """By name, a quantised kernel as one."""
-    return _leaves(params, is_leaf=is_quantized)
-
-
-def _leaves(params: Any, is_leaf: Any = None) -> dict[str, Any]:
-    flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_leaf)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}
-
-
-def _kind(leaf: Any) -> str:
-    if is_quantized(leaf):
-        parts = ", ".join(map(_kind, leaf))
-        return f"{type(leaf).__name__}{list(leaf.shape)} of {parts}"
-    if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
-        return f"a {type(leaf).__name__}"
-    return f"{leaf.dtype}{list(leaf.shape)}"
-
-
-def _as_known(old: jax.Array, new: Any) -> jax.Array:
-    # A weak type would be another executable.
-    if not isinstance(new, jax.Array):
-        return jax.device_put(new, old.sharding)
-    return new if new.weak_type == old.weak_type else jnp.asarray(new, dtype=old.dtype)

@@ -1,19 +1,21 @@
 """What a user builds into an engine: functions, and layers whose residual stream is read."""
 
 import dataclasses
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from folojax.sampling.logits_processors import LogitsProcessor, RequestState
-from folojax.steps.layers import ActivationEdit
+from folojax.steps.layers import ActivationEdit, layer_numbers
 
 
 @dataclasses.dataclass(frozen=True)
 class UserFunctions:
     """Logits processors and activation edits, in the order in which they apply, and taps.
+
+    Of each there may be one or several; afterwards all are tuples.
 
     Raises:
         ValueError: something is of another type, two of a kind have one name, or an edit has no
@@ -25,6 +27,12 @@ class UserFunctions:
     residual_layers: tuple[int, ...] = ()  # behind which the residual stream is read
 
     def __post_init__(self) -> None:
+        for name in ("processors", "activation_edits"):
+            given: Any = getattr(self, name)
+            several = tuple(given) if isinstance(given, Iterable) else (given,)
+            object.__setattr__(self, name, several)
+        layers = layer_numbers(self.residual_layers, "activation_taps")
+        object.__setattr__(self, "residual_layers", layers)
         problems = []
         kinds: dict[str, tuple[tuple[Any, ...], type]] = {
             "logits_processors": (self.processors, LogitsProcessor),
@@ -43,11 +51,6 @@ class UserFunctions:
                 problems.append(f"{kind} has {twice} more than once; names must differ")
         edits = [one for one in self.activation_edits if not one.layers]
         problems += [f"activation edit {one.name!r} has no layers" for one in edits]
-        problems += [
-            f"activation_taps holds {layer!r}; it must hold numbers of layers, from 0"
-            for layer in self.residual_layers
-            if isinstance(layer, bool) or not isinstance(layer, int)
-        ]
         if len(set(self.residual_layers)) < len(self.residual_layers):
             problems.append(f"activation_taps is {list(self.residual_layers)}; layers must differ")
         if problems:

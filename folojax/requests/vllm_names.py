@@ -211,7 +211,7 @@ IMPORTS = {
     **dict.fromkeys(("EmbeddingRequestOutput", "ClassificationRequestOutput"), _GENERATES),
     **dict.fromkeys(("StructuredOutputsParams", "GuidedDecodingParams"), _CONSTRAIN),
     "BeamSearchParams": _BEST_OF,
-    "ModelRegistry": "LLM takes a pair (module, params) of any Flax module of the same interface",
+    "ModelRegistry": "docs/new_model.md adds a family; weights in memory: a pair (module, params)",
     "RequestOutputKind": SAMPLING_FIELDS["output_kind"].instead,
 }
 """What `from folojax import` does not give, and what there is instead."""

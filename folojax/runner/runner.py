@@ -92,7 +92,7 @@ class Runner:
 
     @params.setter
     def params(self, params: Any) -> None:
-        self._params = self.backend.place(params)
+        self._params = self.backend.share(params)
 
     def dispatch(self, plan: StepPlan) -> list[Pending]:
         """Has the device compute a plan, after those before; returns what `collect` takes."""

@@ -6,7 +6,8 @@ Where a layer is edited and read, what is read is edited: what the next layer se
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -31,18 +32,32 @@ class ActivationEdit:
 
     Attributes:
         name: What `SamplingParams.activation_edits` calls it.
-        layers: Behind which layers it is applied, from 0.
+        layers: Behind which layers it is applied, from 0; one or several.
         apply: From the stream of one token [E], in the model's dtype, and the number of the layer
             to the new stream. Pure, traced once a layer.
     """
 
     name: str
-    layers: Sequence[int]
+    layers: Any  # an integer or a sequence of such; a tuple afterwards
     apply: Callable[[Any, int], Any]
 
     def __post_init__(self) -> None:
         # Of a list no hash could be taken, and steps are compiled by it.
-        object.__setattr__(self, "layers", tuple(self.layers))
+        layers = layer_numbers(self.layers, f"layers of activation edit {self.name!r}")
+        object.__setattr__(self, "layers", layers)
+
+
+def layer_numbers(layers: Any, what: str) -> tuple[int, ...]:
+    """Layers, of which one or several were given.
+
+    Raises:
+        ValueError: one is no integer; `what` says whose it is.
+    """
+    several = tuple(layers) if isinstance(layers, Iterable) else (layers,)
+    for layer in several:
+        if isinstance(layer, bool) or not hasattr(layer, "__index__"):
+            raise ValueError(f"{what} holds {layer!r}; it must hold numbers of layers, from 0")
+    return tuple(map(operator.index, several))
 
 
 class StepExtras(NamedTuple):
@@ -140,27 +155,28 @@ def head_params(params: Any) -> Any:
 
 
 def read_residuals(
-    params: Any, tokens: Int[Array, " N"], layers: Sequence[int], *, model: Llama
+    params: Any, tokens: Int[Array, " N"], layers: int | Sequence[int], *, model: Llama
 ) -> Float[Array, "L N E"]:
     """The residual stream behind some layers, for every token of one sequence.
 
-    Pure: jit, differentiate or vmap it.
+    Pure: jit it (with `layers` static), differentiate or vmap it.
 
     Args:
         params: The module's parameters.
         tokens: A sequence from its first token on.
-        layers: Which, from 0; they come in this order.
+        layers: Which, from 0, one or several; they come in this order.
         model: A module of `folojax.models`.
 
     Raises:
         ValueError: the model has no such layer.
     """
+    layers = layer_numbers(layers, "layers")
     missing = sorted(set(layers) - set(range(model.config.num_layers)))
     if missing:
         last = model.config.num_layers - 1
         raise ValueError(f"layers holds {missing}; the model has layers 0 to {last}")
     positions, nothing = jnp.arange(len(tokens)), [None] * model.config.num_layers
     attend = jax.tree_util.Partial(dense_attend)
-    extras = StepExtras(residual_layers=tuple(layers))
+    extras = StepExtras(residual_layers=layers)
     *_, found = run_layers(params, tokens, positions, nothing, attend, model=model, extras=extras)
     return jnp.stack([found[layer] for layer in layers])

@@ -27,8 +27,8 @@ def log_likelihood(
 ) -> Float[Array, "*B N"]:
     """Log-probability of every masked token, given all tokens before it.
 
-    Pure: jit it with `model` bound or static, differentiate it with respect to `params`, vmap it
-    (not with experts: give it all sequences at once, which then run one after the other).
+    Pure: jit it, differentiate it with respect to `params`, vmap it (not with experts: give it all
+    sequences at once, which then run one after the other).
     The logits of one sequence at a time are in memory, [N, V] in float32, and are computed again
     in the backward pass.
 
@@ -38,12 +38,20 @@ def log_likelihood(
             padding, and may hold anything.
         mask: True for the tokens that count. The first token of a sequence never does: nothing
             comes before it.
-        model: A module of `folojax.models`.
+        model: A module of `folojax.models`. One of your own has to be bound or static under jit.
         temperature: Divides the logits, for the distribution that was sampled at a temperature.
 
     Returns:
         float32; 0 where `mask` is False, and for the first token.
+
+    Raises:
+        ValueError: the model is no Flax module.
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"model is a {type(model).__name__}, and must be a Flax module: under jax.jit bind it "
+            'with functools.partial, or name it in static_argnames="model"'
+        )
     # Here, because it takes a while to import, and an engine has no use for it.
     import optax
 

@@ -54,8 +54,8 @@ def init_lora(
                     )
                 rng, key = jax.random.split(rng)
                 width_out, width_in = shape
-                a = jax.random.normal(key, (rank, width_in)) * width_in**-0.5
-                pair = {"a": a, "b": jnp.zeros((width_out, rank))}
+                a = jax.random.normal(key, (rank, width_in), jnp.float32) * width_in**-0.5
+                pair = {"a": a, "b": jnp.zeros((width_out, rank), jnp.float32)}
                 lora.setdefault(layer, {})[name] = pair
     if not lora:
         raise ValueError(f"no layer has a kernel named {' or '.join(names)}")

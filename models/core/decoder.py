@@ -200,6 +200,7 @@ class Block(nn.Module):
         return weight, self.param(f"{name}_bias", _ZEROS, (width,), self.dtype)
 
 
+@jax.tree_util.register_static  # as an argument of a jitted function it need not be named static
 class Llama(nn.Module):
     """A decoder from token ids to the hidden states that `logits` turns into scores.
 

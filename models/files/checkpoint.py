@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
+
 from folojax.models.core.config import ModelConfig
 from folojax.models.core.decoder import Llama
 from folojax.models.families.families import family_of
@@ -81,16 +83,22 @@ def open_checkpoint(
 
 
 def load_params(
-    checkpoint: Checkpoint, dtype: Any, quantization: str | None = None
+    source: Checkpoint | str | os.PathLike[str] | None = None,
+    dtype: Any = jnp.float32,
+    quantization: str | None = None,
 ) -> dict[str, Any]:
     """Reads a checkpoint's weights as the parameters of `build_module(checkpoint.config, dtype)`.
 
-    See `read_params` for the arguments and errors.
+    Args:
+        source: Of `open_checkpoint`, or what that opens.
+        dtype: As in `read_params`, which says the errors too.
+        quantization: Likewise.
     """
+    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     return read_params(checkpoint.directory, checkpoint.config, dtype, quantization)
 
 
-def build_module(config: ModelConfig, dtype: Any) -> Llama:
+def build_module(config: ModelConfig, dtype: Any = jnp.float32) -> Llama:
     """The Flax module of the config's architecture, computing in `dtype`."""
     return family_of(config.architecture)[1].module(config, dtype)
 

@@ -1,6 +1,7 @@
-"""From a checkpoint's tensors to the parameter tree of a module."""
+"""From tensors of Hugging Face's names to the parameter tree of a module."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,22 +10,19 @@ import numpy as np
 from tqdm import tqdm
 
 from folojax.models.core.config import ModelConfig
+from folojax.models.core.param_tree import listed
 from folojax.models.files.hf_names import Source, is_ignorable, parameter_sources
-from folojax.models.files.safetensors_files import DTYPES, StoredTensor, open_tensors
+from folojax.models.files.safetensors_files import DTYPES, HeldTensor, Tensor, open_tensors
+from folojax.models.files.tied_head import parted_head
 from folojax.models.quantized.quantize import quantize, quantized_bytes
 
 _SILENT_SECONDS = 2.0
-_MOST_PROBLEMS = 50
 
 
 def read_params(
     directory: Path, config: ModelConfig, dtype: Any, quantization: str | None = None
 ) -> dict[str, Any]:
     """Reads a directory's weights as the parameters of the config's module, on the default device.
-
-    Parameters are read one after the other, each in the layout that it keeps: beside those that
-    are done, only one is in memory, twice while it is placed. A bar shows how far it is if that
-    takes seconds and somebody sits at a terminal.
 
     Args:
         directory: In the Hugging Face layout.
@@ -37,8 +35,51 @@ def read_params(
         ValueError: a file is malformed, or the tensors are not those the config asks for; every
             missing, unexpected and misshapen tensor is listed.
     """
+    what = f"the weights in {directory} do not fit its config.json"
+    return _assemble(open_tensors(directory), config, dtype, quantization, what)
+
+
+def params_from_hf(
+    tensors: Mapping[str, Any], config: ModelConfig, dtype: Any = np.float32
+) -> dict[str, Any]:
+    """The parameters of `build_module(config, dtype)`, of arrays that Hugging Face names.
+
+    Args:
+        tensors: By name, such as "model.layers.0.self_attn.q_proj.weight", in Hugging Face's
+            layout: arrays of NumPy or JAX, or what NumPy makes an array of, as of a tensor of
+            PyTorch on CPU.
+        config: Of the model; `config_from_hf` makes it of the dict of a config.json.
+        dtype: float32, bfloat16 or float16; arrays of another float type are converted.
+
+    Raises:
+        ValueError: the tensors are not those the config asks for; every missing, unexpected and
+            misshapen one is listed, fifty at most.
+    """
+    held: dict[str, Tensor] = {name: HeldTensor(name, given) for name, given in tensors.items()}
+    parted = parted_head(held, config) if config.tie_embeddings else None
+    if parted is not None:
+        raise ValueError(
+            f"the config ties the output projection to the embedding, but {parted[0]} is there and "
+            f"is not {parted[1]}: leave it out, or state tie_word_embeddings false"
+        )
+    return _assemble(held, config, dtype, None, "the tensors do not fit the config")
+
+
+def _assemble(
+    tensors: Mapping[str, Tensor],
+    config: ModelConfig,
+    dtype: Any,
+    quantization: str | None,
+    what: str,
+) -> dict[str, Any]:
+    """Reads tensors as parameters, on the default device; `what` says how an error begins.
+
+    Parameters are read one after the other, each in the layout that it keeps: beside those that
+    are done, only one is in memory, twice while it is placed. A bar shows how far it is if that
+    takes seconds and somebody sits at a terminal.
+    """
     sources = parameter_sources(config)
-    tensors = _find(config, sources, directory)
+    found = _find(config, sources, tensors, what)
     named, tree = _named(sources), jax.tree.structure(sources)
     arrays: list[Any] = [None] * len(named)
     with tqdm(
@@ -55,7 +96,7 @@ def read_params(
             name, source = named[i]
             array = _empty(source, np.dtype(dtype))
             for tensor, view in source.views(array):
-                tensors[tensor].read_into(view)
+                found[tensor].read_into(view)
             bar.update(array.nbytes)
             # Not `jnp.asarray`, which has NumPy transpose first, ten times slower. Waited for, or
             # several would be in memory twice.
@@ -92,7 +133,9 @@ def _named(sources: dict[str, Any]) -> list[tuple[str, Source]]:
     return [(path[-1].key, source) for path, source in leaves]
 
 
-def _find(config: ModelConfig, sources: dict[str, Any], directory: Path) -> dict[str, StoredTensor]:
+def _find(
+    config: ModelConfig, sources: dict[str, Any], tensors: Mapping[str, Tensor], what: str
+) -> dict[str, Tensor]:
     """The wanted tensors, by the names that the sources have for them.
 
     Where a model was saved without its head, as the first GPT-2 was, the files leave out the first
@@ -101,9 +144,9 @@ def _find(config: ModelConfig, sources: dict[str, Any], directory: Path) -> dict
     Raises:
         ValueError: says at once all there is to say against the tensors.
     """
-    tensors = open_tensors(directory)
     wanted = dict(pair for source in jax.tree.leaves(sources) for pair in source.tensors)
-    missing, found = [], {}
+    missing: list[str] = []
+    found: dict[str, Tensor] = {}
     for name, shape in wanted.items():
         short = name.partition(".")[2]
         tensor = tensors.get(name) or tensors.get(short)
@@ -120,7 +163,7 @@ def _find(config: ModelConfig, sources: dict[str, Any], directory: Path) -> dict
     for name, tensor in sorted(found.items()):
         if tensor.shape != wanted[name]:
             problems.append(
-                f"wrong shape: {tensor.name} is {tensor.shape}, config.json asks for {wanted[name]}"
+                f"wrong shape: {tensor.name} is {tensor.shape}, the config asks for {wanted[name]}"
             )
         if tensor.dtype not in DTYPES:
             problems.append(
@@ -128,9 +171,5 @@ def _find(config: ModelConfig, sources: dict[str, Any], directory: Path) -> dict
                 + ", ".join(sorted(DTYPES))
             )
     if problems:
-        rest = len(problems) - _MOST_PROBLEMS
-        shown = problems[:_MOST_PROBLEMS] + ([f"and {rest} more"] if rest > 0 else [])
-        raise ValueError(
-            f"the weights in {directory} do not fit its config.json:\n  " + "\n  ".join(shown)
-        )
+        raise ValueError(f"{what}:\n  " + listed(problems, "\n  "))
     return found

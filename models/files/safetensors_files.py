@@ -9,7 +9,7 @@ import json
 import math
 import struct
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import ml_dtypes
 import numpy as np
@@ -79,6 +79,35 @@ class StoredTensor(NamedTuple):
             raise ValueError(
                 f"{self.path}: tensor {self.name!r} cannot be read: {error}"
             ) from error
+
+
+class HeldTensor:
+    """A tensor that is in memory already, as `StoredTensor` is one in a file."""
+
+    def __init__(self, name: str, array: Any) -> None:
+        """Takes an array of any library, or what NumPy makes one of.
+
+        Raises:
+            ValueError: NumPy has no such array; the tensor is named.
+        """
+        self.name = name
+        try:
+            self._array = np.asarray(array)
+        except (TypeError, ValueError, RuntimeError) as error:  # PyTorch's, of bfloat16 or a GPU
+            raise ValueError(
+                f"tensor {name!r} is no array to NumPy ({error}): give it as float32 on the host"
+            ) from error
+        self.shape = self._array.shape
+        names = {dtype: one for one, dtype in DTYPES.items()}
+        self.dtype = names.get(self._array.dtype, str(self._array.dtype))
+
+    def read_into(self, target: np.ndarray) -> None:
+        """Copies it to where it is wanted, converted as `StoredTensor.read_into` does."""
+        with np.errstate(over="ignore"):
+            target[...] = self._array
+
+
+Tensor: TypeAlias = StoredTensor | HeldTensor
 
 
 def _fill(file: io.FileIO, block: np.ndarray) -> None:

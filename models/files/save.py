@@ -1,17 +1,17 @@
-"""Writing parameters as a directory that transformers loads: the way back from training."""
+"""Parameters as transformers has them, in memory or in a directory: the way back from training."""
 
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from folojax.models.core.config import ModelConfig
+from folojax.models.core.param_tree import check_fit, named_leaves, plain_tree
 from folojax.models.files.hf_config import config_from_hf
 from folojax.models.files.hf_names import parameter_sources
 from folojax.models.files.safetensors_files import INDEX_FILE, SHARD_BYTES, ShardWriter
@@ -19,6 +19,40 @@ from folojax.models.quantized.quantize import quantization_of
 
 # What is no longer true of weights that were changed here, or names code that is not there.
 _DROPPED = ("auto_map", "quantization_config", "torch_dtype", "transformers_version")
+
+
+def params_to_hf(params: Any, config: ModelConfig) -> dict[str, np.ndarray]:
+    """Copies of the parameters in Hugging Face's names and layout, as `params_from_hf` takes them.
+
+    Args:
+        params: The parameters of `build_module(config, ...)`; they keep their dtype.
+        config: Of the module.
+
+    Raises:
+        ValueError: parameters are missing, unknown or misshapen, or quantised.
+    """
+    return {
+        name: np.array(view, order="C") for name, view in _tensors(_checked(params, config), config)
+    }
+
+
+def _tensors(params: Any, config: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
+    """Every tensor; parameters leave the device one by one."""
+    leaves = named_leaves(params)
+    for parameter, source in named_leaves(parameter_sources(config)).items():
+        yield from source.views(np.asarray(leaves[parameter]))
+
+
+def _checked(params: Any, config: ModelConfig) -> Any:
+    """The parameters in plain dicts; raises one ValueError with all that does not fit."""
+    params = plain_tree(params)
+    if quantization_of(params):
+        raise ValueError(
+            "params have quantised kernels, for which transformers has no format: take the "
+            "parameters that they were made from"
+        )
+    check_fit(parameter_sources(config), params, lambda leaf: str(list(np.shape(leaf))))
+    return params
 
 
 def save_pretrained(
@@ -49,24 +83,16 @@ def save_pretrained(
         ValueError: parameters are missing, unknown or misshapen (all are named), or quantised,
             or the config is none that config.json says.
     """
-    if quantization_of(params):
-        raise ValueError(
-            "params have quantised kernels, for which transformers has no format: save the "
-            "parameters that they were made from"
-        )
+    params = _checked(params, config)
     mapping = _mapping(config, hf_config)
-    sources = parameter_sources(config)
-    _check(params, sources)
     mapping["dtype"] = str(params["embed"].dtype)
     target = Path(path)
     target.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=target) as name:
         part = Path(name)
         writer = ShardWriter(part, shard_bytes)
-        leaves = _flat(params)
-        for parameter, source in _flat(sources).items():
-            for tensor_name, view in source.views(np.asarray(leaves[parameter])):
-                writer.add(tensor_name, view)
+        for tensor_name, view in _tensors(params, config):
+            writer.add(tensor_name, view)
         writer.close()
         (part / "config.json").write_text(json.dumps(mapping, indent=2) + "\n", encoding="utf-8")
         if generation_config:
@@ -93,23 +119,3 @@ def _mapping(config: ModelConfig, hf_config: Mapping[str, Any] | None) -> dict[s
             "hf_config=, the dict of one that does"
         )
     return {name: value for name, value in mapping.items() if name not in _DROPPED}
-
-
-def _check(params: Any, sources: dict[str, Any]) -> None:
-    """Raises one ValueError with all that does not fit."""
-    wanted = {name: source.shape for name, source in _flat(sources).items()}
-    found = {name: np.shape(leaf) for name, leaf in _flat(params).items()}
-    problems = [f"{name} is missing" for name in wanted if name not in found]
-    problems += [f"{name} is unknown" for name in found if name not in wanted]
-    problems += [
-        f"{name} is {found[name]}, the config asks for {shape}"
-        for name, shape in wanted.items()
-        if name in found and found[name] != shape
-    ]
-    if problems:
-        raise ValueError("params do not fit the model: " + "; ".join(problems))
-
-
-def _flat(tree: Any) -> dict[str, Any]:
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}

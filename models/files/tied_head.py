@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -13,7 +15,7 @@ from folojax.models.files.safetensors_files import (
     DTYPES,
     INDEX_FILE,
     SINGLE_FILE,
-    StoredTensor,
+    Tensor,
     open_tensors,
 )
 
@@ -33,25 +35,31 @@ def untie_if_different(directory: Path, config: ModelConfig) -> ModelConfig:
     has_weights = any((directory / name).is_file() for name in (SINGLE_FILE, INDEX_FILE))
     if not config.tie_embeddings or not has_weights:
         return config
-    _, family = family_of(config.architecture)
-    (embed,), (head,) = family.head_names["embed"], family.head_names["lm_head"]
-    tensors = open_tensors(directory)
-    # The first GPT-2 was saved without the first part of its names.
-    embed = embed if embed in tensors else embed.partition(".")[2]
-    if head not in tensors or embed not in tensors or _are_equal(tensors[embed], tensors[head]):
+    parted = parted_head(open_tensors(directory), config)
+    if parted is None:
         return config
     _LOG.warning(
         "config.json of %s says tie_word_embeddings, but %s is there and is not %s: the model has "
         "both, as in transformers. Set tie_word_embeddings to false to say so",
         directory,
-        head,
-        embed,
+        *parted,
     )
     stated = json.loads(config.hf_config) | {"tie_word_embeddings": False}
     return dataclasses.replace(config, tie_embeddings=False, hf_config=json.dumps(stated))
 
 
-def _are_equal(first: StoredTensor, second: StoredTensor) -> bool:
+def parted_head(tensors: Mapping[str, Any], config: ModelConfig) -> tuple[str, str] | None:
+    """The names of output projection and embedding, if both are there and not the same."""
+    _, family = family_of(config.architecture)
+    (embed,), (head,) = family.head_names["embed"], family.head_names["lm_head"]
+    # The first GPT-2 was saved without the first part of its names.
+    embed = embed if embed in tensors else embed.partition(".")[2]
+    if head not in tensors or embed not in tensors or _are_equal(tensors[embed], tensors[head]):
+        return None
+    return head, embed
+
+
+def _are_equal(first: Tensor, second: Tensor) -> bool:
     """Whether both have the same bits; what cannot be read is refused later."""
     is_readable = len(first.shape) == 2 and first.dtype in DTYPES
     if not is_readable or (first.shape, first.dtype) != (second.shape, second.dtype):

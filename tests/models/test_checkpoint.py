@@ -118,7 +118,7 @@ def test_every_mismatch_is_in_one_message(directory):
         f"missing: {NORM} (16,)",
         "unexpected: model.layers.0.self_attn.q_proj.bias (16,)",
         "wrong dtype: model.layers.0.input_layernorm.weight is I8, not one of BF16, F16, F32, F64",
-        f"wrong shape: {UP} is (23, 16), config.json asks for (24, 16)",
+        f"wrong shape: {UP} is (23, 16), the config asks for (24, 16)",
     ]
 
 

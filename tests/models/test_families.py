@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 import transformers
 
-from folojax import LLM, SamplingParams
+from folojax import LLM, SamplingParams, params_from_hf, params_to_hf
 from folojax.models.core.decoder import init_params
 from folojax.models.families.families import FAMILIES as REGISTRY
 from folojax.models.files.checkpoint import load_params, open_checkpoint
@@ -92,6 +93,16 @@ def test_saved_parameters_are_what_transformers_loads(family: Any, tmp_path: Pat
     again = open_checkpoint(tmp_path)
     assert again.config == module.config
     chex.assert_trees_all_equal(load_params(again, jnp.float32), changed)
+
+
+def test_arrays_by_their_names_become_parameters_and_back(family: Any) -> None:
+    _, directory, _, (module, params) = family
+    tensors = safetensors.numpy.load_file(directory / "model.safetensors")
+    found = params_from_hf(tensors, module.config)
+    chex.assert_trees_all_equal(found, params)
+    again = params_to_hf(found, module.config)
+    assert again.keys() == tensors.keys()
+    chex.assert_trees_all_equal(again, tensors)
 
 
 def test_every_registered_family_is_tried() -> None:

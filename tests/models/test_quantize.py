@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
 from flax.core import freeze
 
 from folojax import LLM, SamplingParams, init_lora, log_likelihood, merge_lora
@@ -248,21 +247,12 @@ def test_a_likelihood_is_that_of_the_engine(llm: LLM, tiny_model: tuple) -> None
     np.testing.assert_allclose(found[len(prompt) :], logprobs, atol=2e-3)
 
 
-class Other(nn.Module):
-    """A module that knows nothing of quantised kernels."""
-
-    config: Any
-    dtype: Any
-
-
 def test_refusals(llm: LLM, tiny_model: tuple, quantization: str, tmp_path: Path) -> None:
     module, params = tiny_model
     small = quantize_params(params, quantization)
     for other in {None, "int8"} - {quantization}:
         with pytest.raises(ValueError, match=f'pass quantization="{quantization}"'):
             LLM((module, small), quantization=other, **LIMITS)
-    with pytest.raises(ValueError, match="the module a Other: quantised kernels are for"):
-        LLM((Other(module.config, jnp.float32), params), quantization=quantization, **LIMITS)
     with pytest.raises(ValueError, match="quantization is 'int2'"):
         LLM(tiny_model, **LIMITS, quantization="int2")
     with pytest.raises(ValueError, match="quantised kernels"):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from folojax import LLM, SamplingParams
+from folojax import LLM, SamplingParams, params_from_hf, params_to_hf
 from folojax.models.files.checkpoint import load_params, open_checkpoint
 from folojax.models.files.save import save_pretrained
 from tests import reference
@@ -90,6 +90,66 @@ def test_a_config_that_no_file_states_is_refused(tiny_model: tuple, tmp_path: Pa
         save_pretrained(params, tmp_path, changed)
     save_pretrained(params, tmp_path, by_hand, hf_config=json.loads(module.config.hf_config))
     assert open_checkpoint(tmp_path).config == module.config
+
+
+def test_half_precision_keeps_its_bits_by_name(tiny_directory: Path) -> None:
+    checkpoint = open_checkpoint(tiny_directory)
+    params = load_params(checkpoint, jnp.bfloat16)
+    tensors = params_to_hf(params, checkpoint.config)
+    assert {str(one.dtype) for one in tensors.values()} == {"bfloat16"}
+    again = params_from_hf(tensors, checkpoint.config, jnp.bfloat16)
+    chex.assert_trees_all_equal(again, params)
+    wide = params_from_hf(tensors, checkpoint.config)
+    chex.assert_trees_all_equal(wide, jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params))
+
+
+def test_tensors_of_torch_are_taken_by_name(tiny_directory: Path) -> None:
+    import torch
+
+    model = reference.load_model(tiny_directory)
+    checkpoint = open_checkpoint(tiny_directory)
+    found = params_from_hf(model.state_dict(), checkpoint.config)
+    chex.assert_trees_all_equal(found, load_params(checkpoint))
+    half = {name: one.to(torch.bfloat16) for name, one in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"tensor '\S+' is no array to NumPy .*: give it as float"):
+        params_from_hf(half, checkpoint.config)
+
+
+def test_copies_by_name_are_the_callers(tiny_model: tuple) -> None:
+    module, params = tiny_model
+    tensors = params_to_hf({"params": params}, module.config)
+    before = np.array(params["embed"])
+    tensors["model.embed_tokens.weight"][:] = 0
+    np.testing.assert_array_equal(params["embed"], before)
+
+
+def test_every_misfit_by_name_is_listed(tiny_model: tuple) -> None:
+    module, params = tiny_model
+    tensors = params_to_hf(params, module.config)
+    tensors["model.norm.weight"] = tensors["model.norm.weight"][1:]
+    tensors["lm_head.weight"] = tensors["lm_head.weight"].astype(np.int32)
+    tensors["model.other"] = tensors.pop("model.layers.1.self_attn.o_proj.weight")
+    with pytest.raises(ValueError, match="the tensors do not fit the config") as info:
+        params_from_hf(tensors, module.config)
+    for part in (
+        "missing: model.layers.1.self_attn.o_proj.weight (64, 64)",
+        "unexpected: model.other (64, 64)",
+        "wrong shape: model.norm.weight is (63,), the config asks for (64,)",
+        "wrong dtype: lm_head.weight is int32, not one of",
+    ):
+        assert part in str(info.value)
+
+
+def test_a_head_that_is_no_copy_of_a_tied_embedding_is_refused(tiny_model: tuple) -> None:
+    module, params = tiny_model
+    tied = dataclasses.replace(module.config, tie_embeddings=True)
+    tensors = params_to_hf(params, module.config)
+    with pytest.raises(
+        ValueError, match=r"lm_head\.weight is there and is not model\.embed_tokens"
+    ):
+        params_from_hf(tensors, tied)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    assert "lm_head" not in params_from_hf(tensors, tied)
 
 
 def test_code_that_came_with_a_model_is_not_passed_on(tiny_model: tuple, tmp_path: Path) -> None:
