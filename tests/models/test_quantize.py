@@ -13,6 +13,8 @@ import pytest
 from flax.core import freeze
 
 from folojax import LLM, SamplingParams, init_lora, log_likelihood, merge_lora
+from folojax.compile.memory_plan import DeviceMemory
+from folojax.engine import build
 from folojax.models.core.decoder import Llama
 from folojax.models.files.checkpoint import build_module, load_params, open_checkpoint
 from folojax.models.files.save import save_pretrained
@@ -171,8 +173,11 @@ def test_memory_is_measured_for_what_will_run(
         return make_call(steps, one, params, *args)
 
     monkeypatch.setattr(LayeredSteps, "call", spy)
+    # Less than all requests may need, so that it matters what is left for pages.
+    device = DeviceMemory(limit_bytes=1_400_000)
+    monkeypatch.setattr(build, "device_memory", lambda own_bytes=0, where=None: device)
     fields = {name: value for name, value in LIMITS.items() if name != "num_pages"}
-    llm = LLM((deep, params), quantization=quantization, **fields, memory_fraction=0.01)
+    llm = LLM((deep, params), quantization=quantization, **fields, memory_fraction=1.0)
     assert llm.memory_plan.is_measured
     *_, params = lowered
     # Two layers are enough to know.
