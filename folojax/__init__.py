@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from folojax.llm_engine import LLMEngine as LLMEngine
     from folojax.models.core.config import ModelConfig as ModelConfig
     from folojax.models.core.decoder import init_params as init_params
+    from folojax.models.core.shards import join_params as join_params
     from folojax.models.files.checkpoint import build_module as build_module
     from folojax.models.files.checkpoint import load_params as load_params
     from folojax.models.files.checkpoint import open_checkpoint as open_checkpoint
@@ -80,6 +81,7 @@ _NAMES = {
     "llm_engine": "EngineArgs LLMEngine",
     "models.core.config": "ModelConfig",
     "models.core.decoder": "init_params",
+    "models.core.shards": "join_params",
     "models.files.checkpoint": "build_module load_params open_checkpoint",
     "models.files.hf_config": "config_from_hf",
     "models.files.params": "params_from_hf",

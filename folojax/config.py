@@ -145,6 +145,13 @@ class EngineConfig:
         requests are aborted. Otherwise it waits for the compiler; after a warm-up the first such
         step is told in the log. For tests and measurements.""",
     )
+    tensor_parallel_size: int = option(
+        1,
+        """Devices that share each layer, by heads, inner widths and vocabulary
+        (docs/several_devices.md): the first ones, those that the params lie over, or all of
+        `mesh`. The tokens are those of one device.""",
+        at_least=1,
+    )
 
     def __post_init__(self) -> None:
         problems = option_problems(self)
@@ -275,8 +282,8 @@ class EngineOptions(TypedDict, total=False):
     seed: int
     warm_up: bool | None
     strict: bool
+    tensor_parallel_size: int
     gpu_memory_utilization: float  # vLLM's name of memory_fraction
-    tensor_parallel_size: int  # of other engines; only 1
 
 
 def add_flags(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias, Unpack
 
 from flax import linen as nn
+from jax.sharding import Mesh
 
 from folojax.backend.compilation_cache import enable_compilation_cache
 from folojax.compile.programs import own_settings
@@ -104,6 +105,7 @@ class LLM(RequestLoop):
         logits_processors: LogitsProcessor | Sequence[LogitsProcessor] = (),
         activation_edits: ActivationEdit | Sequence[ActivationEdit] = (),
         activation_taps: int | Sequence[int] = (),
+        mesh: Mesh | None = None,
         **fields: Unpack[EngineOptions],
     ) -> None:
         if trust_remote_code is not False:
@@ -113,7 +115,7 @@ class LLM(RequestLoop):
         functions = UserFunctions(*several)
         functions.check_strict(config.strict)
         enable_compilation_cache()
-        loaded = load_model(model, dtype, revision, config)
+        loaded = load_model(model, dtype, revision, config, mesh)
         self.config, self.memory_plan = loaded.config, loaded.memory_plan
         _LOG.info("%s", self.memory_plan)
         found = None if skip_tokenizer_init else find_tokenizer(tokenizer, loaded.checkpoint)
@@ -288,7 +290,11 @@ class LLM(RequestLoop):
 
     @property
     def params(self) -> Any:
-        """The parameters in use: the arrays themselves, not copies."""
+        """The parameters in use: the arrays themselves, not copies.
+
+        On several devices they lie as docs/several_devices.md says: `join_params` gives them as
+        the module has them.
+        """
         return self.engine.runner.params
 
     @property
@@ -316,7 +322,7 @@ class LLM(RequestLoop):
             ValueError: the config is not that of a config.json, or kernels are quantised.
         """
         save_pretrained(
-            self.params,
+            self.engine.runner.backend.devices.to_host(self.params, self.model_config),
             path,
             self.model_config,
             hf_config=hf_config,

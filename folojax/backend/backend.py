@@ -8,14 +8,12 @@ is lowered for (`models.core.layers`).
 import dataclasses
 import re
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
-import jax
 import jax.numpy as jnp
-from jax.sharding import SingleDeviceSharding
 from jax.typing import DTypeLike
 
-from folojax.backend.devices import check_devices, default_device
+from folojax.backend.devices import DEFAULT_DEVICE, Devices
 from folojax.backend.swap_cost import SwapRates
 from folojax.compile.shapes import Shapes, powers, up_to, with_parts
 from folojax.kv.cache import KVLayout, PageFormat, PageOrder
@@ -27,8 +25,6 @@ from folojax.steps.calls import Steps
 from folojax.steps.executables import StepKind
 from folojax.steps.fused import WholeSteps
 from folojax.steps.row_by_row import RowSteps
-
-_T = TypeVar("_T")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,7 +54,7 @@ class Backend:
     swap_rates: SwapRates  # what moving K/V to the host and computing them again cost
     host_memory: str | None  # JAX's name of the host's memory; None: it is the device's
     capability: float = 0.0  # NVIDIA's compute capability of the device; 0 for any other
-    device: jax.Device | None = None  # that the engine runs on; None: JAX's default one
+    devices: Devices = DEFAULT_DEVICE  # that the engine runs on, and how its arrays lie there
 
     def kv_layout(
         self, config: ModelConfig, dtype: DTypeLike, num_pages: int, page_size: int
@@ -69,6 +65,7 @@ class Backend:
             num_layers=config.num_layers,
             num_kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
+            num_shards=self.devices.count,
             dtype=dtype,
             storage_dtype=jnp.float32 if self.stores_float32 else dtype,
             format=PageFormat(page_size, self.page_order, self.kernels, self.capability),
@@ -85,49 +82,7 @@ class Backend:
             "rows": RowSteps,
             "whole": WholeSteps,
         }
-        return kinds[self.steps](model)
-
-    def place(self, arrays: _T) -> _T:
-        """Commits arrays to the device; one that is there already is shared, not copied.
-
-        To jit, committed arrays and others are different inputs: those of the engine's own state
-        are of one kind.
-        """
-        return jax.device_put(arrays, self._sharding)
-
-    def make(self, function: Callable[[], _T]) -> _T:
-        """Commits what a function makes of nothing; it is made on the device already."""
-        with jax.default_device(self.device):
-            return self.place(function())
-
-    def share(self, params: _T) -> _T:
-        """Parameters on the device; they are committed to it if the caller's arrays were.
-
-        A trainer has arrays beside them that are not, such as those of an optimizer: its step would
-        be compiled once for these and once for what it returns.
-        """
-
-        def on_device(leaf: Any) -> jax.Array:
-            array = jnp.asarray(leaf, leaf.dtype)  # of no weak type, another input to jit
-            return self.place(array) if array.committed else array
-
-        with jax.default_device(self.device):
-            return jax.tree.map(on_device, params)
-
-    def placed_shapes(self, shapes: Any) -> Any:
-        """Shapes of arrays that are committed to the device, as the engine's are."""
-        sharding = self._sharding
-        return jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes
-        )
-
-    def check_place(self, params: Any) -> None:
-        """Raises a ValueError if JAX arrays among parameters would have to be copied to run."""
-        check_devices(params, self.device or default_device())
-
-    @property
-    def _sharding(self) -> SingleDeviceSharding:
-        return SingleDeviceSharding(self.device or default_device())
+        return kinds[self.steps](self.devices.part(model))
 
     def shapes(self, config: Any, dtype: DTypeLike) -> Shapes:
         """The shapes of an engine's calls.
@@ -227,11 +182,11 @@ GPU = Backend(
 )
 
 
-def choose_backend(device: jax.Device | None = None) -> Backend:
-    """The backend of a device, or of JAX's default one; what nobody has measured is as a GPU."""
-    device = device or default_device()
+def choose_backend(devices: Devices = DEFAULT_DEVICE) -> Backend:
+    """The backend of devices of a kind; one that nobody has measured is as a GPU."""
+    device = devices.first
     if device.platform == "cpu":
-        return dataclasses.replace(CPU, device=device)
+        return dataclasses.replace(CPU, devices=devices)
     stated = str(getattr(device, "compute_capability", ""))  # AMD's are names
     capability = float(stated) if re.fullmatch(r"\d+\.\d+", stated) else 0.0
-    return dataclasses.replace(GPU, name=device.platform, capability=capability, device=device)
+    return dataclasses.replace(GPU, name=device.platform, capability=capability, devices=devices)

@@ -1,10 +1,205 @@
-"""Which device an engine runs on: that of its parameters, whatever mesh the caller has."""
+"""Where the arrays of an engine lie: on one device, or over a mesh of several.
 
-from typing import Any
+    parameters      as the table of `folojax.models.core.shards` says
+    pages           by heads of keys and values
+    all else        whole, on each device
+
+An engine runs where its parameters lie, whatever mesh or default device the caller has set.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+
+from folojax.kv.cache import KVCache
+from folojax.models.core.config import ModelConfig
+from folojax.models.core.decoder import Llama
+from folojax.models.core.shards import (
+    AXIS,
+    cut,
+    join,
+    join_params,
+    part_of,
+    parts_of,
+    problems_of,
+    spec_of,
+)
+
+_T = TypeVar("_T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Devices:
+    """Where the arrays of an engine lie.
+
+    Attributes:
+        given: In their order; (): JAX's default device.
+    """
+
+    given: tuple[jax.Device, ...] = ()
+
+    @property
+    def count(self) -> int:
+        """How many they are."""
+        return len(self.given) or 1
+
+    @property
+    def first(self) -> jax.Device:
+        """The only one, or the first of a mesh."""
+        return self.given[0] if self.given else default_device()
+
+    @property
+    def whole(self) -> Sharding:
+        """That of what every device has in full."""
+        return self._over(PartitionSpec()) if self.count > 1 else SingleDeviceSharding(self.first)
+
+    def part(self, model: Llama) -> Llama:
+        """The module that each device runs."""
+        if self.count == 1:
+            return model
+        return model.clone(config=part_of(model.config, self.count))
+
+    def place(self, arrays: _T) -> _T:
+        """Commits arrays to every device; one that is there already is shared, not copied.
+
+        To jit, committed arrays and others are different inputs: were some of either kind,
+        parameters that come from elsewhere would need executables of their own.
+        """
+        return jax.device_put(arrays, self.whole)
+
+    def make(self, function: Callable[[], _T]) -> _T:
+        """Commits what a function makes of nothing; it is made where it lies afterwards."""
+        if self.count == 1:
+            with jax.default_device(self.first):
+                return self.place(function())
+        return jax.jit(function, out_shardings=self._shardings(jax.eval_shape(function)))()
+
+    def shapes(self, shapes: Any) -> Any:
+        """Shapes of arrays that lie where those of the engine do; other than parameters."""
+        return jax.tree.map(
+            lambda sharding, some: jax.tree.map(lambda leaf: _shape(leaf, sharding), some),
+            self._shardings(shapes),
+            shapes,
+        )
+
+    def param_shapes(self, params: Any, config: ModelConfig) -> Any:
+        """Shapes of parameters as they lie here; they may be shapes."""
+        if self.count == 1:
+            return self.shapes(params)
+
+        def placed(path: Any, leaf: Any) -> Any:
+            name = path[-1].key
+            form = _form(name, leaf.shape, leaf.dtype, config, self.count)
+            return _shape(form, self._param(name, config))
+
+        return jax.tree_util.tree_map_with_path(placed, params)
+
+    def place_param(self, name: str, leaf: Any, config: ModelConfig) -> jax.Array:
+        """A parameter of that name in its layer or model, as it lies here; of NumPy or JAX."""
+        if self.count == 1:
+            return self.place(leaf)
+        return jax.device_put(cut(name, leaf, config, self.count), self._param(name, config))
+
+    def place_params(self, params: Any, config: ModelConfig) -> Any:
+        """Parameters as they lie here.
+
+        Those that do already are taken as they are. Of the others, those that lie over the same
+        devices in some other way are moved by one jitted function.
+        """
+        if self.count == 1:
+            return jax.tree.map(self._shared, params)
+        flat, tree = jax.tree_util.tree_flatten_with_path(params)
+        wanted = jax.tree.leaves(self.param_shapes(params, config))
+        names, leaves = [path[-1].key for path, _ in flat], [leaf for _, leaf in flat]
+        moved = [
+            i
+            for i, (leaf, form) in enumerate(zip(leaves, wanted, strict=True))
+            if self._is_over(leaf) and not lies_as(leaf, form)
+        ]
+        if moved:
+            move = _mover(self, tuple(names[i] for i in moved), config)
+            arrays = move([_without_axis_types(leaves[i]) for i in moved])
+            for i, leaf in zip(moved, arrays, strict=True):
+                leaves[i] = leaf
+        for i, name in enumerate(names):
+            leaves[i] = self.place_param(name, leaves[i], config)
+        return jax.tree.unflatten(tree, leaves)
+
+    def join_param(self, name: str, leaf: Any, config: ModelConfig) -> Any:
+        """A parameter as the module has it; of NumPy or JAX."""
+        return leaf if self.count == 1 else join(name, leaf, config, self.count)
+
+    def to_host(self, params: Any, config: ModelConfig) -> Any:
+        """Parameters as the module has them; those of several devices come to the host for it."""
+        return join_params(jax.tree.map(np.asarray, params) if self.count > 1 else params, config)
+
+    def check(self, params: Any) -> None:
+        """Raises a ValueError unless the JAX arrays among parameters lie where the engine runs."""
+        leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+        others = [
+            (jax.tree_util.keystr(path, simple=True, separator="/"), leaf.sharding)
+            for path, leaf in leaves
+            if isinstance(leaf, jax.Array) and not self._may_take(leaf)
+        ]
+        if not others:
+            return
+        name, sharding = others[0]
+        told = f"{len(others)} arrays of params do not lie on "
+        if self.count > 1:
+            told += f"the devices {list(self.given)}: {name} has {sharding}. An engine on several "
+            told += "devices takes arrays from those: move them there, or give it their mesh="
+        else:
+            told += f"{self.first!r} alone: {name} has {sharding}. An engine on one device runs "
+            told += "where its params are and copies none of them: put all on one, as "
+            told += "jax.device_put(params, device) does, or give LLM(mesh=) the mesh they lie over"
+        raise ValueError(told)
+
+    def _shared(self, leaf: Any) -> jax.Array:
+        """A parameter on the device; it is committed to it if the caller's array was.
+
+        A trainer has arrays beside them that are not, such as those of an optimizer: its step would
+        be compiled once for these and once for what it returns.
+        """
+        with jax.default_device(self.first):
+            array = jnp.asarray(leaf, leaf.dtype)  # of no weak type, another input to jit
+        return self.place(array) if array.committed else array
+
+    def _may_take(self, leaf: jax.Array) -> bool:
+        if self.count == 1:
+            return leaf.sharding.is_equivalent_to(self.whole, leaf.ndim)
+        return leaf.sharding.device_set <= set(self.given)
+
+    def _is_over(self, leaf: Any) -> bool:
+        """Whether an array lies over all devices, in their order, as what is jitted for these."""
+        if not isinstance(leaf, jax.Array) or not isinstance(leaf.sharding, NamedSharding):
+            return False
+        return tuple(leaf.sharding.mesh.devices.flat) == self.given
+
+    def _param(self, name: str, config: ModelConfig) -> NamedSharding:
+        return self._over(spec_of(name, config))
+
+    def _over(self, spec: PartitionSpec) -> NamedSharding:
+        return NamedSharding(Mesh(np.array(self.given), (AXIS,)), spec)
+
+    def _shardings(self, tree: Any) -> Any:
+        """One for every array of a tree, and for a cache as a whole."""
+
+        def sharding(node: Any) -> Sharding:
+            if self.count == 1 or not isinstance(node, KVCache):
+                return self.whole
+            before = 2 if node.format.order == "heads" else 3
+            return self._over(PartitionSpec(*[None] * before, AXIS))
+
+        return jax.tree.map(sharding, tree, is_leaf=lambda node: isinstance(node, KVCache))
+
+
+DEFAULT_DEVICE = Devices()
 
 
 def default_device() -> jax.Device:
@@ -13,31 +208,88 @@ def default_device() -> jax.Device:
     return device
 
 
-def device_of(params: Any) -> jax.Device:
-    """The one device that parameters lie on; the default one, if none of them is a JAX array.
+def choose_devices(params: Any, count: int, mesh: Mesh | None) -> Devices:
+    """The devices of an engine.
+
+    Args:
+        params: That it is given, or None.
+        count: How many are wanted; 1: as many as the mesh has.
+        mesh: All of whose devices it takes, or None: of several, those that the parameters lie
+            over, or else the first ones.
 
     Raises:
-        ValueError: they are sharded, or lie on several devices.
+        ValueError: there are not so many, or the parameters lie on others.
     """
     arrays = [leaf for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array)]
-    device = min(arrays[0].devices(), key=lambda one: one.id) if arrays else default_device()
-    check_devices(params, device)
-    return device
-
-
-def check_devices(params: Any, device: jax.Device) -> None:
-    """Raises a ValueError unless all JAX arrays lie on a device whole, and need not be copied."""
-    wanted = SingleDeviceSharding(device)
-    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
-    others = [
-        (jax.tree_util.keystr(path, simple=True, separator="/"), leaf.sharding)
-        for path, leaf in leaves
-        if isinstance(leaf, jax.Array) and not leaf.sharding.is_equivalent_to(wanted, leaf.ndim)
-    ]
-    if others:
-        name, sharding = others[0]
+    over = [one.sharding for one in arrays if len(one.devices()) == count > 1]
+    if mesh is not None:
+        found = tuple(mesh.devices.flat)
+        if count not in (1, len(found)):
+            raise ValueError(
+                f"tensor_parallel_size is {count}, and mesh has {len(found)} devices: give one of "
+                "them, or a mesh of so many"
+            )
+    elif over and isinstance(over[0], NamedSharding):
+        found = tuple(over[0].mesh.devices.flat)
+    elif count > 1:
+        found = tuple(jax.local_devices()[:count])
+        if len(found) < count:
+            raise ValueError(f"tensor_parallel_size is {count}, and there are {found}: lower it")
+    elif arrays:
+        found = (min(arrays[0].devices(), key=lambda one: one.id),)
+    else:
+        found = (default_device(),)
+    if any(one.process_index != jax.process_index() for one in found):
+        raise ValueError(f"an engine runs in one process, and {found} are of several")
+    devices = Devices(found)
+    devices.check(params)
+    if parts_of(params) not in (1, devices.count):
         raise ValueError(
-            f"{len(others)} arrays of params do not lie on {device!r} alone: {name} has "
-            f"{sharding}. This engine runs on one device, where its params are, and copies none of "
-            "them: put all on one, as jax.device_put(params, device) does"
+            f"params are those of an engine on {parts_of(params)} devices, and this one has "
+            f"{devices.count}: give folojax.join_params(params, module.config)"
         )
+    return devices
+
+
+def check_cut(model: Llama, devices: Devices, quantization: str | None) -> None:
+    """Raises a ValueError if a model cannot be cut for so many devices."""
+    problems = problems_of(model.config, devices.count)
+    if quantization and devices.count > 1:
+        problems.append(f"quantization is {quantization!r}, which is for one device")
+    if problems:
+        raise ValueError(f"tensor_parallel_size is {devices.count}: " + "; ".join(problems))
+
+
+def lies_as(leaf: Any, form: Any) -> bool:
+    """Whether an array has the shape of another, and lies as that does."""
+    is_same = isinstance(leaf, jax.Array) and leaf.shape == form.shape
+    return is_same and leaf.sharding.is_equivalent_to(form.sharding, leaf.ndim)
+
+
+def _shape(leaf: Any, sharding: Sharding | None) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _without_axis_types(leaf: jax.Array) -> jax.Array:
+    """The same array, of whose mesh no axis is explicit: such a mesh restricts what is computed."""
+    assert isinstance(leaf.sharding, NamedSharding), f"an array is {leaf.sharding}"
+    mesh = leaf.sharding.mesh
+    plain = NamedSharding(Mesh(mesh.devices, mesh.axis_names), leaf.sharding.spec)
+    return jax.device_put(leaf, plain)
+
+
+@functools.lru_cache(maxsize=1024)
+def _form(
+    name: str, shape: tuple[int, ...], dtype: Any, config: ModelConfig, count: int
+) -> jax.ShapeDtypeStruct:
+    leaf = jax.ShapeDtypeStruct(shape, dtype)
+    return jax.eval_shape(functools.partial(cut, name, config=config, count=count), leaf)
+
+
+@functools.lru_cache(maxsize=16)
+def _mover(devices: Devices, names: tuple[str, ...], config: ModelConfig) -> Any:
+    def move(leaves: list[Any]) -> list[Any]:
+        pairs = zip(names, leaves, strict=True)
+        return [cut(name, leaf, config, devices.count) for name, leaf in pairs]
+
+    return jax.jit(move, out_shardings=[devices._param(name, config) for name in names])

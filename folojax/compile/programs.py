@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 IN_GRAPH: dict[str, Any] = {
     "xla_gpu_enable_command_buffer": (
@@ -79,6 +79,7 @@ class Programs:
         function: Callable[..., Any],
         *,
         donate: tuple[int, ...] = (),
+        lies_as: tuple[int | None, ...] | None = None,
         compiler_options: dict[str, Any] | None = None,
     ) -> None:
         """Compiles nothing.
@@ -86,9 +87,11 @@ class Programs:
         Args:
             function: Its static arguments are those by keyword alone.
             donate: Places of the arguments that are DONATED.
+            lies_as: Over a mesh, of each result the place of the argument whose arrays lie as its
+                own do; None: every device has the same. None in place of all: that of all of them.
             compiler_options: As of `jax.jit`.
         """
-        self._function = function
+        self._function, self._lies_as = function, lies_as
         self._options: dict[str, Any] = {
             "donate_argnums": donate,
             "compiler_options": compiler_options,
@@ -103,7 +106,10 @@ class Programs:
         if program is None:
             with _LOCK:
                 program = self._found.setdefault(
-                    key, Program(functools.partial(self._function, **static), self._options)
+                    key,
+                    Program(
+                        functools.partial(self._function, **static), self._options, self._lies_as
+                    ),
                 )
         return program
 
@@ -114,12 +120,20 @@ class Programs:
 
 
 class Program:
-    """A function that is compiled for every set of shapes that it is called with."""
+    """A function that is compiled for every set of shapes that it is called with.
 
-    def __init__(self, function: functools.partial[Any], options: dict[str, Any]) -> None:
-        """`options` are of `jax.jit`."""
+    Where arguments lie over a mesh, each of its devices calls the function with its own parts.
+    """
+
+    def __init__(
+        self,
+        function: functools.partial[Any],
+        options: dict[str, Any],
+        lies_as: tuple[int | None, ...] | None = None,
+    ) -> None:
+        """`options` are of `jax.jit`, `lies_as` as in `Programs`."""
         self.options = options
-        self._function = function
+        self._function, self._lies_as = function, lies_as
         self._compiled: dict[Hashable, jax.stages.Compiled] = {}
         self._by_key: dict[Hashable, jax.stages.Compiled] = {}
 
@@ -138,13 +152,14 @@ class Program:
     def lower(self, *args: Any) -> jax.stages.Lowered:
         """What there is to be compiled; nothing of it is kept. Arrays may be shapes."""
         with own_settings():
-            return jax.jit(self._anew(), **self.options).lower(*args)
+            return jax.jit(self._anew(args), **self.options).lower(*args)
 
-    def _anew(self) -> Callable[..., Any]:
+    def _anew(self, args: tuple[Any, ...]) -> Callable[..., Any]:
         """A function of its own: JAX's caches forget with it what was traced."""
+        function = self._over_mesh(args)
 
         def call(*args: Any) -> Any:
-            return self._function(*args)
+            return function(*args)
 
         named: Any = call
         # JAX names arguments by these: in what it tells of errors, and in the compiled program.
@@ -153,6 +168,29 @@ class Program:
         kept = [one for one in parameters if one.kind is not one.KEYWORD_ONLY]
         named.__signature__ = inspect.Signature(kept)
         return call
+
+    def _over_mesh(self, args: tuple[Any, ...]) -> Callable[..., Any]:
+        """The function, on each device of the mesh that arguments lie over, if they do."""
+        shardings = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(args)]
+        named = [one for one in shardings if isinstance(one, NamedSharding)]
+        if not named:
+            return self._function
+        specs = [PartitionSpec() if one is None else one.spec for one in shardings]
+        in_specs = jax.tree.unflatten(jax.tree.structure(args), specs)
+
+        def out_spec(place: int | None) -> PartitionSpec:
+            leaves = [] if place is None else jax.tree.leaves(in_specs[place])
+            return leaves[0] if leaves else PartitionSpec()
+
+        return jax.shard_map(
+            self._function,
+            mesh=named[0].mesh,
+            in_specs=in_specs,
+            out_specs=out_spec(None)
+            if self._lies_as is None
+            else tuple(map(out_spec, self._lies_as)),
+            check_vma=False,  # what loops and other people's kernels give, it cannot see through
+        )
 
     def compile(self, *args: Any) -> jax.stages.Compiled:
         """What a call with such arguments runs; arrays may be shapes, and nothing is donated."""

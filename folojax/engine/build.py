@@ -1,6 +1,7 @@
 """From what the user names (a model, a tokenizer, options) to an engine."""
 
 import dataclasses
+import functools
 import logging
 import math
 import os
@@ -10,11 +11,12 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.sharding import Mesh
 
 from folojax.attention import kernels_of
 from folojax.backend import Backend, choose_backend
 from folojax.backend.device_memory import device_memory
-from folojax.backend.devices import device_of
+from folojax.backend.devices import check_cut, choose_devices, lies_as
 from folojax.backend.swap_cost import min_swap_tokens
 from folojax.compile.mapped_memory import give_back_memory
 from folojax.compile.memory_plan import MemoryPlan, plan_fraction, plan_pages
@@ -24,7 +26,7 @@ from folojax.engine.weights import checked_pair
 from folojax.kv import KVLayout
 from folojax.models.core.decoder import Llama
 from folojax.models.files.checkpoint import Checkpoint, build_module, load_params, open_checkpoint
-from folojax.models.files.params import num_params, params_bytes
+from folojax.models.files.params import param_shapes
 from folojax.models.quantized.quantize import is_quantized, quantization_of, quantize_params
 from folojax.requests.sampling_params import SamplingParams
 from folojax.requests.user_functions import NO_FUNCTIONS, UserFunctions
@@ -92,6 +94,7 @@ def load_model(
     dtype: DType,
     revision: str | None,
     config: EngineConfig,
+    mesh: Mesh | None = None,
 ) -> LoadedModel:
     """Loads a model, unless it is a (module, params) pair already; errors as `LLM`.
 
@@ -100,22 +103,26 @@ def load_model(
     if model is not None and not isinstance(model, str | os.PathLike):
         if revision is not None:
             raise ValueError(f"revision {revision!r} is for Hub repositories; the model is a pair")
-        return _load_pair(model, dtype, config)
-    backend, quantization = _backend(config), config.quantization
+        return _load_pair(model, dtype, config, mesh)
+    config, backend = _placed(config, mesh)
+    quantization = config.quantization
     compute_dtype = _resolve_dtype(dtype, backend)
     checkpoint = open_checkpoint(model, revision)
     module = build_module(checkpoint.config, compute_dtype)
-    weights = params_bytes(checkpoint.config, compute_dtype, quantization)
-    num_weights = num_params(checkpoint.config)
-    resolved, plan = plan_memory(config, module, weights, num_weights, backend)
-    params = load_params(checkpoint, compute_dtype, quantization)
+    shapes = param_shapes(checkpoint.config, compute_dtype)
+    resolved, plan = plan_memory(config, module, shapes, backend)
+    place = functools.partial(backend.devices.place_param, config=module.config)
+    params = load_params(checkpoint, compute_dtype, quantization, place)
     return LoadedModel(module, params, checkpoint, resolved, plan, backend)
 
 
-def _load_pair(model: Any, dtype: DType, config: EngineConfig) -> LoadedModel:
+def _load_pair(
+    model: Any, dtype: DType, config: EngineConfig, mesh: Mesh | None
+) -> LoadedModel:
     """A pair of the user's, once it is one that an engine can run."""
     module, params = checked_pair(model)
-    backend, quantization = _backend(config, device_of(params)), config.quantization
+    config, backend = _placed(config, mesh, params)
+    quantization = config.quantization
     is_auto = isinstance(dtype, str) and dtype == "auto"
     if not is_auto and jnp.dtype(_resolve_dtype(dtype, backend)) != module.dtype:
         raise ValueError(
@@ -127,48 +134,50 @@ def _load_pair(model: Any, dtype: DType, config: EngineConfig) -> LoadedModel:
     # What cannot be cut into groups is of eight bits with "int4", too.
     if found not in (None, quantization) and (found, quantization) != ("int8", "int4"):
         raise ValueError(f'params have quantised kernels: pass quantization="{found}"')
-    kept = params
-    if quantization:
-        # Floats that are quantised remain the caller's.
-        kept = jax.eval_shape(lambda params: quantize_params(params, quantization), params)
-    leaves = jax.tree.leaves(kept)
-    here = sum(leaf.nbytes for leaf in leaves if isinstance(leaf, jax.Array))
-    weights = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
-    num_weights = sum(
-        math.prod(leaf.shape) for leaf in jax.tree.leaves(params, is_leaf=is_quantized)
-    )
-    resolved, plan = plan_memory(config, module, weights, num_weights, backend, here)
+    resolved, plan = plan_memory(config, module, params, backend)
     params = quantize_params(params, quantization) if quantization else params
     return LoadedModel(module, params, None, resolved, plan, backend)
 
 
-def _backend(config: EngineConfig, device: jax.Device | None = None) -> Backend:
-    """That of a device, None for the default one, in the mode of the config."""
-    backend = choose_backend(device)
-    return backend.deterministic() if config.deterministic else backend
+def _placed(
+    config: EngineConfig, mesh: Mesh | None, params: Any = None
+) -> tuple[EngineConfig, Backend]:
+    """The config with the number of devices, and the backend of these in its mode."""
+    devices = choose_devices(params, config.tensor_parallel_size, mesh)
+    backend = choose_backend(devices)
+    backend = backend.deterministic() if config.deterministic else backend
+    return dataclasses.replace(config, tensor_parallel_size=devices.count), backend
 
 
 def plan_memory(
-    config: EngineConfig,
-    module: Llama,
-    weights_bytes: int,
-    num_weights: int,
-    backend: Backend,
-    resident_bytes: int = 0,
+    config: EngineConfig, module: Llama, params: Any, backend: Backend
 ) -> tuple[ResolvedConfig, MemoryPlan]:
     """Settles an engine's limits, and the memory that it takes within them.
 
     Args:
         config: As the user gave it.
         module: The model.
-        weights_bytes: Of its parameters.
-        num_weights: How many these are.
+        params: Of it, or their shapes.
         backend: That the engine runs on.
-        resident_bytes: Of those parameters that are on the device already.
 
     Raises:
-        ValueError: the limits contradict each other or the model, or the memory is too little.
+        ValueError: the limits contradict each other, the model or the number of devices, or the
+            memory is too little.
     """
+    devices, quantization = backend.devices, config.quantization
+    check_cut(module, devices, quantization)
+    num_weights = sum(
+        math.prod(leaf.shape) for leaf in jax.tree.leaves(params, is_leaf=is_quantized)
+    )
+    if quantization:
+        # Floats that are quantised remain the caller's.
+        params = jax.eval_shape(lambda params: quantize_params(params, quantization), params)
+    forms = jax.tree.leaves(devices.param_shapes(params, module.config))
+    sizes = [
+        math.prod(form.sharding.shard_shape(form.shape)) * form.dtype.itemsize for form in forms
+    ]
+    given = zip(jax.tree.leaves(params), forms, sizes, strict=True)
+    resident = sum(size for leaf, form, size in given if lies_as(leaf, form))
     resolved = config.resolve(
         module.config.max_position,
         backend,
@@ -177,11 +186,11 @@ def plan_memory(
 
     def measure(num_pages: int) -> int:
         sized = dataclasses.replace(resolved, num_pages=num_pages)
-        return step_memory.measure(make_setup(module, sized, backend), config.quantization)
+        return step_memory.measure(make_setup(module, sized, backend), quantization)
 
     setup = make_setup(module, resolved, backend)
     plan = MemoryPlan(
-        weights_bytes=weights_bytes,
+        weights_bytes=sum(sizes),
         slots_bytes=step_memory.slot_bytes(module, setup.num_slots),
         bytes_per_page=setup.layout.bytes_per_page,
         num_pages=resolved.num_pages,
@@ -189,7 +198,7 @@ def plan_memory(
         max_model_len=resolved.max_model_len,
         temporaries_bytes=step_memory.estimate(setup),
         is_measured=False,
-        device=device_memory(resident_bytes, backend.device),
+        device=device_memory(resident, devices.first),
     )
     fraction = config.pool_fraction(backend)
     if fraction is None:

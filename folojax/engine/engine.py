@@ -7,6 +7,7 @@ collects, and the device has always something to do. Whatever ends, moves or rep
 device works with (sleep, other parameters) first takes in all that is under way.
 """
 
+import functools
 import math
 import time
 from collections import deque
@@ -167,7 +168,9 @@ class Engine:
     def weights(self) -> str:
         """Fingerprint of the parameters in use."""
         if self._fingerprint is None:
-            self._fingerprint = fingerprint(self.runner.params)
+            runner = self.runner
+            join = functools.partial(runner.backend.devices.join_param, config=runner.model.config)
+            self._fingerprint = fingerprint(runner.params, join)
         return self._fingerprint
 
     def step(self) -> list[Output]:
@@ -269,8 +272,10 @@ class Engine:
         """Replaces the model's parameters; the prefix cache is dropped. See `LLM.update_params`."""
         if running not in UPDATE_POLICIES:
             raise ValueError(f"running is {running!r}; it must be one of {list(UPDATE_POLICIES)}")
-        self.runner.backend.check_place(params)
-        params = check_same_shapes(self.runner.params, params)
+        devices, config = self.runner.backend.devices, self.runner.model.config
+        devices.check(params)
+        params = check_same_shapes(self.runner.params, params, config)
+        params = devices.place_params(params, config)
         self.drain()
         if running == "keep":
             self.scheduler.isolate_running()

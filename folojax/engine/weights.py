@@ -1,7 +1,7 @@
 """Parameters as an argument: the user's own, new ones in place of old ones, and which they are."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from folojax.models.core.config import ModelConfig
 from folojax.models.core.decoder import Llama
 from folojax.models.core.param_tree import check_fit, kind_of, named_leaves, plain_tree
+from folojax.models.core.shards import join_params, parts_of
 from folojax.models.files.hf_names import parameter_sources
 from folojax.models.quantized.quantize import is_quantized, quantization_of, quantize_like
 
@@ -45,24 +47,30 @@ def checked_pair(model: Any) -> tuple[Llama, Any]:
     floats = jax.tree.map(
         lambda leaf: shape(leaf) if is_quantized(leaf) else leaf, params, is_leaf=is_quantized
     )
+    if parts_of(params) > 1:
+        floats = jax.eval_shape(lambda params: join_params(params, module.config), floats)
     check_fit(jax.tree.map(shape, parameter_sources(module.config)), floats)
     return module, params
 
 
-def check_same_shapes(old: Any, new: Any) -> Any:
+def check_same_shapes(old: Any, new: Any, config: ModelConfig) -> Any:
     """Returns new parameters in the tree that the jitted steps know; no array is touched.
 
     But for kernels of floats that take the place of quantised ones: these are quantised likewise.
 
+
     Args:
         old: The parameters that the executables were compiled for.
         new: A pytree of arrays, in the nesting of the old ones; mappings of any kind, and with
-            Flax's {"params": ...} around them or without.
+            Flax's {"params": ...} around them or without. Whole, or in parts as the old ones are.
+        config: Of the model.
 
     Raises:
         ValueError: leaves are missing or new, or have another shape or dtype; they are named.
     """
     new = plain_tree(new)
+    if parts_of(old) != parts_of(new):
+        old = jax.eval_shape(lambda params: join_params(params, config), old)
     if quantization_of(old):
         new = _quantized_as(old, new)
     check_fit(old, new)
@@ -82,14 +90,15 @@ def _quantized_as(old: Any, new: Any) -> Any:
     return quantize_like(old, jnp.asarray(new)) if is_kernel else new
 
 
-def fingerprint(params: Any) -> str:
+def fingerprint(params: Any, join: Callable[[str, Any], Any] = lambda name, leaf: leaf) -> str:
     """Tells parameters from others: equal ones have the same, on any machine.
 
     Of each array some elements are read, spread over the whole: so a change of all of its elements,
     such as a step of training, is seen, and one of a few may not be.
     """
     digest = hashlib.sha256()
-    for name, leaf in sorted(named_leaves(params).items()):
+    for name, given in sorted(named_leaves(params).items()):
+        leaf = join(name.rpartition("/")[2], given)
         digest.update(f"{name} {kind_of(leaf)}".encode())
         digest.update(np.asarray(_probe(leaf)).tobytes())
     return digest.hexdigest()[:32]

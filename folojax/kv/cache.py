@@ -74,11 +74,12 @@ class KVLayout:
 
     num_pages: int  # P, pages of the pool
     num_layers: int  # L, layers of the model
-    num_kv_heads: int  # K, heads of keys and values in a layer
+    num_kv_heads: int  # K, heads of keys and values in a layer of the model
     head_dim: int  # D, numbers of a key or a value in a head
     dtype: DTypeLike  # of the keys and values that go in
     storage_dtype: DTypeLike  # of the arrays that keep them
     format: PageFormat  # how a page lies in memory, and who reads it
+    num_shards: int = 1  # devices, each of which has some of the heads
 
     @property
     def page_size(self) -> int:
@@ -86,15 +87,22 @@ class KVLayout:
         return self.format.page_size
 
     @property
+    def head_copies(self) -> int:
+        """How often each head is there: once, unless there are more devices than heads."""
+        return max(1, self.num_shards // self.num_kv_heads)
+
+    @property
     def bytes_per_page(self) -> int:
-        """Bytes of one page over all layers, keys and values."""
-        elements = 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.page_size
+        """Bytes of one page over all layers, keys and values, of a device."""
+        num_heads = self.num_kv_heads * self.head_copies // self.num_shards
+        elements = 2 * self.num_layers * num_heads * self.head_dim * self.page_size
         return elements * jnp.dtype(self.storage_dtype).itemsize
 
 
 def init_cache(layout: KVLayout) -> KVCache:
     """Allocates the cache of a layout, full of zeros."""
-    shape = layout.format.shape(layout.num_pages, layout.num_kv_heads, layout.head_dim)
+    num_heads = layout.num_kv_heads * layout.head_copies
+    shape = layout.format.shape(layout.num_pages, num_heads, layout.head_dim)
     layers = tuple(jnp.zeros(shape, layout.storage_dtype) for _ in range(layout.num_layers))
     return KVCache(layers, layout.format)
 

@@ -103,7 +103,7 @@ class HostStore:
                 "own model and dtype"
             )
         pages = write_tokens(kv, layout)
-        placed = pages._replace(layers=self._backend.place(pages.layers))
+        placed = pages._replace(layers=self._backend.devices.place(pages.layers))
         self._taken[key] = [self._to_host(placed)]
 
     def _to_host(self, pages: TakenPages) -> TakenPages:
@@ -119,7 +119,7 @@ class HostStore:
 def read_tokens(taken: Sequence[TakenPages], num_tokens: int, layout: KVLayout) -> TokenKV:
     """Waits for pages, and lays out the first tokens in them one behind the other."""
     num_pages = -(-num_tokens // layout.page_size)
-    heads, dim = layout.num_kv_heads, layout.head_dim
+    heads, dim = layout.num_kv_heads * layout.head_copies, layout.head_dim
     shape = (layout.num_layers, num_pages, 2, layout.page_size, heads, dim)
     pages: np.ndarray = np.zeros(shape, np.dtype(layout.storage_dtype))
     for place, layers in jax.device_get([(one.place, one.layers) for one in taken]):
@@ -128,7 +128,8 @@ def read_tokens(taken: Sequence[TakenPages], num_tokens: int, layout: KVLayout) 
             pages[layer, place[is_wanted]] = layout.format.by_token(found)[is_wanted]
     # [L, N, 2, S, K, D] to [2, L, N * S, K, D]
     tokens = pages.transpose(2, 0, 1, 3, 4, 5).reshape(2, layout.num_layers, -1, heads, dim)
-    keys, values = tokens[:, :, :num_tokens].astype(np.dtype(layout.dtype))
+    kept = tokens[:, :, :num_tokens, :: layout.head_copies]
+    keys, values = kept.astype(np.dtype(layout.dtype))
     return TokenKV(keys, values)
 
 
@@ -136,6 +137,7 @@ def write_tokens(kv: TokenKV, layout: KVLayout) -> TakenPages:
     """The inverse of `read_tokens`: the pages that hold these tokens."""
     num_pages = -(-kv.num_tokens // layout.page_size)
     both = np.stack((kv.keys, kv.values)).astype(np.dtype(layout.storage_dtype))
+    both = np.repeat(both, layout.head_copies, axis=3)
     missing = num_pages * layout.page_size - kv.num_tokens
     both = np.pad(both, ((0, 0), (0, 0), (0, missing), (0, 0), (0, 0)))
     shape = (2, layout.num_layers, num_pages, layout.page_size, *both.shape[3:])

@@ -41,7 +41,7 @@ def compile_on_padding(
     one: Executable, setup: Setup, steps: Steps, batch: Batch, params: Any, state: EngineState
 ) -> list[Any]:
     """What an executable runs, program by program; parameters and state may be shapes."""
-    hidden = setup.backend.placed_shapes(hidden_shapes(one, setup.model, steps.kind))
+    hidden = setup.backend.devices.shapes(hidden_shapes(one, setup.model, steps.kind))
     compiling = Compiling()
     steps.call(one, params, state, padding(one, batch, hidden), compiling)
     return compiling.compiled

@@ -92,7 +92,7 @@ class Runner:
 
     @params.setter
     def params(self, params: Any) -> None:
-        self._params = self.backend.share(params)
+        self._params = self.backend.devices.place_params(params, self.model.config)
 
     def dispatch(self, plan: StepPlan) -> list[Pending]:
         """Has the device compute a plan, after those before; returns what `collect` takes."""
@@ -173,7 +173,9 @@ class Runner:
         self._set_slots(self._slots.compile_edits(self.state.slots))
 
     def _allocate(self) -> EngineState:
-        return self.backend.make(lambda: init_state(self.setup.layout, self.setup.num_slots))
+        return self.backend.devices.make(
+            lambda: init_state(self.setup.layout, self.setup.num_slots)
+        )
 
     def _set_slots(self, slots: SlotState) -> None:
         self.state = self.state._replace(slots=slots)

@@ -28,7 +28,7 @@ class SlotStates:
     def __init__(self, setup: Setup, functions: UserFunctions) -> None:
         self._num_slots, self._vocab_size = setup.num_slots, setup.model.config.vocab_size
         # Committed, as what the sampler returns: others are another input to jit.
-        self._make = setup.backend.make
+        self._make = setup.backend.devices.make
         self._processors = functions.processors
         self._aside: dict[str, ProcessorSlots] = {}
 

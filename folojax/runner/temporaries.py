@@ -57,7 +57,9 @@ def measure(setup: Setup, quantization: str | None = None) -> int:
         edits = init_edits(setup.num_slots, module.config.vocab_size)
         return params, state._replace(slots=state.slots._replace(edits=edits))
 
-    params, state = backend.placed_shapes(jax.eval_shape(make))
+    params, state = jax.eval_shape(make)
+    params = backend.devices.param_shapes(params, setup.model.config)
+    state = backend.devices.shapes(state)
     steps, batch = backend.make_steps(setup.model), setup.batch()
 
     def compile_one(one: Executable) -> list[Any]:
@@ -90,7 +92,11 @@ def estimate(setup: Setup) -> int:
     Three times what stands in the largest arrays, as every one of them has a predecessor that it
     was made from and a successor.
     """
-    config, layout, shapes = setup.model.config, setup.layout, setup.shapes
+    config, layout, shapes = (
+        setup.backend.devices.part(setup.model).config,
+        setup.layout,
+        setup.shapes,
+    )
     heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
     inner = 2 * config.intermediate_size + 3 * config.hidden_size + (heads + 2 * kv_heads) * dim
     page = layout.bytes_per_page // layout.num_layers

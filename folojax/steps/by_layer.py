@@ -160,4 +160,4 @@ def _end(params: Any, hidden: Any, inputs: PrefillInputs | None, *, model: Llama
 
 
 _BEGIN, _END = Programs(_begin), Programs(_end)
-_GROUP = Programs(_run_group, donate=(1, 2), compiler_options=REORDERED)
+_GROUP = Programs(_run_group, donate=(1, 2), lies_as=(None, 1, None), compiler_options=REORDERED)

@@ -134,7 +134,7 @@ def packed(
         return function(params, cache, slots, packing.unpack(packed, rest), one, model)
 
     compute.__name__ = name  # of the compiled program, too
-    return Programs(compute, donate=(1, 2), compiler_options=options)
+    return Programs(compute, donate=(1, 2), lies_as=(1, None, None), compiler_options=options)
 
 
 def run_model(

@@ -78,6 +78,10 @@ class ModelConfig:
     is_expert_weight_normed: bool = True  # the weights of a token's experts sum to 1
     dense_layers: tuple[int, ...] = ()  # layers with a dense MLP in a model of experts
 
+    num_shards: int = 1
+    """Of how many devices this is one: heads, inner widths and kernels are its part of the model
+    (`folojax.models.core.shards`)."""
+
     hf_config: str = dataclasses.field(default="", compare=False, repr=False)
     """The config.json that all this was read from, for `save_pretrained`."""
 

@@ -23,6 +23,7 @@ from folojax.models.core.layers import (
     softcap,
 )
 from folojax.models.core.moe import mix_experts
+from folojax.models.core.shards import join_scores, sum_parts, vocab_rows
 from folojax.models.quantized.quantize import is_quantized
 
 # As transformers initialises: a fresh model is only ever a stand-in of the right shapes.
@@ -37,15 +38,17 @@ def _norm_init(config: ModelConfig) -> Any:
     return _ZEROS if config.norm == "rms_offset" else _ONES
 
 
-def _kernel(module: nn.Module, name: str, *shape: int) -> Any:
-    """A module's kernel of that name and shape; quantised, if that is what it was given."""
+def _kernel(module: nn.Module, name: str, *shape: int, init: Any = _KERNEL_INIT) -> Any:
+    """A module's kernel of that name and shape, if it was given so quantised or one of parts."""
     if module.has_variable("params", name):
         given: Any = module.get_variable("params", name)
         if is_quantized(given):
             if given.shape != shape:
                 raise ValueError(f"{name} is {given.shape}, the model needs {shape}")
             return given
-    return module.param(name, _KERNEL_INIT, shape, module.dtype)
+        if given.shape == (1, *shape):
+            return given[0]
+    return module.param(name, init, shape, module.dtype)
 
 
 class Unsummed(NamedTuple):
@@ -150,13 +153,15 @@ class Block(nn.Module):
         place = self.layer if self.cache_layer is None else self.cache_layer
         cache, out = attend(cache, place, query, key, value, scoring=config.scoring(self.layer))
         flat = out.reshape(-1, heads * head_dim)
-        update = self._linear("o", flat, config.hidden_size, config.o_bias)
+        update = self._linear("o", flat, config.hidden_size, config.o_bias, is_part=True)
         return update.astype(self.dtype), cache
 
     def _head_norm(self, name: str, x: Float[Array, "N heads D"]) -> Float[Array, "N heads D"]:
         if not self.config.is_qk_norm_joint:
             return self._norm(name, x)
-        return self._norm(name, x.reshape(x.shape[0], -1)).reshape(x.shape)
+        flat = x.reshape(x.shape[0], -1)
+        weight, bias = self._norm_params(name, flat.shape[-1])
+        return norm(flat, weight, bias, self.config, is_part=True).reshape(x.shape)
 
     def _mlp(self, normed: Float[Array, "N E"]) -> Float[Array, "N E"]:
         config, width = self.config, self.config.hidden_size
@@ -165,27 +170,35 @@ class Block(nn.Module):
             router = _kernel(self, "router", count, width)
             gate_up = _kernel(self, "experts_gate_up", count, width, 2 * inner_size)
             down = _kernel(self, "experts_down", count, inner_size, width)
-            return mix_experts(normed, router, gate_up, down, config)
+            return sum_parts(mix_experts(normed, router, gate_up, down, config), config)
         if config.is_gated:
             both = self._linear("gate_up", normed, 2 * config.intermediate_size, config.mlp_bias)
             inner = gated(both.astype(jnp.float32), config.activation)
         else:
             up = self._linear("up", normed, config.intermediate_size, config.mlp_bias)
             inner = activate(up.astype(jnp.float32), config.activation)
-        update = self._linear("down", inner.astype(self.dtype), width, config.mlp_bias)
+        inner = inner.astype(self.dtype)
+        update = self._linear("down", inner, width, config.mlp_bias, is_part=True)
         return update.astype(self.dtype)
 
     def _linear(
-        self, name: str, x: Float[Array, "N I"], width_out: int, has_bias: bool
+        self,
+        name: str,
+        x: Float[Array, "N I"],
+        width_out: int,
+        has_bias: bool,
+        is_part: bool = False,
     ) -> Float[Array, "N O"]:
         """A product with the kernel of that name; with a bias it is float32.
 
         The bias is added before the cast, as a fused linear layer does: one rounding, not two.
+        With `is_part`, `x` is one device's part of the inputs.
         """
         kernel = _kernel(self, name, width_out, x.shape[-1])
         out = project(x, kernel, is_rounded=not has_bias)
+        out = sum_parts(out, self.config) if is_part else out
         if has_bias:
-            bias = self.param(f"{name}_bias", _ZEROS, (width_out,), self.dtype)
+            bias = _kernel(self, f"{name}_bias", width_out, init=_ZEROS)
             out = out + bias.astype(jnp.float32)[None, :]
         return out
 
@@ -219,7 +232,7 @@ class Llama(nn.Module):
     def setup(self) -> None:
         """Declares what `__call__` and `logits` share."""
         config = self.config
-        width, vocab = config.hidden_size, config.vocab_size
+        width, vocab = config.hidden_size, vocab_rows(config)
         self.embed = _kernel(self, "embed", vocab, width)
         self.layers = [
             Block(config, self.dtype, layer, leaves_sum=True, name=f"layers_{layer}")
@@ -266,7 +279,7 @@ class Llama(nn.Module):
         """What comes before the layers: the residual stream, and rotations of either kind."""
         config = self.config
         with jax.named_scope("embed"):
-            hidden = embed_rows(self.embed, tokens).astype(self.dtype)
+            hidden = embed_rows(self.embed, tokens, config).astype(self.dtype)
             if config.embed_scale != 1.0:
                 # Rounded first, as transformers keeps it.
                 hidden = hidden * jnp.asarray(config.embed_scale, self.dtype)
@@ -304,6 +317,7 @@ class Llama(nn.Module):
         config = self.config
         with jax.named_scope("logits"):
             scores = project(hidden, self.embed if config.tie_embeddings else self.lm_head)
+            scores = join_scores(scores, config)
             if config.logits_divisor != 1.0:
                 scores = scores / config.logits_divisor
             return softcap(scores, config.logits_softcap)

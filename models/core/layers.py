@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 from folojax.models.core import row_kernels
 from folojax.models.core.config import Activation, ModelConfig
 from folojax.models.core.rope import plain_rates
+from folojax.models.core.shards import own_rows, sum_parts
 from folojax.models.quantized.quantize import QuantizedKernel, project_quantized, take_quantized
 
 
@@ -24,8 +25,11 @@ def norm(
     weight: Float[Array, " W"],
     bias: Float[Array, " W"] | None,
     config: ModelConfig,
+    is_part: bool = False,
 ) -> Float[Array, "*batch W"]:
     """The norm of a model's kind over the last axis, in float32, returned in the dtype of `x`.
+
+    With `is_part` that axis is one device's part of a longer one.
 
     "rms" rounds the normed value before the weight multiplies it, as transformers' LlamaRMSNorm:
     the other order gives other bits in bfloat16. The others round once; only LayerNorm has a bias.
@@ -34,6 +38,8 @@ def norm(
     if config.norm == "layer":
         wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
     mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
+    if is_part:
+        mean_square = sum_parts(mean_square, config) / config.num_shards
     normed = wide * jax.lax.rsqrt(mean_square + config.rms_norm_eps)
     ones = (1,) * (x.ndim - 1)
     factor = weight.reshape(*ones, -1)
@@ -131,12 +137,15 @@ _ROUNDED: dict[str, Any] = {
 
 
 def embed_rows(
-    table: Float[Array, "V E"] | QuantizedKernel, index: Int[Array, " N"]
+    table: Float[Array, "_ E"] | QuantizedKernel, index: Int[Array, " N"], config: ModelConfig
 ) -> Float[Array, "N E"]:
     """Rows of an embedding, float32 if it is quantised; an index outside reads the nearest one."""
     if isinstance(table, QuantizedKernel):
         return take_quantized(table, index)
-    return jnp.take(table, index, axis=0, mode="clip")
+    if config.num_shards == 1:
+        return jnp.take(table, index, axis=0, mode="clip")
+    index, is_own = own_rows(index, config)
+    return sum_parts(jnp.where(is_own[:, None], table[index], 0), config)
 
 
 def activate(x: Float[Array, "*batch F"], kind: Activation) -> Float[Array, "*batch F"]:

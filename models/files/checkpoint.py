@@ -4,17 +4,20 @@ import dataclasses
 import importlib.util
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from folojax.models.core.config import ModelConfig
 from folojax.models.core.decoder import Llama
 from folojax.models.families.families import family_of
 from folojax.models.files.gguf_conversion import convert_gguf
 from folojax.models.files.hf_config import config_from_hf
-from folojax.models.files.params import read_params
+from folojax.models.files.params import on_default_device, read_params
 from folojax.models.files.tied_head import untie_if_different
 from folojax.models.files.untrusted_files import (
     PICKLE_SUFFIXES,
@@ -86,6 +89,7 @@ def load_params(
     source: Checkpoint | str | os.PathLike[str] | None = None,
     dtype: Any = jnp.float32,
     quantization: str | None = None,
+    place: Callable[[str, np.ndarray], jax.Array] = on_default_device,
 ) -> dict[str, Any]:
     """Reads a checkpoint's weights as the parameters of `build_module(checkpoint.config, dtype)`.
 
@@ -93,9 +97,10 @@ def load_params(
         source: Of `open_checkpoint`, or what that opens.
         dtype: As in `read_params`, which says the errors too.
         quantization: Likewise.
+        place: Likewise, for arrays that shall lie elsewhere than on the default device.
     """
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
-    return read_params(checkpoint.directory, checkpoint.config, dtype, quantization)
+    return read_params(checkpoint.directory, checkpoint.config, dtype, quantization, place)
 
 
 def build_module(config: ModelConfig, dtype: Any = jnp.float32) -> Llama:

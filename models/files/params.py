@@ -1,7 +1,7 @@
 """From tensors of Hugging Face's names to the parameter tree of a module."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +14,33 @@ from folojax.models.core.param_tree import listed
 from folojax.models.files.hf_names import Source, is_ignorable, parameter_sources
 from folojax.models.files.safetensors_files import DTYPES, HeldTensor, Tensor, open_tensors
 from folojax.models.files.tied_head import parted_head
-from folojax.models.quantized.quantize import quantize, quantized_bytes
+from folojax.models.quantized.quantize import quantize
 
 _SILENT_SECONDS = 2.0
 
 
+def on_default_device(name: str, array: np.ndarray) -> jax.Array:
+    """Places a parameter where JAX puts what nobody places."""
+    # Not `jnp.asarray`, which has NumPy transpose first, ten times slower.
+    return jax.device_put(array)
+
+
 def read_params(
-    directory: Path, config: ModelConfig, dtype: Any, quantization: str | None = None
+    directory: Path,
+    config: ModelConfig,
+    dtype: Any,
+    quantization: str | None = None,
+    place: Callable[[str, np.ndarray], jax.Array] = on_default_device,
 ) -> dict[str, Any]:
-    """Reads a directory's weights as the parameters of the config's module, on the default device.
+    """Reads a directory's weights as the parameters of the config's module.
 
     Args:
         directory: In the Hugging Face layout.
         config: What the weights should look like.
         dtype: float32, bfloat16 or float16; weights of another float type are converted.
         quantization: Kernels are quantised one by one, as `quantize_params` does.
+        place: From the name of a parameter in its layer or model, and a parameter, to where it is
+            kept.
 
     Raises:
         FileNotFoundError: weights or shards are absent.
@@ -36,7 +48,7 @@ def read_params(
             missing, unexpected and misshapen tensor is listed.
     """
     what = f"the weights in {directory} do not fit its config.json"
-    return _assemble(open_tensors(directory), config, dtype, quantization, what)
+    return _assemble(open_tensors(directory), config, dtype, quantization, what, place)
 
 
 def params_from_hf(
@@ -71,8 +83,9 @@ def _assemble(
     dtype: Any,
     quantization: str | None,
     what: str,
+    place: Callable[[str, np.ndarray], jax.Array] = on_default_device,
 ) -> dict[str, Any]:
-    """Reads tensors as parameters, on the default device; `what` says how an error begins.
+    """Reads tensors as parameters; `what` says how an error begins.
 
     Parameters are read one after the other, each in the layout that it keeps: beside those that
     are done, only one is in memory, twice while it is placed. A bar shows how far it is if that
@@ -80,10 +93,10 @@ def _assemble(
     """
     sources = parameter_sources(config)
     found = _find(config, sources, tensors, what)
-    named, tree = _named(sources), jax.tree.structure(sources)
+    named, tree, shapes = _named(sources), jax.tree.structure(sources), param_shapes(config, dtype)
     arrays: list[Any] = [None] * len(named)
     with tqdm(
-        total=params_bytes(config, dtype),
+        total=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes)),
         desc="Loading weights",
         unit="B",
         unit_scale=True,
@@ -98,9 +111,8 @@ def _assemble(
             for tensor, view in source.views(array):
                 found[tensor].read_into(view)
             bar.update(array.nbytes)
-            # Not `jnp.asarray`, which has NumPy transpose first, ten times slower. Waited for, or
-            # several would be in memory twice.
-            placed = jax.device_put(array).block_until_ready()
+            # Waited for, or several would be in memory twice.
+            placed = place(name, array).block_until_ready()
             arrays[i] = jax.block_until_ready(quantize(name, placed, quantization))
     return jax.tree.unflatten(tree, arrays)
 
@@ -113,18 +125,12 @@ def _empty(source: Source, dtype: np.dtype) -> np.ndarray:
     return np.empty((*stacked, width_out, width_in), dtype).swapaxes(-1, -2)
 
 
-def params_bytes(config: ModelConfig, dtype: Any, quantization: str | None = None) -> int:
-    """Bytes of the tree that `read_params` gives for this config, known before it is read."""
-    itemsize = np.dtype(dtype).itemsize
-    return sum(
-        quantized_bytes(name, source.shape, itemsize, quantization)
-        for name, source in _named(parameter_sources(config))
+def param_shapes(config: ModelConfig, dtype: Any) -> dict[str, Any]:
+    """Shapes of the tree that `read_params` gives for this config, known before it is read."""
+    shapes: dict[str, Any] = jax.tree.map(
+        lambda source: jax.ShapeDtypeStruct(source.shape, dtype), parameter_sources(config)
     )
-
-
-def num_params(config: ModelConfig) -> int:
-    """How many parameters the config's module has."""
-    return sum(math.prod(source.shape) for _, source in _named(parameter_sources(config)))
+    return shapes
 
 
 def _named(sources: dict[str, Any]) -> list[tuple[str, Source]]:

@@ -1,6 +1,5 @@
 """Which kernels of a model are kept in few bits, and what may be done with them."""
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
@@ -54,17 +53,6 @@ def quantize_like(kernel: QuantizedKernel, leaf: Float[Array, "O I"]) -> Quantiz
     if isinstance(kernel, Int8Kernel):
         return quantize_int8(leaf)
     return quantize_groups(leaf, bits=kernel.bits)
-
-
-def quantized_bytes(
-    name: str, shape: tuple[int, ...], itemsize: int, quantization: str | None
-) -> int:
-    """Bytes of what `quantize` makes of a parameter with numbers of `itemsize` bytes."""
-    quantizer = _quantizer(name, shape, quantization)
-    if quantizer is None:
-        return math.prod(shape) * itemsize
-    kernel = jax.eval_shape(quantizer, jax.ShapeDtypeStruct(shape, "float32"))
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kernel))
 
 
 def _quantizer(

@@ -21,6 +21,7 @@ INTEGERS = {
     "num_host_pages": 0,
     "min_swap_tokens": 0,
     "max_logprobs": -1,
+    "tensor_parallel_size": 1,
     "seed": 0,
 }
 NONE_ALLOWED = {

@@ -188,7 +188,7 @@ def test_a_dtype_may_come_from_anywhere(
     class LoadedError(Exception):
         pass
 
-    def load(checkpoint: Any, found: Any, quantization: Any) -> Any:
+    def load(checkpoint: Any, found: Any, *others: Any) -> Any:
         assert jnp.dtype(found).name == expected
         raise LoadedError
 

@@ -91,7 +91,7 @@ def test_keywords_of_the_llm_are_the_fields_of_its_config() -> None:
     own = get_type_hints(EngineConfig)
     assert {name: keywords.get(name) for name in own} == own
     others = keywords.keys() - own.keys()
-    assert {"tensor_parallel_size", "gpu_memory_utilization"} <= others <= LLM_ARGUMENTS.keys()
+    assert {"gpu_memory_utilization"} <= others <= LLM_ARGUMENTS.keys()
 
 
 def test_the_package_says_that_it_is_typed() -> None:

@@ -276,7 +276,8 @@ def test_pages_become_tokens_and_pages_again(order: str) -> None:
     for other in ORDERS:
         new_layout = make_layout(order=other)
         fresh = kv.init_cache(new_layout)
-        taken = [write_tokens(tokens, new_layout)]
+        written = write_tokens(tokens, new_layout)
+        taken = [written._replace(layers=list(map(jnp.asarray, written.layers)))]
         fresh = copies.put(fresh, taken, {0: 2, 1: 7, 2: 5})
         for new, old in zip(read(fresh, 1), (keys, values), strict=True):
             np.testing.assert_array_equal(new[[2, 7]], old[[9, 0]])

@@ -1,0 +1,188 @@
+"""A model over several devices: which part of each parameter one of them has.
+
+Attention is cut by heads, MLPs by their inner width, embedding and head by the vocabulary; all else
+each device has whole. A device then runs the module of a smaller config (`part_of`), and what its
+part of a layer adds to the stream is summed over all (`sum_parts`), twice a layer:
+
+    stream ─> qkv of some heads ─> attention ─> o ─┐ sum ─> gate and up ─> down ─┐ sum ─> stream
+
+A kernel that several products share lies in parts, one for each device, [n, rows, E]: contiguous
+pieces of [queries | keys | values] would be no device's heads. That form is `cut`; `join` is the
+inverse. Both take NumPy arrays, on the host, and JAX's.
+
+Axes: n devices, H query heads, K key and value heads, D head dim, E stream, F inner width, V
+vocabulary, X experts.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
+
+from folojax.models.core.config import ModelConfig
+
+AXIS = "tensor"
+"""Of the mesh over which a model is cut."""
+
+_AXES = {"embed": 0, "lm_head": 0, "up": 0, "up_bias": 0, "o": 1, "down": 1, "experts_down": 1}
+"""The axis along which a parameter is cut, in the order in which it has it anyway."""
+
+_RANKS = {"qkv": 2, "qkv_bias": 1, "gate_up": 2, "gate_up_bias": 1, "experts_gate_up": 3}
+"""Axes of those that lie in parts, which are one more axis, in front."""
+
+_JOINT = ("q_norm", "k_norm")
+"""Cut by heads where one norm is over all of them."""
+
+
+def problems_of(config: ModelConfig, count: int) -> list[str]:
+    """Why a model cannot be cut for so many devices."""
+    sizes = {"num_heads": config.num_heads}
+    if len(config.dense_layers) < config.num_layers or not config.num_experts:
+        sizes["intermediate_size"] = config.intermediate_size
+    if config.num_experts:
+        sizes["expert_size"] = config.expert_size
+    found = [
+        f"{name} is {size}, not a multiple of it" for name, size in sizes.items() if size % count
+    ]
+    if config.num_kv_heads % count and count % config.num_kv_heads:
+        found.append(f"num_kv_heads is {config.num_kv_heads}, neither a multiple nor a part of it")
+    return found
+
+
+def part_of(config: ModelConfig, count: int) -> ModelConfig:
+    """The config of what one of `count` devices runs; `problems_of` are none."""
+    return dataclasses.replace(
+        config,
+        num_heads=config.num_heads // count,
+        num_kv_heads=config.num_kv_heads * kv_copies(config, count) // count,
+        intermediate_size=max(config.intermediate_size // count, 1),
+        expert_size=config.expert_size // count,
+        num_shards=count,
+    )
+
+
+def kv_copies(config: ModelConfig, count: int) -> int:
+    """How many devices have the same heads of keys and values: 1 unless these are too few."""
+    return max(1, count // config.num_kv_heads)
+
+
+def sum_parts(x: Any, config: ModelConfig) -> Any:
+    """The sum of what each device has computed; of a model that is not cut, `x` itself."""
+    return x if config.num_shards == 1 else jax.lax.psum(x, AXIS)
+
+
+def spec_of(name: str, config: ModelConfig) -> PartitionSpec:
+    """How a parameter lies over the mesh, in the form of `cut`."""
+    if name in _RANKS or (name in _JOINT and config.is_qk_norm_joint):
+        return PartitionSpec(AXIS)
+    axis = _AXES.get(name)
+    return PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, AXIS)
+
+
+def is_cut(name: str, leaf: Any) -> bool:
+    """Whether a parameter lies in parts."""
+    return name in _RANKS and len(np.shape(leaf)) == _RANKS[name] + 1
+
+
+def parts_of(params: Any) -> int:
+    """How many devices parameters are cut for; 1: they are as the module has them."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(params)
+    found = (leaf.shape[0] for path, leaf in flat if is_cut(_name(path), leaf))
+    return next(found, 1)
+
+
+def cut(name: str, leaf: Any, config: ModelConfig, count: int) -> Any:
+    """A parameter as it lies over `count` devices; one that lies so already stays as it is."""
+    xp: Any = np if isinstance(leaf, np.ndarray) else jnp
+    if name in ("embed", "lm_head"):
+        missing = -leaf.shape[0] % count  # no device has more rows than another
+        return xp.pad(leaf, ((0, missing), (0, 0))) if missing else leaf
+    copies, dim = kv_copies(config, count), config.head_dim
+    if name == "k_norm" and config.is_qk_norm_joint and leaf.size == config.num_kv_heads * dim:
+        return xp.repeat(leaf.reshape(-1, dim), copies, axis=0).reshape(-1)
+    if name not in _RANKS or is_cut(name, leaf):
+        return leaf
+    if name == "experts_gate_up":  # [X, E, 2F]
+        halves = leaf.reshape(*leaf.shape[:2], 2, count, -1)
+        return xp.moveaxis(halves, 3, 0).reshape(count, *leaf.shape[:2], -1)
+    rest = leaf.shape[1:]
+    if name.startswith("gate_up"):
+        return leaf.reshape(2, count, -1, *rest).swapaxes(0, 1).reshape(count, -1, *rest)
+    query, key, value = xp.split(leaf.reshape(-1, dim, *rest), _borders(config))
+    both = [xp.repeat(one, copies, axis=0) for one in (key, value)]
+    return xp.concatenate([one.reshape(count, -1, *rest) for one in (query, *both)], axis=1)
+
+
+def join(name: str, leaf: Any, config: ModelConfig, count: int) -> Any:
+    """A parameter as the module has it; the inverse of `cut`."""
+    xp: Any = np if isinstance(leaf, np.ndarray) else jnp
+    if name in ("embed", "lm_head"):
+        return leaf[: config.vocab_size]
+    copies, dim = kv_copies(config, count), config.head_dim
+    if name == "k_norm" and config.is_qk_norm_joint:
+        heads = leaf.reshape(-1, dim)
+        return leaf if len(heads) == config.num_kv_heads else heads[::copies].reshape(-1)
+    if not is_cut(name, leaf):
+        return leaf
+    if name == "experts_gate_up":
+        halves = leaf.reshape(*leaf.shape[:3], 2, -1)
+        return xp.moveaxis(halves, 0, 3).reshape(*leaf.shape[1:3], -1)
+    rest = leaf.shape[2:]
+    if name.startswith("gate_up"):
+        return leaf.reshape(count, 2, -1, *rest).swapaxes(0, 1).reshape(-1, *rest)
+    part = part_of(config, count)
+    parts = xp.split(leaf.reshape(count, -1, dim, *rest), _borders(part), axis=1)
+    query, key, value = (one.reshape(-1, dim, *rest) for one in parts)
+    return xp.concatenate((query, key[::copies], value[::copies])).reshape(-1, *rest)
+
+
+def join_params(params: Any, config: ModelConfig) -> Any:
+    """Parameters as the module has them, of `LLM.params` of an engine on however many devices.
+
+    Pure: what lies in parts is copied, the rest and the parameters of one device are not.
+
+    Args:
+        params: `LLM.params`, or what a function has made of them; of NumPy or JAX.
+        config: Of the model.
+    """
+    count = parts_of(params)
+    if count == 1:
+        return params
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: join(_name(path), leaf, config, count), params
+    )
+
+
+def _name(path: Any) -> str:
+    """Of a parameter in its layer or model; "" of what is none."""
+    return str(getattr(path[-1], "key", "")) if path else ""
+
+
+def _borders(config: ModelConfig) -> tuple[int, int]:
+    """Where the keys begin among the heads of `qkv`, and where the values do."""
+    return config.num_heads, config.num_heads + config.num_kv_heads
+
+
+def vocab_rows(config: ModelConfig) -> int:
+    """Rows of the embedding that a device has."""
+    return -(-config.vocab_size // config.num_shards)
+
+
+def own_rows(
+    index: Int[Array, " N"], config: ModelConfig
+) -> tuple[Int[Array, " N"], Bool[Array, " N"]]:
+    """Where rows of the embedding lie in a device's part of it, and which of them lie there."""
+    rows = vocab_rows(config)
+    index = jnp.clip(index, 0, config.vocab_size - 1) - jax.lax.axis_index(AXIS) * rows
+    return index, (index >= 0) & (index < rows)
+
+
+def join_scores(scores: Float[Array, "M _"], config: ModelConfig) -> Float[Array, "M V"]:
+    """Scores of the whole vocabulary, of which a device has computed some."""
+    if config.num_shards == 1:
+        return scores
+    return jax.lax.all_gather(scores, AXIS, axis=1, tiled=True)[:, : config.vocab_size]
