@@ -59,7 +59,7 @@ class LLM(RequestLoop):
 
     Args:
         model: A directory (config.json and safetensors), a .gguf file, a Hub name, or a pair
-            (module, params) that is already in memory, on one device, where the engine then runs
+            (module, params) that is already in memory, where the engine then runs
             (docs/weights.md); None is the embedded default, SmolLM2-135M-Instruct.
         tokenizer: A directory or a transformers tokenizer; None takes the model's own, if it has
             one. Without, prompts are token ids and there is no text.
@@ -76,6 +76,7 @@ class LLM(RequestLoop):
             the model's step.
         activation_taps: Layers, from 0, behind which the residual stream is returned to requests
             that ask for `activations`; one or several, as of the functions.
+        mesh: Its devices share each layer, as with `tensor_parallel_size`.
         **fields: Fields of EngineConfig, or vLLM's arguments (docs/coming_from_vllm.md).
 
     Attributes:

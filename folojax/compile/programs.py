@@ -21,11 +21,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 IN_GRAPH: dict[str, Any] = {
     "xla_gpu_enable_command_buffer": (
-        "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
+        "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE,"
+        "COLLECTIVES"
     ),
     "xla_gpu_experimental_enable_fusion_autotuner": False,
 }
-"""`compiler_options` of programs with loops, which XLA on a GPU then keeps in the CUDA graph.
+"""`compiler_options` of programs with loops and sums over devices: XLA on a GPU then keeps these in
+the CUDA graph.
 
 By default a loop ends the graph, and the host waits for the device to learn whether to go on.
 Autotuning of fusions takes longer than it gains. Other platforms pass over both.

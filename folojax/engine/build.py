@@ -116,9 +116,7 @@ def load_model(
     return LoadedModel(module, params, checkpoint, resolved, plan, backend)
 
 
-def _load_pair(
-    model: Any, dtype: DType, config: EngineConfig, mesh: Mesh | None
-) -> LoadedModel:
+def _load_pair(model: Any, dtype: DType, config: EngineConfig, mesh: Mesh | None) -> LoadedModel:
     """A pair of the user's, once it is one that an engine can run."""
     module, params = checked_pair(model)
     config, backend = _placed(config, mesh, params)

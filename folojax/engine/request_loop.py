@@ -225,7 +225,9 @@ class RequestLoop:
 
         Args:
             params: A pytree with the names, shapes and dtypes of the parameters now in use. Where
-                these are quantised, float kernels become so: copies, beside the old ones.
+                these are quantised, float kernels become so: copies, beside the old ones. On
+                several devices (docs/several_devices.md) arrays that lie otherwise than the
+                engine's are copied, too.
             running: What becomes of unfinished requests. "recompute": their output is kept, and
                 keys and values are computed again with the new parameters. "keep": they go on with
                 the keys and values that they have, which nobody else will share. A score under
