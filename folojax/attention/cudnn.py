@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
 
 from folojax.attention.interface import AttentionSpec
+from folojax.attention.paged_decode import attend_single, is_taken
 from folojax.attention.row_layout import Part, join, lay_out
 from folojax.kv.placement import Placement
 
@@ -98,9 +99,13 @@ class _CuDNN:
         scale = spec.scoring.scale
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         window = spec.scoring.window
-        if placement.columns == 1:
-            return _attend_pages(query[:, None], pages, placement, 1, window, scale)[:, 0]
-        return _attend_chunk(query, key, value, pages, placement, window, scale)
+        if placement.columns > 1:
+            return _attend_chunk(query, key, value, pages, placement, window, scale)
+        size, kv_heads, dim = pages.shape[2:]
+        if is_taken(dim, query.shape[1] // kv_heads, size, spec.page_format.capability):
+            end = jnp.where(placement.length > 0, placement.first + 1, 0)
+            return attend_single(query, pages, placement.page_table, end, window, scale)
+        return _attend_pages(query[:, None], pages, placement, 1, window, scale)[:, 0]
 
 
 KERNEL = _CuDNN()

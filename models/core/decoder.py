@@ -173,7 +173,7 @@ class Block(nn.Module):
             return sum_parts(mix_experts(normed, router, gate_up, down, config), config)
         if config.is_gated:
             both = self._linear("gate_up", normed, 2 * config.intermediate_size, config.mlp_bias)
-            inner = gated(both.astype(jnp.float32), config.activation)
+            inner = gated(both, config.activation, self.dtype)
         else:
             up = self._linear("up", normed, config.intermediate_size, config.mlp_bias)
             inner = activate(up.astype(jnp.float32), config.activation)

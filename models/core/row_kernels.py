@@ -1,7 +1,8 @@
-"""Two pieces of a layer as one kernel each on NVIDIA GPUs, where XLA makes five of them.
+"""Pieces of a layer as one kernel each on NVIDIA GPUs, where XLA makes more or slower ones.
 
     add_norm      stream + update, and its norm                  XLA: a sum and a norm
     norm_rotate   norm and rotation of every head's q and k      XLA: two norms and a rotation
+    gated_silu    silu(gate) * up                                XLA: a kernel half as fast
 
 A decode step has some ten small kernels a layer beside its products and attention, each of which
 takes two to four microseconds however few rows there are. Elsewhere, in float32, and for gradients
@@ -21,6 +22,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jaxtyping import Array, Float
+
+_MOST_GATED = 2048  # numbers of a row that a program computes
 
 
 def is_taken(dtype: Any, head_dim: int | None = None) -> bool:
@@ -153,6 +156,34 @@ def _norm_rotate(
     @pl.when(block >= num_heads // together)
     def _() -> None:
         heads(key_weight_ref, key_ref, block * together - num_heads)
+
+
+def gated_silu(gate_up: Float[Array, "N FF"]) -> Float[Array, "N F"]:
+    """silu(gate) * up, for gate and up side by side in the last axis, rounded once."""
+    num_rows, width = gate_up.shape[0], gate_up.shape[1] // 2
+    block = min(_MOST_GATED, _power(width))
+    return pl.pallas_call(
+        functools.partial(_gated_silu, block=block, width=width),
+        grid=(num_rows, pl.cdiv(width, block)),
+        out_shape=jax.ShapeDtypeStruct((num_rows, width), gate_up.dtype),
+        compiler_params=triton.CompilerParams(num_warps=4),
+        name="gated_silu",
+    )(gate_up)
+
+
+def _gated_silu(gate_up_ref: Any, out_ref: Any, *, block: int, width: int) -> None:
+    """Some numbers of one row."""
+    row, first = pl.program_id(0), pl.program_id(1) * block
+    options: dict[str, Any] = {}
+    if width % block:
+        options = {"mask": first + jnp.arange(block) < width}
+    zeros: dict[str, Any] = {"other": 0.0} if options else {}
+    gate, up = (
+        triton.load(gate_up_ref.at[row, pl.ds(first + skip, block)], **options, **zeros)
+        for skip in (0, width)
+    )
+    out = jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)
+    triton.store(out_ref.at[row, pl.ds(first, block)], out.astype(gate.dtype), **options)
 
 
 def _weighed(normed: Any, weight: Any) -> Any:

@@ -19,7 +19,9 @@ _FREE = {"parameter", "bitcast", "get-tuple-element", "tuple", "constant"}
 _PICKS = {"gather", "dynamic-slice", "slice"}
 _WRITES = {"scatter", "dynamic-update-slice"}
 
-_ATTENTION = "__cudnn$fmha"  # how the targets of cuDNN's calls begin
+# How the targets of calls that read pages begin: cuDNN's, and our own kernel's.
+_ATTENTION = ("__cudnn$fmha", "__gpu$xla.gpu.triton")
+_OF_ATTENTION = ("read_pieces", "join_pieces")
 
 _INSTRUCTION = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = (.*)$")
 _OPCODE = re.compile(r"^\s*([\w\-]+)\((.*)$")
@@ -205,11 +207,12 @@ def count_kernels(thunks: Sequence[Thunk]) -> int:
 
 
 def kernels_per_layer(thunks: Sequence[Thunk]) -> int:
-    """Most kernels from one call of cuDNN to the next, that call aside; 0 with fewer than two.
+    """Most kernels from one call of attention to the next, attention's aside; 0 with none between.
 
     Of a decode step that is a layer, as it attends once in each.
     """
-    calls = [index for index, one in enumerate(thunks) if one.kind == "kCuDnn"]
+    is_call = [one.kind == "kCuDnn" or one.name in _OF_ATTENTION for one in thunks]
+    calls = [index for index, is_it in enumerate(is_call) if is_it]
     return max((after - before - 1 for before, after in itertools.pairwise(calls)), default=0)
 
 

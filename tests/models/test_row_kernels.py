@@ -71,6 +71,16 @@ def test_norm_and_rotation_of_heads(heads: int, kv_heads: int, dim: int) -> None
         np.testing.assert_allclose(_wide(out), _wide(expected), rtol=0.01, atol=1e-5)
 
 
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize(("rows", "width"), [(1, 48), (3, 64)])
+def test_a_gate(rows: int, width: int) -> None:
+    both = 3 * _draw(0, rows, 2 * width)
+    with mock.patch.object(row_kernels, "_MOST_GATED", 32):
+        found = row_kernels.gated_silu(both)
+    expected = layers.gated(both.astype(jnp.float32))
+    np.testing.assert_allclose(_wide(found), _wide(expected), rtol=0.01, atol=1e-6)
+
+
 def test_gradients_are_those_of_the_plain_way() -> None:
     args = _draw(0, 2, 16), _draw(1, 2, 16), _draw(2, 16)
 
@@ -89,7 +99,7 @@ def test_gradients_are_those_of_the_plain_way() -> None:
 
 @pytest.mark.parametrize(
     ("platform", "dtype", "num_kernels"),
-    [("cuda", jnp.bfloat16, 3), ("cuda", jnp.float32, 0), ("cpu", jnp.bfloat16, 0)],
+    [("cuda", jnp.bfloat16, 4), ("cuda", jnp.float32, 0), ("cpu", jnp.bfloat16, 0)],
 )
 def test_programs_hold_a_kernel_once_for_all_layers(  # and that of the final norm
     platform: str, dtype: Any, num_kernels: int

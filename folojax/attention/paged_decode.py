@@ -1,0 +1,184 @@
+"""Attention of single tokens to pages where these lie, in pieces of fixed size: NVIDIA GPUs.
+
+A row's pages are cut by position into pieces of the same number of pages, wherever they lie and
+whatever the other rows are. A piece is read by one program for all queries of a kv head, which are
+rows of one product (G = 1 to 16 of them; a product has at least 16 rows). A second kernel joins the
+pieces of a row by the logarithms of their sums. So a long row is read by many processors, and what
+a row gets does not depend on its company.
+
+Axes: R rows, H query heads, K kv heads, G = H / K, D head dimension, S tokens of a page, P pages of
+the pool, N pages of a row, C pieces of a row.
+"""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+from jaxtyping import Array, Float, Int, Num
+
+_PIECE_TOKENS = 512
+_MOST_PIECES = 64  # of a row: longer rows have larger pieces
+_LEAST_GROUP, _MOST_GROUP = 16, 64  # rows of a product
+_HOPPER = 9.0
+_LOG2_E = math.log2(math.e)
+
+
+def is_taken(head_dim: int, groups: int, page_size: int, capability: float) -> bool:
+    """Whether the kernel takes heads of these sizes on a device of that capability.
+
+    Products have sides that are powers of two from 16 on, and two pages of a head must fit into a
+    processor's own memory.
+    """
+    is_product = all(size >= 16 and size & (size - 1) == 0 for size in (head_dim, page_size))
+    most = 2**14 if capability >= _HOPPER else 2**13
+    return is_product and head_dim * page_size <= most and groups <= _MOST_GROUP
+
+
+def attend_single(
+    query: Float[Array, "R H D"],
+    pages: Num[Array, "P 2 S K D"],
+    table: Int[Array, "R N"],
+    end: Int[Array, " R"],
+    window: int | None,
+    scale: float,
+) -> Float[Array, "R H D"]:
+    """Attention of each row's query to its first `end` positions, or to the last `window` of them.
+
+    Args:
+        query: In the dtype of the pages.
+        pages: Keys may be NaN behind a row's end; values are finite.
+        table: Pages of each row; past the end anything.
+        end: 0 for a row that sees nothing, which gets zeros.
+        window: Of the layer.
+        scale: Of the scores.
+    """
+    rows, heads, dim = query.shape
+    _, _, size, kv_heads, _ = pages.shape
+    groups = heads // kv_heads
+    piece = max(1, _PIECE_TOKENS // size, -(-table.shape[1] // _MOST_PIECES))
+    pieces = -(-table.shape[1] // piece)
+    # Keys and values of a page follow each other.
+    halves = pages.reshape(-1, size, kv_heads, dim)
+    static: dict[str, Any] = {"window": window, "size": size, "piece": piece}
+    partial, mass = pl.pallas_call(
+        functools.partial(_read_piece, scale=scale * _LOG2_E, groups=groups, **static),
+        grid=(kv_heads, pieces, rows),
+        out_shape=[
+            jax.ShapeDtypeStruct((rows, pieces, heads, dim), jnp.float32),
+            jax.ShapeDtypeStruct((rows, pieces, heads), jnp.float32),
+        ],
+        compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
+        name="read_pieces",
+    )(query, halves, table.astype(jnp.int32), end.astype(jnp.int32))
+    together = math.gcd(16, heads)
+    return pl.pallas_call(
+        functools.partial(_join_pieces, together=together, **static),
+        grid=(rows, heads // together),
+        out_shape=jax.ShapeDtypeStruct(query.shape, query.dtype),
+        compiler_params=triton.CompilerParams(num_warps=4),
+        name="join_pieces",
+    )(partial, mass, end.astype(jnp.int32))
+
+
+def _seen(end: Any, window: int | None, size: int) -> tuple[Any, Any, Any]:
+    """The first position that is seen, its page, and the page after the last one."""
+    first = jnp.maximum(end - window, 0) if window is not None else jnp.zeros_like(end)
+    return first, first // size, (end + size - 1) // size
+
+
+def _product(left: Any, right: Any, axis: int) -> Any:
+    """The product of matrices over the last axis of one and `axis` of the other, in float32."""
+    dims = (((1,), (axis,)), ((), ()))
+    return jax.lax.dot_general(left, right, dims, preferred_element_type=jnp.float32)
+
+
+def _read_piece(
+    query_ref: Any,
+    halves_ref: Any,
+    table_ref: Any,
+    end_ref: Any,
+    out_ref: Any,
+    mass_ref: Any,
+    *,
+    scale: float,
+    groups: int,
+    window: int | None,
+    size: int,
+    piece: int,
+) -> None:
+    """The pages of one piece of a row, for the queries of one kv head."""
+    head, number, row = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    dim = query_ref.shape[-1]
+    end = triton.load(end_ref.at[row])
+    first, first_page, last_page = _seen(end, window, size)
+    lower = jnp.maximum(number * piece, first_page)
+    upper = jnp.minimum(number * piece + piece, last_page)
+
+    @pl.when(lower < upper)
+    def _() -> None:
+        group = jnp.arange(max(_LEAST_GROUP, 1 << (groups - 1).bit_length()))
+        is_head, whole = group < groups, pl.ds(0, dim)
+        is_number = jnp.broadcast_to(is_head[:, None], (group.size, dim))
+        heads = head * groups + group
+        of_heads = heads[:, None], jnp.arange(dim)[None, :]
+        query = triton.load(query_ref.at[row, *of_heads], mask=is_number, other=0.0)
+
+        def read(place: Any, sums: Any) -> Any:
+            out, most, total = sums
+            half = 2 * triton.load(table_ref.at[row, place])
+            key = triton.load(halves_ref.at[half, pl.ds(0, size), head, whole])
+            scores = _product(query, key, 1) * scale
+            position = place * size + jnp.arange(size)
+            is_seen = (position < end) & (position >= first)
+            scores = jnp.where(is_seen[None, :], scores, -jnp.inf)
+            now = jnp.maximum(most, jnp.max(scores, axis=1))  # finite: a page has a seen position
+            kept, weights = jnp.exp2(most - now), jnp.exp2(scores - now[:, None])
+            value = triton.load(halves_ref.at[half + 1, pl.ds(0, size), head, whole])
+            part = _product(weights.astype(value.dtype), value, 0)
+            return (
+                out * kept[:, None] + part,
+                now,
+                total * kept + jnp.sum(weights, axis=1),
+            )
+
+        nothing = jnp.zeros(group.shape, jnp.float32)
+        start = jnp.zeros((group.size, dim), jnp.float32), nothing - jnp.inf, nothing
+        out, most, total = jax.lax.fori_loop(lower, upper, read, start)
+        triton.store(out_ref.at[row, number, *of_heads], out / total[:, None], mask=is_number)
+        triton.store(mass_ref.at[row, number, heads], most + jnp.log2(total), mask=is_head)
+
+
+def _join_pieces(
+    partial_ref: Any,
+    mass_ref: Any,
+    end_ref: Any,
+    out_ref: Any,
+    *,
+    window: int | None,
+    size: int,
+    piece: int,
+    together: int,
+) -> None:
+    """Some heads of one row."""
+    row, dim = pl.program_id(0), out_ref.shape[-1]
+    heads, whole = pl.ds(pl.program_id(1) * together, together), pl.ds(0, dim)
+    _, first_page, last_page = _seen(triton.load(end_ref.at[row]), window, size)
+
+    def add(number: Any, sums: Any) -> Any:
+        out, most, total = sums
+        mass = triton.load(mass_ref.at[row, number, heads])
+        part = triton.load(partial_ref.at[row, number, heads, whole])
+        now = jnp.maximum(most, mass)
+        kept, weight = jnp.exp2(most - now), jnp.exp2(mass - now)
+        return out * kept[:, None] + part * weight[:, None], now, total * kept + weight
+
+    nothing = jnp.zeros((together,), jnp.float32)
+    start = jnp.zeros((together, dim), jnp.float32), nothing - jnp.inf, nothing
+    lower, upper = first_page // piece, (last_page + piece - 1) // piece
+    out, _, total = jax.lax.fori_loop(lower, upper, add, start)
+    out = out / jnp.where(total > 0, total, 1.0)[:, None]
+    triton.store(out_ref.at[row, heads, whole], out.astype(out_ref.dtype))
