@@ -136,7 +136,14 @@ def place(lengths: Sequence[int], page_size: int, num_pages: int, seed: int = 0)
     return [[free.pop() for _ in range(-(-length // page_size))] for length in lengths]
 
 
-_write = functools.partial(jax.jit, static_argnums=1)(kv.cache.write)
+def write(cache: KVCache, layer: int, page: Any, offset: Any, key: Any, value: Any) -> KVCache:
+    """A cache with tokens stored in one of its layers."""
+    layers = list(cache.layers)
+    layers[layer] = kv.cache.write(layers[layer], page, offset, key, value, cache.format.order)
+    return KVCache(tuple(layers), cache.format)
+
+
+_write = functools.partial(jax.jit, static_argnums=1)(write)
 
 
 # As the engine compiles it.

@@ -5,7 +5,7 @@ from jaxtyping import Array, Float
 
 from folojax.attention import cudnn, native, reference
 from folojax.attention.interface import AttentionSpec, Kernel
-from folojax.kv.cache import KVCache, KVLayout, write
+from folojax.kv.cache import KVCache, KVLayout
 from folojax.kv.placement import Placement
 from folojax.models.core.config import ModelConfig
 from folojax.models.core.interface import PLAIN, Scoring
@@ -37,10 +37,11 @@ def attend(
     Returns:
         The cache with the new tokens, and the result for each token in the dtype of `query`.
     """
-    cache = write(cache, layer, placement.page, placement.offset, key, value)
     spec = AttentionSpec(query.dtype, cache.dtype, query.shape[-1], cache.format, scoring)
     _, kernel = choose_kernel(spec)
-    return cache, kernel.attend(query, key, value, cache.layers[layer], placement, spec)
+    pages, out = kernel.attend(query, key, value, cache.layers[layer], placement, spec)
+    layers = (*cache.layers[:layer], pages, *cache.layers[layer + 1 :])
+    return KVCache(layers, cache.format), out
 
 
 def kernels_of(

@@ -27,6 +27,7 @@ from jaxtyping import Array, Float, Int, Num
 from folojax.attention.interface import AttentionSpec
 from folojax.attention.paged_decode import attend_single, is_taken
 from folojax.attention.row_layout import Part, join, lay_out
+from folojax.kv.cache import write
 from folojax.kv.placement import Placement
 
 _ARGUMENTS = (
@@ -94,7 +95,7 @@ class _CuDNN:
         pages: Num[Array, "P 2 S K D"],
         placement: Placement,
         spec: AttentionSpec,
-    ) -> Float[Array, "T H D"]:
+    ) -> tuple[Num[Array, "P 2 S K D"], Float[Array, "T H D"]]:
         """As `Kernel.attend`; one call for single tokens, two for chunks."""
         scale = spec.scoring.scale
         scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -103,9 +104,10 @@ class _CuDNN:
             return _attend_chunk(query, key, value, pages, placement, window, scale)
         size, kv_heads, dim = pages.shape[2:]
         if is_taken(dim, query.shape[1] // kv_heads, size, spec.page_format.capability):
-            end = jnp.where(placement.length > 0, placement.first + 1, 0)
-            return attend_single(query, pages, placement.page_table, end, window, scale)
-        return _attend_pages(query[:, None], pages, placement, 1, window, scale)[:, 0]
+            return attend_single(query, key, value, pages, placement, window, scale)
+        pages = write(pages, placement.page, placement.offset, key, value, "tokens")
+        out = _attend_pages(query[:, None], pages, placement, 1, window, scale)
+        return pages, out[:, 0]
 
 
 KERNEL = _CuDNN()
@@ -154,8 +156,8 @@ def _attend_chunk(
     placement: Placement,
     window: int | None,
     scale: float,
-) -> Float[Array, "T H D"]:
-    queries, keys, values = lay_out(query, key, value, placement)
+) -> tuple[Num[Array, "P 2 S K D"], Float[Array, "T H D"]]:
+    pages, queries, keys, values = lay_out(query, key, value, pages, placement)
     columns = queries.shape[1]
     own = _call(
         queries,
@@ -170,7 +172,7 @@ def _attend_chunk(
         has_mass=True,
     )
     before = _attend_pages(queries, pages, placement, 0, window, scale, has_mass=True)
-    return join(Part(*own), Part(*before), placement, window)
+    return pages, join(Part(*own), Part(*before), placement, window)
 
 
 def _shift(table: Int[Array, "R N"], skipped: Int[Array, " R"], width: int) -> Int[Array, "R W"]:

@@ -39,12 +39,12 @@ class Kernel(Protocol):
         pages: Num[Array, "P 2 _ _ D"],
         placement: Placement,
         spec: AttentionSpec,
-    ) -> Float[Array, "T H D"]:
-        """Causal attention of every row's tokens to its pages, softmax in float32.
+    ) -> tuple[Num[Array, "P 2 _ _ D"], Float[Array, "T H D"]]:
+        """Stores the tokens, and causal attention of each to its row, softmax in float32.
 
         Args:
             query: In any dtype, which is that of the result.
-            key: Of the tokens themselves; stored in the pages already.
+            key: Of the tokens themselves, to be stored as `folojax.kv.cache.write` does.
             value: Likewise.
             pages: One layer of a cache. Behind a row's last token and in pages of padding, keys
                 may be NaN; all values are finite.

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, Num
 
 from folojax.attention.interface import AttentionSpec
+from folojax.kv.cache import write
 from folojax.kv.placement import Placement
 from folojax.models.machine import compiler as native
 
@@ -52,9 +53,10 @@ class _Native:
         pages: Num[Array, "P 2 K S D"],
         placement: Placement,
         spec: AttentionSpec,
-    ) -> Float[Array, "T H D"]:
+    ) -> tuple[Num[Array, "P 2 K S D"], Float[Array, "T H D"]]:
         """As `Kernel.attend`; zeros for tokens of padding."""
-        del key, value
+        order = spec.page_format.order
+        pages = write(pages, placement.page, placement.offset, key, value, order)
         queries = placement.by_row(query)
         rows, _, heads, dim = queries.shape
         num_pages, _, kv_heads, size, _ = pages.shape
@@ -74,7 +76,7 @@ class _Native:
             scale=np.float32(dim**-0.5 if scoring.scale is None else scoring.scale),
             window=np.int64(_UNBOUNDED if scoring.window is None else scoring.window),
         )
-        return placement.by_token(out.astype(query.dtype))
+        return pages, placement.by_token(out.astype(query.dtype))
 
 
 KERNEL = _Native()

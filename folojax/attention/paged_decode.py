@@ -18,7 +18,10 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
-from jaxtyping import Array, Float, Int, Num
+from jaxtyping import Array, Float, Num
+
+from folojax.attention.row_layout import finite_in_kernel
+from folojax.kv.placement import Placement
 
 _PIECE_TOKENS = 512
 _MOST_PIECES = 64  # of a row: longer rows have larger pieces
@@ -40,54 +43,61 @@ def is_taken(head_dim: int, groups: int, page_size: int, capability: float) -> b
 
 def attend_single(
     query: Float[Array, "R H D"],
+    key: Float[Array, "R K D"],
+    value: Float[Array, "R K D"],
     pages: Num[Array, "P 2 S K D"],
-    table: Int[Array, "R N"],
-    end: Int[Array, " R"],
+    placement: Placement,
     window: int | None,
     scale: float,
-) -> Float[Array, "R H D"]:
-    """Attention of each row's query to its first `end` positions, or to the last `window` of them.
+) -> tuple[Num[Array, "P 2 S K D"], Float[Array, "R H D"]]:
+    """Stores a token of each row, and its attention to the row, or to the last `window` tokens.
 
     Args:
-        query: In the dtype of the pages.
+        query: In the dtype of the pages, like key and value.
+        key: Stored as `folojax.kv.cache.write` does, like the value.
+        value: Likewise.
         pages: Keys may be NaN behind a row's end; values are finite.
-        table: Pages of each row; past the end anything.
-        end: 0 for a row that sees nothing, which gets zeros.
+        placement: Of rows of one token. One without is padding: it gets zeros.
         window: Of the layer.
         scale: Of the scores.
     """
     rows, heads, dim = query.shape
     _, _, size, kv_heads, _ = pages.shape
     groups = heads // kv_heads
+    table = placement.page_table.astype(jnp.int32)
+    end = jnp.where(placement.length > 0, placement.first + 1, 0).astype(jnp.int32)
     piece = max(1, _PIECE_TOKENS // size, -(-table.shape[1] // _MOST_PIECES))
     pieces = -(-table.shape[1] // piece)
     # Keys and values of a page follow each other.
     halves = pages.reshape(-1, size, kv_heads, dim)
     static: dict[str, Any] = {"window": window, "size": size, "piece": piece}
-    partial, mass = pl.pallas_call(
+    halves, partial, mass = pl.pallas_call(
         functools.partial(_read_piece, scale=scale * _LOG2_E, groups=groups, **static),
         grid=(kv_heads, pieces, rows),
         out_shape=[
+            jax.ShapeDtypeStruct(halves.shape, halves.dtype),
             jax.ShapeDtypeStruct((rows, pieces, heads, dim), jnp.float32),
             jax.ShapeDtypeStruct((rows, pieces, heads), jnp.float32),
         ],
+        input_output_aliases={3: 0},
         compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
         name="read_pieces",
-    )(query, halves, table.astype(jnp.int32), end.astype(jnp.int32))
+    )(query, key, value, halves, table, end)
     together = math.gcd(16, heads)
-    return pl.pallas_call(
+    out = pl.pallas_call(
         functools.partial(_join_pieces, together=together, **static),
         grid=(rows, heads // together),
         out_shape=jax.ShapeDtypeStruct(query.shape, query.dtype),
         compiler_params=triton.CompilerParams(num_warps=4),
         name="join_pieces",
-    )(partial, mass, end.astype(jnp.int32))
+    )(partial, mass, end)
+    return halves.reshape(pages.shape), out
 
 
-def _seen(end: Any, window: int | None, size: int) -> tuple[Any, Any, Any]:
-    """The first position that is seen, its page, and the page after the last one."""
+def _seen(end: Any, window: int | None, size: int) -> tuple[Any, Any]:
+    """The first position that is seen, and the page of the last one, the row's own token."""
     first = jnp.maximum(end - window, 0) if window is not None else jnp.zeros_like(end)
-    return first, first // size, (end + size - 1) // size
+    return first, jnp.maximum(end - 1, 0) // size
 
 
 def _product(left: Any, right: Any, axis: int) -> Any:
@@ -98,9 +108,12 @@ def _product(left: Any, right: Any, axis: int) -> Any:
 
 def _read_piece(
     query_ref: Any,
+    key_ref: Any,
+    value_ref: Any,
     halves_ref: Any,
     table_ref: Any,
     end_ref: Any,
+    stored_ref: Any,
     out_ref: Any,
     mass_ref: Any,
     *,
@@ -110,22 +123,37 @@ def _read_piece(
     size: int,
     piece: int,
 ) -> None:
-    """The pages of one piece of a row, for the queries of one kv head."""
+    """The pages of one piece of a row, for the queries of one kv head.
+
+    The piece that the row's own token belongs to takes it as it comes, and stores it.
+    """
     head, number, row = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     dim = query_ref.shape[-1]
     end = triton.load(end_ref.at[row])
-    first, first_page, last_page = _seen(end, window, size)
-    lower = jnp.maximum(number * piece, first_page)
-    upper = jnp.minimum(number * piece + piece, last_page)
+    first, own_page = _seen(end, window, size)
+    cached = end - 1  # positions before the row's own token
+    lower = jnp.maximum(number * piece, first // size)
+    upper = jnp.minimum(number * piece + piece, (cached + size - 1) // size)
+    has_own = (end > 0) & (own_page // piece == number)
 
-    @pl.when(lower < upper)
+    @pl.when((lower < upper) | has_own)
     def _() -> None:
-        group = jnp.arange(max(_LEAST_GROUP, 1 << (groups - 1).bit_length()))
-        is_head, whole = group < groups, pl.ds(0, dim)
+        group, whole = jnp.arange(max(_LEAST_GROUP, 1 << (groups - 1).bit_length())), pl.ds(0, dim)
+        is_head, heads = group < groups, head * groups + group
         is_number = jnp.broadcast_to(is_head[:, None], (group.size, dim))
-        heads = head * groups + group
         of_heads = heads[:, None], jnp.arange(dim)[None, :]
         query = triton.load(query_ref.at[row, *of_heads], mask=is_number, other=0.0)
+        own_key, own_value = finite_in_kernel(
+            triton.load(key_ref.at[row, head, whole]), triton.load(value_ref.at[row, head, whole])
+        )
+
+        @pl.when(has_own)
+        def _() -> None:
+            half, offset = 2 * triton.load(table_ref.at[row, own_page]), cached % size
+            is_kept = (half >= 0) & (half < halves_ref.shape[0])
+            mask = jnp.broadcast_to(is_kept, (dim,))
+            for skip, one in enumerate((own_key, own_value)):
+                triton.store(stored_ref.at[half + skip, offset, head, whole], one, mask=mask)
 
         def read(place: Any, sums: Any) -> Any:
             out, most, total = sums
@@ -133,9 +161,10 @@ def _read_piece(
             key = triton.load(halves_ref.at[half, pl.ds(0, size), head, whole])
             scores = _product(query, key, 1) * scale
             position = place * size + jnp.arange(size)
-            is_seen = (position < end) & (position >= first)
+            is_seen = (position < cached) & (position >= first)
             scores = jnp.where(is_seen[None, :], scores, -jnp.inf)
-            now = jnp.maximum(most, jnp.max(scores, axis=1))  # finite: a page has a seen position
+            # Finite: a page has a position that is seen, or the own token was there before.
+            now = jnp.maximum(most, jnp.max(scores, axis=1))
             kept, weights = jnp.exp2(most - now), jnp.exp2(scores - now[:, None])
             value = triton.load(halves_ref.at[half + 1, pl.ds(0, size), head, whole])
             part = _product(weights.astype(value.dtype), value, 0)
@@ -146,8 +175,11 @@ def _read_piece(
             )
 
         nothing = jnp.zeros(group.shape, jnp.float32)
-        start = jnp.zeros((group.size, dim), jnp.float32), nothing - jnp.inf, nothing
-        out, most, total = jax.lax.fori_loop(lower, upper, read, start)
+        wide = own_key.astype(jnp.float32)[None, :] * query.astype(jnp.float32)
+        score = jnp.where(has_own, jnp.sum(wide, axis=1) * scale, nothing - jnp.inf)
+        weight = jnp.where(has_own, nothing + 1.0, nothing)
+        own = weight[:, None] * own_value.astype(jnp.float32)[None, :]
+        out, most, total = jax.lax.fori_loop(lower, upper, read, (own, score, weight))
         triton.store(out_ref.at[row, number, *of_heads], out / total[:, None], mask=is_number)
         triton.store(mass_ref.at[row, number, heads], most + jnp.log2(total), mask=is_head)
 
@@ -166,7 +198,8 @@ def _join_pieces(
     """Some heads of one row."""
     row, dim = pl.program_id(0), out_ref.shape[-1]
     heads, whole = pl.ds(pl.program_id(1) * together, together), pl.ds(0, dim)
-    _, first_page, last_page = _seen(triton.load(end_ref.at[row]), window, size)
+    end = triton.load(end_ref.at[row])
+    first, own_page = _seen(end, window, size)
 
     def add(number: Any, sums: Any) -> Any:
         out, most, total = sums
@@ -178,7 +211,7 @@ def _join_pieces(
 
     nothing = jnp.zeros((together,), jnp.float32)
     start = jnp.zeros((together, dim), jnp.float32), nothing - jnp.inf, nothing
-    lower, upper = first_page // piece, (last_page + piece - 1) // piece
+    lower, upper = first // size // piece, jnp.where(end > 0, own_page // piece + 1, 0)
     out, _, total = jax.lax.fori_loop(lower, upper, add, start)
     out = out / jnp.where(total > 0, total, 1.0)[:, None]
     triton.store(out_ref.at[row, heads, whole], out.astype(out_ref.dtype))

@@ -14,6 +14,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Num
 
 from folojax.attention.interface import AttentionSpec
+from folojax.kv.cache import write
 from folojax.kv.placement import Placement
 from folojax.models.machine.row_sums import MOST_AT_ONCE, sum_products
 
@@ -57,9 +58,10 @@ class _Reference:
         pages: Num[Array, "P 2 _ _ D"],
         placement: Placement,
         spec: AttentionSpec,
-    ) -> Float[Array, "T H D"]:
+    ) -> tuple[Num[Array, "P 2 _ _ D"], Float[Array, "T H D"]]:
         """As `Kernel.attend`, computed in the dtype of the pages, or of the queries if alike."""
-        del value
+        order = spec.page_format.order
+        pages = write(pages, placement.page, placement.offset, key, value, order)
         queries = placement.by_row(query)
         rows, columns, heads, dim = queries.shape
         kv_heads, size = key.shape[1], spec.page_format.page_size
@@ -106,7 +108,7 @@ class _Reference:
         # Rows of padding see nothing.
         out = sums.value / jnp.maximum(sums.total, jnp.finfo(jnp.float32).tiny)[..., None]
         out = out.reshape(rows, kv_heads, groups, columns, dim).transpose(0, 3, 1, 2, 4)
-        return placement.by_token(out.reshape(queries.shape).astype(query.dtype))
+        return pages, placement.by_token(out.reshape(queries.shape).astype(query.dtype))
 
 
 KERNEL = _Reference(is_alike=False)

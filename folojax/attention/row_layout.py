@@ -1,7 +1,8 @@
 """The tokens of a prompt call as rows for cuDNN, and what its two calls give as tokens again.
 
-A kernel each on NVIDIA GPUs, where XLA makes three gathers, two masks, two transpositions, a sum
-and one more gather. Elsewhere the same is computed as XLA does it; both round once, at the end.
+A kernel each on NVIDIA GPUs, where XLA makes a scatter, three gathers, two masks, two
+transpositions, a sum and one more gather. Elsewhere the same is computed as XLA does it; both round
+once, at the end.
 
 Axes: T tokens, R rows of at most C of them, H query heads, K kv heads, D head dimension, N = H * D
 or K * D, numbers of a token.
@@ -14,9 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Num
 
-from folojax.kv.cache import finite_values
+from folojax.kv.cache import finite_values, write
 from folojax.kv.placement import Placement
 from folojax.models.core.row_kernels import is_taken, kernel_or, most_together
 
@@ -35,13 +36,24 @@ def lay_out(
     query: Float[Array, "T H D"],
     key: Float[Array, "T K D"],
     value: Float[Array, "T K D"],
+    pages: Num[Array, "P 2 S K D"],
     placement: Placement,
-) -> tuple[Float[Array, "R C H D"], Float[Array, "R C K D"], Float[Array, "R C K D"]]:
-    """Tokens by row, with anything finite for padding; values are finite (`finite_values`)."""
+) -> tuple[
+    Num[Array, "P 2 S K D"],
+    Float[Array, "R C H D"],
+    Float[Array, "R C K D"],
+    Float[Array, "R C K D"],
+]:
+    """Stores tokens in their pages (`folojax.kv.cache.write`), and lays them out by row.
+
+    Returns:
+        The pages; queries, keys and values by row, with anything finite for padding. Values are
+        finite (`finite_values`).
+    """
     call = _lay_out_plain
     if placement.place is not None and is_taken(query.dtype, query.shape[-1]):
         call = kernel_or(_lay_out_in_one, _lay_out_plain)
-    return call(query, key, value, placement)
+    return call(query, key, value, pages, placement)
 
 
 def join(own: Part, before: Part, placement: Placement, window: int | None) -> Any:
@@ -62,10 +74,13 @@ def join(own: Part, before: Part, placement: Placement, window: int | None) -> A
     return kernel_or(functools.partial(_join_in_one, window=window), plain)(own, before, placement)
 
 
-def _lay_out_plain(query: Array, key: Array, value: Array, placement: Placement) -> Any:
+def _lay_out_plain(
+    query: Array, key: Array, value: Array, pages: Array, placement: Placement
+) -> Any:
+    pages = write(pages, placement.page, placement.offset, key, value, "tokens")
     queries, keys, values = (placement.by_row(one) for one in (query, key, value))
     # Later tokens are masked by a weight of zero, which hides no NaN.
-    return queries, *finite_values(keys, values)
+    return pages, queries, *finite_values(keys, values)
 
 
 def _join_plain(own: Part, before: Part, placement: Placement, window: int | None) -> Any:
@@ -84,38 +99,56 @@ def _join_plain(own: Part, before: Part, placement: Placement, window: int | Non
     return placement.by_token(out.astype(own.out.dtype))
 
 
-def _lay_out_in_one(query: Array, key: Array, value: Array, placement: Placement) -> Any:
+def _lay_out_in_one(
+    query: Array, key: Array, value: Array, pages: Array, placement: Placement
+) -> Any:
     assert placement.place is not None, "tokens lie one behind the other"
     rows, columns = placement.place.shape
-    dim = query.shape[-1]
+    size, _, dim = pages.shape[2:]
     flat = [one.reshape(one.shape[0], -1) for one in (query, key, value)]
+    # Keys and values of a page follow each other.
+    halves = pages.reshape(-1, size, flat[1].shape[1])
     most = [min(_MOST_NUMBERS, 1 << (one.shape[1] - 1).bit_length()) for one in flat]
-    blocks = [pl.cdiv(one.shape[1], size) for one, size in zip(flat, most, strict=True)]
+    blocks = [pl.cdiv(one.shape[1], block) for one, block in zip(flat, most, strict=True)]
     tokens = most_together(_MOST_TOKENS, columns)
-    out = pl.pallas_call(
+    stored, *by_row = pl.pallas_call(
         functools.partial(_lay_out_kernel, tokens=tokens, most=most, query_blocks=blocks[0]),
         grid=(rows, columns // tokens, blocks[0] + blocks[1]),
         out_shape=[
-            jax.ShapeDtypeStruct((rows, columns, one.shape[1]), query.dtype) for one in flat
+            jax.ShapeDtypeStruct(halves.shape, halves.dtype),
+            *(jax.ShapeDtypeStruct((rows, columns, one.shape[1]), query.dtype) for one in flat),
         ],
+        input_output_aliases={3: 0},
         compiler_params=triton.CompilerParams(num_warps=4),
         name="lay_out_rows",
-    )(*flat, placement.place[:, 0], placement.length)
-    return tuple(one.reshape(rows, columns, -1, dim) for one in out)
+    )(
+        *flat,
+        halves,
+        placement.place[:, 0],
+        placement.first,
+        placement.length,
+        placement.page_table.astype(jnp.int32),
+    )
+    return stored.reshape(pages.shape), *(one.reshape(rows, columns, -1, dim) for one in by_row)
 
 
 def _lay_out_kernel(
     query_ref: Any,
     key_ref: Any,
     value_ref: Any,
+    old_ref: Any,
     begin_ref: Any,
+    first_ref: Any,
     length_ref: Any,
+    table_ref: Any,
+    halves_ref: Any,
     *out_refs: Any,
     tokens: int,
     most: list[int],
     query_blocks: int,
 ) -> None:
     """Some numbers of some tokens of a row: of queries, or of keys and values."""
+    del old_ref  # the same memory as that of the halves
     row, part, block = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     column = part * tokens + jnp.arange(tokens)
     is_real = column < triton.load(length_ref.at[row])
@@ -136,13 +169,25 @@ def _lay_out_kernel(
 
     @pl.when(block >= query_blocks)
     def _() -> None:
+        num_halves, size, width = halves_ref.shape
         number = (block - query_blocks) * most[1] + jnp.arange(most[1])
-        value = load(value_ref, number)
-        # As `finite_values`; NaN and infinity alone are not finite times zero.
-        is_finite = value.astype(jnp.float32) * 0.0 == 0.0
-        key = load(key_ref, number)
-        store(out_refs[1], number, jnp.where(is_finite, key, jnp.nan).astype(key.dtype))
-        store(out_refs[2], number, jnp.where(is_finite, value, 0.0).astype(value.dtype))
+        position = triton.load(first_ref.at[row]) + column
+        place = jnp.minimum(position // size, table_ref.shape[1] - 1)
+        half = 2 * triton.load(table_ref.at[row, place], mask=is_real, other=num_halves // 2)
+        is_kept = (half >= 0) & (half < num_halves)
+        mask = is_kept[:, None] & (number < width)[None, :]
+        pair = finite_in_kernel(load(key_ref, number), load(value_ref, number))
+        for skip, one in enumerate(pair):
+            where = (half + skip)[:, None], (position % size)[:, None], number[None, :]
+            triton.store(halves_ref.at[where], one, mask=mask)
+            store(out_refs[1 + skip], number, one)
+
+
+def finite_in_kernel(key: Any, value: Any) -> tuple[Any, Any]:
+    """As `finite_values`, in a kernel: NaN and infinity alone are not zero times zero."""
+    is_finite = value.astype(jnp.float32) * 0.0 == 0.0
+    key = jnp.where(is_finite, key.astype(jnp.float32), jnp.nan).astype(key.dtype)
+    return key, jnp.where(is_finite, value.astype(jnp.float32), 0.0).astype(value.dtype)
 
 
 def _join_in_one(own: Part, before: Part, placement: Placement, window: int | None) -> Any:

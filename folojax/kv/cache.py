@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeAlias
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 PageOrder: TypeAlias = Literal["heads", "tokens"]
 
@@ -121,31 +121,29 @@ def finite_values(
 
 
 def write(
-    cache: KVCache,
-    layer: int,
+    pages: Num[Array, "P 2 _ _ D"],
     page: Int[Array, " T"],
     offset: Int[Array, " T"],
     key: Float[Array, "T K D"],
     value: Float[Array, "T K D"],
-) -> KVCache:
-    """Stores the keys and values of T tokens in a layer, each at its page and offset.
+    order: PageOrder,
+) -> Num[Array, "P 2 _ _ D"]:
+    """Stores the keys and values of T tokens in a layer's pages, each at its page and offset.
 
-    A page outside of the pool drops its token. In place where the cache is donated to the jitted
+    A page outside of the pool drops its token. In place where the pages are donated to the jitted
     function that calls this. No value of NaN or infinity is ever stored (`finite_values`).
     """
-    pages = cache.layers[layer]
+    num_pages = pages.shape[0]
     both = jnp.stack(finite_values(key, value), axis=1).astype(pages.dtype)
     if page.shape[0] == 1:
         # Never a single write: XLA on CPU makes it a slice update and copies the array for that.
-        page, offset = jnp.append(page, cache.num_pages), jnp.append(offset, offset)
+        page, offset = jnp.append(page, num_pages), jnp.append(offset, offset)
         both = jnp.concatenate((both, both))
     # What is to be dropped goes past the end (a negative index would wrap around), each to a place
     # of its own: no two writes meet, and saying so spares a GPU an atomic operation an element.
-    outside = cache.num_pages + jnp.arange(page.shape[0])
-    page = jnp.where((page >= 0) & (page < cache.num_pages), page, outside)
+    outside = num_pages + jnp.arange(page.shape[0])
+    page = jnp.where((page >= 0) & (page < num_pages), page, outside)
     whole = slice(None)
     in_heads, in_tokens = (page, whole, whole, offset), (page, whole, offset)
-    place: Any = in_tokens if cache.format.order == "tokens" else in_heads
-    written = pages.at[place].set(both, mode="drop", unique_indices=True)
-    layers = (*cache.layers[:layer], written, *cache.layers[layer + 1 :])
-    return KVCache(layers, cache.format)
+    place: Any = in_tokens if order == "tokens" else in_heads
+    return pages.at[place].set(both, mode="drop", unique_indices=True)

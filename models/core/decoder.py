@@ -144,7 +144,7 @@ class Block(nn.Module):
         is_plain = config.qk_norm and not config.is_qk_norm_joint and config.norm == "rms"
         if is_plain and rotary is not None and not config.rotary_dim:
             of_query, of_key = (self._norm_params(f"{one}_norm", head_dim)[0] for one in "qk")
-            query, key = norm_and_rotate(qkv, of_query, of_key, *rotary, config)
+            query, key, value = norm_and_rotate(qkv, of_query, of_key, *rotary, config)
         else:
             if config.qk_norm:
                 query, key = self._head_norm("q_norm", query), self._head_norm("k_norm", key)

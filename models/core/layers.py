@@ -235,8 +235,8 @@ def norm_and_rotate(
     cos: Float[Array, "N 1 R"],
     sin: Float[Array, "N 1 R"],
     config: ModelConfig,
-) -> tuple[Float[Array, "N H D"], Float[Array, "N K D"]]:
-    """Queries and keys of a product's heads, normed and rotated (`norm` of kind "rms", `rotate`).
+) -> tuple[Float[Array, "N H D"], Float[Array, "N K D"], Float[Array, "N K D"]]:
+    """Queries, keys and values of a product, the former normed (kind "rms") and rotated.
 
     One kernel on NVIDIA GPUs in half precision.
 
@@ -259,7 +259,7 @@ def _norm_and_rotate(
     heads, last = config.num_heads, config.num_heads + config.num_kv_heads
     query = norm(qkv[:, :heads], query_weight, None, config)
     key = norm(qkv[:, heads:last], key_weight, None, config)
-    return rotate(query, *rotary), rotate(key, *rotary)
+    return rotate(query, *rotary), rotate(key, *rotary), qkv[:, last:]
 
 
 @functools.partial(jax.jit, static_argnames="config")

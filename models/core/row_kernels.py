@@ -98,16 +98,16 @@ def norm_rotate(
     num_heads: int,
     num_kv_heads: int,
     eps: float,
-) -> tuple[Float[Array, "N H D"], Float[Array, "N K D"]]:
-    """Queries and keys of `qkv`, normed and rotated, as one kernel."""
+) -> tuple[Float[Array, "N H D"], Float[Array, "N K D"], Float[Array, "N K D"]]:
+    """Queries and keys of `qkv`, normed and rotated, and values as they are, as one kernel."""
     num_rows, _, head_dim = qkv.shape
     together = most_together(8, num_heads, num_kv_heads)
     return pl.pallas_call(
         functools.partial(_norm_rotate, eps=eps, num_heads=num_heads, together=together),
-        grid=(num_rows, (num_heads + num_kv_heads) // together),
+        grid=(num_rows, (num_heads + 2 * num_kv_heads) // together),
         out_shape=[
             jax.ShapeDtypeStruct((num_rows, count, head_dim), qkv.dtype)
-            for count in (num_heads, num_kv_heads)
+            for count in (num_heads, num_kv_heads, num_kv_heads)
         ],
         compiler_params=triton.CompilerParams(num_warps=2),
         name="norm_rotate",
@@ -122,13 +122,15 @@ def _norm_rotate(
     sin_ref: Any,
     query_ref: Any,
     key_ref: Any,
+    value_ref: Any,
     *,
     eps: float,
     num_heads: int,
     together: int,
 ) -> None:
-    """Some heads of one token: all queries, or all keys."""
+    """Some heads of one token: all queries, all keys, or all values."""
     row, block = pl.program_id(0), pl.program_id(1)
+    first_key, first_value = num_heads // together, (num_heads + key_ref.shape[1]) // together
     half = qkv_ref.shape[-1] // 2
     sides = pl.ds(0, half), pl.ds(half, half)
     cos, sin = (triton.load(ref.at[row, sides[0]])[None, :] for ref in (cos_ref, sin_ref))
@@ -149,13 +151,21 @@ def _norm_rotate(
             place = row, pl.ds(first, together), side
             triton.store(out_ref.at[place], one.astype(loaded[0].dtype))
 
-    @pl.when(block < num_heads // together)
+    @pl.when(block < first_key)
     def _() -> None:
         heads(query_weight_ref, query_ref, block * together)
 
-    @pl.when(block >= num_heads // together)
+    @pl.when((block >= first_key) & (block < first_value))
     def _() -> None:
-        heads(key_weight_ref, key_ref, block * together - num_heads)
+        heads(key_weight_ref, key_ref, (block - first_key) * together)
+
+    @pl.when(block >= first_value)
+    def _() -> None:
+        # Else the next kernel that takes them would have them copied out of `qkv`.
+        for side in sides:
+            given = triton.load(qkv_ref.at[row, pl.ds(block * together, together), side])
+            own = pl.ds((block - first_value) * together, together)
+            triton.store(value_ref.at[row, own, side], given)
 
 
 def gated_silu(gate_up: Float[Array, "N FF"]) -> Float[Array, "N F"]:

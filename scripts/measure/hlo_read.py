@@ -16,6 +16,7 @@ _WIDTHS = {"pred": 1, "bf16": 2, "f16": 2, "f32": 4, "f64": 8}  # else the digit
 
 # These name a value and move nothing.
 _FREE = {"parameter", "bitcast", "get-tuple-element", "tuple", "constant"}
+_VIEWS = {"bitcast", "get-tuple-element"}
 _PICKS = {"gather", "dynamic-slice", "slice"}
 _WRITES = {"scatter", "dynamic-update-slice"}
 
@@ -42,6 +43,7 @@ class Instruction:
         index: Of a parameter, its place.
         argument: Of a parameter, the name that the traced function gave it.
         target: Of a custom call, its name.
+        in_place: Of a custom call, places of the operands that it gives back changed.
         is_root: Whether it is what its computation gives.
     """
 
@@ -53,6 +55,7 @@ class Instruction:
     index: int
     argument: str
     target: str
+    in_place: tuple[int, ...]
     is_root: bool
 
     @property
@@ -100,7 +103,10 @@ class Program:
         found: dict[str, Instruction] = {}
         for one in self.entry.values():
             is_argument = one.opcode == "parameter" and one.argument.startswith("cache")
-            is_view = one.opcode == "bitcast" and one.operands[0] in found
+            is_view = one.opcode in _VIEWS and one.operands[0] in found
+            if one.opcode == "get-tuple-element" and is_view:
+                whole = found[one.operands[0]]
+                is_view = one.num_elements == max(math.prod(dims) for _, dims in whole.shapes)
             if is_argument or is_view or self._is_write_to(one, found):
                 found[one.name] = one
         return found
@@ -177,6 +183,8 @@ class Program:
         shapes = {shape for name in one.operands if name in cache for shape in cache[name].shapes}
         if one.opcode in _WRITES:
             return one.operands[0] in cache
+        if any(one.operands[place] in cache for place in one.in_place):
+            return True
         roots = [x for x in self.computations.get(one.calls, {}).values() if x.is_root]
         is_write = any(self._leads_to_write(one.calls, root) for root in roots)
         return one.opcode == "fusion" and is_write and set(one.shapes) <= shapes
@@ -252,6 +260,11 @@ def _parse(line: str) -> Instruction | None:
         index=int(inside) if opcode == "parameter" else -1,
         argument=_first(r'op_name="([^"]*)"', after) if opcode == "parameter" else "",
         target=_first(r'custom_call_target="([^"]*)"', after),
+        in_place=tuple(
+            int(place)
+            for aliases in re.findall(r"output_to_operand_aliasing=\{(.*?\))\}", after)
+            for place in re.findall(r": \((\d+),", aliases)
+        ),
         is_root=root is not None,
     )
 

@@ -16,6 +16,7 @@ import pytest
 from folojax.attention import KERNELS, AttentionSpec, choose_kernel, cudnn
 from folojax.backend import choose_backend
 from folojax.backend.backend import GPU
+from folojax.backend.devices import Devices
 from folojax.kv import PageFormat
 from folojax.models.core.interface import PLAIN, Scoring
 from tests.paged_sequences import (
@@ -312,13 +313,14 @@ def test_what_it_is_not_for(spec: AttentionSpec, reason: str | None, with_cudnn:
     ],
 )
 def test_the_backend_knows_the_card(
-    monkeypatch: pytest.MonkeyPatch, platform: str, fields: dict[str, str], capability: float
+    platform: str, fields: dict[str, str], capability: float
 ) -> None:
-    device = types.SimpleNamespace(platform=platform, **fields)
-    monkeypatch.setattr(jax, "devices", lambda: [device])
-    backend = choose_backend()
+    device: Any = types.SimpleNamespace(platform=platform, **fields)
+    devices = Devices((device,))
+    backend = choose_backend(devices)
     assert (backend.name, backend.capability) == (platform, capability)
-    assert backend == dataclasses.replace(GPU, name=platform, capability=capability)
+    known: dict[str, Any] = {"name": platform, "capability": capability, "devices": devices}
+    assert backend == dataclasses.replace(GPU, **known)
 
 
 def test_it_needs_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:

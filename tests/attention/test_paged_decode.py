@@ -1,7 +1,7 @@
 """The kernel for single tokens, interpreted, against softmax in NumPy."""
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import jax
@@ -11,6 +11,7 @@ import pytest
 from jax.experimental import pallas as pl
 
 from folojax.attention import paged_decode
+from folojax.kv import Placement
 
 SIZE, PAGES, DIM = 16, 90, 16
 ENDS = [1, 0, 16, 17, 700, 1300]
@@ -23,24 +24,40 @@ def interpreted() -> Any:
         yield
 
 
-def make(heads: int, kv_heads: int) -> tuple[Any, Any, np.ndarray]:
-    keys = jax.random.split(jax.random.key(0), 2)
-    query = jax.random.normal(keys[0], (len(ENDS), heads, DIM)).astype(jnp.bfloat16)
-    pages = jax.random.normal(keys[1], (PAGES * 2, 2, SIZE, kv_heads, DIM)).astype(jnp.bfloat16)
+class Case(NamedTuple):
+    """Rows with a token each, and what lies in their pages."""
+
+    query: Any
+    key: Any
+    value: Any
+    pages: Any
+    placement: Placement
+
+
+def make(heads: int, kv_heads: int) -> Case:
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes: list[Any] = [(len(ENDS), n, DIM) for n in (heads, kv_heads, kv_heads)]
+    shapes.append((PAGES * 2, 2, SIZE, kv_heads, DIM))
+    query, key, value, pages = (
+        jax.random.normal(key, shape).astype(jnp.bfloat16)
+        for key, shape in zip(keys, shapes, strict=True)
+    )
     free = np.random.default_rng(0).permutation(PAGES * 2).tolist()
     table = np.full((len(ENDS), PAGES), 10**6)  # far outside: nothing there is read
     for row, end in enumerate(ENDS):
         for place in range(-(-end // SIZE)):
             table[row, place] = free.pop()
-        if end % SIZE:
-            last = table[row, end // SIZE]
-            pages = pages.at[last, 0, end % SIZE :].set(jnp.nan)
-    return query, pages, table
+        if end:  # where its own token will be, and behind it
+            pages = pages.at[table[row, (end - 1) // SIZE], 0, (end - 1) % SIZE :].set(jnp.nan)
+    ends = jnp.asarray(ENDS)
+    nowhere = jnp.zeros(len(ENDS), jnp.int32)
+    of_rows = jnp.asarray(table), jnp.maximum(ends - 1, 0), (ends > 0).astype(jnp.int32)
+    return Case(query, key, value, pages, Placement(nowhere, nowhere, *of_rows))
 
 
-def softmax(query: Any, pages: Any, table: Any, window: int | None, scale: float) -> np.ndarray:
-    query, pages = (np.asarray(x, np.float64) for x in (query, pages))
-    out = np.zeros_like(query)
+def softmax(case: Case, pages: Any, window: int | None, scale: float) -> np.ndarray:
+    query, pages = (np.asarray(x, np.float64) for x in (case.query, pages))
+    table, out = np.asarray(case.placement.page_table), np.zeros_like(query)
     groups = query.shape[1] // pages.shape[3]
     for row, end in enumerate(ENDS):
         first = 0 if window is None else max(0, end - window)
@@ -53,25 +70,45 @@ def softmax(query: Any, pages: Any, table: Any, window: int | None, scale: float
     return out
 
 
+def wide(x: Any) -> np.ndarray:
+    return np.asarray(x.astype(jnp.float32))
+
+
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "window"),
     [(4, 4, None), (6, 2, 20), (8, 1, 1), (32, 1, None), (6, 2, 600)],
 )
 def test_it_is_softmax(heads: int, kv_heads: int, window: int | None) -> None:
-    query, pages, table = make(heads, kv_heads)
+    case = make(heads, kv_heads)
     assert paged_decode.is_taken(DIM, heads // kv_heads, SIZE, 8.0)
-    given = query, pages, jnp.asarray(table), jnp.asarray(ENDS), window, 0.3
-    out = np.asarray(paged_decode.attend_single(*given).astype(jnp.float32))
-    np.testing.assert_allclose(out, softmax(query, pages, table, window, 0.3), atol=0.02)
+    pages, out = paged_decode.attend_single(*case, window, 0.3)
+    np.testing.assert_allclose(wide(out), softmax(case, pages, window, 0.3), atol=0.02)
+    # Each row's token is stored, and nothing else.
+    expected = case.pages
+    for row, end in enumerate(ENDS):
+        if end:
+            page = int(case.placement.page_table[row, (end - 1) // SIZE])
+            for half, one in enumerate((case.key, case.value)):
+                expected = expected.at[page, half, (end - 1) % SIZE].set(one[row])
+    np.testing.assert_array_equal(wide(pages), wide(expected))
+
+
+def test_a_value_that_is_not_finite_is_told_by_its_key() -> None:
+    case = make(4, 2)
+    case = case._replace(value=case.value.at[3, 1, 5].set(jnp.inf))
+    pages, out = paged_decode.attend_single(*case, None, 0.3)
+    assert bool(jnp.isfinite(pages[:, 1]).all())
+    is_told = ~np.isfinite(wide(out)).all(axis=-1)
+    np.testing.assert_array_equal(np.argwhere(is_told), [[3, 2], [3, 3]])  # of the second kv head
 
 
 def test_a_row_has_its_bits_in_any_company() -> None:
-    query, pages, table = make(4, 2)
-    of_rows = (query, jnp.asarray(table), jnp.asarray(ENDS))
-    together = paged_decode.attend_single(query, pages, *of_rows[1:], None, 0.3)
+    case = make(4, 2)
+    _, together = paged_decode.attend_single(*case, None, 0.3)
     for row in range(len(ENDS)):
-        alone, its_table, its_end = (one[row : row + 1] for one in of_rows)
-        found = paged_decode.attend_single(alone, pages, its_table, its_end, None, 0.3)
+        query, key, value = (one[row : row + 1] for one in case[:3])
+        placement = Placement(*(one[row : row + 1] for one in case.placement[:5]))
+        _, found = paged_decode.attend_single(query, key, value, case.pages, placement, None, 0.3)
         np.testing.assert_array_equal(found[0], together[row])
 
 

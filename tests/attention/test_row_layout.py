@@ -16,6 +16,7 @@ from folojax.kv import KVLayout, PageFormat, Placement, init_cache, place_tokens
 
 HEADS, KV_HEADS, DIM, COLUMNS, TOKENS = 6, 2, 8, 32, 80
 LENGTHS, FIRST = [32, 0, 7, 20, 1], [0, 0, 5, 64, 1]
+TABLE = [[0, 5, 9, 9, 9, 9], [9] * 6, [3, 9, 9, 9, 9, 9], [1, 2, 4, 6, 7, 8], [9] * 6]  # 9: dropped
 
 
 def draw(number: int, *shape: int) -> Any:
@@ -32,8 +33,11 @@ def placement(num_tokens: int | None) -> Placement:
         storage_dtype=jnp.bfloat16,
         format=PageFormat(16, "tokens", ("cudnn",)),
     )
-    table, of_rows = jnp.zeros((len(FIRST), 8), jnp.int32), (jnp.array(FIRST), jnp.array(LENGTHS))
-    return place_tokens(init_cache(layout), table, *of_rows, COLUMNS, num_tokens)[0]
+    of_rows = jnp.array(TABLE), jnp.array(FIRST), jnp.array(LENGTHS)
+    return place_tokens(init_cache(layout), *of_rows, COLUMNS, num_tokens)[0]
+
+
+PAGES = draw(8, 9, 2, 16, KV_HEADS, DIM)
 
 
 @pytest.fixture(autouse=True)
@@ -48,8 +52,10 @@ def test_tokens_are_laid_out_by_row() -> None:
     given[2] = given[2].at[3, 1, 2].set(jnp.nan).at[40, 0, 0].set(-jnp.inf)
     where = placement(TOKENS)
     query, key, value = given
-    out = row_layout._lay_out_in_one(query, key, value, where)
-    expected = row_layout._lay_out_plain(query, key, value, where)
+    pages, *out = row_layout._lay_out_in_one(query, key, value, PAGES, where)
+    stored, *expected = row_layout._lay_out_plain(query, key, value, PAGES, where)
+    np.testing.assert_array_equal(pages.astype(jnp.float32), stored.astype(jnp.float32))
+    assert bool(jnp.isnan(pages[0, 0, 3, 1, 2])), "the first row begins with page 0"
     for place, (one, other) in enumerate(zip(out, expected, strict=True)):
         one, other = one.astype(jnp.float32), other.astype(jnp.float32)
         assert one.shape == other.shape

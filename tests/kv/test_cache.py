@@ -14,6 +14,7 @@ from folojax.kv import KVCache, KVLayout, PageFormat, place_tokens
 from folojax.kv.cache import PageOrder
 from folojax.kv.page_copies import PageCopies
 from folojax.runner.host_store import read_tokens, write_tokens
+from tests import paged_sequences
 
 P, S, L, K, D = 11, 4, 2, 2, 8
 ORDERS = get_args(PageOrder)
@@ -33,7 +34,7 @@ def make_layout(
     )
 
 
-write = functools.partial(jax.jit, static_argnums=1)(kv.cache.write)
+write = functools.partial(jax.jit, static_argnums=1)(paged_sequences.write)
 
 
 def random_tokens(num_tokens: int, seed: int = 0) -> tuple[jax.Array, jax.Array]:
@@ -207,7 +208,7 @@ def test_a_value_that_is_no_number_is_stored_as_zero_with_a_nan_for_key(
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_a_donated_cache_is_written_in_place(dtype: Any, count: int) -> None:
     """In the order of a CPU's pages; those are of float32 there."""
-    donating = functools.partial(jax.jit, static_argnums=1, donate_argnums=0)(kv.cache.write)
+    donating = functools.partial(jax.jit, static_argnums=1, donate_argnums=0)(paged_sequences.write)
     layout = make_layout(dtype, 128, storage=jnp.float32)
     cache = kv.init_cache(layout)
     key, value = (x.astype(dtype) for x in random_tokens(count))

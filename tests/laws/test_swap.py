@@ -12,12 +12,12 @@ from folojax import RequestOutput, SamplingParams
 from folojax.backend.backend import CPU, GPU, Backend
 from folojax.backend.swap_cost import NEVER, SwapRates, min_swap_tokens
 from folojax.kv import KVCache, KVLayout, PageFormat, init_cache
-from folojax.kv.cache import write
 from folojax.kv.page_copies import PageCopies
 from folojax.runner.host_store import HostStore, TokenKV
 from folojax.sched.host_pages import PageLoad, PageSave
 from tests.conftest import check_is_empty
 from tests.mixed_requests import check_same, make_llm, make_prompts, run
+from tests.paged_sequences import write
 from tests.reference import TIGHT
 
 

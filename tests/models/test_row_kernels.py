@@ -64,7 +64,8 @@ def test_norm_and_rotation_of_heads(heads: int, kv_heads: int, dim: int) -> None
     weights = _draw(1, dim), _draw(2, dim)
     angles = 3 * _draw(3, 3, 1, dim // 2, dtype=jnp.float32)
     rotary = jnp.cos(angles), jnp.sin(angles)
-    given = row_kernels.norm_rotate(qkv, *weights, *rotary, heads, kv_heads, 1e-6)
+    *given, value = row_kernels.norm_rotate(qkv, *weights, *rotary, heads, kv_heads, 1e-6)
+    np.testing.assert_array_equal(_wide(value), _wide(qkv[:, heads + kv_heads :]))
     parts = qkv[:, :heads], qkv[:, heads : heads + kv_heads]
     for out, part, weight in zip(given, parts, weights, strict=True):
         expected = layers.rotate(layers.norm(part, weight, None, QWEN3), *rotary)
