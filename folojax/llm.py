@@ -320,7 +320,7 @@ class LLM(RequestLoop):
                 was made by hand.
 
         Raises:
-            ValueError: the config is not that of a config.json, or kernels are quantised.
+            ValueError: the config is not that of a config.json.
         """
         save_pretrained(
             self.engine.runner.backend.devices.to_host(self.params, self.model_config),

@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from folojax.models.core.config import ModelConfig
 from folojax.models.core.decoder import Llama
@@ -89,7 +88,7 @@ def load_params(
     source: Checkpoint | str | os.PathLike[str] | None = None,
     dtype: Any = jnp.float32,
     quantization: str | None = None,
-    place: Callable[[str, np.ndarray], jax.Array] = on_default_device,
+    place: Callable[[str, Any], jax.Array] = on_default_device,
 ) -> dict[str, Any]:
     """Reads a checkpoint's weights as the parameters of `build_module(checkpoint.config, dtype)`.
 

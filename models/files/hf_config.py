@@ -10,6 +10,7 @@ from folojax.models.core.config import ModelConfig
 from folojax.models.core.rope import read_scaling
 from folojax.models.families.families import FAMILIES, family_of
 from folojax.models.families.family import Family
+from folojax.models.files.quantized_config import quantized_format
 
 # What the sizes are called there and here; without one of them there is no model.
 _SIZES = {
@@ -29,10 +30,6 @@ _ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_tanh",
 }
 _FULL, _LOCAL = _LAYER_TYPES = ("full_attention", "sliding_attention")
-
-# Where a config says that its weights are quantised: transformers, older files of
-# compressed-tensors, and MLX.
-_QUANTIZED = ("quantization_config", "compression_config", "quantization")
 
 _LOG = logging.getLogger("folojax")
 
@@ -134,15 +131,13 @@ def _unsupported_features(mapping: Mapping[str, Any], family: Family) -> list[st
     partial = _partial_rotary(mapping)
     if partial != 1.0 and not family.has_partial_rotary:
         found.append(f"partial_rotary_factor {partial}: only 1.0 is supported")
-    for key in _QUANTIZED:
-        stated = mapping.get(key)
-        if stated:
-            named = stated.get("quant_method") if isinstance(stated, Mapping) else None
-            found.append(
-                f"{key} ({stated if named is None else named!s:.60}): quantised safetensors are "
-                "not read. Use the model's unquantised version, on CPU with "
-                'quantization="int8" or "int4" if it is to be small, or its GGUF file'
-            )
+    try:
+        is_quantized = quantized_format(mapping) is not None
+    except ValueError as error:
+        found.append(str(error))
+    else:
+        if is_quantized and family.is_kernel_in_out:
+            found.append("quantised kernels [in, out]: not supported, use the unquantised version")
     if mapping.get("per_layer_config"):
         found.append("per_layer_config: layers that differ in size are not supported")
     return found

@@ -1,7 +1,8 @@
 """From tensors of Hugging Face's names to the parameter tree of a module."""
 
+import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,17 @@ from tqdm import tqdm
 from folojax.models.core.config import ModelConfig
 from folojax.models.core.param_tree import listed
 from folojax.models.files.hf_names import Source, is_ignorable, parameter_sources
-from folojax.models.files.safetensors_files import DTYPES, HeldTensor, Tensor, open_tensors
+from folojax.models.files.quantized_formats import open_weights
+from folojax.models.files.quantized_tensor import QuantizedTensor
+from folojax.models.files.safetensors_files import DTYPES, HeldTensor, Tensor
 from folojax.models.files.tied_head import parted_head
-from folojax.models.quantized.quantize import quantize
+from folojax.models.quantized.codes import kernel_of_codes
+from folojax.models.quantized.quantize import QuantizedKernel, quantize
 
 _SILENT_SECONDS = 2.0
 
 
-def on_default_device(name: str, array: np.ndarray) -> jax.Array:
+def on_default_device(name: str, array: Any) -> jax.Array:
     """Places a parameter where JAX puts what nobody places."""
     # Not `jnp.asarray`, which has NumPy transpose first, ten times slower.
     return jax.device_put(array)
@@ -30,7 +34,7 @@ def read_params(
     config: ModelConfig,
     dtype: Any,
     quantization: str | None = None,
-    place: Callable[[str, np.ndarray], jax.Array] = on_default_device,
+    place: Callable[[str, Any], jax.Array] = on_default_device,
 ) -> dict[str, Any]:
     """Reads a directory's weights as the parameters of the config's module.
 
@@ -38,9 +42,10 @@ def read_params(
         directory: In the Hugging Face layout.
         config: What the weights should look like.
         dtype: float32, bfloat16 or float16; weights of another float type are converted.
-        quantization: Kernels are quantised one by one, as `quantize_params` does.
+        quantization: Kernels are quantised one by one, as `quantize_params` does. Of a checkpoint
+            that has them in few bits, those are kept that it has as they are wanted.
         place: From the name of a parameter in its layer or model, and a parameter, to where it is
-            kept.
+            kept; each part of a quantised one is given to it.
 
     Raises:
         FileNotFoundError: weights or shards are absent.
@@ -48,7 +53,7 @@ def read_params(
             missing, unexpected and misshapen tensor is listed.
     """
     what = f"the weights in {directory} do not fit its config.json"
-    return _assemble(open_tensors(directory), config, dtype, quantization, what, place)
+    return _assemble(open_weights(directory, config), config, dtype, quantization, what, place)
 
 
 def params_from_hf(
@@ -83,7 +88,7 @@ def _assemble(
     dtype: Any,
     quantization: str | None,
     what: str,
-    place: Callable[[str, np.ndarray], jax.Array] = on_default_device,
+    place: Callable[[str, Any], jax.Array] = on_default_device,
 ) -> dict[str, Any]:
     """Reads tensors as parameters; `what` says how an error begins.
 
@@ -107,14 +112,29 @@ def _assemble(
         # The largest first: what is in memory twice meanwhile is small when memory is fullest.
         for i in sorted(range(len(named)), key=lambda i: -math.prod(named[i][1].shape)):
             name, source = named[i]
-            array = _empty(source, np.dtype(dtype))
-            for tensor, view in source.views(array):
-                found[tensor].read_into(view)
-            bar.update(array.nbytes)
+            parts = [found[tensor] for tensor, _ in source.tensors]
+            kernel: Any = _stored_kernel(name, source, parts, quantization)
+            if kernel is None:
+                array = _empty(source, np.dtype(dtype))
+                for tensor, view in source.views(array):
+                    found[tensor].read_into(view)
+                kernel = array
             # Waited for, or several would be in memory twice.
-            placed = place(name, array).block_until_ready()
+            placed = jax.block_until_ready(jax.tree.map(functools.partial(place, name), kernel))
             arrays[i] = jax.block_until_ready(quantize(name, placed, quantization))
+            bar.update(math.prod(source.shape) * np.dtype(dtype).itemsize)
     return jax.tree.unflatten(tree, arrays)
+
+
+def _stored_kernel(
+    name: str, source: Source, parts: Sequence[Tensor], quantization: str | None
+) -> QuantizedKernel | None:
+    """A kernel that the checkpoint has in as few bits as it is wanted in, none of which changes."""
+    packed = [one for one in parts if isinstance(one, QuantizedTensor)]
+    if quantization is None or len(packed) < len(parts) or source.num_stacked is not None:
+        return None
+    codes = [one for tensor in packed if (one := tensor.read_codes()) is not None]
+    return kernel_of_codes(name, codes, quantization) if len(codes) == len(parts) else None
 
 
 def _empty(source: Source, dtype: np.dtype) -> np.ndarray:

@@ -9,7 +9,7 @@ import json
 import math
 import struct
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import ml_dtypes
 import numpy as np
@@ -26,14 +26,23 @@ from folojax.models.files.untrusted_files import (
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
-# float8 and packed types exist too, but then scales lie beside them that nobody would apply.
 DTYPES = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-"""What can be read, by safetensors' name."""
+"""What parameters are read from, by safetensors' name."""
+
+_PACKED_DTYPES = {
+    "I8": np.dtype(np.int8),
+    "I32": np.dtype(np.int32),
+    "I64": np.dtype(np.int64),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+}
+"""What quantised kernels are made of besides: scales lie beside them, without which they are
+nothing."""
 
 _BLOCK_BYTES = 2**24
 SHARD_BYTES = 2**30
@@ -49,17 +58,18 @@ class StoredTensor(NamedTuple):
     dtype: str  # by safetensors' name, perhaps none of DTYPES
 
     def read_into(self, target: np.ndarray) -> None:
-        """Copies it to where it is wanted; its dtype has to be one of `DTYPES`.
+        """Copies it to where it is wanted.
 
         Block by block, converted on the way, so little more than `target` is in memory.
 
         Args:
-            target: Of its shape and any float dtype; may be a view, such as a transposed one.
+            target: Of its shape and of its or any float dtype; may be a view, such as a transposed
+                one.
 
         Raises:
             ValueError: the file cannot be read; it is named.
         """
-        dtype = DTYPES[self.dtype]
+        dtype = (DTYPES | _PACKED_DTYPES)[self.dtype]
         row_bytes = dtype.itemsize * math.prod(self.shape[1:])
         num_rows = max(1, _BLOCK_BYTES // max(1, row_bytes))
         try:
@@ -79,6 +89,13 @@ class StoredTensor(NamedTuple):
             raise ValueError(
                 f"{self.path}: tensor {self.name!r} cannot be read: {error}"
             ) from error
+
+    def read(self) -> np.ndarray:
+        """The whole of it, as it is stored; it may be a scalar."""
+        flat = self._replace(shape=(math.prod(self.shape),))
+        array = np.empty(flat.shape, (DTYPES | _PACKED_DTYPES)[self.dtype])
+        flat.read_into(array)
+        return array.reshape(self.shape)
 
 
 class HeldTensor:
@@ -107,7 +124,24 @@ class HeldTensor:
             target[...] = self._array
 
 
-Tensor: TypeAlias = StoredTensor | HeldTensor
+@runtime_checkable
+class Tensor(Protocol):
+    """What parameters are read from."""
+
+    @property
+    def name(self) -> str:
+        """Hugging Face's."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As the checkpoint has it."""
+
+    @property
+    def dtype(self) -> str:
+        """By safetensors' name."""
+
+    def read_into(self, target: np.ndarray) -> None:
+        """Copies it to where it is wanted, converted; see `StoredTensor.read_into`."""
 
 
 def _fill(file: io.FileIO, block: np.ndarray) -> None:

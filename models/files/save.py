@@ -15,10 +15,14 @@ from folojax.models.core.param_tree import check_fit, named_leaves, plain_tree
 from folojax.models.files.hf_config import config_from_hf
 from folojax.models.files.hf_names import parameter_sources
 from folojax.models.files.safetensors_files import INDEX_FILE, SHARD_BYTES, ShardWriter
-from folojax.models.quantized.quantize import quantization_of
+from folojax.models.files.save_quantized import quantization_config, quantized_tensors
+from folojax.models.quantized.quantize import is_quantized, quantization_of
 
 # What is no longer true of weights that were changed here, or names code that is not there.
-_DROPPED = ("auto_map", "quantization_config", "torch_dtype", "transformers_version")
+_DROPPED = (
+    *("auto_map", "compression_config", "quantization_config"),
+    *("torch_dtype", "transformers_version"),
+)
 
 
 def params_to_hf(params: Any, config: ModelConfig) -> dict[str, np.ndarray]:
@@ -31,27 +35,34 @@ def params_to_hf(params: Any, config: ModelConfig) -> dict[str, np.ndarray]:
     Raises:
         ValueError: parameters are missing, unknown or misshapen, or quantised.
     """
-    return {
-        name: np.array(view, order="C") for name, view in _tensors(_checked(params, config), config)
-    }
+    params = _checked(params, config)
+    if quantization_of(params):
+        raise ValueError(
+            "params have quantised kernels: take the parameters that they were made from, or "
+            "save_pretrained"
+        )
+    return {name: np.array(view, order="C") for name, view in _tensors(params, config)}
 
 
 def _tensors(params: Any, config: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
     """Every tensor; parameters leave the device one by one."""
-    leaves = named_leaves(params)
+    leaves = named_leaves(params, is_quantized)
     for parameter, source in named_leaves(parameter_sources(config)).items():
-        yield from source.views(np.asarray(leaves[parameter]))
+        leaf = leaves[parameter]
+        if is_quantized(leaf):
+            yield from quantized_tensors(parameter.rpartition("/")[2], leaf, source)
+        else:
+            yield from source.views(np.asarray(leaf))
 
 
 def _checked(params: Any, config: ModelConfig) -> Any:
     """The parameters in plain dicts; raises one ValueError with all that does not fit."""
     params = plain_tree(params)
-    if quantization_of(params):
-        raise ValueError(
-            "params have quantised kernels, for which transformers has no format: take the "
-            "parameters that they were made from"
-        )
-    check_fit(parameter_sources(config), params, lambda leaf: str(list(np.shape(leaf))))
+
+    def shape_of(leaf: Any) -> str:
+        return str(list(leaf.shape if is_quantized(leaf) else np.shape(leaf)))
+
+    check_fit(parameter_sources(config), params, shape_of)
     return params
 
 
@@ -71,7 +82,8 @@ def save_pretrained(
     replaced once all is written.
 
     Args:
-        params: The parameters of `build_module(config, ...)`; they keep their dtype.
+        params: The parameters of `build_module(config, ...)`; they keep their dtype. Kernels in few
+            bits are saved in these, in the form of compressed-tensors, as far as it has them.
         path: A directory; made if it is not there.
         config: Of the module.
         hf_config: The dict of config.json; None: that of the checkpoint the config came from.
@@ -80,20 +92,25 @@ def save_pretrained(
         shard_bytes: Most of a file, unless a single tensor is larger.
 
     Raises:
-        ValueError: parameters are missing, unknown or misshapen (all are named), or quantised,
-            or the config is none that config.json says.
+        ValueError: parameters are missing, unknown or misshapen (all are named), or the config is
+            none that config.json says.
     """
     params = _checked(params, config)
     mapping = _mapping(config, hf_config)
-    mapping["dtype"] = str(params["embed"].dtype)
+    mapping["dtype"] = str(params["final_norm"].dtype)
     target = Path(path)
     target.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=target) as name:
         part = Path(name)
         writer = ShardWriter(part, shard_bytes)
+        names = []
         for tensor_name, view in _tensors(params, config):
             writer.add(tensor_name, view)
+            names.append(tensor_name)
         writer.close()
+        quantized = quantization_config(names)
+        if quantized is not None:
+            mapping["quantization_config"] = quantized
         (part / "config.json").write_text(json.dumps(mapping, indent=2) + "\n", encoding="utf-8")
         if generation_config:
             text = json.dumps(dict(generation_config), indent=2) + "\n"

@@ -11,13 +11,8 @@ import numpy as np
 
 from folojax.models.core.config import ModelConfig
 from folojax.models.families.families import family_of
-from folojax.models.files.safetensors_files import (
-    DTYPES,
-    INDEX_FILE,
-    SINGLE_FILE,
-    Tensor,
-    open_tensors,
-)
+from folojax.models.files.quantized_formats import open_weights
+from folojax.models.files.safetensors_files import DTYPES, INDEX_FILE, SINGLE_FILE, Tensor
 
 _LOG = logging.getLogger("folojax")
 
@@ -35,7 +30,7 @@ def untie_if_different(directory: Path, config: ModelConfig) -> ModelConfig:
     has_weights = any((directory / name).is_file() for name in (SINGLE_FILE, INDEX_FILE))
     if not config.tie_embeddings or not has_weights:
         return config
-    parted = parted_head(open_tensors(directory), config)
+    parted = parted_head(open_weights(directory, config), config)
     if parted is None:
         return config
     _LOG.warning(

@@ -87,7 +87,31 @@ def quantize_groups(kernel: Float[Array, "O I"], *, bits: int) -> GroupKernel:
     step = scale.astype(jnp.float32)[..., None]
     codes = (weights - offset.astype(jnp.float32)[..., None]) / jnp.where(step == 0, 1.0, step)
     codes = jnp.clip(jnp.round(codes), 0, 2**bits - 1).astype(jnp.uint8)
+    return pack_groups(codes, scale, offset, bits=bits)
+
+
+@functools.partial(jax.jit, static_argnames="bits")
+def pack_groups(
+    codes: UInt8[Array, "O Q 32"],
+    scale: Float16[Array, "O Q"],
+    offset: Float16[Array, "O Q"],
+    *,
+    bits: int,
+) -> GroupKernel:
+    """The kernel of these codes, each below 2 to the `bits`."""
     return GroupKernel(_pack(codes, bits), _by_panels(scale), _by_panels(offset))
+
+
+@jax.jit
+def unpack_groups(
+    kernel: GroupKernel,
+) -> tuple[UInt8[Array, "O Q 32"], Float16[Array, "O Q"], Float16[Array, "O Q"]]:
+    """Codes, scales and offsets, as `pack_groups` takes them."""
+    panels, groups, _ = kernel.scale.shape
+    scale, offset = (
+        one.swapaxes(1, 2).reshape(panels * PANEL, groups) for one in (kernel.scale, kernel.offset)
+    )
+    return _unpack(kernel), scale, offset
 
 
 def project_groups(x: Float[Array, "N I"], kernel: GroupKernel) -> Float[Array, "N O"]:

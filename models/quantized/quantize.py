@@ -18,11 +18,16 @@ from folojax.models.quantized.names import QUANTIZATIONS
 
 QuantizedKernel: TypeAlias = Int8Kernel | GroupKernel
 
+
 # Experts are multiplied by `lax.ragged_dot`, and a router's scores decide between experts.
 _LINEAR = frozenset({"qkv", "o", "gate_up", "up", "down"})
 
 # Four bits are too few for what tells tokens apart.
-_VOCABULARY = frozenset({"embed", "lm_head"})
+VOCABULARY = frozenset({"embed", "lm_head"})
+"""Parameters with a row for each token."""
+
+BY_OUTPUT = 0
+"""In the place of bits: a scale for each output, not for each group."""
 
 
 def quantize_params(params: Mapping[str, Any], quantization: str) -> dict[str, Any]:
@@ -37,13 +42,20 @@ def quantize_params(params: Mapping[str, Any], quantization: str) -> dict[str, A
     def convert(name: str, leaf: Any) -> Any:
         if isinstance(leaf, Mapping):
             return quantize_params(leaf, quantization)
-        return leaf if is_quantized(leaf) else quantize(name, leaf, quantization)
+        return quantize(name, leaf, quantization)
 
     return {name: convert(name, leaf) for name, leaf in params.items()}
 
 
-def quantize(name: str, leaf: Array, quantization: str | None) -> Array | QuantizedKernel:
-    """A parameter as it is kept: its name in a layer or model says whether it is quantised."""
+def quantize(
+    name: str, leaf: Array | QuantizedKernel, quantization: str | None
+) -> Array | QuantizedKernel:
+    """A parameter as it is kept: its name in a layer or model says whether it is quantised.
+
+    One that is quantised already stays as it is.
+    """
+    if isinstance(leaf, QuantizedKernel):
+        return leaf
     quantizer = _quantizer(name, leaf.shape, quantization)
     return leaf if quantizer is None else quantizer(leaf)
 
@@ -58,14 +70,21 @@ def quantize_like(kernel: QuantizedKernel, leaf: Float[Array, "O I"]) -> Quantiz
 def _quantizer(
     name: str, shape: tuple[int, ...], quantization: str | None
 ) -> Callable[[Array], QuantizedKernel] | None:
+    kind = kernel_kind(name, shape, quantization)
+    if kind is None:
+        return None
+    return quantize_int8 if kind == BY_OUTPUT else lambda leaf: quantize_groups(leaf, bits=kind)
+
+
+def kernel_kind(name: str, shape: tuple[int, ...], quantization: str | None) -> int | None:
+    """The bits of a parameter's codes in groups; `BY_OUTPUT` for an `Int8Kernel`; None: floats."""
     if quantization not in (None, *QUANTIZATIONS):
         raise ValueError(f"quantization is {quantization!r}, not one of {', '.join(QUANTIZATIONS)}")
-    if quantization is None or name not in _LINEAR | _VOCABULARY:
+    if quantization is None or name not in _LINEAR | VOCABULARY:
         return None
     if quantization == "int8" or not fits_groups(shape):
-        return quantize_int8
-    bits = 4 if name in _LINEAR else 8
-    return lambda leaf: quantize_groups(leaf, bits=bits)
+        return BY_OUTPUT
+    return 4 if name in _LINEAR else 8
 
 
 def is_quantized(node: Any) -> bool:

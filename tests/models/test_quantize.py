@@ -1,6 +1,7 @@
 """Engines whose kernels are in few bits; what these compute is tested beside their modules."""
 
 import dataclasses
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from folojax.compile.memory_plan import DeviceMemory
 from folojax.engine import build
 from folojax.models.core.decoder import Llama
 from folojax.models.files.checkpoint import build_module, load_params, open_checkpoint
-from folojax.models.files.save import save_pretrained
+from folojax.models.files.save import params_to_hf
+from folojax.models.quantized.codes import dequantize
 from folojax.models.quantized.group_kernels import GroupKernel
 from folojax.models.quantized.int8_kernels import Int8Kernel
 from folojax.models.quantized.quantize import quantization_of, quantize_params
@@ -231,6 +233,22 @@ def test_a_kernel_of_another_shape_is_refused(tiny_model: tuple, quantization: s
         logits(module, quantize_params(wrong, quantization), [3, 4])
 
 
+def test_what_an_engine_saves_is_loaded_again(
+    llm: LLM, tiny_model: tuple, quantization: str, tmp_path: Path
+) -> None:
+    llm.save_pretrained(tmp_path)
+    params = load_params(open_checkpoint(tmp_path), jnp.float32, quantization)
+    chex.assert_trees_all_close(params, llm.params, rtol=1e-6)
+    chex.assert_trees_all_equal(params["layers_1"], llm.params["layers_1"])
+    # Its floats are those that the kernels mean.
+    floats = load_params(open_checkpoint(tmp_path), jnp.float32)
+    for name in ("qkv", "down"):
+        expected = dequantize(llm.params["layers_0"][name])
+        chex.assert_trees_all_equal(np.asarray(floats["layers_0"][name]), expected)
+    stated = json.loads((tmp_path / "config.json").read_text())
+    assert ("quantization_config" in stated) == (quantization == "int8")
+
+
 def test_derivatives_are_refused(llm: LLM, tiny_model: tuple) -> None:
     """Those of norms as well: they would be of the scales alone."""
 
@@ -252,7 +270,7 @@ def test_a_likelihood_is_that_of_the_engine(llm: LLM, tiny_model: tuple) -> None
     np.testing.assert_allclose(found[len(prompt) :], logprobs, atol=2e-3)
 
 
-def test_refusals(llm: LLM, tiny_model: tuple, quantization: str, tmp_path: Path) -> None:
+def test_refusals(llm: LLM, tiny_model: tuple, quantization: str) -> None:
     module, params = tiny_model
     small = quantize_params(params, quantization)
     for other in {None, "int8"} - {quantization}:
@@ -260,11 +278,8 @@ def test_refusals(llm: LLM, tiny_model: tuple, quantization: str, tmp_path: Path
             LLM((module, small), quantization=other, **LIMITS)
     with pytest.raises(ValueError, match="quantization is 'int2'"):
         LLM(tiny_model, **LIMITS, quantization="int2")
-    with pytest.raises(ValueError, match="quantised kernels"):
-        llm.save_pretrained(tmp_path / "saved")
-    with pytest.raises(ValueError, match="quantised kernels"):
-        save_pretrained(small, tmp_path / "saved", module.config)
-    assert not (tmp_path / "saved").exists()
+    with pytest.raises(ValueError, match="quantised kernels: take the parameters"):
+        params_to_hf(small, module.config)
     with pytest.raises(ValueError, match="is quantised"):
         init_lora(jax.random.key(0), small, 2)
     lora = init_lora(jax.random.key(0), params, 2)
