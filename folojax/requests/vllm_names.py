@@ -65,6 +65,14 @@ LLM_ARGUMENTS = {
     "logprobs_mode": _like(
         "logprobs_mode", ("raw_logprobs", "raw"), ("processed_logprobs", "processed")
     ),
+    # A file says itself what it has. "fp8" is not here: it rounds the weights of others.
+    "quantization": _like(
+        "quantization",
+        *(
+            (one, None)
+            for one in ("awq", "awq_marlin", "gptq", "gptq_marlin", "compressed-tensors")
+        ),
+    ),
     "disable_log_stats": Name(ANY),  # LLM.metrics counts at either
     "disable_log_requests": Name(ANY),
     "disable_custom_all_reduce": Name(ANY),

@@ -6,13 +6,15 @@ fit together is refused before anything is read. A module that has a plain weigh
 that were not converted, whatever lists of names config.json has.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from folojax.models.core.config import ModelConfig
 from folojax.models.core.param_tree import listed
+from folojax.models.files.hf_names import parameter_sources
 from folojax.models.files.quantized_config import QuantizedFormat, format_of
 from folojax.models.files.quantized_tensor import Layout, QuantizedTensor, grid_of
 from folojax.models.files.safetensors_files import DTYPES, StoredTensor, Tensor, open_tensors
@@ -46,10 +48,15 @@ def open_weights(directory: Path, config: ModelConfig) -> Mapping[str, Tensor]:
             fit together; all that do not are listed, fifty at most.
     """
     tensors, form = open_tensors(directory), format_of(config)
-    return tensors if form is None else _join_parts(tensors, form)
+    if form is None:
+        return tensors
+    sources = jax.tree.leaves(parameter_sources(config))
+    return _join_parts(tensors, form, {name for source in sources for name, _ in source.tensors})
 
 
-def _join_parts(tensors: Mapping[str, StoredTensor], form: QuantizedFormat) -> dict[str, Tensor]:
+def _join_parts(
+    tensors: Mapping[str, StoredTensor], form: QuantizedFormat, wanted: Set[str]
+) -> dict[str, Tensor]:
     roles = _SCALED_ROLES if form.method == "scaled" else _GPTQ_ROLES
     found: dict[str, Tensor] = {}
     kernels: dict[str, dict[str, StoredTensor]] = {}
@@ -70,6 +77,10 @@ def _join_parts(tensors: Mapping[str, StoredTensor], form: QuantizedFormat) -> d
                 raise ValueError("a plain weight is there too")
             join = _join_scaled if form.method == "scaled" else _join_gptq
             found[name] = join(name, parts, form)
+            # AutoGPTQ gave every layer a bias, of zeros where the model has none.
+            bias = tensors.get(f"{module}.bias")
+            if bias is not None and bias.name not in wanted and _is_zero(bias):
+                del found[bias.name]
         except ValueError as error:
             problems.append(f"{module}: {error}")
     if problems:
@@ -129,7 +140,7 @@ def _join_scaled(
     block = _block(form, shape, scale)
     rows, groups = grid_of(shape, block)
     zero = None if layout == "float8" else parts.get("weight_zero_point")
-    if zero is not None and layout == "packed":
+    if zero is not None and layout == "packed" and zero.dtype == "I32":
         _check(zero, ("I32",), (-(-rows * bits // 32), groups))
     elif zero is not None:
         _check(zero, ("I8",), scale.shape)
@@ -196,6 +207,10 @@ def _group_of(
         )
     is_plain = np.array_equal(groups, np.arange(shape[1]) // block[1])
     return None if is_plain else groups
+
+
+def _is_zero(tensor: StoredTensor) -> bool:
+    return tensor.dtype in DTYPES and not tensor.read().any()
 
 
 def _need(parts: Mapping[str, StoredTensor], *roles: str) -> None:

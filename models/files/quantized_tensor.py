@@ -122,10 +122,10 @@ class QuantizedTensor:
                 zero = zero[:, : self.shape[0]].T
             case "awq":
                 zero = _unpack_awq(stored).T
-            case "packed":
+            case "packed" if self.zero.dtype == "I32":
                 zero = _unpack(stored.T, self.bits)[:, : self.shape[0]].T
-            case _:
-                zero = (stored.view(np.uint8) ^ 128).reshape(self._grid())
+            case _:  # signed, as codes of eight bits are
+                return stored.reshape(self._grid()).astype(np.float32) + 2 ** (self.bits - 1)
         return zero.astype(np.float32)
 
     def _grid(self) -> tuple[int, int]:

@@ -23,8 +23,10 @@ from folojax.models.quantized.int8_kernels import Int8Kernel
 from folojax.models.quantized.quantize import quantize_params
 from tests import quantized_writer, reference
 from tests.dense import load, logits
+from tests.families import save_family
 from tests.quantized_writer import CASES, compressed, scheme
 
+STEM = "model.layers.0.self_attn.q_proj."
 PROMPT = list(range(5, 69))
 
 
@@ -68,6 +70,33 @@ def test_blocks_of_float8_are_what_transformers_reads(written: Any) -> None:
     read = reference.load_model(directory).state_dict()
     for name, expected in meant.items():
         np.testing.assert_allclose(read[name].float().numpy(), expected, rtol=1e-6, err_msg=name)
+
+
+def test_other_ways_to_write_the_same(written: Any, tmp_path: Path) -> None:
+    """Biases of zeros that the model has no place for; zeros that are not packed."""
+    directory, meant = written["ct-packed-zeros"]
+    stored = load_file(directory / "model.safetensors")
+    zero = stored[STEM + "weight_zero_point"].numpy()
+    shifts = 4 * np.arange(8)[None, :, None]
+    plain = (zero[:, None] >> shifts & 15).reshape(64, -1) - 8
+    stored[STEM + "weight_zero_point"] = torch.from_numpy(plain.astype(np.int8))
+    stored[STEM + "bias"] = torch.zeros(64)
+    save_file(stored, tmp_path / "model.safetensors")
+    shutil.copy(directory / "config.json", tmp_path)
+    params = load_params(open_checkpoint(tmp_path), jnp.float32)
+    np.testing.assert_array_equal(params["layers_0"]["qkv"], joined(meant, 0, *QKV))
+
+
+def test_experts_are_read_one_by_one(tmp_path: Path) -> None:
+    """Kernels that are kept transposed, and whose module is one of many of a parameter."""
+    save_family("qwen3-moe", tmp_path / "base")
+    meant = quantized_writer.write(CASES["fp8-blocks"], tmp_path / "base", tmp_path / "fp8")
+    params = load_params(open_checkpoint(tmp_path / "fp8"), jnp.float32)
+    expected = meant["model.layers.1.mlp.experts.5.down_proj.weight"].T
+    np.testing.assert_array_equal(params["layers_1"]["experts_down"][5], expected)
+    gate_up = [meant[f"model.layers.0.mlp.experts.2.{name}_proj.weight"] for name in ("gate", "up")]
+    found = params["layers_0"]["experts_gate_up"][2]
+    np.testing.assert_array_equal(found, np.concatenate(gate_up).T)
 
 
 @pytest.mark.parametrize(
@@ -171,7 +200,6 @@ def test_what_is_not_read_is_refused_by_name(case: str, tiny_directory: Path) ->
     assert "use the model's unquantised version" in str(error.value)
 
 
-STEM = "model.layers.0.self_attn.q_proj."
 # The case, what becomes of some tensors of one kernel, and what is said.
 MALFORMED: dict[str, tuple[str, dict[str, Any], str]] = {
     "no scales": ("gptq", {"scales": None}, "scales is missing"),
@@ -220,11 +248,13 @@ MALFORMED: dict[str, tuple[str, dict[str, Any], str]] = {
     "a shape below": ("ct-packed", {"weight_shape": np.array([64, -64])}, "weight_shape is"),
     "both kinds": ("ct-packed", {"weight": np.zeros((64, 64), "int8")}, "both weight and weight_p"),
     "zeros that lack": ("ct-packed-zeros", {"weight_zero_point": None}, "zero_point is missing"),
-    "zeros of bytes": (
+    "zeros of words": ("ct-int8-zeros", {"weight_zero_point": np.zeros((8, 2), "int32")}, "is I32"),
+    "zeros of another grid": (
         "ct-packed-zeros",
-        {"weight_zero_point": np.zeros((64, 2), "int8")},
-        "is I8",
+        {"weight_zero_point": np.zeros((64, 3), "int8")},
+        r"weight_zero_point is \(64, 3\)",
     ),
+    "a bias": ("gptq", {"bias": np.ones(64, "float32")}, "unexpected: .*q_proj.bias"),
 }
 
 
