@@ -15,10 +15,16 @@ from folojax.models.files.gguf_tokenizer import save_tokenizer
 from folojax.models.files.hf_config import config_from_hf
 from folojax.models.files.hf_names import parameter_sources
 from folojax.models.files.safetensors_files import ShardWriter
+from folojax.models.files.save_quantized import code_tensors, quantization_config
 from folojax.models.machine.artefacts import build_once, cache_root, file_digest
+from folojax.models.quantized.codes import Codes
+from folojax.models.quantized.group_kernels import GROUP
 
 # Part of the artefact's name: raise it when what the conversion writes changes.
-_CONVERTER_VERSION = 5
+_CONVERTER_VERSION = 6
+
+_CODE_BITS = {"Q4_0": 4, "Q8_0": 8}
+"""Of quantisations whose weights are codes in groups of 32 times a scale."""
 
 _TABLES = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 """Tensors that say how frequencies are scaled."""
@@ -29,7 +35,8 @@ def convert_gguf(path: Path) -> Path:
 
     Returns:
         A directory under `cache_root()` with config.json, generation_config.json, safetensors
-        (quantised tensors in float32) and the tokenizer's files.
+        and the tokenizer's files. Kernels of Q4_0 and Q8_0 keep their codes, in the form of
+        compressed-tensors; those of other quantisations are float32.
 
     Raises:
         ValueError: the file is malformed, or of an architecture, quantisation, rotary scaling or
@@ -55,12 +62,15 @@ def _convert(path: Path, directory: Path) -> None:
         tables = {name: _dequantised(tensors.pop(name)) for name in _TABLES if name in tensors}
         config = hf_config(metadata, family, tables, is_tied="output.weight" not in tensors)
         save_tokenizer(metadata, directory)
-        _save_tensors(tensors, metadata["general.architecture"], family, config, directory)
+        quantized = _save_tensors(
+            tensors, metadata["general.architecture"], family, config, directory
+        )
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     # A word where a number should be fails somewhere, in some way.
     except (TypeError, AttributeError, LookupError, ArithmeticError) as error:
         raise ValueError(f"{path}: the metadata is malformed: {error!r}") from error
+    config |= {} if quantized is None else {"quantization_config": quantized}
     generation = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     for name, content in (("config.json", config), ("generation_config.json", generation)):
         (directory / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -72,8 +82,12 @@ def _save_tensors(
     family: GgufFamily,
     hf_mapping: dict[str, Any],
     directory: Path,
-) -> None:
-    """Writes every tensor, dequantised and in transformers' layout, under its Hugging Face name."""
+) -> dict[str, Any] | None:
+    """Writes every tensor in transformers' layout, under its Hugging Face name.
+
+    Returns:
+        What config.json says of those that are codes.
+    """
     config = config_from_hf(hf_mapping)
     uses = _uses(architecture, config)
     problems = [f"missing: {name}" for name in uses.keys() - tensors.keys()]
@@ -82,13 +96,22 @@ def _save_tensors(
         raise ValueError("the tensors do not fit the metadata: " + ", ".join(sorted(problems)))
     writer = ShardWriter(directory)
     for name, tensor in tensors.items():
-        array = _in_hf_layout(name, tensor, family, config)
-        parts = array if len(uses[name]) > 1 else [array]
-        for (hf_name, shape), part in zip(uses[name], parts, strict=True):
+        # Codes and their scales, or floats.
+        stored = (None if family.is_conv1d else _codes(tensor)) or (_floats(tensor),)
+        arrays = [_in_hf_layout(name, array, family, config) for array in stored]
+        by_use = arrays if len(uses[name]) > 1 else [array[None] for array in arrays]
+        for (hf_name, shape), part, *scale in zip(uses[name], *by_use, strict=True):
             if part.shape != shape:
                 raise ValueError(f"{name} has {part.shape}, the metadata asks for {shape}")
-            writer.add(hf_name, part)
+            if not scale:
+                writer.add(hf_name, part)
+                continue
+            bits = _CODE_BITS[tensor.tensor_type.name]
+            zero = np.full_like(scale[0], 2 ** (bits - 1))
+            for full_name, array in code_tensors(hf_name, Codes(part, scale[0], zero, GROUP, bits)):
+                writer.add(full_name, array)
     writer.close()
+    return quantization_config(writer.shapes)
 
 
 def _uses(architecture: str, config: ModelConfig) -> dict[str, list[tuple[str, tuple[int, ...]]]]:
@@ -111,9 +134,10 @@ def _uses(architecture: str, config: ModelConfig) -> dict[str, list[tuple[str, t
     return uses
 
 
-def _in_hf_layout(name: str, tensor: Any, family: GgufFamily, config: ModelConfig) -> np.ndarray:
-    """One tensor with what llama.cpp's converter did to it undone."""
-    array = _dequantised(tensor)
+def _in_hf_layout(
+    name: str, array: np.ndarray, family: GgufFamily, config: ModelConfig
+) -> np.ndarray:
+    """One tensor, or its codes or scales, with what llama.cpp's converter did to it undone."""
     role = re.sub(r"^blk\.\d+\.", "", name)
     if family.norm_offset and role.endswith("norm.weight"):
         return array - np.float32(family.norm_offset)
@@ -122,9 +146,26 @@ def _in_hf_layout(name: str, tensor: Any, family: GgufFamily, config: ModelConfi
         array = _half_rotation_rows(array, heads)
     if family.is_conv1d and name.startswith("blk.") and array.ndim == 2:
         array = array.T
-    # Exact where they were so in the file, and half the size.
+    return array
+
+
+def _codes(tensor: Any) -> tuple[np.ndarray, np.ndarray] | None:
+    """Codes and scales along the last axis, of quantisations that are nothing else."""
+    bits = _CODE_BITS.get(tensor.tensor_type.name)
+    if bits is None or tensor.data.ndim < 2:
+        return None
+    # A block: a float16, then 32 codes; of four bits, 0 to 15 in the lower halves.
+    blocks = tensor.data.reshape(*tensor.data.shape[:-1], -1, 2 + GROUP * bits // 8)
+    scale = np.ascontiguousarray(blocks[..., :2]).view("<f2")[..., 0].astype(np.float32)
+    data = blocks[..., 2:]
+    codes = np.concatenate((data & 15, data >> 4), axis=-1) if bits == 4 else data ^ 128
+    return codes.reshape(*scale.shape[:-1], -1), scale
+
+
+def _floats(tensor: Any) -> np.ndarray:
+    """A tensor in the dtype of the file, if that is one of floats, else in float32."""
     stored = {"F16": np.float16, "BF16": ml_dtypes.bfloat16}.get(tensor.tensor_type.name)
-    return array if stored is None else array.astype(stored)
+    return _dequantised(tensor).astype(stored or np.float32, copy=False)
 
 
 def _dequantised(tensor: Any) -> np.ndarray:

@@ -237,6 +237,7 @@ class ShardWriter:
         self._pending: dict[str, np.ndarray] = {}
         self._shards: list[list[str]] = []
         self._total_bytes = 0
+        self.shapes: dict[str, tuple[int, ...]] = {}  # of all that was added
 
     def add(self, name: str, array: np.ndarray) -> None:
         """Takes one tensor; not to be changed afterwards."""
@@ -245,6 +246,7 @@ class ShardWriter:
             self._flush()
         self._pending[name] = np.ascontiguousarray(array)
         self._total_bytes += array.nbytes
+        self.shapes[name] = array.shape
 
     def close(self) -> None:
         """Writes what is left, and the index if there are several files."""

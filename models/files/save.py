@@ -103,12 +103,10 @@ def save_pretrained(
     with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=target) as name:
         part = Path(name)
         writer = ShardWriter(part, shard_bytes)
-        names = []
         for tensor_name, view in _tensors(params, config):
             writer.add(tensor_name, view)
-            names.append(tensor_name)
         writer.close()
-        quantized = quantization_config(names)
+        quantized = quantization_config(writer.shapes)
         if quantized is not None:
             mapping["quantization_config"] = quantized
         (part / "config.json").write_text(json.dumps(mapping, indent=2) + "\n", encoding="utf-8")

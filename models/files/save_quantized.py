@@ -6,7 +6,7 @@ scales and zeros, as those of a checkpoint in few bits are. Other kernels, embed
 projection are written as the floats that they mean: elsewhere, these are read as floats alone.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,18 +19,17 @@ from folojax.models.quantized.quantize import VOCABULARY, QuantizedKernel
 
 _INT8: dict[str, Any] = {"num_bits": 8, "type": "int", "symmetric": True}
 _INT4: dict[str, Any] = {"num_bits": 4, "type": "int", "symmetric": False}
-_GROUPS: dict[str, dict[str, Any]] = {
-    "weight": {
+_IN_GROUPS = {"strategy": "group", "group_size": GROUP}
+_SCHEMES: dict[str, dict[str, Any]] = {
+    "outputs": {
         "format": "int-quantized",
         "weights": _INT8 | {"strategy": "channel"},
         "input_activations": _INT8 | {"strategy": "token", "dynamic": True},
     },
-    "weight_packed": {
-        "format": "pack-quantized",
-        "weights": _INT4 | {"strategy": "group", "group_size": GROUP},
-    },
+    "groups": {"format": "int-quantized", "weights": _INT8 | _IN_GROUPS},
+    "packed": {"format": "pack-quantized", "weights": _INT4 | _IN_GROUPS},
 }
-"""By the tensor that holds the codes of such a kernel."""
+"""By what a kernel is: eight bits and a scale for each output or group, or four bits in groups."""
 
 
 def quantized_tensors(
@@ -43,22 +42,33 @@ def quantized_tensors(
         return
     start = 0
     for tensor, shape in source.tensors:
-        rows, module = slice(start, start := start + shape[0]), tensor.removesuffix("weight")
+        rows = slice(start, start := start + shape[0])
         part = Codes(codes.values[rows], codes.scale[rows], codes.zero[rows], *codes[3:])
-        for role, array in _roles(part).items():
-            yield module + role, array
+        yield from code_tensors(tensor, part)
 
 
-def quantization_config(tensors: Iterable[str]) -> dict[str, Any] | None:
-    """What config.json says of tensors with these names; None: all are floats."""
-    names = set(tensors)
-    modules = sorted(
-        name.removesuffix(".weight_scale") for name in names if name.endswith(".weight_scale")
-    )
-    groups = []
-    for role, group in _GROUPS.items():
-        targets = [module for module in modules if f"{module}.{role}" in names]
-        groups += [group | {"targets": targets}] if targets else []
+def code_tensors(name: str, codes: Codes) -> Iterator[tuple[str, np.ndarray]]:
+    """The tensors in place of one of floats with that name."""
+    if codes.bits == 8:
+        yield name, (codes.values ^ 128).view(np.int8)
+        yield f"{name}_scale", codes.scale
+    else:
+        yield f"{name}_packed", _packed(codes.values)
+        yield f"{name}_scale", codes.scale.astype(np.float16)
+        yield f"{name}_zero_point", _packed(codes.zero.T.astype(np.uint8)).T
+        yield f"{name}_shape", np.array(codes.values.shape)
+
+
+def quantization_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any] | None:
+    """What config.json says of tensors with these names and shapes; None: all are floats."""
+    modules: dict[str, list[str]] = {kind: [] for kind in _SCHEMES}
+    for name, shape in shapes.items():
+        module, _, role = name.rpartition(".")
+        if role == "weight_scale":
+            is_packed = f"{module}.weight_packed" in shapes
+            kind = "packed" if is_packed else "outputs" if shape[1] == 1 else "groups"
+            modules[kind].append(module)
+    groups = [_SCHEMES[kind] | {"targets": sorted(one)} for kind, one in modules.items() if one]
     if not groups:
         return None
     return {
@@ -67,17 +77,6 @@ def quantization_config(tensors: Iterable[str]) -> dict[str, Any] | None:
         "format": groups[0]["format"] if len(groups) == 1 else "mixed-precision",
         "config_groups": {f"group_{number}": group for number, group in enumerate(groups)},
         "ignore": ["lm_head"],
-    }
-
-
-def _roles(codes: Codes) -> dict[str, np.ndarray]:
-    if codes.bits == 8:
-        return {"weight": (codes.values ^ 128).view(np.int8), "weight_scale": codes.scale}
-    return {
-        "weight_packed": _packed(codes.values),
-        "weight_scale": codes.scale.astype(np.float16),
-        "weight_zero_point": _packed(codes.zero.T.astype(np.uint8)).T,
-        "weight_shape": np.array(codes.values.shape),
     }
 
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import chex
 import gguf
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +13,7 @@ from folojax.models.core.rope import plain_rates, read_scaling
 from folojax.models.files.checkpoint import load_params, open_checkpoint
 from folojax.models.files.gguf_config import GGUF_FAMILIES
 from folojax.models.files.gguf_tokenizer import build_tokenizer
+from folojax.models.quantized.codes import dequantize
 from tests import dense, gguf_writer, reference
 from tests.families import save_family
 
@@ -125,6 +127,27 @@ def test_every_quantisation_of_the_library_is_read(kind: Any, tmp_path: Path) ->
     with np.errstate(all="ignore"):
         params = load_params(open_checkpoint(path), jnp.float32)
     np.testing.assert_array_equal(params["layers_0"]["down"], expected)
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q8_0"])
+def test_codes_are_those_of_the_file(kind: str, tmp_path: Path) -> None:
+    """Rows of queries and keys in Hugging Face's order too; int4 rounds none of four bits."""
+    shapes = {"attn_q": (32, 32), "attn_k": (32, 32), "ffn_gate": (256, 32), "ffn_up": (256, 32)}
+    rng, to = np.random.default_rng(1), gguf.GGMLQuantizationType[kind]
+    coded: dict[str, Any] = {}
+    plain: dict[str, Any] = {}
+    for role, shape in shapes.items():
+        name = f"blk.0.{role}.weight"
+        data = gguf.quants.quantize(rng.standard_normal(shape).astype(np.float32), to)
+        coded[name], plain[name] = (data, to), gguf.quants.dequantize(data, to)
+    files = (llama_file(tmp_path / "coded.gguf", coded), llama_file(tmp_path / "plain.gguf", plain))
+    opened, floats = map(open_checkpoint, files)
+    expected = load_params(floats, jnp.float32)
+    chex.assert_trees_all_equal(load_params(opened, jnp.float32), expected)
+    kernel = load_params(opened, jnp.float32, "int4")["layers_0"]["gate_up"]
+    is_kept = np.array_equal(dequantize(kernel), expected["layers_0"]["gate_up"])
+    assert kernel.bits == 4
+    assert is_kept == (kind == "Q4_0")
 
 
 def test_the_scaling_of_llama_3_is_found_in_its_table(tmp_path: Path) -> None:
