@@ -9,6 +9,7 @@ An engine runs where its parameters lie, whatever mesh or default device the cal
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -264,6 +265,11 @@ def lies_as(leaf: Any, form: Any) -> bool:
     """Whether an array has the shape of another, and lies as that does."""
     is_same = isinstance(leaf, jax.Array) and leaf.shape == form.shape
     return is_same and leaf.sharding.is_equivalent_to(form.sharding, leaf.ndim)
+
+
+def device_bytes(leaf: Any) -> int:
+    """Bytes of an array or of its shape that one device has."""
+    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * int(leaf.dtype.itemsize)
 
 
 def _shape(leaf: Any, sharding: Sharding | None) -> jax.ShapeDtypeStruct:

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from folojax.attention import kernels_of
 from folojax.backend import Backend, choose_backend
 from folojax.backend.device_memory import device_memory
-from folojax.backend.devices import check_cut, choose_devices, lies_as
+from folojax.backend.devices import check_cut, choose_devices, device_bytes, lies_as
 from folojax.backend.swap_cost import min_swap_tokens
 from folojax.compile.mapped_memory import give_back_memory
 from folojax.compile.memory_plan import MemoryPlan, plan_fraction, plan_pages
@@ -171,9 +171,7 @@ def plan_memory(
         # Floats that are quantised remain the caller's.
         params = jax.eval_shape(lambda params: quantize_params(params, quantization), params)
     forms = jax.tree.leaves(devices.param_shapes(params, module.config))
-    sizes = [
-        math.prod(form.sharding.shard_shape(form.shape)) * form.dtype.itemsize for form in forms
-    ]
+    sizes = list(map(device_bytes, forms))
     given = zip(jax.tree.leaves(params), forms, sizes, strict=True)
     resident = sum(size for leaf, form, size in given if lies_as(leaf, form))
     resolved = config.resolve(

@@ -21,17 +21,16 @@ from unittest import mock
 import jax
 from hlo_read import Program, Thunk, read_thunks
 from jax.experimental import topologies
-from jax.sharding import SingleDeviceSharding
 
 from folojax.attention import cudnn
 from folojax.backend.backend import GPU
+from folojax.backend.devices import Devices, device_bytes
 from folojax.compile.shapes import slots_for
 from folojax.models.core.decoder import Llama, init_params
 from folojax.runner.batch import Batch
 from folojax.runner.padding import padding
 from folojax.sampling.sampler import SamplingSpec
 from folojax.steps.executables import Executable
-from folojax.steps.fused import WholeSteps
 from folojax.steps.state import init_state
 
 TARGET = Path(__file__).parent / "data" / "h200_target.textproto"
@@ -43,6 +42,8 @@ _HOPPER = 9.0
 @dataclasses.dataclass(frozen=True)
 class Compiled:
     """A program for the card.
+
+    On several cards, of one of them.
 
     Attributes:
         program: Its HLO.
@@ -59,16 +60,16 @@ class Compiled:
     weight_bytes: int
 
 
-def target_device(target: Path = TARGET) -> Any:
-    """The card that a description tells of.
+def target_devices(target: Path = TARGET, count: int = 1) -> Devices:
+    """Cards that a description tells of, in one machine.
 
     Raises:
         RuntimeError: the plugin with the compiler is not there.
     """
     try:
-        return topologies.get_topology_desc(
-            "gpu", "cuda", target_config=target.read_text(), topology="1x1x1"
-        ).devices[0]
+        found = topologies.get_topology_desc(
+            "gpu", "cuda", target_config=target.read_text(), topology=f"1x1x{count}"
+        )
     except (NotImplementedError, RuntimeError) as error:
         version = jax.lib.__version__
         raise RuntimeError(
@@ -76,13 +77,14 @@ def target_device(target: Path = TARGET) -> Any:
             f"jax-cuda12-plugin=={version} jax-cuda12-pjrt=={version}, then run with "
             "PYTHONPATH=DIR and JAX_PLATFORMS=cpu"
         ) from None
+    return Devices(tuple(found.devices))
 
 
 class Steps:
-    """The programs of an engine on one card, as shapes: nothing is allocated."""
+    """The programs of an engine on one card or several, as shapes: nothing is allocated."""
 
     def __init__(
-        self, module: Llama, num_pages: int, page_size: int, table_pages: int, device: Any
+        self, module: Llama, num_pages: int, page_size: int, table_pages: int, devices: Devices
     ) -> None:
         """Takes shapes.
 
@@ -91,17 +93,15 @@ class Steps:
             num_pages: P, of the pool.
             page_size: S.
             table_pages: N, most pages of a row.
-            device: See `target_device`.
+            devices: See `target_devices`.
         """
-        self._steps = WholeSteps(module)
+        backend = dataclasses.replace(GPU, capability=_HOPPER, devices=devices)
+        self._devices, self._steps = devices, backend.make_steps(module)
         self._vocab_size, self._table_pages = module.config.vocab_size, table_pages
         self._is_tied = module.config.tie_embeddings
-        self._sharding = SingleDeviceSharding(device)
         shapes = jax.eval_shape(functools.partial(init_params, module), jax.random.key(0))
-        self._params = self._on_device(shapes)
-        self._layout = dataclasses.replace(GPU, capability=_HOPPER).kv_layout(
-            module.config, module.dtype, num_pages, page_size
-        )
+        self._params = devices.param_shapes(shapes, module.config)
+        self._layout = backend.kv_layout(module.config, module.dtype, num_pages, page_size)
 
     def decode(self, rows: int, spec: SamplingSpec) -> Compiled:
         """The decode step, with its sampling."""
@@ -121,7 +121,7 @@ class Steps:
         num_slots, num_pages = slots_for(one.rows), self._layout.num_pages
         batch = Batch(num_slots, self._table_pages, num_pages, self._vocab_size)
         make = functools.partial(init_state, self._layout, num_slots)
-        state = self._on_device(jax.eval_shape(make))
+        state = self._devices.shapes(jax.eval_shape(make))
         with _pretend_cudnn():
             self._steps.call(one, self._params, state, padding(one, batch), lower)
         with tempfile.TemporaryDirectory() as dump:
@@ -140,14 +140,8 @@ class Steps:
             thunks=thunks,
             temporary_bytes=memory.temp_size_in_bytes,
             cache_bytes=self._layout.num_pages * self._layout.bytes_per_page,
-            weight_bytes=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weights)),
+            weight_bytes=sum(map(device_bytes, jax.tree.leaves(weights))),
         )
-
-    def _on_device(self, tree: Any) -> Any:
-        return jax.tree.map(lambda leaf: self._array(leaf.shape, leaf.dtype), tree)
-
-    def _array(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=self._sharding)
 
 
 @contextlib.contextmanager

@@ -148,6 +148,8 @@ def test_pages_that_attention_reads_do_not_count(read: ModuleType) -> None:
         ({"moves": ["copy.1"]}, "the cache is moved"),
         ({"temporary_share": 0.06}, "6.0% of the pool"),
         ({"layer_kernels": 13}, "13 kernels in a layer"),
+        ({"layer_kernels": 14, "sums": 9, "wanted_sums": 9}, None),
+        ({"sums": 13, "wanted_sums": 9}, "13 sums over devices, of 9"),
         ({"host_calls": ["callback"]}, "calls to the host"),
     ],
 )
@@ -160,10 +162,31 @@ def test_rules_of_decode(inspect: ModuleType, changes: dict, words: str | None) 
         "moves": [],
         "temporary_share": 0.01,
         "host_calls": [],
+        "sums": 0,
+        "wanted_sums": 0,
     }
     broken = inspect.broken_rules(good | changes)
     assert [words in line for line in broken if words] == ([True] if words else [])
     assert bool(broken) == bool(words)
+
+
+def compile_for_h200(out: Path, pytestconfig: pytest.Config, *options: str) -> dict:
+    script = ROOT / "scripts" / "measure" / "inspect_hlo.py"
+    paths = os.pathsep.join([str(ROOT), pytestconfig.getoption("--gpu-compiler")])
+    subprocess.run(
+        [sys.executable, script, "--json", out, *options],
+        env={**os.environ, "PYTHONPATH": paths, "JAX_PLATFORMS": "cpu"},
+        check=True,
+    )
+    return json.loads(out.read_text())
+
+
+@pytest.mark.gpu_compiler
+def test_two_h200s_sum_twice_a_layer(tmp_path: Path, pytestconfig: pytest.Config) -> None:
+    report = compile_for_h200(tmp_path / "out.json", pytestconfig, "--devices=2", "--layers=4")
+    assert report["broken"] == []
+    assert [one["sums"] for one in report["results"]] == [2 * 4 + 1] * 7
+    assert all(one["moves"] == [] for one in report["results"])
 
 
 @pytest.mark.gpu_compiler
@@ -171,21 +194,7 @@ def test_rules_of_decode(inspect: ModuleType, changes: dict, words: str | None) 
 def test_decode_on_an_h200_keeps_the_rules(
     model: str, tmp_path: Path, pytestconfig: pytest.Config
 ) -> None:
-    out = tmp_path / "out.json"
-    paths = os.pathsep.join([str(ROOT), pytestconfig.getoption("--gpu-compiler")])
-    subprocess.run(
-        [
-            sys.executable,
-            ROOT / "scripts" / "measure" / "inspect_hlo.py",
-            "--model",
-            model,
-            "--json",
-            out,
-        ],
-        env={**os.environ, "PYTHONPATH": paths, "JAX_PLATFORMS": "cpu"},
-        check=True,
-    )
-    report = json.loads(out.read_text())
+    report = compile_for_h200(tmp_path / "out.json", pytestconfig, "--model", model)
     assert report["broken"] == []
     *decode, prefill = report["results"]
     assert [(one["call"], one["rows"]) for one in decode] == [
