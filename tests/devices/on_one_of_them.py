@@ -56,6 +56,7 @@ def test_all_lies_where_the_params_are(llm: LLM, second: tuple) -> None:
     assert devices(llm.engine.runner.state) == {SECOND}
 
 
+@pytest.mark.slow
 def test_requests_of_every_kind_with_copies_and_a_host_store(
     second: tuple, tiny_model: tuple
 ) -> None:
