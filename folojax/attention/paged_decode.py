@@ -17,11 +17,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
 from jaxtyping import Array, Float, Num
 
 from folojax.attention.row_layout import finite_in_kernel
 from folojax.kv.placement import Placement
+from folojax.models.core.triton import triton
 
 _PIECE_TOKENS = 512
 _MOST_PIECES = 64  # of a row: longer rows have larger pieces
@@ -38,7 +38,8 @@ def is_taken(head_dim: int, groups: int, page_size: int, capability: float) -> b
     """
     is_product = all(size >= 16 and size & (size - 1) == 0 for size in (head_dim, page_size))
     most = 2**14 if capability >= _HOPPER else 2**13
-    return is_product and head_dim * page_size <= most and groups <= _MOST_GROUP
+    fits = head_dim * page_size <= most and groups <= _MOST_GROUP
+    return triton is not None and is_product and fits
 
 
 def attend_single(

@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
 from jaxtyping import Array, Float, Num
 
 from folojax.kv.cache import finite_values, write
 from folojax.kv.placement import Placement
 from folojax.models.core.row_kernels import is_taken, kernel_or, most_together
+from folojax.models.core.triton import triton
 
 _MOST_TOKENS, _MOST_NUMBERS = 16, 1024  # of a row, and of a token, that a program lays out
 _MOST_HEADS = 16  # of a token that a program joins

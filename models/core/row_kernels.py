@@ -20,15 +20,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
 from jaxtyping import Array, Float
+
+from folojax.models.core.triton import triton
 
 _MOST_GATED = 2048  # numbers of a row that a program computes
 
 
 def is_taken(dtype: Any, head_dim: int | None = None) -> bool:
     """Whether there are kernels: in half precision, and of heads whose halves are powers of two."""
-    return jnp.dtype(dtype).itemsize == 2 and (head_dim is None or _is_power(head_dim))
+    is_size = head_dim is None or _is_power(head_dim)
+    return triton is not None and jnp.dtype(dtype).itemsize == 2 and is_size
 
 
 def kernel_or(kernel: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:

@@ -3,7 +3,7 @@
 Chunks of prompts and tokens that continue a row are the same to a kernel, but for the columns.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -48,9 +48,18 @@ def way(request: pytest.FixtureRequest) -> Way:
     page_format = PageFormat(PAGE_SIZE, found.order, (found.kernel,), choose_backend().capability)
     spec = AttentionSpec(dtype, dtype, HEADS.dim, page_format, PLAIN)
     reason = KERNELS[found.kernel].refusal(spec)
+    if found.kernel == "native" and choose_backend().name != "cpu":
+        reason = "runs on a CPU"
     if reason is not None:
         pytest.skip(f"{found.kernel} {reason}")
     return found
+
+
+@pytest.fixture(autouse=True)
+def precise() -> Iterator[None]:
+    """A GPU multiplies float32 with ten bits of each number, unless it is told not to."""
+    with jax.default_matmul_precision("highest"):
+        yield
 
 
 class Case(NamedTuple):

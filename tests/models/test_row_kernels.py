@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 
+from folojax.attention import paged_decode
 from folojax.models.core import layers, row_kernels
 from folojax.models.core.config import ModelConfig
 from folojax.models.core.decoder import Llama, init_params
@@ -114,6 +115,15 @@ def test_programs_hold_a_kernel_once_for_all_layers(  # and that of the final no
 
     lowered = jax.jit(run).trace(params, token).lower(lowering_platforms=(platform,))
     assert lowered.as_text().count("__gpu$xla.gpu.triton") == num_kernels
+
+
+def test_without_triton_nothing_is_a_kernel() -> None:
+    assert row_kernels.is_taken(jnp.bfloat16, 128)
+    assert paged_decode.is_taken(128, 4, 64, 9.0)
+    with mock.patch.object(row_kernels, "triton", None):
+        assert not row_kernels.is_taken(jnp.bfloat16, 128)
+    with mock.patch.object(paged_decode, "triton", None):
+        assert not paged_decode.is_taken(128, 4, 64, 9.0)
 
 
 def _wide_sum(x: Any) -> Any:
