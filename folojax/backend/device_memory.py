@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jax
 
-from folojax.backend.devices import default_device
+from folojax.backend.devices import DEFAULT_DEVICE, Devices
 from folojax.compile.memory_plan import DeviceMemory
 
 # Sizes of a container's memory, versions 2 and 1; absent or "max" where there is no limit.
@@ -16,17 +16,25 @@ _CGROUP_LIMITS = (
 )
 
 
-def device_memory(own_bytes: int = 0, device: jax.Device | None = None) -> DeviceMemory | None:
-    """The memory of the device that an engine runs on; None where nobody tells.
+def device_memory(own_bytes: int = 0, devices: Devices = DEFAULT_DEVICE) -> DeviceMemory | None:
+    """The memory of a device that an engine runs on, of several the least; None: nobody tells.
 
     Of a GPU it is what JAX may have: XLA_PYTHON_CLIENT_MEM_FRACTION of the card, 0.75 by default,
-    and less where other processes hold so much of the card that this is no longer there.
+    and less where other processes hold so much of the card that this is no longer there. Several
+    devices of one CPU share its memory.
 
     Args:
-        own_bytes: Of arrays on the device that the engine counts as its own.
-        device: None: JAX's default one.
+        own_bytes: Of arrays on each device that the engine counts as its own.
+        devices: Of the engine.
     """
-    device = device or default_device()
+    all_devices = devices.given or (devices.first,)
+    found = [_memory_of(device, own_bytes, len(all_devices)) for device in all_devices]
+    known = [one for one in found if one is not None]
+    return min(known, key=lambda one: one.limit_bytes - one.used_bytes, default=None)
+
+
+def _memory_of(device: jax.Device, own_bytes: int, count: int) -> DeviceMemory | None:
+    """Of one of so many devices."""
     stats = device.memory_stats()
     if stats and "bytes_limit" in stats:
         limit, pool = stats["bytes_limit"], stats.get("pool_bytes", 0)
@@ -42,7 +50,7 @@ def device_memory(own_bytes: int = 0, device: jax.Device | None = None) -> Devic
         text = path.read_text().strip() if path.is_file() else ""
         if text.isdecimal():
             limit = min(limit, int(text))
-    return DeviceMemory(limit_bytes=limit)
+    return DeviceMemory(limit_bytes=limit // count)
 
 
 def _free_bytes(device: jax.Device) -> int | None:

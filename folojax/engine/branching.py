@@ -106,7 +106,9 @@ def _kv_bits(engine: Engine) -> str | None:
     """What the bits of K/V depend on besides tokens and weights; None: on the batch."""
     if engine.runner.steps.kind != "rows":
         return None
-    return f"deterministic mode with pages of {engine.scheduler.config.page_size}"
+    count = engine.runner.backend.devices.count
+    told = f"deterministic mode with pages of {engine.scheduler.config.page_size}"
+    return told if count == 1 else f"{told} on {count} devices"
 
 
 def _read_kv(engine: Engine, request: Request) -> TokenKV | None:

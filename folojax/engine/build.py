@@ -194,7 +194,7 @@ def plan_memory(
         max_model_len=resolved.max_model_len,
         temporaries_bytes=step_memory.estimate(setup),
         is_measured=False,
-        device=device_memory(resident, devices.first),
+        device=device_memory(resident, devices),
     )
     fraction = config.pool_fraction(backend)
     if fraction is None:

@@ -13,6 +13,7 @@ import pytest
 from folojax import LLM, EngineConfig
 from folojax.backend.backend import CPU, GPU, Backend
 from folojax.backend.device_memory import device_memory
+from folojax.backend.devices import Devices
 from folojax.compile.memory_plan import DeviceMemory, MemoryPlan, plan_fraction, plan_pages
 from folojax.engine import build
 from folojax.runner import temporaries as step_memory
@@ -347,7 +348,7 @@ def test_what_others_hold_of_a_gpu_counts(
 ) -> None:
     device: Any = types.SimpleNamespace(platform="gpu", memory_stats=lambda: stats)
     monkeypatch.setattr("folojax.backend.device_memory._free_bytes", lambda device: free)
-    found = device_memory(10, device)
+    found = device_memory(10, Devices((device,)))
     assert found is not None
     assert (found.limit_bytes, found.used_bytes) == expected
 

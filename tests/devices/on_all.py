@@ -142,6 +142,26 @@ def test_every_family(family: str, count: int, tmp_path: Path) -> None:
     check_close(found, known)
 
 
+@pytest.mark.slow
+def test_bits_of_deterministic_mode_do_not_depend_on_the_batch(tiny_model: tuple) -> None:
+    """And scores have those that sampling had; those of another number of devices are others."""
+    options: dict[str, Any] = MORE_LIMITS | {"deterministic": True}
+    llm = LLM(tiny_model, **options, tensor_parallel_size=2)
+    asked = SamplingParams(seed=5, max_tokens=8, ignore_eos=True, logprobs=0)
+    (one,) = llm.generate(PROMPT, asked, use_tqdm=False)
+    several = llm.generate([list(range(5, 45)), PROMPT, [9, 8]], asked, use_tqdm=False)
+    entries = [one.outputs[0].logprobs, several[1].outputs[0].logprobs]
+    assert entries[0] == entries[1]
+    (scored,) = llm.score([PROMPT], [list(one.outputs[0].token_ids)], use_tqdm=False)
+    assert scored.cumulative_logprob == one.outputs[0].cumulative_logprob
+    llm.add_request("parent", PROMPT, asked)
+    llm.step()
+    taken = llm.snapshot("parent")
+    llm.abort_request("parent")
+    with pytest.raises(ValueError, match="on 2 devices, whose bits are"):
+        LLM(tiny_model, **options).resume(taken, "child")
+
+
 def test_functions_and_taps(tiny_model: tuple) -> None:
     """What a user's function sees is whole on each device."""
     options: dict[str, Any] = MORE_LIMITS | {
@@ -184,6 +204,9 @@ def test_each_device_has_its_part(llm: LLM, tiny_model: tuple, alone: LLM) -> No
     assert 2 * half.bytes_per_page == whole.bytes_per_page
     assert 0.5 <= half.weights_bytes / whole.weights_bytes < 0.51
     assert half.temporaries_bytes < whole.temporaries_bytes
+    assert half.device is not None
+    assert whole.device is not None
+    assert half.device.limit_bytes == whole.device.limit_bytes // 2  # of one CPU
 
 
 def test_files_are_read_to_their_shards(
