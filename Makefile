@@ -18,7 +18,8 @@ WORKERS := --numprocesses 2 --dist loadfile
 # XLA's compiler for NVIDIA GPUs, which needs none: of jaxlib's version, beside the environment.
 CUDA_COMPILER := $(VENV)/cuda-compiler
 
-# The programs that folojax has adapters for: an environment of what the first one lacks, on top.
+# The programs that folojax has adapters or writes files for: an environment of what the first one
+# lacks, on top.
 ADAPTERS := $(VENV)/adapters
 
 .PHONY: demo test test-all test-times test-gpu-programs test-adapters lint types wheel clean
@@ -80,7 +81,8 @@ $(ADAPTERS)/.installed: $(VENV)/.test
 	site=$$($(ADAPTERS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
 	$(BIN)/python -c 'import sys; print(*[p for p in sys.path if p.endswith("-packages")], sep="\n")' \
 		>$$site/below.pth
-	$(ADAPTERS)/bin/python -m pip install $(QUIET) --editable '.[lm-eval,ray]'
+	$(ADAPTERS)/bin/python -m pip install $(QUIET) --editable '.[lm-eval,ray]' \
+		'compressed-tensors>=0.15'
 	touch $@
 
 clean:

@@ -161,7 +161,8 @@ def scheme(bits: int, strategy: str, kind: str = "int", **fields: Any) -> dict[s
 
 def compressed(format: str, *schemes: dict[str, Any], **fields: Any) -> dict[str, Any]:
     groups = {f"group_{number}": one for number, one in enumerate(schemes)}
-    said = {"format": format, "config_groups": groups, "ignore": ["lm_head"]}
+    said: dict[str, Any] = {"format": format, "config_groups": groups, "ignore": ["lm_head"]}
+    said |= {"quantization_status": "compressed"}
     return {"quant_method": "compressed-tensors", **said, **fields}
 
 

@@ -6,7 +6,7 @@ scales and zeros, as those of a checkpoint in few bits are. Other kernels, embed
 projection are written as the floats that they mean: elsewhere, these are read as floats alone.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from folojax.models.quantized.int8_kernels import Int8Kernel
 from folojax.models.quantized.quantize import VOCABULARY, QuantizedKernel
 
 _INT8: dict[str, Any] = {"num_bits": 8, "type": "int", "symmetric": True}
-_INT4: dict[str, Any] = {"num_bits": 4, "type": "int", "symmetric": False}
+_INT4: dict[str, Any] = {"num_bits": 4, "type": "int"}
 _IN_GROUPS = {"strategy": "group", "group_size": GROUP}
 _SCHEMES: dict[str, dict[str, Any]] = {
     "outputs": {
@@ -27,9 +27,11 @@ _SCHEMES: dict[str, dict[str, Any]] = {
         "input_activations": _INT8 | {"strategy": "token", "dynamic": True},
     },
     "groups": {"format": "int-quantized", "weights": _INT8 | _IN_GROUPS},
-    "packed": {"format": "pack-quantized", "weights": _INT4 | _IN_GROUPS},
+    "packed": {"format": "pack-quantized", "weights": _INT4 | {"symmetric": True} | _IN_GROUPS},
+    "zeros": {"format": "pack-quantized", "weights": _INT4 | {"symmetric": False} | _IN_GROUPS},
 }
-"""By what a kernel is: eight bits and a scale for each output or group, or four bits in groups."""
+"""By what a kernel is: eight bits and a scale for each output, or for each group; four bits in
+groups without or with zeros."""
 
 
 def quantized_tensors(
@@ -55,8 +57,9 @@ def code_tensors(name: str, codes: Codes) -> Iterator[tuple[str, np.ndarray]]:
     else:
         yield f"{name}_packed", _packed(codes.values)
         yield f"{name}_scale", codes.scale.astype(np.float16)
-        yield f"{name}_zero_point", _packed(codes.zero.T.astype(np.uint8)).T
         yield f"{name}_shape", np.array(codes.values.shape)
+        if (codes.zero != 8).any():
+            yield f"{name}_zero_point", _packed(codes.zero.T.astype(np.uint8)).T
 
 
 def quantization_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any] | None:
@@ -65,9 +68,7 @@ def quantization_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]
     for name, shape in shapes.items():
         module, _, role = name.rpartition(".")
         if role == "weight_scale":
-            is_packed = f"{module}.weight_packed" in shapes
-            kind = "packed" if is_packed else "outputs" if shape[1] == 1 else "groups"
-            modules[kind].append(module)
+            modules[_kind(module, shape, shapes)].append(module)
     groups = [_SCHEMES[kind] | {"targets": sorted(one)} for kind, one in modules.items() if one]
     if not groups:
         return None
@@ -78,6 +79,12 @@ def quantization_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]
         "config_groups": {f"group_{number}": group for number, group in enumerate(groups)},
         "ignore": ["lm_head"],
     }
+
+
+def _kind(module: str, scale: tuple[int, ...], names: Container[str]) -> str:
+    if f"{module}.weight_packed" in names:
+        return "zeros" if f"{module}.weight_zero_point" in names else "packed"
+    return "outputs" if scale[1] == 1 else "groups"
 
 
 def _packed(codes: np.ndarray) -> np.ndarray:

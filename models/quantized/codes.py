@@ -63,7 +63,8 @@ def codes_of(kernel: QuantizedKernel) -> Codes | None:
         return Codes(values, scale, np.full_like(scale, 128), values.shape[1], 8)
     codes, scale, offset = (np.asarray(one) for one in unpack_groups(kernel))
     wide, bits = scale.astype(np.float32), kernel.bits
-    zero = np.clip(np.round(-offset / np.where(wide == 0, 1, wide)), 0, 2**bits - 1)
+    zero = np.round(-offset / np.where(wide == 0, 1, wide)).clip(0, 2**bits - 1)
+    zero[wide == 0] = 2 ** (bits - 1)  # as any other
     if not np.array_equal((-zero * wide).astype(np.float16), offset):
         return None
     return Codes(codes.reshape(kernel.shape), wide, zero, GROUP, bits)

@@ -12,11 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from folojax import LLM, SamplingParams
 from folojax.models.files.checkpoint import load_params, open_checkpoint
 from folojax.models.files.hf_config import config_from_hf
+from folojax.models.files.save import save_pretrained
 from folojax.models.quantized.codes import dequantize
 from folojax.models.quantized.group_kernels import GroupKernel
 from folojax.models.quantized.int8_kernels import Int8Kernel
@@ -131,6 +133,56 @@ def test_of_other_codes_the_offset_alone_is_rounded(name: str, written: Any) -> 
     off = abs(dequantize(kernel) - expected)
     # 15 steps, to the eleven bits of float16.
     assert off.max() < 15 * 2**-11 * np.asarray(kernel.scale, np.float32).max()
+
+
+@pytest.mark.parametrize(
+    ("name", "quantization", "as_written"),
+    [
+        ("awq", "int4", "ct-packed-zeros"),
+        ("gptq", "int4", "ct-packed"),
+        ("ct-int8", "int8", "ct-int8"),
+    ],
+)
+def test_kept_codes_are_saved_as_they_are(
+    name: str, quantization: str, as_written: str, written: Any, tmp_path: Path
+) -> None:
+    """The tensors are those that the writer makes of the same kernels."""
+    checkpoint = open_checkpoint(written[name][0])
+    params = load_params(checkpoint, jnp.float32, quantization)
+    save_pretrained(params, tmp_path, checkpoint.config)
+    again = open_checkpoint(tmp_path)
+    loaded = load_params(again, jnp.float32, quantization)
+    chex.assert_trees_all_equal(loaded["layers_0"], params["layers_0"])
+    expected = load_file(written[as_written][0] / "model.safetensors")
+    stored = load_file(tmp_path / "model.safetensors")
+    assert stored.keys() == {part for part in expected if not part.endswith("input_scale")}
+    for part, tensor in stored.items():
+        if "_proj." in part:
+            assert torch.equal(tensor, expected[part]), part
+    group = json.loads(again.config.hf_config)["quantization_config"]["config_groups"]["group_0"]
+    assert "model.layers.1.mlp.gate_proj" in group["targets"]
+
+
+@pytest.mark.adapters
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize(
+    ("name", "quantization"), [("gptq", "int4"), ("awq", "int4"), ("ct-int8", "int8")]
+)
+def test_compressed_tensors_reads_what_is_saved(
+    name: str, quantization: str, written: Any, tmp_path: Path
+) -> None:
+    directory, meant = written[name]
+    checkpoint = open_checkpoint(directory)
+    params = load_params(checkpoint, jnp.float32, quantization)
+    save_pretrained(params, tmp_path, checkpoint.config)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=transformers.CompressedTensorsConfig(dequantize=True)
+    ).state_dict()
+    for tensor, expected in meant.items():
+        if tensor.endswith("proj.weight"):
+            # They round to the dtype of the scales.
+            found = theirs[tensor].float().numpy()
+            np.testing.assert_allclose(found, expected, rtol=2**-11, err_msg=tensor)
 
 
 @pytest.mark.parametrize(
