@@ -111,7 +111,8 @@ class EngineConfig:
         in four bits and embedding and output in eight, in groups of 32 inputs, inputs rounded
         likewise: a fifth of the memory, and about twice as fast where a C++ compiler is there to
         build the product for x86-64 (else XLA computes it, slowly, and a RuntimeWarning says so).
-        docs/models.md has by how much, and how far log-probabilities move. Experts and the rest
+        docs/models.md has by how much, how far log-probabilities move, and which files' own codes
+        are kept. Experts and the rest
         stay as they are. Only on CPU, and without gradients. None computes in the dtype.""",
         choices=QUANTIZATIONS,
     )
