@@ -17,13 +17,10 @@ from folojax import (
     SamplingClass,
     SamplingParams,
     join_params,
-    log_likelihood,
-    outputs_to_arrays,
 )
 from folojax.compile.programs import run as run_program
 from tests import dense, mixed_requests
 from tests.families import FAMILIES, save_family
-from tests.house.test_imports import ROOT
 from tests.letters import make_letters_tokenizer
 from tests.reference import MORE_LIMITS, TIGHT
 from tests.user_functions import EDITS, PROCESSORS
@@ -372,21 +369,3 @@ def test_params_of_other_devices_are_refused(tiny_model: tuple, llm: LLM) -> Non
     with pytest.raises(ValueError, match="embed is float32"):
         llm.update_params(params | {"embed": params["embed"][:7]})
     assert tokens(llm) == tokens(made)
-
-
-def test_the_recipe_of_the_page_runs(text_directory: Path, capsys: Any) -> None:
-    page = (ROOT / "docs" / "several_devices.md").read_text()
-    _, recipe = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
-    code = recipe.replace('"Qwen/Qwen3-8B"', repr(str(text_directory)))
-    names: dict[str, Any] = {}
-    exec(compile(code, "several_devices.md", "exec"), names)
-    assert names["llm"].weights_version == 3
-    assert names["llm"].config.tensor_parallel_size == len(DEVICES)
-    assert len(capsys.readouterr().out.splitlines()) == 3
-    # What samples now is what was trained.
-    outputs = names["llm"].generate(
-        names["prompts"], SamplingParams(seed=9, max_tokens=8, record=True), use_tqdm=False
-    )
-    arrays: Any = outputs_to_arrays(outputs)
-    found = log_likelihood(names["params"], arrays.tokens, arrays.mask, model=names["module"])
-    np.testing.assert_allclose(found, arrays.record.raw, atol=1e-4)
