@@ -41,6 +41,9 @@ if TYPE_CHECKING:
     from folojax.requests.prompts import TextPrompt as TextPrompt
     from folojax.requests.prompts import TokensPrompt as TokensPrompt
     from folojax.requests.sampling_params import SamplingParams as SamplingParams
+    from folojax.requests.structured_outputs import (
+        StructuredOutputsParams as StructuredOutputsParams,
+    )
     from folojax.sampling.logits_processors import LogitsProcessor as LogitsProcessor
     from folojax.sampling.logits_processors import RequestState as RequestState
     from folojax.sampling.rows import SampleInputs as SampleInputs
@@ -92,6 +95,7 @@ _NAMES = {
     ),
     "requests.prompts": "Prompt TextPrompt TokensPrompt",
     "requests.sampling_params": "SamplingParams",
+    "requests.structured_outputs": "StructuredOutputsParams",
     "sampling.logits_processors": "LogitsProcessor RequestState",
     "sampling.rows": "SampleInputs SamplingRows SlotState StepOutput TokenScores greedy_rows",
     "sampling.sampler": "SamplingSpec",

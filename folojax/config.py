@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from folojax.models.quantized.names import QUANTIZATIONS
 from folojax.requests.sampling_params import SamplingParams
+from folojax.requests.structured_outputs import StructuredOutputsParams
 from folojax.sched.config import SchedulerConfig
 from folojax.sched.option_fields import (
     documented,
@@ -342,8 +343,10 @@ def given_options(args: argparse.Namespace, cls: type) -> dict[str, Any]:
 def options_page() -> str:
     """The text of docs/options.md: all options, in tables."""
     head = "# Options\n\nFields of `EngineConfig`, which are keywords of `LLM` too.\n"
-    middle = "\nFields of `SamplingParams`.\n"
-    return "\n".join([head, _table(EngineConfig), middle, _table(SamplingParams)])
+    parts = [head, _table(EngineConfig)]
+    for cls in (SamplingParams, StructuredOutputsParams):
+        parts += [f"\nFields of `{cls.__name__}`.\n", _table(cls)]
+    return "\n".join(parts)
 
 
 def _table(cls: type) -> str:

@@ -1,5 +1,6 @@
 """Sampling parameters, where vLLM has them."""
 
 from folojax.requests.sampling_params import SamplingParams
+from folojax.requests.structured_outputs import StructuredOutputsParams
 
-__all__ = ["SamplingParams"]
+__all__ = ["SamplingParams", "StructuredOutputsParams"]

@@ -33,7 +33,7 @@ def num_decode_steps(config: SchedulerConfig, running: Iterable[Request], memory
     num_missing = 0
     for request in running:
         num_left = num_tokens_left(request, config.max_model_len)
-        if num_left > 1 or request.is_prompt_only:
+        if num_left > 1 or request.is_prompt_only or request.takes_single_steps:
             return 1
         if num_left:
             num_tokens = min(most, num_samples_left(request, config.max_model_len))

@@ -121,6 +121,8 @@ class Request:
     # Its K/V are not what its tokens alone would give, so nobody else is to have its pages; they
     # never enter the prefix cache. Goes with `skip_prefix_cache`.
     is_private: bool = False
+    # What its next token may be is known only when the last one is: it gets one in each plan.
+    takes_single_steps: bool = False
 
     _: KW_ONLY
     arrival_index: int = NOT_ARRIVED  # order of `add_request` calls

@@ -40,7 +40,9 @@ from folojax.text.tokenizer import Tokenizer
 
 UPDATE_POLICIES = ("recompute", "keep", "restart")
 
-NO_DISTRIBUTION = "a NaN, or nothing finite, in the logits or in what bans and processors leave"
+NO_DISTRIBUTION = (
+    "a NaN, or nothing finite, in the logits or in what bans, processors and grammars leave"
+)
 
 Live: TypeAlias = LiveGeneration | LiveScore
 Output: TypeAlias = RequestOutput | ScoreOutput
@@ -123,7 +125,7 @@ class Engine:
             prompt,
             sampling_params,
             priority,
-            num_given=len(progress.token_ids),
+            given=progress.token_ids,
             has_given_logprobs=progress.logprobs is not None,
         )
         return make_generation(

@@ -296,7 +296,9 @@ def make_generation(
     params = asked.params
     if not params.detokenize:
         tokenizer = None
-    ends = () if params.ignore_eos else tuple(eos_token_ids)
+    # Where a grammar ends there is nothing to go on with.
+    is_endless = params.ignore_eos and asked.grammar is None
+    ends = () if is_endless else tuple(eos_token_ids)
     stop = StopRule(
         max_tokens=asked.max_tokens,
         # Only the first goes without a reason, as in vLLM; a further one is named as the reason.
@@ -335,6 +337,8 @@ def make_generation(
                 bad_word_ids=asked.bad_word_ids,
                 num_logprobs=asked.num_logprobs,
                 num_prompt_logprobs=num_prompt_logprobs,
+                grammar=asked.grammar,
+                takes_single_steps=asked.grammar is not None,
                 index=index,
                 tokenizer=tokenizer,
                 num_given=num_given,

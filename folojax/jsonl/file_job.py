@@ -189,7 +189,7 @@ class JsonlJob:
 
     def _queue(self, line_id: str | int, number: int, fields: Mapping[str, Any]) -> None:
         check_fields(fields)
-        params = sampling_params(fields.get("sampling"), self._defaults, self._seed, line_id)
+        params = sampling_params(fields, self._defaults, self._seed, line_id)
         prompt: Prompt
         if "messages" in fields:
             prompt = self._llm.render_chat(fields["messages"])

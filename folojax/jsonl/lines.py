@@ -7,9 +7,10 @@ A line of the input is an object with one prompt, and more where it is wanted:
     {"prompt_token_ids": [1, 2, 3]}
 
 `prompt` is text as the model shall see it; `messages` go through the chat template. `sampling`
-holds fields of SamplingParams; those that it leaves out keep the job's defaults. An id is a string
-or an integer, is unique (1 and "1" are the same), and is "line-<number>" where none is given. Line
-numbers count from 1; blank lines count, and mean nothing else.
+holds fields of SamplingParams; those that it leaves out keep the job's defaults. What the text must
+be may stand in `response_format`, as OpenAI spells it. An id is a string or an integer, is unique
+(1 and "1" are the same), and is "line-<number>" where none is given. Line numbers count from 1;
+blank lines count, and mean nothing else.
 
 A line of the output is the entry of one line of the input, in the order in which they finish:
 
@@ -37,6 +38,7 @@ import numpy as np
 
 from folojax.requests.outputs import CompletionOutput, RequestOutput
 from folojax.requests.sampling_params import SamplingParams
+from folojax.requests.structured_outputs import response_format
 
 Entry: TypeAlias = dict[str, Any]
 """One line of the output, as JSON holds it."""
@@ -45,7 +47,7 @@ ENTRY_START = b'{"id": '
 """How every entry begins."""
 
 PROMPT_KEYS = ("prompt", "messages", "prompt_token_ids")
-KEYS = ("id", *PROMPT_KEYS, "sampling")
+KEYS = ("id", *PROMPT_KEYS, "sampling", "response_format")
 _PROMPTS = ", ".join(PROMPT_KEYS)
 
 
@@ -135,12 +137,12 @@ def _are_messages(messages: Any) -> bool:
 
 
 def sampling_params(
-    given: Any, defaults: SamplingParams, seed: int, line_id: str | int
+    fields: Mapping[str, Any], defaults: SamplingParams, seed: int, line_id: str | int
 ) -> SamplingParams:
     """The parameters of a line.
 
     Args:
-        given: Its "sampling"; None is the defaults.
+        fields: Of the line; without "sampling" it has the defaults.
         defaults: What it does not name.
         seed: Of the job; gives the line's own where it names none.
         line_id: Of the line.
@@ -148,6 +150,7 @@ def sampling_params(
     Raises:
         ValueError: a field is unknown or out of range.
     """
+    given = fields.get("sampling")
     given = {} if given is None else given
     if not isinstance(given, dict):
         raise ValueError(f"sampling is {given!r:.60}; it must be an object")
@@ -158,6 +161,10 @@ def sampling_params(
     if isinstance(given.get("logit_bias"), dict):
         # JSON has no other keys than strings.
         given = given | {"logit_bias": {_as_id(k): v for k, v in given["logit_bias"].items()}}
+    if fields.get("response_format") is not None:
+        if given.get("structured_outputs") is not None:
+            raise ValueError("response_format and structured_outputs say the same: give one")
+        given = given | {"structured_outputs": response_format(fields["response_format"])}
     params = dataclasses.replace(defaults, **given)
     if params.seed is None and not params.is_greedy:
         return dataclasses.replace(params, seed=line_seed(seed, line_id))

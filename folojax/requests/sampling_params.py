@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from folojax.requests.frozen_dict import FrozenDict
+from folojax.requests.structured_outputs import StructuredOutputsParams, structured_outputs
 from folojax.requests.vllm_names import SAMPLING_FIELDS, takes_names
 from folojax.sampling.sampling_class import SamplingClass
 from folojax.sched.option_fields import (
@@ -18,6 +20,9 @@ from folojax.sched.option_fields import (
 from folojax.sched.request import Request
 from folojax.text.plain_numbers import plain
 
+if TYPE_CHECKING:
+    from folojax.requests.grammars import Grammar
+
 GREEDY_TEMPERATURE = 1e-5
 """Temperatures below this are greedy."""
 
@@ -28,28 +33,6 @@ MAX_SCALE = 1e30
 """Of a bias and of a repetition penalty: divided by the least temperature they stay finite."""
 
 MAX_N = 16384
-
-
-class FrozenDict(Mapping[Any, Any]):
-    """A dictionary that cannot change, so that what holds it can be hashed and shared."""
-
-    def __init__(self, items: Mapping[Any, Any]) -> None:
-        self._items = dict(items)
-
-    def __getitem__(self, key: Any) -> Any:
-        return self._items[key]
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self._items)
-
-    def __len__(self) -> int:
-        return len(self._items)
-
-    def __hash__(self) -> int:
-        return hash(frozenset(self._items.items()))
-
-    def __repr__(self) -> str:
-        return repr(self._items)
 
 
 def _is_token_id(value: Any) -> bool:
@@ -220,6 +203,13 @@ class SamplingParams:
         ),
         must_be="a dict of names to numbers, texts or lists of these",
     )
+    structured_outputs: StructuredOutputsParams | None = option(  # noqa: RUF009  (a field)
+        None,
+        """What the text must be (`StructuredOutputsParams`, or its fields as a dict): a mask behind
+        all other edits. An end token ends it, whatever `ignore_eos` says.""",
+        is_valid=lambda value: isinstance(value, StructuredOutputsParams),
+        must_be="a StructuredOutputsParams, or a dict of its fields",
+    )
     activation_edits: Iterable[str] | None = option(
         (),
         """Names of the engine's activation edits that are on, for prompt and output. Such a request
@@ -315,6 +305,8 @@ class SamplingParams:
 
 def _frozen(one: Option, value: Any) -> Any:
     """Plain numbers, tuples and frozen dicts for what came; a value of no such kind stays."""
+    if one.name == "structured_outputs" and isinstance(value, Mapping):
+        return structured_outputs(value)
     if isinstance(value, Mapping):
         return FrozenDict({plain(key): _listed(item) for key, item in value.items()})
     if not one.is_list:
@@ -352,6 +344,7 @@ class SamplingRequest(Request):
     num_logprobs: int | None = None  # alternatives to report with each token; None: no logprobs
     num_prompt_logprobs: int | None = None  # the same for the tokens of the prompt
     next_token: int | None = None  # follows the prompt, and is to be scored with it
+    grammar: "Grammar | None" = None  # that its outputs follow
 
     @property
     def has_penalty(self) -> bool:

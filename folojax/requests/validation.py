@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from folojax.requests.grammars import Grammar, Grammars
 from folojax.requests.prompts import ParsedPrompt
 from folojax.requests.sampling_params import SamplingParams
 from folojax.requests.user_functions import NO_FUNCTIONS, UserFunctions
@@ -44,6 +45,7 @@ class CheckedRequest:
     bad_word_ids: tuple[tuple[int, ...], ...]  # every encoding of every bad word
     num_logprobs: int | None  # alternatives to report with each token; None: no log-probabilities
     num_prompt_logprobs: int | None  # the same for the prompt
+    grammar: Grammar | None = None  # that its outputs follow
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +69,7 @@ class Validator:
         params: SamplingParams,
         priority: int = 0,
         *,
-        num_given: int = 0,
+        given: Sequence[int] = (),
         has_given_logprobs: bool = True,
     ) -> CheckedRequest:
         """Checks a request for outputs.
@@ -77,13 +79,13 @@ class Validator:
             prompt: Its tokens, and its text if there is one.
             params: How it is continued.
             priority: Smaller is more urgent.
-            num_given: Output tokens that it begins with.
+            given: Output tokens that it begins with.
             has_given_logprobs: Whether the log-probabilities of these are known.
 
         Raises:
             ValueError: it is refused; every reason is named.
         """
-        num_prompt_tokens = len(prompt.token_ids)
+        num_prompt_tokens, num_given = len(prompt.token_ids), len(given)
         max_tokens = self.limits.max_model_len
         if params.max_tokens is not None:
             max_tokens = min(params.max_tokens, max_tokens)
@@ -112,6 +114,7 @@ class Validator:
             problems += _prompt_memory_problems(num_prompt_tokens, num_prompt_logprobs)
             problems += self._tap_problems(params, num_tokens)
         _raise(problems)
+        grammar = self._grammar(params, given)
         return CheckedRequest(
             request_id=request_id,
             prompt=prompt.text,
@@ -123,6 +126,7 @@ class Validator:
             # Padding rows are never reported.
             num_logprobs=num_logprobs and min(num_logprobs, self.num_tokens),
             num_prompt_logprobs=num_prompt_logprobs and min(num_prompt_logprobs, self.num_tokens),
+            grammar=grammar,
         )
 
     def check_score(self, prompt: ParsedPrompt, continuation: ParsedPrompt) -> None:
@@ -223,6 +227,25 @@ class Validator:
                 "activations is True; the engine was built without taps: pass activation_taps= to "
                 "LLM"
             )
+
+    def _grammar(self, params: SamplingParams, given: Sequence[int]) -> Grammar | None:
+        """What the outputs follow; ValueError if refused. Last of all checks: it takes longest."""
+        if params.structured_outputs is None:
+            return None
+        if self._grammars is None:
+            raise ValueError(
+                "structured_outputs needs a tokenizer and an end token: pass tokenizer= and "
+                "eos_token_id= to LLM"
+            )
+        if self.is_strict:
+            raise ValueError("structured_outputs is in no compile plan: set strict to False")
+        return self._grammars.compile(params.structured_outputs, given)
+
+    @functools.cached_property
+    def _grammars(self) -> Grammars | None:
+        if self.tokenizer is None or not self.eos_token_ids:
+            return None
+        return Grammars(self.tokenizer, self.vocab_size, self.eos_token_ids)
 
     def _tap_problems(self, params: SamplingParams, num_tokens: int) -> Iterator[str]:
         num_bytes = num_tokens * self.residual_bytes

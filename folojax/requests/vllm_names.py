@@ -54,7 +54,7 @@ _GENERATES = (
 _OWN_LOOP = "add_request, step, abort_request and stream of LLM are for programs that own the loop"
 _ENCODE = "encode the prompt yourself and give its token ids"
 _UPDATE = "hand new weights over with llm.update_params(params)"
-_CONSTRAIN = "allowed_token_ids and logits processors constrain what is sampled"
+_STRUCTURED = "llguidance is behind SamplingParams(structured_outputs=), which has its options"
 
 LLM_ARGUMENTS = {
     "gpu_memory_utilization": _like("memory_fraction"),
@@ -142,8 +142,10 @@ LLM_ARGUMENTS = {
     "max_loras": Name((1,), _NO_LORA),
     "max_lora_rank": Name((16,), _NO_LORA),
     "max_cpu_loras": Name((), _NO_LORA),
-    "structured_outputs_config": Name(({},), _CONSTRAIN),
-    "guided_decoding_backend": Name(("auto",), _CONSTRAIN),
+    "structured_outputs_config": Name(
+        ({}, {"backend": "auto"}, {"backend": "guidance"}), _STRUCTURED
+    ),
+    "guided_decoding_backend": Name(("auto", "guidance"), _STRUCTURED),
     "limit_mm_per_prompt": Name(({},), _TEXT_ONLY),
     "mm_processor_kwargs": Name(({},), _TEXT_ONLY),
     "allowed_local_media_path": Name(("",), _TEXT_ONLY),
@@ -158,7 +160,7 @@ CALL_ARGUMENTS = {
     "lora_request": Name(([],), _NO_LORA),
     "tokenization_kwargs": Name(({},), _ENCODE),
     "mm_processor_kwargs": Name(({},), _TEXT_ONLY),
-    "guided_options_request": Name((), _CONSTRAIN),
+    "guided_options_request": Name((), _STRUCTURED),
     "prompt_adapter_request": Name((), "there are no prompt adapters"),
 }
 """Keywords of `LLM.generate` and `LLM.chat`."""
@@ -183,8 +185,7 @@ SAMPLING_FIELDS = {
     "use_beam_search": Name((False,), _BEST_OF),
     "length_penalty": Name((1.0,), _BEST_OF),
     "early_stopping": Name((False,), _BEST_OF),
-    "structured_outputs": Name((), _CONSTRAIN),
-    "guided_decoding": Name((), _CONSTRAIN),
+    "guided_decoding": _like("structured_outputs"),
     "truncate_prompt_tokens": Name(
         (), "nothing is truncated in silence: cut the token ids yourself"
     ),
@@ -200,6 +201,12 @@ SAMPLING_FIELDS = {
     "skip_clone": Name(ANY),
 }
 """Keywords of `SamplingParams`."""
+
+STRUCTURED_FIELDS = {
+    "disable_fallback": Name(ANY),  # there is one backend
+    "backend": Name(("auto", "guidance"), _STRUCTURED),
+}
+"""Keywords of `StructuredOutputsParams`."""
 
 METHODS = {
     "beam_search": _BEST_OF,
@@ -218,7 +225,7 @@ IMPORTS = {
     **dict.fromkeys(("AsyncLLMEngine", "AsyncEngineArgs"), f"{_OWN_LOOP}, from any thread"),
     **dict.fromkeys(("PoolingParams", "PoolingRequestOutput"), _GENERATES),
     **dict.fromkeys(("EmbeddingRequestOutput", "ClassificationRequestOutput"), _GENERATES),
-    **dict.fromkeys(("StructuredOutputsParams", "GuidedDecodingParams"), _CONSTRAIN),
+    "GuidedDecodingParams": "StructuredOutputsParams has its fields",
     "BeamSearchParams": _BEST_OF,
     "ModelRegistry": "docs/new_model.md adds a family; weights in memory: a pair (module, params)",
     "RequestOutputKind": SAMPLING_FIELDS["output_kind"].instead,
@@ -311,6 +318,7 @@ def tables_page() -> str:
         "Arguments of `generate` and `chat`": CALL_ARGUMENTS,
         "Keys of a prompt": PROMPT_KEYS,
         "Fields of `SamplingParams`": SAMPLING_FIELDS,
+        "Fields of `StructuredOutputsParams`": STRUCTURED_FIELDS,
     }
     parts = []
     for title, table in titles.items():

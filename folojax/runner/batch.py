@@ -28,6 +28,7 @@ class Row:
     slot: int  # its place in the arrays here and on the device
     request: SamplingRequest  # what it asks for
     token_ids: np.ndarray  # those known when it joined; later ones are sampled on the device
+    matcher: Any = None  # behind the last token that the host knows, if it follows a grammar
 
 
 class Chunk(NamedTuple):
@@ -50,6 +51,7 @@ class Batch:
         num_computed: By slot, tokens whose K/V are in the cache before the next step.
         num_row_pages: By slot, how many pages it has.
         num_scored_rows: Rows that report log-probabilities of their prompts.
+        num_grammars: Rows that follow a grammar.
     """
 
     def __init__(
@@ -80,7 +82,7 @@ class Batch:
         self.num_row_pages = ints(size)
         self._row_at: list[Row | None] = [None] * size
         self._page_table = np.full((size, max_pages), num_pages, np.int32)
-        self.num_scored_rows = 0
+        self.num_scored_rows = self.num_grammars = 0
 
     def update(self, plan: StepPlan) -> list[Row]:
         """Takes in what changed; returns the rows that have joined."""
@@ -154,6 +156,11 @@ class Batch:
         """Notes that a step computes the next tokens of slots."""
         self.num_computed[slots] += num_tokens
 
+    def matchers(self, slots: Iterable[int]) -> list[Any]:
+        """Of slots, M included; None where there is no grammar."""
+        rows = (self._row_at[slot] for slot in slots)
+        return [None if row is None else row.matcher for row in rows]
+
     def pad(self, slots: Sequence[int], count: int) -> Any:
         """Slots as an array of `count` entries; M is padding."""
         slot = ints(count, self.num_slots)
@@ -167,9 +174,11 @@ class Batch:
             slot=heapq.heappop(self._free_slots),
             request=new,
             token_ids=np.array(new.token_ids, np.int32),
+            matcher=new.grammar and new.grammar.start(new.output_token_ids),
         )
         self.params.put(row.slot, new)
         self.num_scored_rows += new.num_prompt_logprobs is not None
+        self.num_grammars += new.grammar is not None
         self.rows[new.request_id] = self._row_at[row.slot] = row
         self.num_computed[row.slot] = new.num_computed_tokens
         self._num_known[row.slot] = len(row.token_ids)
@@ -184,6 +193,7 @@ class Batch:
     def _leave(self, request_id: str) -> None:
         row = self.rows.pop(request_id)
         self.num_scored_rows -= row.request.num_prompt_logprobs is not None
+        self.num_grammars -= row.request.grammar is not None
         self._page_table[row.slot] = self.num_pages
         for array in (self.num_computed, self._num_known, self.num_row_pages):
             array[row.slot] = 0

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from folojax.runner.batch import Chunk, Row
 from folojax.runner.residuals import ResidualPiece
@@ -77,6 +78,17 @@ def tokens_after(chunk: Chunk) -> list[int]:
     if chunk.end == row.request.num_prompt_tokens and row.request.next_token is not None:
         tokens.append(row.request.next_token)
     return tokens
+
+
+def follow(item: Pending) -> None:
+    """Waits for the tokens of a call, and has the grammars of its rows follow them."""
+    followed = [(i, row) for i, row in enumerate(item.rows) if row is not None and row.matcher]
+    if item.report is None or not followed:
+        return
+    out: StepOutput = item.report.packing.unpack(np.asarray(item.report.array), [])
+    for i, row in followed:
+        if out.is_valid[i]:
+            row.matcher.consume_token(out.tokens[i].item())
 
 
 def read(pending: Sequence[Pending]) -> StepResult:

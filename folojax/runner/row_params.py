@@ -55,6 +55,7 @@ class RowTable:
         self._class = column(SamplingClass.GREEDY, np.int32)
         self._num_logprobs = column(NO_LOGPROBS, np.int32)
         self._has_record = column(False, bool)
+        self._has_grammar = column(False, bool)
         self._processors = column(False, bool, len(functions.processors))
         self._activation_edits = column(False, bool, len(functions.activation_edits))
         self._reads_residuals = column(False, bool)
@@ -85,6 +86,7 @@ class RowTable:
         self._class[slot] = SamplingClass.EDITED if row.has_slot_edits else params.sampling_class
         self._num_logprobs[slot] = NO_LOGPROBS if row.num_logprobs is None else row.num_logprobs
         self._has_record[slot] = params.record
+        self._has_grammar[slot] = row.grammar is not None
         asked, edited = params.logits_processors or (), params.activation_edits or ()
         functions = self.functions
         self._processors[slot] = [one.name in asked for one in functions.processors]
@@ -109,6 +111,10 @@ class RowTable:
     def has_record(self, slot: Any) -> bool:
         """Whether one of the slots asks for log-probability records."""
         return bool(self._has_record[slot].any())
+
+    def has_grammar(self, slot: Any) -> bool:
+        """Whether one of the slots follows a grammar."""
+        return bool(self._has_grammar[slot].any())
 
     def processors(self, slot: Any) -> tuple[LogitsProcessor, ...]:
         """The logits processors that some of the slots ask for."""

@@ -15,7 +15,6 @@ those that ask for different sampling are sampled in different calls: nothing th
 shared by rows that differ in what they ask.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,35 +22,21 @@ import jax
 import numpy as np
 
 from folojax.kv.page_copies import PageCopies
+from folojax.requests.grammars import fill_masks
 from folojax.requests.user_functions import NO_FUNCTIONS, UserFunctions
 from folojax.runner.batch import Chunk, Row, ints, round_up
 from folojax.runner.compile_plan import Gate
 from folojax.runner.host_store import HostStore, TokenKV, read_tokens
-from folojax.runner.results import Pending, StepResult, is_scored, read, tokens_after
+from folojax.runner.results import Pending, StepResult, follow, is_scored, read, tokens_after
 from folojax.runner.row_params import exceptional_bans
 from folojax.runner.setup import Setup
 from folojax.runner.slot_states import SlotStates
+from folojax.runner.stats import RunnerStats
 from folojax.sampling.rows import SlotState, TokenScores
 from folojax.sampling.sampler import SamplingClass, SamplingSpec
 from folojax.sched.step_plan import PageMoves, StepPlan
 from folojax.steps.executables import COPIES, EDITS, Executable, is_plain_greedy
 from folojax.steps.state import CallInputs, CallResults, EngineState, init_state, is_alive
-
-
-@dataclasses.dataclass
-class RunnerStats:
-    """Counts since the runner was made; padding is in computed minus scheduled tokens.
-
-    Those of prefill calls are in the scheduled and computed tokens too.
-    """
-
-    num_prefill_calls: int = 0
-    num_decode_calls: int = 0
-    num_loaded_pages: int = 0
-    num_scheduled_tokens: int = 0
-    num_computed_tokens: int = 0
-    num_prefill_tokens: int = 0
-    num_prefill_padding_tokens: int = 0
 
 
 class Runner:
@@ -82,6 +67,8 @@ class Runner:
         self.gate = Gate(setup.list_executables(tuple(SamplingClass), True), is_strict)
         self.batch = setup.batch(functions)
         self._slots = SlotStates(setup, functions)
+        # What was dispatched since a mask was last made: tokens that grammars have not followed.
+        self._unfollowed: list[Pending] = []
         self.params = params
         self.state = self._allocate()
 
@@ -112,6 +99,8 @@ class Runner:
         else:
             pending = self._mixed(rows, num_tokens, set(sampled))
         self.batch.advance(slots, num_tokens)
+        if self.batch.num_grammars:
+            self._unfollowed += pending
         return pending
 
     def collect(self, pending: list[Pending]) -> StepResult:
@@ -142,6 +131,7 @@ class Runner:
 
     def reset(self) -> None:
         """Forgets every row; replaces the state if an interrupted step has consumed it."""
+        self._unfollowed = []
         self.batch.clear()
         self._slots.clear()
         self.host.clear()
@@ -248,7 +238,8 @@ class Runner:
         kind = "rows" if is_by_row else "prefill"
         one = Executable(kind, num_rows, columns, None, extras, most_tokens=most_tokens)
         results = self.call(one, CallInputs(rows, is_edited))
-        self._count(chunks, num_rows * columns)
+        num_computed = min(num_rows * columns, self.shapes.prefill_tokens or num_rows * columns)
+        self.stats.count_chunks(chunks, num_computed, is_by_row)
         position = ints(num_rows)
         position[: len(chunks)] = [chunk.end for chunk in chunks]
         pending = []
@@ -282,7 +273,9 @@ class Runner:
             drawing = [row if row.request_id in sampled else None for row in rows]
         table, spec, sizes = self.batch.params, None, self.shapes.decode_rows
         most_steps = 1 if num_tokens is None else self.setup.max_decode_steps
-        if self.steps.kind == "whole" or num_tokens is not None:
+        # Where grammars are followed, the model computes while the host makes their masks.
+        is_joint = self.steps.kind == "whole" and not table.has_grammar(slots)
+        if is_joint or num_tokens is not None:
             drawn = np.asarray(slots if sampled is None else self._slots_of(drawing, len(rows)))
             positions = self.batch.num_computed[slots][None] + 1
             if num_tokens is not None:
@@ -348,12 +341,22 @@ class Runner:
             table.most_logprobs(slot),
             table.has_record(slot),
             table.processors(slot),
+            table.has_grammar(slot),
         )
 
     def _sample(self, hidden: Any, slot: Any, position: Any, spec: SamplingSpec) -> Any:
         sampling = self.batch.params.sample_inputs(slot, position, spec)
+        if spec.has_mask:
+            sampling = sampling._replace(mask=self._masks(slot))
         one = Executable("sample", len(slot), spec=spec, bans=exceptional_bans(sampling))
         return self.call(one, CallInputs(sampling=sampling, hidden=hidden)).report
+
+    def _masks(self, slot: Any) -> Any:
+        """What grammars allow, behind the tokens of all that was dispatched: waits for these."""
+        for item in self._unfollowed:
+            follow(item)
+        self._unfollowed = []
+        return fill_masks(self.batch.matchers(slot.tolist()), self.model.config.vocab_size)
 
     def _score(self, every: Any, chunks: Sequence[Chunk], num_rows: int) -> TokenScores | None:
         scored = [chunk for chunk in chunks if is_scored(chunk.row, chunk.start)]
@@ -370,16 +373,3 @@ class Runner:
         )
         one = Executable("score", num_rows, columns, spec)
         return self.call(one, CallInputs(hidden=every, targets=targets)).scores
-
-    def _count(self, chunks: Sequence[Chunk], num_computed: int) -> None:
-        """Of rows that are a token each, no two of one request, the call is a decode step's."""
-        stats, num_tokens = self.stats, sum(chunk.end - chunk.start for chunk in chunks)
-        num_computed = min(num_computed, self.shapes.prefill_tokens or num_computed)
-        stats.num_computed_tokens += num_computed
-        requests = {chunk.row.request_id for chunk in chunks}
-        if self.steps.kind == "rows" and len(requests) == len(chunks):
-            stats.num_decode_calls += 1
-            return
-        stats.num_prefill_calls += 1
-        stats.num_prefill_tokens += num_tokens
-        stats.num_prefill_padding_tokens += num_computed - num_tokens

@@ -49,6 +49,7 @@ class Setup:
         wanted: int | None,
         has_record: bool = False,
         processors: tuple[LogitsProcessor, ...] = (),
+        has_mask: bool = False,
     ) -> SamplingSpec:
         """The sampler of rows that need a class, and want so many alternatives or None."""
         return SamplingSpec(
@@ -58,6 +59,7 @@ class Setup:
             self.num_tokens,
             has_record,
             processors,
+            has_mask,
         )
 
     def score_spec(self, wanted: int) -> SamplingSpec:

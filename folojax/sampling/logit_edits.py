@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt
 
 NUM_RECENT = 15
 """K: how many of a request's last tokens are kept."""
@@ -103,6 +103,13 @@ def apply_edits(
     edited += edits.bias.at[rows.slot].get(mode="clip")
     edited = jnp.where((rows.slot < num_slots)[:, None], edited, logits)
     return _ban(edited, edits.recent, rows)
+
+
+def allow_only(logits: Float[Array, "B V"], mask: UInt[Array, "B _"]) -> Float[Array, "B V"]:
+    """The logits of tokens whose bits are set, the lowest bit of a word first; -inf elsewhere."""
+    bits = (mask[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)[None, None, :]) & 1
+    is_allowed = bits.reshape(mask.shape[0], -1)[:, : logits.shape[1]] == 1
+    return jnp.where(is_allowed, logits, -jnp.inf)
 
 
 def note_tokens(edits: EditState, slot: Int[Array, " B"], tokens: Int[Array, " B"]) -> EditState:

@@ -36,6 +36,7 @@ class SampleInputs(NamedTuple):
     rows: SamplingRows
     edits: EditRows | None = None  # for class EDITED, with `SlotState.edits`
     processors: ProcessorRows | None = None  # with `SlotState.processors`
+    mask: UInt[Array, "B _"] | None = None  # tokens that grammars allow, 32 a word; with `has_mask`
 
 
 class StepOutput(NamedTuple):

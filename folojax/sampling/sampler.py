@@ -4,7 +4,7 @@ A row's token depends on its own logits, parameters, seed and position alone: it
 key = fold_in(key(seed), position of the token), so a seed gives the same text in any batch and
 after any preemption.
 
-Order: the user's processors, then as in vLLM and transformers penalties, biases and bans
+Order: the user's processors, then as in vLLM and transformers penalties, biases, bans and masks
 (`folojax.sampling.logit_edits`), temperature, min-p, top-k, top-p, draw (`folojax.sampling.draws`).
 A greedy row takes the largest logit and is divided by nothing.
 """
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, UInt
 
 from folojax.sampling import draws
-from folojax.sampling.logit_edits import EditRows, EditState, apply_edits
+from folojax.sampling.logit_edits import EditRows, EditState, allow_only, apply_edits
 from folojax.sampling.logits_processors import LogitsProcessor
 from folojax.sampling.rows import SamplingRows, StepOutput
 from folojax.sampling.sampling_class import SamplingClass
@@ -38,6 +38,7 @@ class SamplingSpec:
     num_tokens: int | None = None  # ids from here on are padding and never sampled; None: none are
     has_record: bool = False  # whether a row asks for the log-probability record of its token
     processors: tuple[LogitsProcessor, ...] = ()  # the user's; applied before the other edits
+    has_mask: bool = False  # whether a row follows a grammar
 
 
 def sample(
@@ -48,6 +49,7 @@ def sample(
     edits: tuple[EditState, EditRows] | None = None,
     log_mass: Float[Array, " B"] | None = None,
     edited: Float[Array, "B V"] | None = None,
+    mask: UInt[Array, "B _"] | None = None,
 ) -> StepOutput:
     """Draws one token a row.
 
@@ -59,6 +61,7 @@ def sample(
         edits: For class EDITED, what is known of the slots, and the edits of the rows.
         log_mass: `log_sum_exp(logits)`, where it is known already.
         edited: What the user's processors have made of the logits; None: there are none.
+        mask: With `has_mask`, the tokens that are allowed, as in `allow_only`.
     """
     if log_mass is None:
         log_mass = log_sum_exp(logits)
@@ -67,6 +70,9 @@ def sample(
     if spec.needed >= SamplingClass.EDITED:
         assert edits is not None, "a step of class EDITED has edits"
         edited = apply_edits(edited, *edits)
+    if spec.has_mask:
+        assert mask is not None, "a step with grammars has a mask"
+        edited = allow_only(edited, mask)
     blocks = draws.to_blocks(edited, spec.num_tokens)
     top = blocks.max(axis=(1, 2))
     is_valid &= jnp.isfinite(top)  # the edits have left something

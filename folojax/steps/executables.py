@@ -47,6 +47,7 @@ class Executable(NamedTuple):
             told["num_logprobs"] = spec.num_logprobs
             functions += [one.name for one in spec.processors]
             functions += ["record"] if spec.has_record else []
+            functions += ["mask"] if spec.has_mask else []
         told["functions"] = ",".join(functions) or None
         told["bans"] = self.bans or None
         parts = (f"{name}={value}" for name, value in told.items() if value is not None)
@@ -61,8 +62,8 @@ EDITS = Executable("edit")
 
 def is_plain_greedy(spec: SamplingSpec) -> bool:
     """Whether a sampler takes the likeliest token and reports nothing else."""
-    asked = spec.needed, spec.num_logprobs, spec.has_record, spec.processors
-    return asked == (SamplingClass.GREEDY, None, False, ())
+    asked = spec.needed, spec.num_logprobs, spec.has_record, spec.processors, spec.has_mask
+    return asked == (SamplingClass.GREEDY, None, False, (), False)
 
 
 def list_executables(

@@ -212,7 +212,7 @@ def draw_and_note(
         )
     if edits is not None and inputs.edits is not None:
         pair = edits, inputs.edits
-    out = sample(logits, inputs.rows, inputs.position, spec, pair, log_mass, edited)
+    out = sample(logits, inputs.rows, inputs.position, spec, pair, log_mass, edited, inputs.mask)
     if pair is not None:
         edits = note_tokens(pair[0], pair[1].slot, out.tokens)
     if processors is not None and inputs.processors is not None:

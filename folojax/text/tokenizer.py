@@ -36,7 +36,12 @@ class Tokenizer:
     @functools.cached_property
     def num_tokens(self) -> int:
         """One more than the highest id that it knows."""
-        return 1 + max(self._source.get_vocab().values())
+        return 1 + max(self.ids_by_name.values())
+
+    @property
+    def ids_by_name(self) -> dict[str, int]:
+        """All ids, in a new dict; names spell bytes as the tokenizer does."""
+        return self._source.get_vocab()
 
     @functools.cached_property
     def special_ids(self) -> frozenset[int]:
@@ -44,17 +49,24 @@ class Tokenizer:
         added = getattr(self._source, "added_tokens_decoder", {})
         return frozenset(id_ for id_, token in added.items() if token.special)
 
+    @property
+    def is_byte_level(self) -> bool:
+        """Whether tokens are bytes, each spelled by a letter, as GPT-2 has it."""
+        return self._decodes_with("ByteLevel")
+
     @functools.cached_property
     def byte_values(self) -> dict[int, int]:
         """Byte by id, of the tokens <0x00> ... of a vocabulary that falls back to bytes."""
+        if not self._decodes_with("ByteFallback"):
+            return {}
+        matches = ((_BYTE_TOKEN.fullmatch(text), id_) for text, id_ in self.ids_by_name.items())
+        return {id_: int(match[1], 16) for match, id_ in matches if match}
+
+    def _decodes_with(self, kind: str) -> bool:
         backend = getattr(self._source, "backend_tokenizer", None)
         # The decoder is known by its serialised form only.
         decoder = getattr(backend, "decoder", None)
-        if decoder is None or b'"ByteFallback"' not in decoder.__getstate__():
-            return {}
-        vocabulary = self._source.get_vocab()
-        matches = ((_BYTE_TOKEN.fullmatch(text), id_) for text, id_ in vocabulary.items())
-        return {id_: int(match[1], 16) for match, id_ in matches if match}
+        return decoder is not None and f'"{kind}"'.encode() in decoder.__getstate__()
 
     @functools.cached_property
     def is_cleaning_up(self) -> bool:
@@ -136,7 +148,7 @@ class Tokenizer:
     def _letter(self) -> int | None:
         """Some token that is letters, for others to stand behind; None if there is none."""
         others = self.special_ids | self.byte_values.keys()
-        for token_id in sorted(set(self._source.get_vocab().values()) - others):
+        for token_id in sorted(set(self.ids_by_name.values()) - others):
             text = self._source.decode([token_id])
             if text.isalpha() and text.isascii():
                 return token_id

@@ -12,7 +12,7 @@ from folojax.config import add_flags, given_options, options_page
 
 ROOT = Path(__file__).parents[2]
 
-NO_FLAG = {"logit_bias", "extra_args"}
+NO_FLAG = {"logit_bias", "extra_args", "structured_outputs"}
 FIELDS: dict[type, list[str]] = {
     cls: [field.name for field in dataclasses.fields(cls)] for cls in (EngineConfig, SamplingParams)
 }

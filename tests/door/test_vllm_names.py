@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import folojax
-from folojax import LLM, EngineConfig, RequestOutput, SamplingParams
+from folojax import LLM, EngineConfig, RequestOutput, SamplingParams, StructuredOutputsParams
 from folojax.backend import choose_backend
 from folojax.engine.build import make_config
 from folojax.requests import vllm_names
@@ -297,6 +297,20 @@ def differs_all_or_none(llm: LLM) -> None:
 
 def differs_engine(llm: LLM) -> None:
     assert llm.llm_engine is llm
+
+
+@pytest.mark.parametrize("name", vllm_names.STRUCTURED_FIELDS)
+def test_a_field_of_structured_outputs_params(name: str) -> None:
+    row, plain = vllm_names.STRUCTURED_FIELDS[name], StructuredOutputsParams(regex="a")
+    for value in values_of(row):
+        fields: dict[str, Any] = {"regex": "a", name: value}
+        assert StructuredOutputsParams(**fields) == plain
+        assert SamplingParams(structured_outputs=fields).structured_outputs == plain  # type: ignore[arg-type]
+    if (name, row) in refusals(vllm_names.STRUCTURED_FIELDS):
+        bad: dict[str, Any] = {"regex": "a", name: "another"}
+        with pytest.raises(ValueError, match=f"{name} is 'another'; ") as info:
+            StructuredOutputsParams(**bad)
+        assert row.instead in str(info.value)
 
 
 def differs_threads(llm: LLM) -> None:

@@ -336,6 +336,40 @@ assert all(len(output.outputs[0].logprobs) == 5 for output in outputs)
 assert llm.get_tokenizer() is None
 """
 
+STRUCTURED = """
+import json
+import re
+from enum import Enum
+from vllm import LLM, SamplingParams
+from vllm.sampling_params import StructuredOutputsParams
+
+llm = LLM(model=MODEL, LIMITS, structured_outputs_config={"backend": "guidance"})
+class CarType(str, Enum):
+    sedan = "Sedan"
+    suv = "SUV"
+json_schema = {"type": "object", "properties": {
+    "brand": {"type": "string", "maxLength": 5},
+    "car_type": {"enum": [one.value for one in CarType]}}, "required": ["brand", "car_type"]}
+structured = [
+    StructuredOutputsParams(choice=["Positive", "Negative"]),
+    StructuredOutputsParams(regex=r"\\w{2,5}@\\w{2,5}\\.com\\n"),
+    StructuredOutputsParams(json=json_schema, disable_any_whitespace=True,
+                            disable_additional_properties=True),
+    StructuredOutputsParams(grammar='root ::= "SELECT " ("col_1" | "col_2") " from table_1"'),
+]
+prompts = ["Classify this sentiment: vLLM is wonderful!", "An email address of Alan Turing:",
+           "The most iconic car of the 90s as JSON:", "An SQL query:"]
+params = [SamplingParams(structured_outputs=one, max_tokens=80, seed=i)
+          for i, one in enumerate(structured)]
+texts = [o.outputs[0].text for o in llm.generate(prompts, params)]
+assert texts[0] in ("Positive", "Negative")
+assert re.fullmatch(r"\\w{2,5}@\\w{2,5}\\.com\\n", texts[1])
+assert CarType(json.loads(texts[2])["car_type"])
+assert texts[3] in ("SELECT col_1 from table_1", "SELECT col_2 from table_1")
+old = SamplingParams(guided_decoding=structured[0], seed=0, max_tokens=80)
+assert llm.generate(prompts[0], old)[0].outputs[0].text == texts[0]
+"""
+
 PROGRAMS = {
     name.lower(): text
     for name, text in sorted(globals().items())

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from folojax import SamplingParams
+from folojax import LLM, SamplingParams, StructuredOutputsParams
 from folojax.jsonl.lines import line_seed
 from tests.jsonl_runs import entries, line, run
+from tests.letters import encode
 from tests.stub_llm import FAILING_PROMPT, StubLLM
 
 
@@ -57,10 +58,45 @@ BAD_LINES: dict[str, tuple[bytes, str]] = {
     "sampling_no_object": (b'{"prompt": "a", "sampling": 3}', "sampling is 3"),
     "sampling_unknown": (line("x", temprature=1), "['temprature']"),
     "sampling_value": (line("x", top_p=2), "top_p is 2"),
+    "format_unknown": (b'{"prompt": "a", "response_format": {"type": "xml"}}', "must be text"),
+    "format_schema": (
+        b'{"prompt": "a", "response_format": {"type": "json_schema"}}',
+        "json_schema",
+    ),
+    "format_twice": (
+        b'{"prompt": "a", "response_format": {"type": "json_object"}, '
+        b'"sampling": {"structured_outputs": {"regex": "a"}}}',
+        "say the same",
+    ),
+    "structure_unknown": (line("x", structured_outputs={"xml": "a"}), "['xml']"),
     "prompt_too_long": (line("x", "x" * 1000), "prompt has 1000 tokens"),
     "prompt_empty": (line("x", ""), "prompt has 0 tokens"),
     "engine_fails": (json.dumps({"prompt_token_ids": FAILING_PROMPT}).encode(), "no distribution"),
 }
+
+
+SCHEMA = {"type": "object", "properties": {"a": {"type": "null"}}, "required": ["a"]}
+
+
+def test_what_a_text_must_be_is_spelled_as_by_openai_or_by_vllm(
+    letters_llm: LLM, target: Path
+) -> None:
+    named = {"name": "a", "strict": True, "schema": SCHEMA}
+    lines: list[dict[str, Any]] = [
+        {"response_format": {"type": "json_schema", "json_schema": named}},
+        {"sampling": {"structured_outputs": {"json": SCHEMA}}},
+        {"response_format": {"type": "text"}, "sampling": {"max_tokens": 3}},
+        {"sampling": {"structured_outputs": {"choice": ["yes", "no"]}}},
+    ]
+    defaults = SamplingParams(max_tokens=60, logit_bias={encode(letter)[0]: 9 for letter in '"a:}'})
+    raw = [json.dumps({"prompt": "The sea", **one}).encode() + b"\n" for one in lines]
+    assert run(raw, target, llm=letters_llm, defaults=defaults).num_done == 4
+    first, second, free, word = (entry["outputs"][0] for entry in entries(target))
+    for one in (first, second):
+        assert one["finish_reason"] == "length" or json.loads(one["text"])["a"] is None
+        assert one["text"].startswith("{")
+    assert free["finish_reason"] == "length"
+    assert word["text"] in ("yes", "no")
 
 
 @pytest.mark.parametrize("case", BAD_LINES)
@@ -136,6 +172,8 @@ SAMPLING: dict[str, Any] = {
     "detokenize": False,
     "record": True,
     "logits_processors": ["ban"],
+    "extra_args": {"strength": 2},
+    "structured_outputs": {"regex": "a"},
     "activation_edits": ["steer"],
     "activations": True,
 }
@@ -161,6 +199,8 @@ def test_each_field_of_sampling_reaches_the_engine(name: str, target: Path) -> N
     value = getattr(seen[0], name)
     if name == "logit_bias":
         assert dict(value) == {5: 1.5}
+    elif name == "structured_outputs":
+        assert value == StructuredOutputsParams(regex="a")
     else:
         assert value == (tuple(SAMPLING[name]) if isinstance(value, tuple) else SAMPLING[name])
     assert seen[0].max_tokens == (5 if name == "max_tokens" else 4)

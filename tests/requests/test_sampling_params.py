@@ -36,6 +36,7 @@ BAD: list[tuple[str, Any]] = [
     *[("bad_words", bad) for bad in (5, True, "ab", [""], ["a", ""], [1], [None], b"a")],
     *[("logits_processors", bad) for bad in (5, True, "ab", [""], [1], [None], [print])],
     *[("activation_edits", bad) for bad in (5, True, "ab", [""], [1], [None], [print])],
+    *[("structured_outputs", bad) for bad in (5, "json", [1], print, True)],
     *[("extra_args", one) for one in (5, [1], "ab", {1: 2}, {"a": None}, {"a": print})],
     *[
         ("logit_bias", bad)
