@@ -111,26 +111,27 @@ class Devices:
         """Parameters as they lie here.
 
         Those that do already are taken as they are. Of the others, those that lie over the same
-        devices in some other way are moved by one jitted function.
+        devices in some other way are moved, layer by layer, by one jitted function: what it needs
+        beside its results is a layer's.
         """
         if self.count == 1:
             return jax.tree.map(self._shared, params)
-        flat, tree = jax.tree_util.tree_flatten_with_path(params)
-        wanted = jax.tree.leaves(self.param_shapes(params, config))
-        names, leaves = [path[-1].key for path, _ in flat], [leaf for _, leaf in flat]
-        moved = [
-            i
-            for i, (leaf, form) in enumerate(zip(leaves, wanted, strict=True))
-            if self._is_over(leaf) and not lies_as(leaf, form)
-        ]
+        blocks = {name: one for name, one in params.items() if isinstance(one, dict)}
+        outer = {name: one for name, one in params.items() if name not in blocks}
+        placed = {name: self._place_block(one, config) for name, one in blocks.items()}
+        return placed | self._place_block(outer, config)
+
+    def _place_block(self, block: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
+        """The parameters of a layer, or those outside of the layers."""
+        forms = self.param_shapes(block, config)
+        moved = {
+            name: _without_axis_types(leaf)
+            for name, leaf in block.items()
+            if self._is_over(leaf) and not lies_as(leaf, forms[name])
+        }
         if moved:
-            move = _mover(self, tuple(names[i] for i in moved), config)
-            arrays = move([_without_axis_types(leaves[i]) for i in moved])
-            for i, leaf in zip(moved, arrays, strict=True):
-                leaves[i] = leaf
-        for i, name in enumerate(names):
-            leaves[i] = self.place_param(name, leaves[i], config)
-        return jax.tree.unflatten(tree, leaves)
+            block = block | _mover(self, tuple(moved), config)(moved)
+        return {name: self.place_param(name, leaf, config) for name, leaf in block.items()}
 
     def join_param(self, name: str, leaf: Any, config: ModelConfig) -> Any:
         """A parameter as the module has it; of NumPy or JAX."""
@@ -294,8 +295,7 @@ def _form(
 
 @functools.lru_cache(maxsize=16)
 def _mover(devices: Devices, names: tuple[str, ...], config: ModelConfig) -> Any:
-    def move(leaves: list[Any]) -> list[Any]:
-        pairs = zip(names, leaves, strict=True)
-        return [cut(name, leaf, config, devices.count) for name, leaf in pairs]
+    def move(leaves: dict[str, Any]) -> dict[str, Any]:
+        return {name: cut(name, leaf, config, devices.count) for name, leaf in leaves.items()}
 
-    return jax.jit(move, out_shardings=[devices._param(name, config) for name in names])
+    return jax.jit(move, out_shardings={name: devices._param(name, config) for name in names})

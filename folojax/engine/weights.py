@@ -12,7 +12,7 @@ from jaxtyping import Array
 from folojax.models.core.config import ModelConfig
 from folojax.models.core.decoder import Llama
 from folojax.models.core.param_tree import check_fit, kind_of, named_leaves, plain_tree
-from folojax.models.core.shards import join_params, parts_of
+from folojax.models.core.shards import cut_params, join_params, parts_of, problems_of
 from folojax.models.files.hf_names import parameter_sources
 from folojax.models.quantized.quantize import is_quantized, quantization_of, quantize_like
 
@@ -47,9 +47,11 @@ def checked_pair(model: Any) -> tuple[Llama, Any]:
     floats = jax.tree.map(
         lambda leaf: shape(leaf) if is_quantized(leaf) else leaf, params, is_leaf=is_quantized
     )
-    if parts_of(params) > 1:
-        floats = jax.eval_shape(lambda params: join_params(params, module.config), floats)
-    check_fit(jax.tree.map(shape, parameter_sources(module.config)), floats)
+    config, count = module.config, parts_of(params)
+    wanted = jax.tree.map(shape, parameter_sources(config))
+    if count > 1 and not problems_of(config, count):  # of an engine on several devices
+        wanted = jax.eval_shape(lambda params: cut_params(params, config, count), wanted)
+    check_fit(wanted, floats)
     return module, params
 
 

@@ -140,6 +140,13 @@ def join(name: str, leaf: Any, config: ModelConfig, count: int) -> Any:
     return xp.concatenate((query, key[::copies], value[::copies])).reshape(-1, *rest)
 
 
+def cut_params(params: Any, config: ModelConfig, count: int) -> Any:
+    """Parameters as they lie over so many devices, of those that the module has."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: cut(_name(path), leaf, config, count), params
+    )
+
+
 def join_params(params: Any, config: ModelConfig) -> Any:
     """Parameters as the module has them, of `LLM.params` of an engine on however many devices.
 

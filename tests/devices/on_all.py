@@ -368,4 +368,11 @@ def test_params_of_other_devices_are_refused(tiny_model: tuple, llm: LLM) -> Non
     assert {one.id for one in made.params["embed"].devices()} == {2, 3}
     with pytest.raises(ValueError, match="embed is float32"):
         llm.update_params(params | {"embed": params["embed"][:7]})
+    block = llm.params["layers_0"]
+    wrong = llm.params | {"layers_0": block | {"qkv": block["qkv"][:, :-1]}}
+    for call in (llm.update_params, lambda params: LLM((module, params), mesh=TWO, **MORE_LIMITS)):
+        with pytest.raises(ValueError, match=r"qkv is float32\[2, 63, 64\], the model has"):
+            call(wrong)
+    with pytest.raises(ValueError, match="are those of an engine on 2 devices, and this one has 4"):
+        LLM((module, llm.params), tensor_parallel_size=4, **MORE_LIMITS)
     assert tokens(llm) == tokens(made)
