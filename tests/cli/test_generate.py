@@ -244,7 +244,7 @@ def test_options_with_the_name_of_a_field_reach_it() -> None:
         ("--system", "Be brief.", "--no-chat"),
         ("--stream", "--compare-sequential"),
         ("--max-num-seqs", "0"),
-        ("--max-num-seqs", "1000"),
+        ("--max-num-seqs", "1000", "--max-num-batched-tokens", "100"),
         ("--model", "/no/such/model"),
         ("--prompts",),
         ("--unknown",),
