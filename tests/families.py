@@ -31,6 +31,7 @@ _LONGROPE = {
     "short_factor": [1.0, 1.1, 1.5, 2.0, 3.0, 4.5],
     "long_factor": [1.0, 1.3, 2.0, 4.0, 8.0, 16.0],
 }
+_LOCAL_THEN_FULL = ["sliding_attention", "full_attention"]
 _EXPERTS = {"num_experts_per_tok": 2, "num_key_value_heads": 4}
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -89,7 +90,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "head_dim": 24,
             "sliding_window": 12,
             "query_pre_attn_scalar": 20,
-            "layer_types": ["sliding_attention", "full_attention"],
+            "layer_types": _LOCAL_THEN_FULL,
             "rope_parameters": {
                 "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
                 "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
@@ -110,7 +111,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "Olmo3",
         {
             "sliding_window": 12,
-            "layer_types": ["sliding_attention", "full_attention"],
+            "layer_types": _LOCAL_THEN_FULL,
             "rope_parameters": {
                 "full_attention": {**_YARN, "rope_theta": 5e5},
                 "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
@@ -126,6 +127,44 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "attention_multiplier": 0.2,
             "residual_multiplier": 0.4,
             "logits_scaling": 2.0,
+        },
+    ),
+    "glm": ("Glm", {"head_dim": 24}),
+    "glm4": ("Glm4", {"head_dim": 16, "num_key_value_heads": 1}),
+    "ministral": (
+        "Ministral",
+        {"head_dim": 16, "sliding_window": 12, "layer_types": _LOCAL_THEN_FULL},
+    ),
+    "ministral3": (
+        "Ministral3",
+        {
+            "head_dim": 16,
+            "rope_parameters": {
+                **_YARN,
+                "original_max_position_embeddings": 16,
+                "llama_4_scaling_beta": 0.3,
+            },
+        },
+    ),
+    "exaone4": ("Exaone4", {"sliding_window": 12, "layer_types": _LOCAL_THEN_FULL}),
+    "exaone4-full": (
+        "Exaone4",
+        {"sliding_window": None, "layer_types": ["full_attention", "full_attention"]},
+    ),
+    "cohere2": (
+        "Cohere2",
+        {"sliding_window": 12, "layer_types": _LOCAL_THEN_FULL, "logit_scale": 0.5},
+    ),
+    "hunyuan": (
+        "HunYuanDenseV1",
+        {
+            "head_dim": 24,
+            "rope_parameters": {
+                "rope_type": "dynamic",
+                "rope_theta": 1e4,
+                "alpha": 8.0,
+                "factor": 1.0,
+            },
         },
     ),
 }

@@ -13,7 +13,7 @@ _MOST_WIDTH, _MOST_LAYERS = 2**26, 2**10
 _COUNTED_LIKE_LAYERS = ("num_layers", "num_experts", "num_experts_per_token")
 
 Activation = Literal["silu", "gelu", "gelu_tanh"]
-Norm = Literal["rms", "rms_wide", "rms_offset", "layer"]
+Norm = Literal["rms", "rms_wide", "rms_offset", "layer", "layer_plain"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,20 +45,24 @@ class ModelConfig:
     """Queries and keys pass an RMS norm before the rotary embedding, over head_dim by default."""
 
     is_qk_norm_joint: bool = False  # that norm is over all heads at once
+    is_qk_norm_late: bool = False  # and comes after the rotary embedding
     o_bias: bool = False
     mlp_bias: bool = False
 
     norm: Norm = "rms"
     """"rms": rounded, then times the weight; "rms_wide": times the weight, then rounded;
-    "rms_offset": the same with 1 + weight; "layer": LayerNorm with a bias."""
+    "rms_offset": the same with 1 + weight; "layer": LayerNorm with a bias;
+    "layer_plain": without."""
     has_pre_norm: bool = True  # attention and MLP read a normed residual stream
     has_post_norm: bool = False  # what they return is normed before it is added
+    is_parallel: bool = False  # the MLP reads what attention reads, before its sum
     activation: Activation = "silu"
     is_gated: bool = True  # the MLP is act(gate) * up; else act(up)
 
     has_learned_positions: bool = False
     """A table of positions is added to the embedding; there is no rotary embedding."""
     rotary_dim: int | None = None  # leading dimensions of a head that rotate; None: all
+    is_rope_interleaved: bool = False  # dimension 2r turns with 2r + 1, not r with r + D/2
     ropeless_layers: tuple[int, ...] = ()  # layers without rotary embedding
     windows: tuple[int | None, ...] = ()
     """By layer: how many tokens it sees, its own included; None: all. () is all, everywhere."""
@@ -66,6 +70,9 @@ class ModelConfig:
     """Of layers with a window, which have no rotary scaling then; None: as the others."""
 
     attention_scale: float | None = None  # multiplies scores; None: 1 / sqrt(head_dim)
+    query_growth: float | None = None
+    """Queries at position p are multiplied by 1 + growth * log(1 + p // query_growth_length)."""
+    query_growth_length: int = 1
     attention_softcap: float | None = None  # scores become cap * tanh(scores / cap)
     logits_softcap: float | None = None
     embed_scale: float = 1.0
@@ -92,6 +99,13 @@ class ModelConfig:
             softcap=self.attention_softcap,
             window=self.windows[layer] if self.windows else None,
         )
+
+    @property
+    def is_qk_norm_plain(self) -> bool:
+        """Whether queries and keys are normed and then rotated in the way of most families."""
+        is_normed = self.qk_norm and self.norm == "rms"
+        is_other = self.is_qk_norm_joint or self.is_qk_norm_late or self.query_growth is not None
+        return is_normed and not (is_other or self.rotary_dim or self.is_rope_interleaved)
 
     def is_sparse(self, layer: int) -> bool:
         """Whether the layer's MLP is a mixture of experts."""

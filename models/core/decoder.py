@@ -1,6 +1,6 @@
 """The Llama decoder as a Flax module, and every family that differs from it by a config's flags."""
 
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,13 @@ from folojax.models.quantized.quantize import is_quantized
 _KERNEL_INIT = nn.initializers.normal(0.02)
 _ONES, _ZEROS = nn.initializers.ones, nn.initializers.zeros
 
-Rotary: TypeAlias = tuple[Float[Array, "N 1 R"], Float[Array, "N 1 R"]]
+
+class Rotary(NamedTuple):
+    """How the queries and keys of tokens turn, and what multiplies queries that grow."""
+
+    cos: Float[Array, "N 1 R"]
+    sin: Float[Array, "N 1 R"]
+    growth: Float[Array, "N 1 1"] | None = None
 
 
 def _norm_init(config: ModelConfig) -> Any:
@@ -105,7 +111,11 @@ class Block(nn.Module):
             hidden, inputs = self._normed("attn", hidden)
             update, cache = self._attention(inputs, rotary, cache, attend)
         with jax.named_scope("mlp"):
-            hidden, inputs = self._normed("mlp", self._after("attn", hidden, update))
+            stream = self._after("attn", hidden, update)
+            if self.config.is_parallel:
+                hidden = summed(stream)
+            else:
+                hidden, inputs = self._normed("mlp", stream)
             out = self._after("mlp", hidden, self._mlp(inputs))
             return out if self.leaves_sum else summed(out), cache
 
@@ -141,20 +151,35 @@ class Block(nn.Module):
         qkv = self._linear("qkv", normed, (heads + 2 * kv_heads) * head_dim, config.qkv_bias)
         qkv = qkv.astype(self.dtype).reshape(-1, heads + 2 * kv_heads, head_dim)
         query, key, value = jnp.split(qkv, (heads, heads + kv_heads), axis=1)
-        is_plain = config.qk_norm and not config.is_qk_norm_joint and config.norm == "rms"
-        if is_plain and rotary is not None and not config.rotary_dim:
+        if rotary is not None and config.is_qk_norm_plain:
             of_query, of_key = (self._norm_params(f"{one}_norm", head_dim)[0] for one in "qk")
-            query, key, value = norm_and_rotate(qkv, of_query, of_key, *rotary, config)
+            query, key, value = norm_and_rotate(
+                qkv, of_query, of_key, rotary.cos, rotary.sin, config
+            )
         else:
-            if config.qk_norm:
-                query, key = self._head_norm("q_norm", query), self._head_norm("k_norm", key)
-            if rotary is not None:
-                query, key = rotate(query, *rotary), rotate(key, *rotary)
+            query, key = self._norm_and_turn(query, key, rotary)
         place = self.layer if self.cache_layer is None else self.cache_layer
         cache, out = attend(cache, place, query, key, value, scoring=config.scoring(self.layer))
         flat = out.reshape(-1, heads * head_dim)
         update = self._linear("o", flat, config.hidden_size, config.o_bias, is_part=True)
         return update.astype(self.dtype), cache
+
+    def _norm_and_turn(
+        self, query: Float[Array, "N H D"], key: Float[Array, "N K D"], rotary: Rotary | None
+    ) -> tuple[Float[Array, "N H D"], Float[Array, "N K D"]]:
+        """Both with their norms and rotary embedding, as far as the layer has them."""
+        config = self.config
+        if config.qk_norm and not config.is_qk_norm_late:
+            query, key = self._head_norm("q_norm", query), self._head_norm("k_norm", key)
+        if rotary is not None:
+            cos, sin, growth = rotary
+            is_interleaved = config.is_rope_interleaved
+            query = rotate(query, cos, sin, is_interleaved=is_interleaved)
+            key = rotate(key, cos, sin, is_interleaved=is_interleaved)
+            query = query if growth is None else query * growth
+        if config.qk_norm and config.is_qk_norm_late:
+            query, key = self._head_norm("q_norm", query), self._head_norm("k_norm", key)
+        return query, key
 
     def _head_norm(self, name: str, x: Float[Array, "N heads D"]) -> Float[Array, "N heads D"]:
         if not self.config.is_qk_norm_joint:
@@ -286,9 +311,13 @@ class Llama(nn.Module):
             if config.has_learned_positions:
                 places = jnp.take(self.position_embed, positions, axis=0, mode="clip")
                 return hidden + places, (None, None)
-        everywhere, local = rotary_tables(positions, config), None
+        everywhere, local = Rotary(*rotary_tables(positions, config)), None
+        if config.query_growth is not None:
+            steps = positions // config.query_growth_length
+            growth = 1 + config.query_growth * jnp.log1p(steps.astype(jnp.float32))
+            everywhere = everywhere._replace(growth=growth.astype(self.dtype)[:, None, None])
         if config.local_rope_theta is not None:
-            local = rotary_tables(positions, config, is_local=True)
+            local = Rotary(*rotary_tables(positions, config, is_local=True))
         return hidden, (everywhere, local)
 
     def end(self, hidden: Float[Array, "N E"] | Unsummed) -> Float[Array, "N E"]:

@@ -35,7 +35,7 @@ def norm(
     the other order gives other bits in bfloat16. The others round once; only LayerNorm has a bias.
     """
     wide = x.astype(jnp.float32)
-    if config.norm == "layer":
+    if config.norm in ("layer", "layer_plain"):
         wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
     mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
     if is_part:
@@ -215,15 +215,22 @@ def rotary_tables(
 
 
 def rotate(
-    x: Float[Array, "N heads D"], cos: Float[Array, "N 1 R"], sin: Float[Array, "N 1 R"]
+    x: Float[Array, "N heads D"],
+    cos: Float[Array, "N 1 R"],
+    sin: Float[Array, "N 1 R"],
+    *,
+    is_interleaved: bool = False,
 ) -> Float[Array, "N heads D"]:
     """Applies the rotary embedding in float32; dimension r turns with r + R (`rotate_half`).
 
-    Dimensions from 2R on stay as they are.
+    Dimensions from 2R on stay as they are. If interleaved, 2r turns with 2r + 1, and they come out
+    as r and r + R: products of queries and keys are the same in any order of dimensions.
     """
     pairs = cos.shape[-1]
     turning, still = x[..., : 2 * pairs], x[..., 2 * pairs :]
-    first, second = jnp.split(turning.astype(jnp.float32), 2, axis=-1)
+    wide = turning.astype(jnp.float32)
+    pair = (wide[..., 0::2], wide[..., 1::2]) if is_interleaved else jnp.split(wide, 2, axis=-1)
+    first, second = pair
     turned = jnp.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1)
     return jnp.concatenate((turned.astype(x.dtype), still), axis=-1)
 

@@ -9,16 +9,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from folojax.models.families.family import BLOCK_NAMES, POST_NORM_NAMES, Family, renamed
+from folojax.models.families.glm import GLM, GLM4
 from folojax.models.families.gpt2 import GPT2
+from folojax.models.families.hunyuan import HUNYUAN
+from folojax.models.families.mistral import MINISTRAL, MINISTRAL3, MISTRAL
+from folojax.models.families.ropeless import COHERE2, EXAONE4
 
 # SmolLM, SmolLM2 and TinyLlama call themselves Llama too.
 _LLAMA = Family(model_type="llama")
-
-_MISTRAL = Family(
-    model_type="mistral",
-    defaults={"sliding_window": 4096, "num_key_value_heads": 8},
-    is_local=lambda mapping, layer: True,
-)
 
 _MIXTRAL = Family(
     model_type="mixtral",
@@ -230,7 +228,7 @@ _GRANITE = Family(
 
 FAMILIES: dict[str, Family] = {
     "LlamaForCausalLM": _LLAMA,
-    "MistralForCausalLM": _MISTRAL,
+    "MistralForCausalLM": MISTRAL,
     "MixtralForCausalLM": _MIXTRAL,
     "Qwen2ForCausalLM": _QWEN2,
     "Qwen3ForCausalLM": _QWEN3,
@@ -243,6 +241,13 @@ FAMILIES: dict[str, Family] = {
     "SmolLM3ForCausalLM": _SMOLLM3,
     "GPT2LMHeadModel": GPT2,
     "GraniteForCausalLM": _GRANITE,
+    "GlmForCausalLM": GLM,
+    "Glm4ForCausalLM": GLM4,
+    "MinistralForCausalLM": MINISTRAL,
+    "Ministral3ForCausalLM": MINISTRAL3,
+    "Exaone4ForCausalLM": EXAONE4,
+    "Cohere2ForCausalLM": COHERE2,
+    "HunYuanDenseV1ForCausalLM": HUNYUAN,
 }
 """By the name in `architectures` of config.json."""
 

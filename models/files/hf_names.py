@@ -98,7 +98,7 @@ def _block_parts(config: ModelConfig, layer: int) -> dict[str, Parts]:
         "o": ([(width, queries)], config.o_bias),
     }
     for part in ("attn", "mlp"):
-        if config.has_pre_norm:
+        if config.has_pre_norm and not (config.is_parallel and part == "mlp"):
             parts[f"{part}_norm"] = ([(width,)], has_norm_bias)
         if config.has_post_norm:
             parts[f"{part}_post_norm"] = ([(width,)], has_norm_bias)

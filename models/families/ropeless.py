@@ -1,0 +1,60 @@
+"""Families whose layers have a window and rotary embedding, or neither: EXAONE 4, Command R7B."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from folojax.models.families.family import BLOCK_NAMES, POST_NORM_NAMES, Family, renamed
+
+
+def _is_local(mapping: Mapping[str, Any], layer: int) -> bool:
+    return (layer + 1) % mapping["sliding_window_pattern"] != 0
+
+
+def _full_layers(mapping: Mapping[str, Any]) -> dict[str, Any]:
+    """Those without rotary embedding."""
+    layers, kinds = range(mapping["num_hidden_layers"]), mapping.get("layer_types")
+    is_full = [kinds[i] == "full_attention" if kinds else not _is_local(mapping, i) for i in layers]
+    return {"ropeless_layers": tuple(i for i in layers if is_full[i])}
+
+
+EXAONE4 = Family(
+    model_type="exaone4",
+    defaults={
+        "num_key_value_heads": 32,
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 2048,
+        "sliding_window": 4096,
+        "sliding_window_pattern": 4,
+    },
+    fixed={"qk_norm": True, "has_pre_norm": False, "has_post_norm": True},
+    # The small one has no windows, and rotary embedding in all layers.
+    derive=lambda mapping: {} if mapping["sliding_window"] is None else _full_layers(mapping),
+    is_local=_is_local,
+    has_layer_types=True,
+    block_names={**BLOCK_NAMES, **POST_NORM_NAMES},
+)
+
+
+def _command(mapping: Mapping[str, Any]) -> dict[str, Any]:
+    if mapping.get("use_qk_norm"):
+        raise ValueError("use_qk_norm true is not supported")
+    return {"logits_divisor": 1 / mapping["logit_scale"], **_full_layers(mapping)}
+
+
+COHERE2 = dataclasses.replace(
+    EXAONE4,
+    model_type="cohere2",
+    defaults={
+        "tie_word_embeddings": True,
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 8192,
+        "logit_scale": 0.0625,
+        "sliding_window": 4096,
+        "sliding_window_pattern": 4,
+    },
+    normalize=lambda mapping: renamed(mapping, {"layer_norm_eps": "rms_norm_eps"}),
+    fixed={"norm": "layer_plain", "is_parallel": True, "is_rope_interleaved": True},
+    derive=_command,
+    block_names=BLOCK_NAMES,
+)
