@@ -131,6 +131,31 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "glm": ("Glm", {"head_dim": 24}),
     "glm4": ("Glm4", {"head_dim": 16, "num_key_value_heads": 1}),
+    "glm4-moe": (
+        "Glm4Moe",
+        {
+            "n_routed_experts": 8,
+            "n_group": 4,
+            "topk_group": 2,
+            "moe_intermediate_size": 24,
+            "n_shared_experts": 2,
+            "first_k_dense_replace": 1,
+            "routed_scaling_factor": 1.5,
+            "use_qk_norm": True,
+            "head_dim": 16,
+            "attention_bias": True,
+            **_EXPERTS,
+        },
+    ),
+    "qwen2-moe": (
+        "Qwen2Moe",
+        {
+            "num_experts": 8,
+            "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 40,
+            **_EXPERTS,
+        },
+    ),
     "ministral": (
         "Ministral",
         {"head_dim": 16, "sliding_window": 12, "layer_types": _LOCAL_THEN_FULL},

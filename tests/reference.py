@@ -159,7 +159,8 @@ def randomise(model: Any) -> None:
     import torch
 
     with torch.no_grad():
-        for parameter in model.parameters():
+        corrections = [one for name, one in model.named_buffers() if "correction" in name]
+        for parameter in (*model.parameters(), *corrections):
             if parameter.ndim == 1:
                 parameter.add_(0.3 * torch.randn_like(parameter))
 

@@ -13,7 +13,7 @@ from folojax.models.core.config import ModelConfig
 from folojax.models.core.decoder import Llama
 from folojax.models.core.param_tree import check_fit, kind_of, named_leaves, plain_tree
 from folojax.models.core.shards import cut_params, join_params, parts_of, problems_of
-from folojax.models.files.hf_names import parameter_sources
+from folojax.models.files.params import param_shapes
 from folojax.models.quantized.quantize import is_quantized, quantization_of, quantize_like
 
 _NUM_PROBED = 256
@@ -48,7 +48,7 @@ def checked_pair(model: Any) -> tuple[Llama, Any]:
         lambda leaf: shape(leaf) if is_quantized(leaf) else leaf, params, is_leaf=is_quantized
     )
     config, count = module.config, parts_of(params)
-    wanted = jax.tree.map(shape, parameter_sources(config))
+    wanted = param_shapes(config, module.dtype)
     if count > 1 and not problems_of(config, count):  # of an engine on several devices
         wanted = jax.eval_shape(lambda params: cut_params(params, config, count), wanted)
     check_fit(wanted, floats)

@@ -15,6 +15,8 @@ _COUNTED_LIKE_LAYERS = ("num_layers", "num_experts", "num_experts_per_token")
 Activation = Literal["silu", "gelu", "gelu_tanh"]
 Norm = Literal["rms", "rms_wide", "rms_offset", "layer", "layer_plain"]
 
+Router = Literal["softmax", "sigmoid"]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -83,6 +85,13 @@ class ModelConfig:
     num_experts_per_token: int = 0
     expert_size: int = 0  # inner width of an expert, as `intermediate_size` is of a dense MLP
     is_expert_weight_normed: bool = True  # the weights of a token's experts sum to 1
+    expert_scale: float = 1.0  # multiplies these weights
+    router: Router = "softmax"
+    """"sigmoid": of each score, plus a correction where experts are chosen and not in weights."""
+    num_expert_groups: int = 1  # equal ones, of which a token's experts come from the best few:
+    num_groups_per_token: int = 1
+    shared_expert_size: int = 0  # inner width of an expert that every token passes
+    has_shared_gate: bool = False  # it is multiplied by the sigmoid of a score of its own
     dense_layers: tuple[int, ...] = ()  # layers with a dense MLP in a model of experts
 
     num_shards: int = 1
@@ -126,7 +135,8 @@ class ModelConfig:
             if field.type is int:
                 most = _MOST_LAYERS if field.name in _COUNTED_LIKE_LAYERS else _MOST_WIDTH
                 # Counts of experts may be 0 where there are none.
-                least = 0 if field.default == 0 and not self.num_experts else 1
+                is_optional = not self.num_experts or field.name == "shared_expert_size"
+                least = 0 if field.default == 0 and is_optional else 1
                 if not is_number or isinstance(value, float) or not least <= value <= most:
                     found.append(
                         f"{field.name} is {value!r}; it must be an integer from {least} to {most:,}"
@@ -159,7 +169,15 @@ class ModelConfig:
             found.append(
                 f"num_experts_per_token is {self.num_experts_per_token}, of {self.num_experts}"
             )
-        for name, options in (("norm", get_args(Norm)), ("activation", get_args(Activation))):
-            if getattr(self, name) not in options:
-                found.append(f"{name} is {getattr(self, name)!r}, not one of {', '.join(options)}")
+        size, rest = divmod(self.num_experts, self.num_expert_groups)
+        few = self.num_groups_per_token
+        is_grouped = self.num_expert_groups > 1
+        if is_grouped and (rest or size < 2 or few * size < self.num_experts_per_token):
+            found.append(
+                f"{self.num_experts} experts in {self.num_expert_groups} groups, {few} for a token"
+            )
+        for name, kind in (("norm", Norm), ("activation", Activation), ("router", Router)):
+            if getattr(self, name) not in get_args(kind):
+                options = ", ".join(get_args(kind))
+                found.append(f"{name} is {getattr(self, name)!r}, not one of {options}")
         return found

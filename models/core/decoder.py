@@ -85,7 +85,8 @@ class Block(nn.Module):
     step has few leaves and fewer, larger products:
         qkv      [(H + 2K) * D, E]   queries | keys | values, head-major
         gate_up  [2F, E]             gate | up
-    A layer of X experts has router [X, E], experts_gate_up [X, E, 2F] and experts_down [X, F, E].
+    A layer of X experts has router [X, E], experts_gate_up [X, E, 2F] and experts_down [X, F, E];
+    one that is shared by all tokens, shared_gate_up and shared_down.
     `qkv`, `o`, `gate_up`, `up` and `down` may each be a `QuantizedKernel` instead of an array.
 
     `layer` says what the config asks of it; `cache_layer`, if given, its place in the cache. With
@@ -190,20 +191,37 @@ class Block(nn.Module):
 
     def _mlp(self, normed: Float[Array, "N E"]) -> Float[Array, "N E"]:
         config, width = self.config, self.config.hidden_size
-        if config.is_sparse(self.layer):
-            count, inner_size = config.num_experts, config.expert_size
-            router = _kernel(self, "router", count, width)
-            gate_up = _kernel(self, "experts_gate_up", count, width, 2 * inner_size)
-            down = _kernel(self, "experts_down", count, inner_size, width)
-            return sum_parts(mix_experts(normed, router, gate_up, down, config), config)
+        if not config.is_sparse(self.layer):
+            return self._dense("", normed, config.intermediate_size)
+        count, inner_size = config.num_experts, config.expert_size
+        router = _kernel(self, "router", count, width)
+        gate_up = _kernel(self, "experts_gate_up", count, width, 2 * inner_size)
+        down = _kernel(self, "experts_down", count, inner_size, width)
+        correction = None
+        if config.router == "sigmoid":
+            correction = self.param("router_correction", _ZEROS, (count,), jnp.float32)
+        out = sum_parts(mix_experts(normed, router, gate_up, down, config, correction), config)
+        if not config.shared_expert_size:
+            return out
+        shared = self._dense("shared_", normed, config.shared_expert_size)
+        if config.has_shared_gate:
+            score = project(normed, _kernel(self, "shared_gate", 1, width), is_rounded=True)
+            shared = jax.nn.sigmoid(score) * shared
+        return out + shared
+
+    def _dense(
+        self, prefix: str, normed: Float[Array, "N E"], inner_size: int
+    ) -> Float[Array, "N E"]:
+        """An MLP that every token passes; its kernels are called so."""
+        config = self.config
         if config.is_gated:
-            both = self._linear("gate_up", normed, 2 * config.intermediate_size, config.mlp_bias)
+            both = self._linear(f"{prefix}gate_up", normed, 2 * inner_size, config.mlp_bias)
             inner = gated(both, config.activation, self.dtype)
         else:
-            up = self._linear("up", normed, config.intermediate_size, config.mlp_bias)
+            up = self._linear(f"{prefix}up", normed, inner_size, config.mlp_bias)
             inner = activate(up.astype(jnp.float32), config.activation)
-        inner = inner.astype(self.dtype)
-        update = self._linear("down", inner, width, config.mlp_bias, is_part=True)
+        inner, width = inner.astype(self.dtype), config.hidden_size
+        update = self._linear(f"{prefix}down", inner, width, config.mlp_bias, is_part=True)
         return update.astype(self.dtype)
 
     def _linear(

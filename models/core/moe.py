@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from folojax.models.core.config import ModelConfig
@@ -14,6 +15,7 @@ def mix_experts(
     gate_up: Float[Array, "X E FF"],
     down: Float[Array, "X F E"],
     config: ModelConfig,
+    correction: Float[Array, " X"] | None = None,
 ) -> Float[Array, "N E"]:
     """Sends every token to its likeliest experts and adds what they return, by their weights.
 
@@ -24,11 +26,7 @@ def mix_experts(
     num_tokens, width = x.shape
     count, per_token = config.num_experts, config.num_experts_per_token
     with jax.named_scope("route"):
-        # Rounded like the product of any linear layer, then wide.
-        scores = project(x, router).astype(x.dtype).astype(jnp.float32)
-        weight, expert = jax.lax.top_k(jax.nn.softmax(scores, axis=-1), per_token)
-        if config.is_expert_weight_normed:
-            weight = weight / weight.sum(axis=-1, keepdims=True)
+        weight, expert = choose_experts(project(x, router), x.dtype, config, correction)
         pair_expert = expert.reshape(-1)
         order = jnp.argsort(pair_expert)
         sizes = jnp.bincount(pair_expert, length=count)
@@ -37,6 +35,37 @@ def mix_experts(
     sorted_out = _by_expert(inner, down, sizes)
     out = jnp.zeros_like(sorted_out).at[order].set(sorted_out, unique_indices=True)
     return (out.reshape(num_tokens, per_token, width) * weight[:, :, None]).sum(1).astype(x.dtype)
+
+
+def choose_experts(
+    scores: Float[Array, "N X"],
+    dtype: DTypeLike,
+    config: ModelConfig,
+    correction: Float[Array, " X"] | None = None,
+) -> tuple[Float[Array, "N M"], Int[Array, "N M"]]:
+    """The M experts of every token, and what each is multiplied by.
+
+    Scores of kind "softmax" are rounded to `dtype` before, like the product of any linear layer.
+    With groups, the best ones are those whose two best experts have most together.
+    """
+    if config.router == "sigmoid":
+        weights = jax.nn.sigmoid(scores)
+    else:
+        weights = jax.nn.softmax(scores.astype(dtype).astype(jnp.float32), axis=-1)
+    wanted = weights if correction is None else weights + correction[None, :]
+    groups = config.num_expert_groups
+    if groups > 1:
+        grouped = wanted.reshape(len(scores), groups, -1)
+        of_group = jax.lax.top_k(grouped, 2)[0].sum(axis=-1)
+        _, best = jax.lax.top_k(of_group, config.num_groups_per_token)
+        is_best = (best[:, :, None] == jnp.arange(groups)[None, None, :]).any(axis=1)
+        wanted = jnp.where(is_best[:, :, None], grouped, -jnp.inf).reshape(scores.shape)
+    _, expert = jax.lax.top_k(wanted, config.num_experts_per_token)
+    weight = jnp.take_along_axis(weights, expert, axis=-1)
+    if config.is_expert_weight_normed:
+        tiny = 1e-20 if config.router == "sigmoid" else 0.0
+        weight = weight / (weight.sum(axis=-1, keepdims=True) + tiny)
+    return weight * config.expert_scale, expert
 
 
 def _by_expert(

@@ -28,10 +28,26 @@ from folojax.models.core.config import ModelConfig
 AXIS = "tensor"
 """Of the mesh over which a model is cut."""
 
-_AXES = {"embed": 0, "lm_head": 0, "up": 0, "up_bias": 0, "o": 1, "down": 1, "experts_down": 1}
+_AXES = {
+    "embed": 0,
+    "lm_head": 0,
+    "up": 0,
+    "up_bias": 0,
+    "o": 1,
+    "down": 1,
+    "experts_down": 1,
+    "shared_down": 1,
+}
 """The axis along which a parameter is cut, in the order in which it has it anyway."""
 
-_RANKS = {"qkv": 2, "qkv_bias": 1, "gate_up": 2, "gate_up_bias": 1, "experts_gate_up": 3}
+_RANKS = {
+    "qkv": 2,
+    "qkv_bias": 1,
+    "gate_up": 2,
+    "gate_up_bias": 1,
+    "experts_gate_up": 3,
+    "shared_gate_up": 2,
+}
 """Axes of those that lie in parts, which are one more axis, in front."""
 
 _JOINT = ("q_norm", "k_norm")
@@ -44,7 +60,7 @@ def problems_of(config: ModelConfig, count: int) -> list[str]:
     if len(config.dense_layers) < config.num_layers or not config.num_experts:
         sizes["intermediate_size"] = config.intermediate_size
     if config.num_experts:
-        sizes["expert_size"] = config.expert_size
+        sizes |= {name: getattr(config, name) for name in ("expert_size", "shared_expert_size")}
     found = [
         f"{name} is {size}, not a multiple of it" for name, size in sizes.items() if size % count
     ]
@@ -61,6 +77,7 @@ def part_of(config: ModelConfig, count: int) -> ModelConfig:
         num_kv_heads=config.num_kv_heads * kv_copies(config, count) // count,
         intermediate_size=max(config.intermediate_size // count, 1),
         expert_size=config.expert_size // count,
+        shared_expert_size=config.shared_expert_size // count,
         num_shards=count,
     )
 
@@ -110,7 +127,7 @@ def cut(name: str, leaf: Any, config: ModelConfig, count: int) -> Any:
         halves = leaf.reshape(*leaf.shape[:2], 2, count, -1)
         return xp.moveaxis(halves, 3, 0).reshape(count, *leaf.shape[:2], -1)
     rest = leaf.shape[1:]
-    if name.startswith("gate_up"):
+    if "gate_up" in name:
         return leaf.reshape(2, count, -1, *rest).swapaxes(0, 1).reshape(count, -1, *rest)
     query, key, value = xp.split(leaf.reshape(-1, dim, *rest), _borders(config))
     both = [xp.repeat(one, copies, axis=0) for one in (key, value)]
@@ -132,7 +149,7 @@ def join(name: str, leaf: Any, config: ModelConfig, count: int) -> Any:
         halves = leaf.reshape(*leaf.shape[:3], 2, -1)
         return xp.moveaxis(halves, 0, 3).reshape(*leaf.shape[1:3], -1)
     rest = leaf.shape[2:]
-    if name.startswith("gate_up"):
+    if "gate_up" in name:
         return leaf.reshape(count, 2, -1, *rest).swapaxes(0, 1).reshape(-1, *rest)
     part = part_of(config, count)
     parts = xp.split(leaf.reshape(count, -1, dim, *rest), _borders(part), axis=1)

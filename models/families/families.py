@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from folojax.models.families.experts import GLM4_MOE, QWEN2_MOE, dense_layers
 from folojax.models.families.family import BLOCK_NAMES, POST_NORM_NAMES, Family, renamed
 from folojax.models.families.glm import GLM, GLM4
 from folojax.models.families.gpt2 import GPT2
@@ -61,13 +62,6 @@ _QWEN3 = dataclasses.replace(
 )
 
 
-def _dense_layers(mapping: Mapping[str, Any]) -> dict[str, Any]:
-    """Of Qwen 3: all that a list names or a step leaves out."""
-    stated, step = set(mapping.get("mlp_only_layers") or ()), mapping["decoder_sparse_step"]
-    layers = range(mapping["num_hidden_layers"])
-    return {"dense_layers": tuple(i for i in layers if i in stated or (i + 1) % step)}
-
-
 _QWEN3_MOE = Family(
     model_type="qwen3_moe",
     defaults={
@@ -87,7 +81,7 @@ _QWEN3_MOE = Family(
         "moe_intermediate_size": "expert_size",
         "norm_topk_prob": "is_expert_weight_normed",
     },
-    derive=_dense_layers,
+    derive=dense_layers,
     is_local=lambda mapping, layer: True,
     has_window_switch=True,
 )
@@ -243,6 +237,8 @@ FAMILIES: dict[str, Family] = {
     "GraniteForCausalLM": _GRANITE,
     "GlmForCausalLM": GLM,
     "Glm4ForCausalLM": GLM4,
+    "Glm4MoeForCausalLM": GLM4_MOE,
+    "Qwen2MoeForCausalLM": QWEN2_MOE,
     "MinistralForCausalLM": MINISTRAL,
     "Ministral3ForCausalLM": MINISTRAL3,
     "Exaone4ForCausalLM": EXAONE4,

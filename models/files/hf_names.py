@@ -30,6 +30,7 @@ class Source:
     num_stacked: int | None = None
     """The tensors are so many equal groups, one for each expert: each is joined and transposed on
     its own, and they are stacked."""
+    is_wide: bool = False  # float32, in whatever dtype a model computes
 
     @property
     def shape(self) -> Shape:
@@ -38,6 +39,10 @@ class Source:
         joined = (sum(shape[0] for _, shape in group), *group[0][1][1:])
         one = joined[::-1] if self.is_transposed else joined
         return one if self.num_stacked is None else (self.num_stacked, *one)
+
+    def dtype(self, wanted: Any) -> np.dtype:
+        """What it is kept in by a model that computes in `wanted`."""
+        return np.dtype(np.float32 if self.is_wide else wanted)
 
     def views(self, array: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
         """Each tensor's name, and its part of the parameter in the tensor's own orientation.
@@ -107,7 +112,16 @@ def _block_parts(config: ModelConfig, layer: int) -> dict[str, Parts]:
         parts["q_norm"] = ([(queries if is_joint else head_dim,)], has_norm_bias)
         parts["k_norm"] = ([(keys if is_joint else head_dim,)], has_norm_bias)
     if config.is_sparse(layer):
-        return parts | {"router": ([(config.num_experts, width)], False)}
+        parts["router"] = ([(config.num_experts, width)], False)
+        if config.router == "sigmoid":
+            parts["router_correction"] = ([(config.num_experts,)], False)
+        if config.has_shared_gate:
+            parts["shared_gate"] = ([(1, width)], False)
+        if config.shared_expert_size:
+            shared = config.shared_expert_size
+            parts["shared_gate_up"] = ([(shared, width), (shared, width)], False)
+            parts["shared_down"] = ([(width, shared)], False)
+        return parts
     if config.is_gated:
         parts["gate_up"] = ([(inner, width), (inner, width)], config.mlp_bias)
     else:
@@ -131,7 +145,11 @@ def _sources(
         is_transposed = is_in_out and len(shapes[0]) == 2
         if is_transposed:
             shapes = [shape[::-1] for shape in shapes]
-        sources[parameter] = Source(tuple(zip(tensors, shapes, strict=True)), is_transposed)
+        sources[parameter] = Source(
+            tuple(zip(tensors, shapes, strict=True)),
+            is_transposed,
+            is_wide=parameter == "router_correction",
+        )
     return sources
 
 

@@ -115,7 +115,7 @@ def _assemble(
             parts = [found[tensor] for tensor, _ in source.tensors]
             kernel: Any = _stored_kernel(name, source, parts, quantization)
             if kernel is None:
-                array = _empty(source, np.dtype(dtype))
+                array = _empty(source, source.dtype(dtype))
                 for tensor, view in source.views(array):
                     found[tensor].read_into(view)
                 kernel = array
@@ -148,7 +148,8 @@ def _empty(source: Source, dtype: np.dtype) -> np.ndarray:
 def param_shapes(config: ModelConfig, dtype: Any) -> dict[str, Any]:
     """Shapes of the tree that `read_params` gives for this config, known before it is read."""
     shapes: dict[str, Any] = jax.tree.map(
-        lambda source: jax.ShapeDtypeStruct(source.shape, dtype), parameter_sources(config)
+        lambda source: jax.ShapeDtypeStruct(source.shape, source.dtype(dtype)),
+        parameter_sources(config),
     )
     return shapes
 

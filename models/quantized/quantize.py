@@ -20,7 +20,7 @@ QuantizedKernel: TypeAlias = Int8Kernel | GroupKernel
 
 
 # Experts are multiplied by `lax.ragged_dot`, and a router's scores decide between experts.
-_LINEAR = frozenset({"qkv", "o", "gate_up", "up", "down"})
+_LINEAR = frozenset({"qkv", "o", "gate_up", "up", "down", "shared_gate_up", "shared_down"})
 
 # Four bits are too few for what tells tokens apart.
 VOCABULARY = frozenset({"embed", "lm_head"})

@@ -117,8 +117,8 @@ def test_requests_of_every_kind_in_other_ways(tiny_model: tuple, options: dict[s
 
 
 def cases() -> list[Any]:
-    """Not slow are biases, experts, and a norm over all heads that are fewer than devices."""
-    few = (("qwen2", 2), ("mixtral", 2), ("olmo2", 4))
+    """Not slow are biases, all kinds of experts, a norm over heads that are fewer than devices."""
+    few = (("qwen2", 2), ("glm4-moe", 2), ("olmo2", 4))
     return [
         pytest.param(*one, marks=[] if one in few else [pytest.mark.slow])
         for one in itertools.product(FAMILIES, (2, 4))
