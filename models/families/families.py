@@ -14,6 +14,7 @@ from folojax.models.families.glm import GLM, GLM4
 from folojax.models.families.gpt2 import GPT2
 from folojax.models.families.hunyuan import HUNYUAN
 from folojax.models.families.mistral import MINISTRAL, MINISTRAL3, MISTRAL
+from folojax.models.families.pictures import PICTURES
 from folojax.models.families.ropeless import COHERE2, EXAONE4
 
 # SmolLM, SmolLM2 and TinyLlama call themselves Llama too.
@@ -259,5 +260,6 @@ def family_of(architectures: Any) -> tuple[str, Family]:
         if isinstance(name, str) and name in FAMILIES:
             return name, FAMILIES[name]
     raise ValueError(
-        f"architectures {architectures!r} is not supported; supported: {', '.join(FAMILIES)}"
+        f"architectures {architectures!r} is not supported; supported: {', '.join(FAMILIES)}; "
+        f"and the text part of {', '.join(PICTURES)}"
     )

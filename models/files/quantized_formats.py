@@ -14,6 +14,7 @@ import numpy as np
 
 from folojax.models.core.config import ModelConfig
 from folojax.models.core.param_tree import listed
+from folojax.models.families.pictures import text_name
 from folojax.models.files.hf_names import parameter_sources
 from folojax.models.files.quantized_config import QuantizedFormat, format_of
 from folojax.models.files.quantized_tensor import Layout, QuantizedTensor, grid_of
@@ -47,11 +48,17 @@ def open_weights(directory: Path, config: ModelConfig) -> Mapping[str, Tensor]:
         ValueError: a file is malformed (`open_tensors`), or the parts of a quantised kernel do not
             fit together; all that do not are listed, fifty at most.
     """
-    tensors, form = open_tensors(directory), format_of(config)
+    tensors, form = _text_tensors(open_tensors(directory)), format_of(config)
     if form is None:
         return tensors
     sources = jax.tree.leaves(parameter_sources(config))
     return _join_parts(tensors, form, {name for source in sources for name, _ in source.tensors})
+
+
+def _text_tensors(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """By the names that they have in a model without pictures, as far as they are in it."""
+    named = {tensor: text_name(name) for name, tensor in tensors.items()}
+    return {name: tensor._replace(name=name) for tensor, name in named.items() if name is not None}
 
 
 def _join_parts(
