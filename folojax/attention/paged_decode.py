@@ -1,18 +1,19 @@
-"""Attention of single tokens to pages where these lie, in pieces of fixed size: NVIDIA GPUs.
+"""Attention of single tokens to pages where these lie: NVIDIA GPUs.
 
 A row's pages are cut by position into pieces of the same number of pages, wherever they lie and
-whatever the other rows are. A piece is read by one program for all queries of a kv head, which are
-rows of one product (G = 1 to 16 of them; a product has at least 16 rows). A second kernel joins the
-pieces of a row by the logarithms of their sums. So a long row is read by many processors, and what
-a row gets does not depend on its company.
+whatever the other rows are, and dealt out to C programs, one piece to each in turn. A program reads
+its pieces for all queries of a kv head, which are rows of one product (G = 1 to 16 of them; a
+product has at least 16 rows). A second kernel joins what the programs of a row found, by the
+logarithms of their sums. So a long row is read by many processors, a batch starts no more programs
+than it can use however long rows may become, and what a row gets depends on no other row.
 
 Axes: R rows, H query heads, K kv heads, G = H / K, D head dimension, S tokens of a page, P pages of
-the pool, N pages of a row, C pieces of a row.
+the pool, N pages of a row, C programs of a row and kv head.
 """
 
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,8 @@ from folojax.kv.placement import Placement
 from folojax.models.core.triton import triton
 
 _PIECE_TOKENS = 512
-_MOST_PIECES = 64  # of a row: longer rows have larger pieces
+_PROGRAMS = 8192  # of a batch; one that has nothing to read costs half a nanosecond
+_LEAST_PROGRAMS, _MOST_PROGRAMS = 4, 64  # of a row and kv head
 _LEAST_GROUP, _MOST_GROUP = 16, 64  # rows of a product
 _HOPPER = 9.0
 _LOG2_E = math.log2(math.e)
@@ -67,18 +69,19 @@ def attend_single(
     groups = heads // kv_heads
     table = placement.page_table.astype(jnp.int32)
     end = jnp.where(placement.length > 0, placement.first + 1, 0).astype(jnp.int32)
-    piece = max(1, _PIECE_TOKENS // size, -(-table.shape[1] // _MOST_PIECES))
-    pieces = -(-table.shape[1] // piece)
+    piece = max(1, _PIECE_TOKENS // size)
+    programs = _PROGRAMS // max(1, rows * kv_heads)
+    programs = min(max(programs, _LEAST_PROGRAMS), _MOST_PROGRAMS, -(-table.shape[1] // piece))
     # Keys and values of a page follow each other.
     halves = pages.reshape(-1, size, kv_heads, dim)
-    static: dict[str, Any] = {"window": window, "size": size, "piece": piece}
+    static: dict[str, Any] = {"window": window, "size": size, "piece": piece, "programs": programs}
     halves, partial, mass = pl.pallas_call(
         functools.partial(_read_piece, scale=scale * _LOG2_E, groups=groups, **static),
-        grid=(kv_heads, pieces, rows),
+        grid=(kv_heads, programs, rows),
         out_shape=[
             jax.ShapeDtypeStruct(halves.shape, halves.dtype),
-            jax.ShapeDtypeStruct((rows, pieces, heads, dim), jnp.float32),
-            jax.ShapeDtypeStruct((rows, pieces, heads), jnp.float32),
+            jax.ShapeDtypeStruct((rows, programs, heads, dim), jnp.float32),
+            jax.ShapeDtypeStruct((rows, programs, heads), jnp.float32),
         ],
         input_output_aliases={3: 0},
         compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
@@ -95,10 +98,40 @@ def attend_single(
     return halves.reshape(pages.shape), out
 
 
-def _seen(end: Any, window: int | None, size: int) -> tuple[Any, Any]:
-    """The first position that is seen, and the page of the last one, the row's own token."""
+class _Share(NamedTuple):
+    """What a program reads of its row: its pages from the one numbered `lower` to before `upper`.
+
+    It numbers its own pages: `page_of` says which of the row's a number means.
+    """
+
+    cached: Any  # tokens of the row that lie in pages; its own comes next
+    first: Any  # the first position that the row sees
+    lower: Any
+    upper: Any
+    own_page: Any  # of the row's own token
+    has_own: Any  # whether that is this program's
+
+    @property
+    def is_empty(self) -> Any:
+        """Whether there is nothing for the program."""
+        return (self.lower >= self.upper) & ~self.has_own
+
+
+def _share(
+    end: Any, number: Any, *, window: int | None, size: int, piece: int, programs: int
+) -> _Share:
+    """That of a program, of `programs`, of a row that sees `end` positions."""
     first = jnp.maximum(end - window, 0) if window is not None else jnp.zeros_like(end)
-    return first, jnp.maximum(end - 1, 0) // size
+    cached, own_page = end - 1, jnp.maximum(end - 1, 0) // size
+
+    def count(pages: Any) -> Any:
+        """How many of the row's first pages are the program's."""
+        rounds, rest = pages // (piece * programs), pages % (piece * programs)
+        return rounds * piece + jnp.clip(rest - number * piece, 0, piece)
+
+    lower, upper = count(first // size), count((cached + size - 1) // size)
+    has_own = (end > 0) & (own_page // piece % programs == number)
+    return _Share(cached, first, lower, upper, own_page, has_own)
 
 
 def _product(left: Any, right: Any, axis: int) -> Any:
@@ -123,21 +156,18 @@ def _read_piece(
     window: int | None,
     size: int,
     piece: int,
+    programs: int,
 ) -> None:
-    """The pages of one piece of a row, for the queries of one kv head.
+    """A program's pages of a row, for the queries of one kv head.
 
-    The piece that the row's own token belongs to takes it as it comes, and stores it.
+    The one that the row's own token belongs to takes it as it comes, and stores it.
     """
     head, number, row = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     dim = query_ref.shape[-1]
     end = triton.load(end_ref.at[row])
-    first, own_page = _seen(end, window, size)
-    cached = end - 1  # positions before the row's own token
-    lower = jnp.maximum(number * piece, first // size)
-    upper = jnp.minimum(number * piece + piece, (cached + size - 1) // size)
-    has_own = (end > 0) & (own_page // piece == number)
+    share = _share(end, number, window=window, size=size, piece=piece, programs=programs)
 
-    @pl.when((lower < upper) | has_own)
+    @pl.when(~share.is_empty)
     def _() -> None:
         group, whole = jnp.arange(max(_LEAST_GROUP, 1 << (groups - 1).bit_length())), pl.ds(0, dim)
         is_head, heads = group < groups, head * groups + group
@@ -148,21 +178,22 @@ def _read_piece(
             triton.load(key_ref.at[row, head, whole]), triton.load(value_ref.at[row, head, whole])
         )
 
-        @pl.when(has_own)
+        @pl.when(share.has_own)
         def _() -> None:
-            half, offset = 2 * triton.load(table_ref.at[row, own_page]), cached % size
+            half, offset = 2 * triton.load(table_ref.at[row, share.own_page]), share.cached % size
             is_kept = (half >= 0) & (half < halves_ref.shape[0])
             mask = jnp.broadcast_to(is_kept, (dim,))
             for skip, one in enumerate((own_key, own_value)):
                 triton.store(stored_ref.at[half + skip, offset, head, whole], one, mask=mask)
 
-        def read(place: Any, sums: Any) -> Any:
+        def read(index: Any, sums: Any) -> Any:
             out, most, total = sums
+            place = (index // piece * programs + number) * piece + index % piece
             half = 2 * triton.load(table_ref.at[row, place])
             key = triton.load(halves_ref.at[half, pl.ds(0, size), head, whole])
             scores = _product(query, key, 1) * scale
             position = place * size + jnp.arange(size)
-            is_seen = (position < cached) & (position >= first)
+            is_seen = (position < share.cached) & (position >= share.first)
             scores = jnp.where(is_seen[None, :], scores, -jnp.inf)
             # Finite: a page has a position that is seen, or the own token was there before.
             now = jnp.maximum(most, jnp.max(scores, axis=1))
@@ -177,10 +208,10 @@ def _read_piece(
 
         nothing = jnp.zeros(group.shape, jnp.float32)
         wide = own_key.astype(jnp.float32)[None, :] * query.astype(jnp.float32)
-        score = jnp.where(has_own, jnp.sum(wide, axis=1) * scale, nothing - jnp.inf)
-        weight = jnp.where(has_own, nothing + 1.0, nothing)
+        score = jnp.where(share.has_own, jnp.sum(wide, axis=1) * scale, nothing - jnp.inf)
+        weight = jnp.where(share.has_own, nothing + 1.0, nothing)
         own = weight[:, None] * own_value.astype(jnp.float32)[None, :]
-        out, most, total = jax.lax.fori_loop(lower, upper, read, (own, score, weight))
+        out, most, total = jax.lax.fori_loop(share.lower, share.upper, read, (own, score, weight))
         triton.store(out_ref.at[row, number, *of_heads], out / total[:, None], mask=is_number)
         triton.store(mass_ref.at[row, number, heads], most + jnp.log2(total), mask=is_head)
 
@@ -194,25 +225,30 @@ def _join_pieces(
     window: int | None,
     size: int,
     piece: int,
+    programs: int,
     together: int,
 ) -> None:
     """Some heads of one row."""
     row, dim = pl.program_id(0), out_ref.shape[-1]
     heads, whole = pl.ds(pl.program_id(1) * together, together), pl.ds(0, dim)
     end = triton.load(end_ref.at[row])
-    first, own_page = _seen(end, window, size)
+    static: dict[str, Any] = {"window": window, "size": size, "piece": piece, "programs": programs}
 
     def add(number: Any, sums: Any) -> Any:
         out, most, total = sums
-        mass = triton.load(mass_ref.at[row, number, heads])
-        part = triton.load(partial_ref.at[row, number, heads, whole])
+        is_there = ~_share(end, number, **static).is_empty
+        mask = jnp.broadcast_to(is_there, (together,))
+        mass = triton.load(mass_ref.at[row, number, heads], mask=mask, other=-jnp.inf)
+        mask = jnp.broadcast_to(is_there, (together, dim))
+        part = triton.load(partial_ref.at[row, number, heads, whole], mask=mask, other=0.0)
         now = jnp.maximum(most, mass)
         kept, weight = jnp.exp2(most - now), jnp.exp2(mass - now)
         return out * kept[:, None] + part * weight[:, None], now, total * kept + weight
 
     nothing = jnp.zeros((together,), jnp.float32)
-    start = jnp.zeros((together, dim), jnp.float32), nothing - jnp.inf, nothing
-    lower, upper = first // size // piece, jnp.where(end > 0, own_page // piece + 1, 0)
-    out, _, total = jax.lax.fori_loop(lower, upper, add, start)
+    # Finite: the first programs of a row with a window may have nothing.
+    start = jnp.zeros((together, dim), jnp.float32), nothing - 1e30, nothing
+    upper = jnp.minimum((jnp.maximum(end, 1) - 1) // size // piece + 1, programs)
+    out, _, total = jax.lax.fori_loop(0, upper, add, start)
     out = out / jnp.where(total > 0, total, 1.0)[:, None]
     triton.store(out_ref.at[row, heads, whole], out.astype(out_ref.dtype))
