@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from folojax.models.files.params import params_from_hf as params_from_hf
     from folojax.models.files.save import params_to_hf as params_to_hf
     from folojax.models.files.save import save_pretrained as save_pretrained
+    from folojax.requests.beams import BeamSearchOutput as BeamSearchOutput
+    from folojax.requests.beams import BeamSearchParams as BeamSearchParams
+    from folojax.requests.beams import BeamSearchSequence as BeamSearchSequence
     from folojax.requests.outputs import BatchMetrics as BatchMetrics
     from folojax.requests.outputs import CompletionOutput as CompletionOutput
     from folojax.requests.outputs import Logprob as Logprob
@@ -89,6 +92,7 @@ _NAMES = {
     "models.files.hf_config": "config_from_hf",
     "models.files.params": "params_from_hf",
     "models.files.save": "params_to_hf save_pretrained",
+    "requests.beams": "BeamSearchOutput BeamSearchParams BeamSearchSequence",
     "requests.outputs": (
         "BatchMetrics CompletionOutput Logprob LogprobRecord RequestMetrics RequestOutput "
         "ScoreOutput batch_metrics"

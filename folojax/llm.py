@@ -21,7 +21,7 @@ from folojax.engine.build import (
     make_engine,
 )
 from folojax.engine.live_request import LiveGeneration
-from folojax.engine.request_loop import RequestLoop
+from folojax.engine.searches import Searches
 from folojax.engine.shared_engine import exclusive
 from folojax.models.core.config import ModelConfig
 from folojax.models.files.save import save_pretrained
@@ -54,7 +54,7 @@ Params: TypeAlias = SamplingParams | Sequence[SamplingParams] | None
 Message: TypeAlias = Mapping[str, Any]
 
 
-class LLM(RequestLoop):
+class LLM(Searches):
     """A model, its tokenizer and an engine.
 
     Args:

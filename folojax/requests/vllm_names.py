@@ -46,7 +46,7 @@ _NO_LORA = "merge the adapter into the weights instead: folojax.merge_lora, LLM.
 _CHANGE_CONFIG = "change config.json in a copy of the model's directory"
 _USE_HUB = "the Hub's own client reads that from the environment: HF_HOME, HF_TOKEN"
 _NO_WORKERS = "there are no workers: llm.params and llm.model are the arrays and the Flax module"
-_BEST_OF = "sample with n and compare cumulative_logprob, or search with LLM.fork"
+_BEST_OF = "LLM.beam_search searches; or sample with n and compare cumulative_logprob"
 _GENERATES = (
     "the models here generate: activation_taps and SamplingParams(activations=True) return hidden "
     "states"
@@ -208,8 +208,13 @@ STRUCTURED_FIELDS = {
 }
 """Keywords of `StructuredOutputsParams`."""
 
+BEAM_FIELDS = {
+    "temperature": Name((0,), "beams are ranked by the model's own log-probabilities"),
+    "include_stop_str_in_output": Name((False,), "there are no stop strings, and ends have text"),
+}
+"""Keywords of `BeamSearchParams`."""
+
 METHODS = {
-    "beam_search": _BEST_OF,
     **dict.fromkeys(("embed", "encode", "classify", "reward"), _GENERATES),
     **dict.fromkeys(("collective_rpc", "apply_model"), _NO_WORKERS),
     **dict.fromkeys(("start_profile", "stop_profile"), "jax.profiler traces any program of JAX"),
@@ -226,7 +231,6 @@ IMPORTS = {
     **dict.fromkeys(("PoolingParams", "PoolingRequestOutput"), _GENERATES),
     **dict.fromkeys(("EmbeddingRequestOutput", "ClassificationRequestOutput"), _GENERATES),
     "GuidedDecodingParams": "StructuredOutputsParams has its fields",
-    "BeamSearchParams": _BEST_OF,
     "ModelRegistry": "docs/new_model.md adds a family; weights in memory: a pair (module, params)",
     "RequestOutputKind": SAMPLING_FIELDS["output_kind"].instead,
 }
@@ -319,6 +323,7 @@ def tables_page() -> str:
         "Keys of a prompt": PROMPT_KEYS,
         "Fields of `SamplingParams`": SAMPLING_FIELDS,
         "Fields of `StructuredOutputsParams`": STRUCTURED_FIELDS,
+        "Fields of `BeamSearchParams`": BEAM_FIELDS,
     }
     parts = []
     for title, table in titles.items():

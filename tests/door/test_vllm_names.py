@@ -14,7 +14,14 @@ import pytest
 import torch
 
 import folojax
-from folojax import LLM, EngineConfig, RequestOutput, SamplingParams, StructuredOutputsParams
+from folojax import (
+    LLM,
+    BeamSearchParams,
+    EngineConfig,
+    RequestOutput,
+    SamplingParams,
+    StructuredOutputsParams,
+)
 from folojax.backend import choose_backend
 from folojax.engine.build import make_config
 from folojax.requests import vllm_names
@@ -313,6 +320,17 @@ def test_a_field_of_structured_outputs_params(name: str) -> None:
         assert row.instead in str(info.value)
 
 
+def differs_beams(llm: LLM) -> None:
+    """Of two lengths, the prompt's tokens would even out; how many there are changes nothing."""
+    params = BeamSearchParams(beam_width=2, max_tokens=4, length_penalty=2.0)
+    (output,) = llm.beam_search(PROMPT, params)
+    num_prompt_tokens = len(encode(PROMPT))
+    scores = [
+        one.cum_logprob / (len(one.tokens) - num_prompt_tokens) ** 2 for one in output.sequences
+    ]
+    assert scores == sorted(scores, reverse=True)
+
+
 def differs_threads(llm: LLM) -> None:
     found: list[list[int]] = []
     threads = [threading.Thread(target=lambda: found.extend(run(llm, PROMPT))) for _ in range(2)]
@@ -329,6 +347,7 @@ DIFFERENT: dict[str, Callable[[LLM], None]] = {
     "`gpu_memory_utilization` on CPU": differs_memory,
     "`enforce_eager`": differs_eager,
     "temperatures between 0 and 0.01": differs_temperature,
+    "scores of beams": differs_beams,
     "seeds": differs_seeds,
     "lists in `SamplingParams`": differs_lists,
     "fields that are assigned to": differs_assignment,

@@ -336,6 +336,23 @@ assert all(len(output.outputs[0].logprobs) == 5 for output in outputs)
 assert llm.get_tokenizer() is None
 """
 
+BEAMS = """
+from vllm import LLM
+from vllm.sampling_params import BeamSearchParams
+
+llm = LLM(model=MODEL, LIMITS)
+params = BeamSearchParams(beam_width=3, max_tokens=5, ignore_eos=True, temperature=0.0)
+found = llm.beam_search([{"prompt": "Hello, my name is"}, {"prompt": "The sea"}], params)
+for output in found:
+    assert len(output.sequences) == 3
+    scores = [sequence.cum_logprob for sequence in output.sequences]
+    assert scores == sorted(scores, reverse=True)
+    for sequence in output.sequences:
+        assert sequence.text == llm.get_tokenizer().decode(sequence.tokens)
+        assert len(sequence.logprobs) == 5
+assert found[0].sequences[0].text.startswith("Hello, my name is")
+"""
+
 STRUCTURED = """
 import json
 import re

@@ -17,7 +17,7 @@ ADAPTERS = (pytest.mark.adapters, pytest.mark.filterwarnings("default"))
     ("name", "count"),
     [
         ("README.md", 2),
-        ("docs/using.md", 10),
+        ("docs/using.md", 11),
         ("docs/coming_from_vllm.md", 1),
         ("docs/research.md", 8),
         ("docs/weights.md", 7),
