@@ -180,6 +180,17 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "Cohere2",
         {"sliding_window": 12, "layer_types": _LOCAL_THEN_FULL, "logit_scale": 0.5},
     ),
+    "gpt-oss": (
+        "GptOss",
+        {
+            "head_dim": 16,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "sliding_window": 12,
+            "swiglu_limit": 1.0,
+            "rope_parameters": {**_YARN, "truncate": False},
+        },
+    ),
     "hunyuan": (
         "HunYuanDenseV1",
         {

@@ -160,9 +160,10 @@ def randomise(model: Any) -> None:
 
     with torch.no_grad():
         corrections = [one for name, one in model.named_buffers() if "correction" in name]
-        for parameter in (*model.parameters(), *corrections):
-            if parameter.ndim == 1:
-                parameter.add_(0.3 * torch.randn_like(parameter))
+        biases = [one for name, one in model.named_parameters() if name.endswith("proj_bias")]
+        of_one_axis = [one for one in model.parameters() if one.ndim == 1]
+        for parameter in (*of_one_axis, *biases, *corrections):
+            parameter.add_(0.3 * torch.randn_like(parameter))
 
 
 def save_tiny(

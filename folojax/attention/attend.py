@@ -27,6 +27,7 @@ def attend(
     key: Float[Array, "T K D"],
     value: Float[Array, "T K D"],
     scoring: Scoring = PLAIN,
+    sinks: Float[Array, " H"] | None = None,
 ) -> tuple[KVCache, Float[Array, "T H D"]]:
     """Attention of every token to all of its request so far, in the shape that models ask for.
 
@@ -39,7 +40,7 @@ def attend(
     """
     spec = AttentionSpec(query.dtype, cache.dtype, query.shape[-1], cache.format, scoring)
     _, kernel = choose_kernel(spec)
-    pages, out = kernel.attend(query, key, value, cache.layers[layer], placement, spec)
+    pages, out = kernel.attend(query, key, value, cache.layers[layer], placement, spec, sinks)
     layers = (*cache.layers[:layer], pages, *cache.layers[layer + 1 :])
     return KVCache(layers, cache.format), out
 

@@ -77,6 +77,8 @@ class _CuDNN:
             return "takes bfloat16 and float16"
         if spec.scoring.softcap is not None:
             return "does not cap scores"
+        if spec.scoring.has_sinks:
+            return "knows no sinks"
         capability = spec.page_format.capability
         if capability < _AMPERE:
             return "needs an NVIDIA GPU of the Ampere generation or later"
@@ -95,8 +97,10 @@ class _CuDNN:
         pages: Num[Array, "P 2 S K D"],
         placement: Placement,
         spec: AttentionSpec,
+        sinks: Float[Array, " H"] | None = None,
     ) -> tuple[Num[Array, "P 2 S K D"], Float[Array, "T H D"]]:
         """As `Kernel.attend`; one call for single tokens, two for chunks."""
+        del sinks  # refused
         scale = spec.scoring.scale
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         window = spec.scoring.window

@@ -39,6 +39,7 @@ class Kernel(Protocol):
         pages: Num[Array, "P 2 _ _ D"],
         placement: Placement,
         spec: AttentionSpec,
+        sinks: Float[Array, " H"] | None = None,
     ) -> tuple[Num[Array, "P 2 _ _ D"], Float[Array, "T H D"]]:
         """Stores the tokens, and causal attention of each to its row, softmax in float32.
 
@@ -50,6 +51,7 @@ class Kernel(Protocol):
                 may be NaN; all values are finite.
             placement: Of the rows.
             spec: That the kernel does not refuse.
+            sinks: As of `Attend`.
 
         Returns:
             The result for each token; finite and of no meaning for one of padding.

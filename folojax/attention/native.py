@@ -40,6 +40,8 @@ class _Native:
             return "reads pages of float32 in the order of heads"
         if spec.scoring.softcap is not None:
             return "does not cap scores"
+        if spec.scoring.has_sinks:
+            return "knows no sinks"
         if spec.page_format.page_size % _LANES or spec.head_dim % _LANES:
             return f"takes page sizes and head dims that are multiples of {_LANES}"
         reason = problem()
@@ -53,8 +55,10 @@ class _Native:
         pages: Num[Array, "P 2 K S D"],
         placement: Placement,
         spec: AttentionSpec,
+        sinks: Float[Array, " H"] | None = None,
     ) -> tuple[Num[Array, "P 2 K S D"], Float[Array, "T H D"]]:
         """As `Kernel.attend`; zeros for tokens of padding."""
+        del sinks  # refused
         order = spec.page_format.order
         pages = write(pages, placement.page, placement.offset, key, value, order)
         queries = placement.by_row(query)

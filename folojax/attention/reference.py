@@ -58,6 +58,7 @@ class _Reference:
         pages: Num[Array, "P 2 _ _ D"],
         placement: Placement,
         spec: AttentionSpec,
+        sinks: Float[Array, " H"] | None = None,
     ) -> tuple[Num[Array, "P 2 _ _ D"], Float[Array, "T H D"]]:
         """As `Kernel.attend`, computed in the dtype of the pages, or of the queries if alike."""
         order = spec.page_format.order
@@ -104,6 +105,10 @@ class _Reference:
 
         shape = grouped.shape[:-1]
         nothing = _Sums(jnp.full(shape, MASKED), jnp.zeros(shape), jnp.zeros(grouped.shape))
+        if sinks is not None:  # the softmax begins with their scores, which have no value
+            of_head = sinks.astype(jnp.float32).reshape(1, kv_heads, groups, 1)
+            of_head = jnp.broadcast_to(of_head, (rows, kv_heads, groups, columns)).reshape(shape)
+            nothing = nothing._replace(maximum=of_head, total=jnp.ones(shape))
         sums = lax.fori_loop(0, jnp.max(-(-end // block)), read, nothing)
         # Rows of padding see nothing.
         out = sums.value / jnp.maximum(sums.total, jnp.finfo(jnp.float32).tiny)[..., None]

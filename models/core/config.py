@@ -76,6 +76,7 @@ class ModelConfig:
     """Queries at position p are multiplied by 1 + growth * log(1 + p // query_growth_length)."""
     query_growth_length: int = 1
     attention_softcap: float | None = None  # scores become cap * tanh(scores / cap)
+    has_sinks: bool = False  # each head has a score beside those of its keys, for nothing
     logits_softcap: float | None = None
     embed_scale: float = 1.0
     residual_scale: float = 1.0  # multiplies what attention and MLP add to the residual stream
@@ -91,6 +92,11 @@ class ModelConfig:
     num_expert_groups: int = 1  # equal ones, of which a token's experts come from the best few:
     num_groups_per_token: int = 1
     shared_expert_size: int = 0  # inner width of an expert that every token passes
+    has_expert_bias: bool = False  # experts and their router have biases
+    swiglu_limit: float | None = None
+    """Experts return (up + 1) * gate * sigmoid(alpha * gate) of clamped values, gates and what they
+    gate in turn; None: as dense MLPs do."""
+    swiglu_alpha: float = 1.0
     has_shared_gate: bool = False  # it is multiplied by the sigmoid of a score of its own
     dense_layers: tuple[int, ...] = ()  # layers with a dense MLP in a model of experts
 
@@ -107,6 +113,7 @@ class ModelConfig:
             scale=self.attention_scale,
             softcap=self.attention_softcap,
             window=self.windows[layer] if self.windows else None,
+            has_sinks=self.has_sinks,
         )
 
     @property

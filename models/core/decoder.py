@@ -22,7 +22,7 @@ from folojax.models.core.layers import (
     rotate,
     softcap,
 )
-from folojax.models.core.moe import mix_experts
+from folojax.models.core.moe import Experts, mix_experts
 from folojax.models.core.shards import join_scores, sum_parts, vocab_rows
 from folojax.models.quantized.quantize import is_quantized
 
@@ -160,7 +160,10 @@ class Block(nn.Module):
         else:
             query, key = self._norm_and_turn(query, key, rotary)
         place = self.layer if self.cache_layer is None else self.cache_layer
-        cache, out = attend(cache, place, query, key, value, scoring=config.scoring(self.layer))
+        options: dict[str, Any] = {"scoring": config.scoring(self.layer)}
+        if config.has_sinks:
+            options["sinks"] = self.param("sinks", _ZEROS, (heads,), self.dtype)
+        cache, out = attend(cache, place, query, key, value, **options)
         flat = out.reshape(-1, heads * head_dim)
         update = self._linear("o", flat, config.hidden_size, config.o_bias, is_part=True)
         return update.astype(self.dtype), cache
@@ -194,13 +197,21 @@ class Block(nn.Module):
         if not config.is_sparse(self.layer):
             return self._dense("", normed, config.intermediate_size)
         count, inner_size = config.num_experts, config.expert_size
-        router = _kernel(self, "router", count, width)
-        gate_up = _kernel(self, "experts_gate_up", count, width, 2 * inner_size)
-        down = _kernel(self, "experts_down", count, inner_size, width)
-        correction = None
+        experts = Experts(
+            router=_kernel(self, "router", count, width),
+            gate_up=_kernel(self, "experts_gate_up", count, width, 2 * inner_size),
+            down=_kernel(self, "experts_down", count, inner_size, width),
+        )
         if config.router == "sigmoid":
             correction = self.param("router_correction", _ZEROS, (count,), jnp.float32)
-        out = sum_parts(mix_experts(normed, router, gate_up, down, config, correction), config)
+            experts = experts._replace(correction=correction)
+        if config.has_expert_bias:
+            experts = experts._replace(
+                router_bias=_kernel(self, "router_bias", count, init=_ZEROS),
+                gate_up_bias=_kernel(self, "experts_gate_up_bias", count, 2 * inner_size),
+                down_bias=_kernel(self, "experts_down_bias", count, width),
+            )
+        out = sum_parts(mix_experts(normed, experts, config), config)
         if not config.shared_expert_size:
             return out
         shared = self._dense("shared_", normed, config.shared_expert_size)

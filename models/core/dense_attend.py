@@ -16,6 +16,7 @@ def dense_attend(
     key: Float[Array, "N K D"],
     value: Float[Array, "N K D"],
     scoring: Scoring = PLAIN,
+    sinks: Float[Array, " H"] | None = None,
 ) -> tuple[Any, Float[Array, "N H D"]]:
     """Causal attention among N tokens of ONE sequence, in order; an `Attend` (see interface.py).
 
@@ -39,7 +40,12 @@ def dense_attend(
     scores = scoring.scores(scores, head_dim)
     place = jnp.arange(num_tokens)
     is_visible = scoring.is_visible(place[:, None] - place[None, :])
-    weights = jax.nn.softmax(jnp.where(is_visible[None, None], scores, -jnp.inf), axis=-1)
+    scores = jnp.where(is_visible[None, None], scores, -jnp.inf)
+    if sinks is not None:
+        sink = sinks.astype(jnp.float32).reshape(num_kv_heads, group, 1, 1)
+        beside = jnp.broadcast_to(sink, (*scores.shape[:-1], 1))
+        scores = jnp.concatenate((scores, beside), axis=-1)
+    weights = jax.nn.softmax(scores, axis=-1)[..., :num_tokens]
     out = jnp.einsum(
         "kms,ksd->kmd",
         weights.reshape(num_kv_heads, group * num_tokens, num_tokens).astype(value.dtype),

@@ -14,6 +14,7 @@ class Scoring:
     scale: float | None = None  # multiplies them; None: 1 / sqrt(D)
     softcap: float | None = None  # scores become cap * tanh(scores / cap)
     window: int | None = None  # a token sees so many tokens, itself included; None: all before it
+    has_sinks: bool = False  # each head has one more score, of a key without a value
 
     def scores(self, products: Float[Array, "*shape"], head_dim: int) -> Float[Array, "*shape"]:
         """Scaled and capped, not masked yet."""
@@ -46,6 +47,10 @@ class Attend(Protocol):
         key: Float[Array, "N K D"],
         value: Float[Array, "N K D"],
         scoring: Scoring = PLAIN,
+        sinks: Float[Array, " H"] | None = None,
     ) -> tuple[Any, Float[Array, "N H D"]]:
-        """Returns the new cache and each token's attention output, in the query's dtype."""
+        """Returns the new cache and each token's attention output, in the query's dtype.
+
+        `sinks` are given only where `scoring` has them: those scores, neither scaled nor capped.
+        """
         ...

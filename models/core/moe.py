@@ -1,5 +1,7 @@
 """Mixtures of experts: every token's MLP is a weighted sum of few out of many."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -9,13 +11,20 @@ from folojax.models.core.config import ModelConfig
 from folojax.models.core.layers import gated, project
 
 
+class Experts(NamedTuple):
+    """The parameters of a layer's experts, and of the router that chooses among them."""
+
+    router: Float[Array, "X E"]
+    gate_up: Float[Array, "X E FF"]
+    down: Float[Array, "X F E"]
+    correction: Float[Array, " X"] | None = None
+    router_bias: Float[Array, " X"] | None = None
+    gate_up_bias: Float[Array, "X FF"] | None = None
+    down_bias: Float[Array, "X E"] | None = None
+
+
 def mix_experts(
-    x: Float[Array, "N E"],
-    router: Float[Array, "X E"],
-    gate_up: Float[Array, "X E FF"],
-    down: Float[Array, "X F E"],
-    config: ModelConfig,
-    correction: Float[Array, " X"] | None = None,
+    x: Float[Array, "N E"], experts: Experts, config: ModelConfig
 ) -> Float[Array, "N E"]:
     """Sends every token to its likeliest experts and adds what they return, by their weights.
 
@@ -26,13 +35,20 @@ def mix_experts(
     num_tokens, width = x.shape
     count, per_token = config.num_experts, config.num_experts_per_token
     with jax.named_scope("route"):
-        weight, expert = choose_experts(project(x, router), x.dtype, config, correction)
+        weight, expert = choose_experts(
+            _plus(project(x, experts.router), experts.router_bias),
+            x.dtype,
+            config,
+            experts.correction,
+        )
         pair_expert = expert.reshape(-1)
         order = jnp.argsort(pair_expert)
         sizes = jnp.bincount(pair_expert, length=count)
     rows = x[order // per_token]
-    inner = gated(_by_expert(rows, gate_up, sizes), config.activation).astype(x.dtype)
-    sorted_out = _by_expert(inner, down, sizes)
+    of_row = pair_expert[order]
+    both = _plus(_by_expert(rows, experts.gate_up, sizes), experts.gate_up_bias, of_row)
+    inner = _gated(both, config).astype(x.dtype)
+    sorted_out = _plus(_by_expert(inner, experts.down, sizes), experts.down_bias, of_row)
     out = jnp.zeros_like(sorted_out).at[order].set(sorted_out, unique_indices=True)
     return (out.reshape(num_tokens, per_token, width) * weight[:, :, None]).sum(1).astype(x.dtype)
 
@@ -66,6 +82,21 @@ def choose_experts(
         tiny = 1e-20 if config.router == "sigmoid" else 0.0
         weight = weight / (weight.sum(axis=-1, keepdims=True) + tiny)
     return weight * config.expert_scale, expert
+
+
+def _plus(x: Array, bias: Array | None, of_row: Array | None = None) -> Array:
+    """With the bias, if there is one: the same for all rows, or that of each row's expert."""
+    if bias is None:
+        return x
+    return x + (bias[None, :] if of_row is None else bias[of_row]).astype(x.dtype)
+
+
+def _gated(both: Float[Array, "M FF"], config: ModelConfig) -> Float[Array, "M F"]:
+    limit = config.swiglu_limit
+    if limit is None:
+        return gated(both, config.activation)
+    gate, up = jnp.minimum(both[:, 0::2], limit), jnp.clip(both[:, 1::2], -limit, limit)
+    return (up + 1.0) * gate * jax.nn.sigmoid(config.swiglu_alpha * gate)
 
 
 def _by_expert(

@@ -12,6 +12,7 @@ from folojax.models.families.experts import GLM4_MOE, QWEN2_MOE, dense_layers
 from folojax.models.families.family import BLOCK_NAMES, POST_NORM_NAMES, Family, renamed
 from folojax.models.families.glm import GLM, GLM4
 from folojax.models.families.gpt2 import GPT2
+from folojax.models.families.gpt_oss import GPT_OSS
 from folojax.models.families.hunyuan import HUNYUAN
 from folojax.models.families.mistral import MINISTRAL, MINISTRAL3, MISTRAL
 from folojax.models.families.pictures import PICTURES
@@ -245,6 +246,7 @@ FAMILIES: dict[str, Family] = {
     "Exaone4ForCausalLM": EXAONE4,
     "Cohere2ForCausalLM": COHERE2,
     "HunYuanDenseV1ForCausalLM": HUNYUAN,
+    "GptOssForCausalLM": GPT_OSS,
 }
 """By the name in `architectures` of config.json."""
 

@@ -107,14 +107,20 @@ def _block_parts(config: ModelConfig, layer: int) -> dict[str, Parts]:
             parts[f"{part}_norm"] = ([(width,)], has_norm_bias)
         if config.has_post_norm:
             parts[f"{part}_post_norm"] = ([(width,)], has_norm_bias)
+    if config.has_sinks:
+        parts["sinks"] = ([(config.num_heads,)], False)
     if config.qk_norm:
         is_joint, head_dim = config.is_qk_norm_joint, config.head_dim
         parts["q_norm"] = ([(queries if is_joint else head_dim,)], has_norm_bias)
         parts["k_norm"] = ([(keys if is_joint else head_dim,)], has_norm_bias)
     if config.is_sparse(layer):
-        parts["router"] = ([(config.num_experts, width)], False)
+        count = config.num_experts
+        parts["router"] = ([(count, width)], config.has_expert_bias)
+        if config.has_expert_bias:
+            parts["experts_gate_up_bias"] = ([(count, 2 * config.expert_size)], False)
+            parts["experts_down_bias"] = ([(count, width)], False)
         if config.router == "sigmoid":
-            parts["router_correction"] = ([(config.num_experts,)], False)
+            parts["router_correction"] = ([(count,)], False)
         if config.has_shared_gate:
             parts["shared_gate"] = ([(1, width)], False)
         if config.shared_expert_size:
@@ -154,8 +160,15 @@ def _sources(
 
 
 def _expert_sources(config: ModelConfig, family: Family, prefix: str) -> dict[str, Source]:
-    """The kernels of all experts, in one array each."""
+    """The kernels of all experts, in one array each; some checkpoints have them so."""
     width, inner, count = config.hidden_size, config.expert_size, config.num_experts
+    if "{}" not in family.block_names["experts_down"][0]:
+        wholes = {"experts_gate_up": (count, width, 2 * inner)}
+        wholes["experts_down"] = (count, inner, width)
+        return {
+            parameter: Source(((prefix + family.block_names[parameter][0], shape),))
+            for parameter, shape in wholes.items()
+        }
     shapes = {"experts_gate_up": (inner, width), "experts_down": (width, inner)}
     return {
         parameter: Source(

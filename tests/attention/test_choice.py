@@ -59,8 +59,10 @@ def test_another_call_in_jax_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
     )
 
 
-def test_capped_scores_go_another_way_on_cpu_too() -> None:
-    config = config_from_hf(config_of("gemma2", transformers))
-    names, reasons = kernels(config, CPU, jnp.float32)
-    assert names == {"reference"}
-    assert reasons == {"native does not cap scores"}
+@pytest.mark.parametrize(
+    ("case", "reason"),
+    [("gemma2", "native does not cap scores"), ("gpt-oss", "native knows no sinks")],
+)
+def test_what_goes_another_way_on_cpu_too(case: str, reason: str) -> None:
+    config = config_from_hf(config_of(case, transformers))
+    assert kernels(config, CPU, jnp.float32) == ({"reference"}, {reason})

@@ -11,7 +11,7 @@ import pytest
 from folojax.models.core.config import ModelConfig
 from folojax.models.core.decoder import init_params
 from folojax.models.core.dense_attend import dense_attend
-from folojax.models.core.interface import Attend
+from folojax.models.core.interface import Attend, Scoring
 from folojax.models.core.layers import project
 from folojax.models.files.checkpoint import build_module, load_params, open_checkpoint
 from tests import reference
@@ -138,3 +138,22 @@ def test_only_differences_of_positions_matter():
 def test_padding_tokens_outside_the_vocabulary_stay_finite():
     module, params = tiny()
     chex.assert_tree_all_finite(dense_logits(module, params, [-1, 3, 64, 2**31 - 1]))
+
+
+def test_a_sink_takes_its_part_of_the_weights():
+    rng = np.random.default_rng(0)
+    query, key, value = (rng.standard_normal((5, heads, 8), np.float32) for heads in (4, 2, 2))
+    sinks = np.array([-1.0, 0.0, 1.0, 2.0], np.float32)
+    scoring = Scoring(has_sinks=True, window=3)
+    given = {
+        "query": jnp.asarray(query),
+        "key": jnp.asarray(key),
+        "value": jnp.asarray(value),
+        "sinks": jnp.asarray(sinks),
+    }
+    _, out = dense_attend(None, 0, **given, scoring=scoring)
+    for token, head in np.ndindex(5, 4):
+        seen = slice(max(0, token - 2), token + 1)
+        masses = np.exp(key[seen, head // 2] @ query[token, head] / np.sqrt(8))
+        expected = masses @ value[seen, head // 2] / (masses.sum() + np.exp(sinks[head]))
+        np.testing.assert_allclose(out[token, head], expected, rtol=1e-4, atol=1e-6)
