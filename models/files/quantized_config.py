@@ -35,7 +35,7 @@ _OUTPUT: Block = (1, None)
 class QuantizedFormat:
     """How the quantised kernels of a checkpoint are stored."""
 
-    method: str  # "gptq", "awq" or, where a kernel's tensors say the rest, "scaled"
+    method: str  # "gptq", "awq", "mxfp4" or, where a kernel's tensors say the rest, "scaled"
     bits: tuple[int, ...]  # what packed codes may have
     blocks: tuple[Block, ...]  # what may share a scale
     zero_step: int = 0  # added to the zeros as they are stored
@@ -138,6 +138,7 @@ _READERS = {
     "fp8": _fp8,
     "fbgemm_fp8": lambda stated: QuantizedFormat(method="scaled", bits=(), blocks=(_OUTPUT,)),
     "compressed-tensors": _compressed,
+    "mxfp4": lambda stated: QuantizedFormat(method="mxfp4", bits=(), blocks=()),
 }
 
 

@@ -16,6 +16,7 @@ from folojax.models.core.config import ModelConfig
 from folojax.models.core.param_tree import listed
 from folojax.models.families.pictures import text_name
 from folojax.models.files.hf_names import parameter_sources
+from folojax.models.files.mxfp4 import join_mxfp4
 from folojax.models.files.quantized_config import QuantizedFormat, format_of
 from folojax.models.files.quantized_tensor import Layout, QuantizedTensor, grid_of
 from folojax.models.files.safetensors_files import DTYPES, StoredTensor, Tensor, open_tensors
@@ -51,6 +52,8 @@ def open_weights(directory: Path, config: ModelConfig) -> Mapping[str, Tensor]:
     tensors, form = _text_tensors(open_tensors(directory)), format_of(config)
     if form is None:
         return tensors
+    if form.method == "mxfp4":
+        return join_mxfp4(tensors)
     sources = jax.tree.leaves(parameter_sources(config))
     return _join_parts(tensors, form, {name for source in sources for name, _ in source.tensors})
 

@@ -36,6 +36,7 @@ DTYPES = {
 
 _PACKED_DTYPES = {
     "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
     "I32": np.dtype(np.int32),
     "I64": np.dtype(np.int64),
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),

@@ -222,7 +222,6 @@ REFUSED = {
     "another method": ({"quant_method": "bitsandbytes"}, r"\(bitsandbytes\).* only gptq, awq, fp8"),
     "no method": ({"bits": 4, "group_size": 64}, "only gptq, awq, fp8"),
     "no object": ("int4", r"quantization_config \(int4\): of quantised"),
-    "mxfp4": ({"quant_method": "mxfp4"}, r"\(mxfp4\)"),
     "three bits": (config("gptq", bits=3), "bits is 3; supported: 4, 8"),
     "bits of words": (config("gptq", bits="4"), "bits is '4'; supported"),
     "a group of none": (config("gptq", group_size=0), "group_size is 0, not a size"),
