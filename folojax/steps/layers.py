@@ -16,7 +16,8 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from folojax.kv.cache import KVCache
-from folojax.models.core.decoder import Llama, summed
+from folojax.models.core.block import summed
+from folojax.models.core.decoder import Llama
 from folojax.models.core.dense_attend import dense_attend
 
 LAYER = "layers_"

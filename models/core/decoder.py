@@ -1,270 +1,23 @@
 """The Llama decoder as a Flax module, and every family that differs from it by a config's flags."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int, Key, UInt32
 
+from folojax.models.core.block import Block, Rotary, Unsummed, kernel_of, norm_init, normed
 from folojax.models.core.config import ModelConfig
 from folojax.models.core.dense_attend import dense_attend
 from folojax.models.core.interface import Attend
 from folojax.models.core.layers import (
-    activate,
-    add_and_norm,
     embed_rows,
-    gated,
-    norm,
-    norm_and_rotate,
     project,
     rotary_tables,
-    rotate,
     softcap,
 )
-from folojax.models.core.moe import Experts, mix_experts
-from folojax.models.core.shards import join_scores, sum_parts, vocab_rows
-from folojax.models.quantized.quantize import is_quantized
-
-# As transformers initialises: a fresh model is only ever a stand-in of the right shapes.
-_KERNEL_INIT = nn.initializers.normal(0.02)
-_ONES, _ZEROS = nn.initializers.ones, nn.initializers.zeros
-
-
-class Rotary(NamedTuple):
-    """How the queries and keys of tokens turn, and what multiplies queries that grow."""
-
-    cos: Float[Array, "N 1 R"]
-    sin: Float[Array, "N 1 R"]
-    growth: Float[Array, "N 1 1"] | None = None
-
-
-def _norm_init(config: ModelConfig) -> Any:
-    """Fresh norms change nothing."""
-    return _ZEROS if config.norm == "rms_offset" else _ONES
-
-
-def _kernel(module: nn.Module, name: str, *shape: int, init: Any = _KERNEL_INIT) -> Any:
-    """A module's kernel of that name and shape, if it was given so quantised or one of parts."""
-    if module.has_variable("params", name):
-        given: Any = module.get_variable("params", name)
-        if is_quantized(given):
-            if given.shape != shape:
-                raise ValueError(f"{name} is {given.shape}, the model needs {shape}")
-            return given
-        if given.shape == (1, *shape):
-            return given[0]
-    return module.param(name, init, shape, module.dtype)
-
-
-class Unsummed(NamedTuple):
-    """A residual stream and what is still to be added to it, by the norm that comes next."""
-
-    stream: Float[Array, "N E"]
-    update: Float[Array, "N E"]
-
-
-def summed(stream: Float[Array, "N E"] | Unsummed) -> Float[Array, "N E"]:
-    """The residual stream."""
-    return stream.stream + stream.update if isinstance(stream, Unsummed) else stream
-
-
-def normed(
-    stream: Float[Array, "N E"] | Unsummed, weight: Any, bias: Any, config: ModelConfig
-) -> tuple[Float[Array, "N E"], Float[Array, "N E"]]:
-    """The residual stream and its norm."""
-    if isinstance(stream, Unsummed):
-        return add_and_norm(*stream, weight, bias, config)
-    return stream, norm(stream, weight, bias, config)
-
-
-class Block(nn.Module):
-    """One layer: attention, then an MLP, each added to the residual stream.
-
-    Kernels lie as [out, in], as in checkpoints. Those that read the same input are one array, so a
-    step has few leaves and fewer, larger products:
-        qkv      [(H + 2K) * D, E]   queries | keys | values, head-major
-        gate_up  [2F, E]             gate | up
-    A layer of X experts has router [X, E], experts_gate_up [X, E, 2F] and experts_down [X, F, E];
-    one that is shared by all tokens, shared_gate_up and shared_down.
-    `qkv`, `o`, `gate_up`, `up` and `down` may each be a `QuantizedKernel` instead of an array.
-
-    `layer` says what the config asks of it; `cache_layer`, if given, its place in the cache. With
-    `leaves_sum` the last sum is left to the next layer's norm.
-    """
-
-    config: ModelConfig
-    dtype: Any
-    layer: int
-    cache_layer: int | None = None
-    leaves_sum: bool = False
-
-    @nn.compact
-    def __call__(
-        self,
-        hidden: Float[Array, "N E"] | Unsummed,
-        rotary: Rotary | None,
-        cache: Any,
-        attend: Attend,
-    ) -> tuple[Float[Array, "N E"] | Unsummed, Any]:
-        """Returns the residual stream after this layer and the cache `attend` gave back."""
-        with jax.named_scope("attention"):
-            hidden, inputs = self._normed("attn", hidden)
-            update, cache = self._attention(inputs, rotary, cache, attend)
-        with jax.named_scope("mlp"):
-            stream = self._after("attn", hidden, update)
-            if self.config.is_parallel:
-                hidden = summed(stream)
-            else:
-                hidden, inputs = self._normed("mlp", stream)
-            out = self._after("mlp", hidden, self._mlp(inputs))
-            return out if self.leaves_sum else summed(out), cache
-
-    def _after(
-        self, part: str, hidden: Float[Array, "N E"], update: Float[Array, "N E"]
-    ) -> Unsummed:
-        """The residual stream and what a part adds to it."""
-        if self.config.has_post_norm:
-            update = self._norm(f"{part}_post_norm", update)
-        if self.config.residual_scale != 1.0:
-            scaled = update.astype(jnp.float32) * self.config.residual_scale
-            update = scaled.astype(self.dtype)
-        return Unsummed(hidden, update)
-
-    def _normed(
-        self, part: str, stream: Float[Array, "N E"] | Unsummed
-    ) -> tuple[Float[Array, "N E"], Float[Array, "N E"]]:
-        """The residual stream, and what a part reads of it."""
-        if not self.config.has_pre_norm:
-            return summed(stream), summed(stream)
-        weight, bias = self._norm_params(f"{part}_norm", self.config.hidden_size)
-        return normed(stream, weight, bias, self.config)
-
-    def _attention(
-        self,
-        normed: Float[Array, "N E"],
-        rotary: Rotary | None,
-        cache: Any,
-        attend: Attend,
-    ) -> tuple[Float[Array, "N E"], Any]:
-        config = self.config
-        heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
-        qkv = self._linear("qkv", normed, (heads + 2 * kv_heads) * head_dim, config.qkv_bias)
-        qkv = qkv.astype(self.dtype).reshape(-1, heads + 2 * kv_heads, head_dim)
-        query, key, value = jnp.split(qkv, (heads, heads + kv_heads), axis=1)
-        if rotary is not None and config.is_qk_norm_plain:
-            of_query, of_key = (self._norm_params(f"{one}_norm", head_dim)[0] for one in "qk")
-            query, key, value = norm_and_rotate(
-                qkv, of_query, of_key, rotary.cos, rotary.sin, config
-            )
-        else:
-            query, key = self._norm_and_turn(query, key, rotary)
-        place = self.layer if self.cache_layer is None else self.cache_layer
-        options: dict[str, Any] = {"scoring": config.scoring(self.layer)}
-        if config.has_sinks:
-            options["sinks"] = self.param("sinks", _ZEROS, (heads,), self.dtype)
-        cache, out = attend(cache, place, query, key, value, **options)
-        flat = out.reshape(-1, heads * head_dim)
-        update = self._linear("o", flat, config.hidden_size, config.o_bias, is_part=True)
-        return update.astype(self.dtype), cache
-
-    def _norm_and_turn(
-        self, query: Float[Array, "N H D"], key: Float[Array, "N K D"], rotary: Rotary | None
-    ) -> tuple[Float[Array, "N H D"], Float[Array, "N K D"]]:
-        """Both with their norms and rotary embedding, as far as the layer has them."""
-        config = self.config
-        if config.qk_norm and not config.is_qk_norm_late:
-            query, key = self._head_norm("q_norm", query), self._head_norm("k_norm", key)
-        if rotary is not None:
-            cos, sin, growth = rotary
-            is_interleaved = config.is_rope_interleaved
-            query = rotate(query, cos, sin, is_interleaved=is_interleaved)
-            key = rotate(key, cos, sin, is_interleaved=is_interleaved)
-            query = query if growth is None else query * growth
-        if config.qk_norm and config.is_qk_norm_late:
-            query, key = self._head_norm("q_norm", query), self._head_norm("k_norm", key)
-        return query, key
-
-    def _head_norm(self, name: str, x: Float[Array, "N heads D"]) -> Float[Array, "N heads D"]:
-        if not self.config.is_qk_norm_joint:
-            return self._norm(name, x)
-        flat = x.reshape(x.shape[0], -1)
-        weight, bias = self._norm_params(name, flat.shape[-1])
-        return norm(flat, weight, bias, self.config, is_part=True).reshape(x.shape)
-
-    def _mlp(self, normed: Float[Array, "N E"]) -> Float[Array, "N E"]:
-        config, width = self.config, self.config.hidden_size
-        if not config.is_sparse(self.layer):
-            return self._dense("", normed, config.intermediate_size)
-        count, inner_size = config.num_experts, config.expert_size
-        experts = Experts(
-            router=_kernel(self, "router", count, width),
-            gate_up=_kernel(self, "experts_gate_up", count, width, 2 * inner_size),
-            down=_kernel(self, "experts_down", count, inner_size, width),
-        )
-        if config.router == "sigmoid":
-            correction = self.param("router_correction", _ZEROS, (count,), jnp.float32)
-            experts = experts._replace(correction=correction)
-        if config.has_expert_bias:
-            experts = experts._replace(
-                router_bias=_kernel(self, "router_bias", count, init=_ZEROS),
-                gate_up_bias=_kernel(self, "experts_gate_up_bias", count, 2 * inner_size),
-                down_bias=_kernel(self, "experts_down_bias", count, width),
-            )
-        out = sum_parts(mix_experts(normed, experts, config), config)
-        if not config.shared_expert_size:
-            return out
-        shared = self._dense("shared_", normed, config.shared_expert_size)
-        if config.has_shared_gate:
-            score = project(normed, _kernel(self, "shared_gate", 1, width), is_rounded=True)
-            shared = jax.nn.sigmoid(score) * shared
-        return out + shared
-
-    def _dense(
-        self, prefix: str, normed: Float[Array, "N E"], inner_size: int
-    ) -> Float[Array, "N E"]:
-        """An MLP that every token passes; its kernels are called so."""
-        config = self.config
-        if config.is_gated:
-            both = self._linear(f"{prefix}gate_up", normed, 2 * inner_size, config.mlp_bias)
-            inner = gated(both, config.activation, self.dtype)
-        else:
-            up = self._linear(f"{prefix}up", normed, inner_size, config.mlp_bias)
-            inner = activate(up.astype(jnp.float32), config.activation)
-        inner, width = inner.astype(self.dtype), config.hidden_size
-        update = self._linear(f"{prefix}down", inner, width, config.mlp_bias, is_part=True)
-        return update.astype(self.dtype)
-
-    def _linear(
-        self,
-        name: str,
-        x: Float[Array, "N I"],
-        width_out: int,
-        has_bias: bool,
-        is_part: bool = False,
-    ) -> Float[Array, "N O"]:
-        """A product with the kernel of that name; with a bias it is float32.
-
-        The bias is added before the cast, as a fused linear layer does: one rounding, not two.
-        With `is_part`, `x` is one device's part of the inputs.
-        """
-        kernel = _kernel(self, name, width_out, x.shape[-1])
-        out = project(x, kernel, is_rounded=not has_bias)
-        out = sum_parts(out, self.config) if is_part else out
-        if has_bias:
-            bias = _kernel(self, f"{name}_bias", width_out, init=_ZEROS)
-            out = out + bias.astype(jnp.float32)[None, :]
-        return out
-
-    def _norm(self, name: str, x: Float[Array, "*batch W"]) -> Float[Array, "*batch W"]:
-        return norm(x, *self._norm_params(name, x.shape[-1]), self.config)
-
-    def _norm_params(self, name: str, width: int) -> tuple[Any, Any]:
-        """The weight and, of a LayerNorm, the bias."""
-        weight = self.param(name, _norm_init(self.config), (width,), self.dtype)
-        if self.config.norm != "layer":
-            return weight, None
-        return weight, self.param(f"{name}_bias", _ZEROS, (width,), self.dtype)
+from folojax.models.core.shards import join_scores, vocab_rows
 
 
 @jax.tree_util.register_static  # as an argument of a jitted function it need not be named static
@@ -287,20 +40,22 @@ class Llama(nn.Module):
         """Declares what `__call__` and `logits` share."""
         config = self.config
         width, vocab = config.hidden_size, vocab_rows(config)
-        self.embed = _kernel(self, "embed", vocab, width)
+        self.embed = kernel_of(self, "embed", vocab, width)
         self.layers = [
             Block(config, self.dtype, layer, leaves_sum=True, name=f"layers_{layer}")
             for layer in range(config.num_layers)
         ]
-        self.final_norm = self.param("final_norm", _norm_init(config), (width,), self.dtype)
+        self.final_norm = self.param("final_norm", norm_init(config), (width,), self.dtype)
         self.final_norm_bias = None
         if config.norm == "layer":
-            self.final_norm_bias = self.param("final_norm_bias", _ZEROS, (width,), self.dtype)
+            self.final_norm_bias = self.param(
+                "final_norm_bias", nn.initializers.zeros, (width,), self.dtype
+            )
         if config.has_learned_positions:
             shape = (config.max_position, width)
-            self.position_embed = _kernel(self, "position_embed", *shape)
+            self.position_embed = kernel_of(self, "position_embed", *shape)
         if not config.tie_embeddings:
-            self.lm_head = _kernel(self, "lm_head", vocab, width)
+            self.lm_head = kernel_of(self, "lm_head", vocab, width)
 
     def __call__(
         self,
