@@ -32,6 +32,18 @@ _LONGROPE = {
     "long_factor": [1.0, 1.3, 2.0, 4.0, 8.0, 16.0],
 }
 _LOCAL_THEN_FULL = ["sliding_attention", "full_attention"]
+_LATENT = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 24,
+    "q_lora_rank": 40,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 12,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": 24,
+    "first_k_dense_replace": 1,
+}
 _EXPERTS = {"num_experts_per_tok": 2, "num_key_value_heads": 4}
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -189,6 +201,30 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "sliding_window": 12,
             "swiglu_limit": 1.0,
             "rope_parameters": {**_YARN, "truncate": False},
+        },
+    ),
+    "deepseek-v2": ("DeepseekV2", {**_LATENT, "q_lora_rank": None, "num_experts_per_tok": 2}),
+    "deepseek-v2-groups": (
+        "DeepseekV2",
+        {
+            **_LATENT,
+            "num_experts_per_tok": 2,
+            "topk_method": "group_limited_greedy",
+            "n_group": 4,
+            "topk_group": 2,
+            "routed_scaling_factor": 1.5,
+        },
+    ),
+    "deepseek-v3": (
+        "DeepseekV3",
+        {
+            **_LATENT,
+            "num_experts_per_tok": 2,
+            "n_group": 4,
+            "topk_group": 2,
+            "rms_norm_eps": 1e-5,
+            "attention_bias": True,
+            "rope_parameters": {**_YARN, "mscale": 1.0, "mscale_all_dim": 1.0},
         },
     ),
     "hunyuan": (

@@ -70,7 +70,7 @@ LLM_ARGUMENTS = {
         "quantization",
         *(
             (one, None)
-            for one in ("awq", "awq_marlin", "gptq", "gptq_marlin", "compressed-tensors")
+            for one in ("awq", "awq_marlin", "gptq", "gptq_marlin", "compressed-tensors", "mxfp4")
         ),
     ),
     "disable_log_stats": Name(ANY),  # LLM.metrics counts at either

@@ -1,5 +1,6 @@
 """One layer of a decoder: attention and an MLP, with what the flags of a config change."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -144,25 +145,61 @@ class Block(nn.Module):
         attend: Attend,
     ) -> tuple[Float[Array, "N E"], Any]:
         config = self.config
+        heads, value_dim = config.num_heads, config.value_dim or config.head_dim
+        make = self._heads_of_latents if config.kv_rank else self._heads
+        query, key, value = make(normed, rotary)
+        place = self.layer if self.cache_layer is None else self.cache_layer
+        options: dict[str, Any] = {"scoring": config.scoring(self.layer)}
+        if config.has_sinks:
+            options["sinks"] = self.param("sinks", _ZEROS, (heads,), self.dtype)
+        cache, out = attend(cache, place, query, key, value, **options)
+        flat = out[..., :value_dim].reshape(-1, heads * value_dim)
+        update = self._linear("o", flat, config.hidden_size, config.o_bias, is_part=True)
+        return update.astype(self.dtype), cache
+
+    def _heads(self, normed: Float[Array, "N E"], rotary: Rotary | None) -> Any:
+        """Queries, keys and values, ready to attend."""
+        config = self.config
         heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         qkv = self._linear("qkv", normed, (heads + 2 * kv_heads) * head_dim, config.qkv_bias)
         qkv = qkv.astype(self.dtype).reshape(-1, heads + 2 * kv_heads, head_dim)
         query, key, value = jnp.split(qkv, (heads, heads + kv_heads), axis=1)
         if rotary is not None and config.is_qk_norm_plain:
             of_query, of_key = (self._norm_params(f"{one}_norm", head_dim)[0] for one in "qk")
-            query, key, value = norm_and_rotate(
-                qkv, of_query, of_key, rotary.cos, rotary.sin, config
-            )
-        else:
-            query, key = self._norm_and_turn(query, key, rotary)
-        place = self.layer if self.cache_layer is None else self.cache_layer
-        options: dict[str, Any] = {"scoring": config.scoring(self.layer)}
-        if config.has_sinks:
-            options["sinks"] = self.param("sinks", _ZEROS, (heads,), self.dtype)
-        cache, out = attend(cache, place, query, key, value, **options)
-        flat = out.reshape(-1, heads * head_dim)
-        update = self._linear("o", flat, config.hidden_size, config.o_bias, is_part=True)
-        return update.astype(self.dtype), cache
+            return norm_and_rotate(qkv, of_query, of_key, rotary.cos, rotary.sin, config)
+        return *self._norm_and_turn(query, key, rotary), value
+
+    def _heads_of_latents(self, normed: Float[Array, "N E"], rotary: Rotary | None) -> Any:
+        """The same where they come from latents; what turns of a head comes first here.
+
+        Values are as wide as keys, zeros behind what they have.
+        """
+        config, heads = self.config, self.config.num_heads
+        assert config.rotary_dim is not None
+        still = config.head_dim - config.rotary_dim
+        latent, name = normed, "q"
+        if config.query_rank:
+            latent, name = self._latent("q", normed, config.query_rank)[0], "q_b"
+        query = self._linear(name, latent, heads * config.head_dim, False).astype(self.dtype)
+        query = query.reshape(-1, heads, config.head_dim)
+        latent, turning = self._latent("kv", normed, config.kv_rank, config.rotary_dim)
+        both = self._linear("kv_b", latent, heads * (still + config.value_dim), False)
+        both = both.astype(self.dtype).reshape(-1, heads, still + config.value_dim)
+        query_turn, key_turn = self._norm_and_turn(query[..., still:], turning[:, None], rotary)
+        key_turn = jnp.broadcast_to(key_turn, query_turn.shape)
+        query = jnp.concatenate((query_turn, query[..., :still]), axis=-1)
+        key = jnp.concatenate((key_turn, both[..., :still]), axis=-1)
+        missing = config.head_dim - config.value_dim
+        return query, key, jnp.pad(both[..., still:], ((0, 0), (0, 0), (0, missing)))
+
+    def _latent(self, name: str, x: Float[Array, "N E"], rank: int, rest: int = 0) -> Any:
+        """A normed latent, and what a product has beside it."""
+        config = self.config
+        out = self._linear(f"{name}_a", x, rank + rest, config.qkv_bias).astype(self.dtype)
+        weight = self.param(f"{name}_a_norm", _ONES, (rank,), self.dtype)
+        # Whatever the other norms have, as in transformers.
+        small = dataclasses.replace(config, rms_norm_eps=1e-6)
+        return norm(out[:, :rank], weight, None, small), out[:, rank:]
 
     def _norm_and_turn(
         self, query: Float[Array, "N H D"], key: Float[Array, "N K D"], rotary: Rotary | None

@@ -10,6 +10,7 @@ from folojax.models.core.rope import RopeScaling
 # No model comes near these; a config beyond them is a mistake or malice, and its shapes alone
 # would fill the memory.
 _MOST_WIDTH, _MOST_LAYERS = 2**26, 2**10
+_OPTIONAL = ("shared_expert_size", "kv_rank", "query_rank", "value_dim")
 _COUNTED_LIKE_LAYERS = ("num_layers", "num_experts", "num_experts_per_token")
 
 Activation = Literal["silu", "gelu", "gelu_tanh"]
@@ -61,6 +62,12 @@ class ModelConfig:
     activation: Activation = "silu"
     is_gated: bool = True  # the MLP is act(gate) * up; else act(up)
 
+    kv_rank: int = 0
+    """Keys and values of all heads come from one latent so wide; beside it lies the part of keys
+    that turns, the same for all heads. 0: each head has its own."""
+    query_rank: int = 0  # the width of the latent that queries come from then; 0: there is none
+    value_dim: int = 0  # of a value then, up to head_dim
+
     has_learned_positions: bool = False
     """A table of positions is added to the embedding; there is no rotary embedding."""
     rotary_dim: int | None = None  # leading dimensions of a head that rotate; None: all
@@ -91,6 +98,7 @@ class ModelConfig:
     """"sigmoid": of each score, plus a correction where experts are chosen and not in weights."""
     num_expert_groups: int = 1  # equal ones, of which a token's experts come from the best few:
     num_groups_per_token: int = 1
+    num_best_of_group: int = 2  # experts whose sum says how good a group is
     shared_expert_size: int = 0  # inner width of an expert that every token passes
     has_expert_bias: bool = False  # experts and their router have biases
     swiglu_limit: float | None = None
@@ -142,7 +150,7 @@ class ModelConfig:
             if field.type is int:
                 most = _MOST_LAYERS if field.name in _COUNTED_LIKE_LAYERS else _MOST_WIDTH
                 # Counts of experts may be 0 where there are none.
-                is_optional = not self.num_experts or field.name == "shared_expert_size"
+                is_optional = not self.num_experts or field.name in _OPTIONAL
                 least = 0 if field.default == 0 and is_optional else 1
                 if not is_number or isinstance(value, float) or not least <= value <= most:
                     found.append(
@@ -176,10 +184,14 @@ class ModelConfig:
             found.append(
                 f"num_experts_per_token is {self.num_experts_per_token}, of {self.num_experts}"
             )
+        if self.kv_rank and not (0 < self.value_dim <= self.head_dim and self.rotary_dim):
+            found.append(f"value_dim is {self.value_dim}; it must be from 1 to {self.head_dim}")
         size, rest = divmod(self.num_experts, self.num_expert_groups)
         few = self.num_groups_per_token
         is_grouped = self.num_expert_groups > 1
-        if is_grouped and (rest or size < 2 or few * size < self.num_experts_per_token):
+        if is_grouped and (
+            rest or size < self.num_best_of_group or few * size < self.num_experts_per_token
+        ):
             found.append(
                 f"{self.num_experts} experts in {self.num_expert_groups} groups, {few} for a token"
             )

@@ -24,7 +24,7 @@ from folojax.models.core.shards import join_scores, vocab_rows
 class Llama(nn.Module):
     """A decoder from token ids to the hidden states that `logits` turns into scores.
 
-    Parameters, all in `dtype`: `embed` [V, E], `layers_<i>` (see Block), `final_norm` [E], and
+    Parameters, all in `dtype` but corrections of routers: `embed` [V, E], `layers_<i>` (see Block), `final_norm` [E], and
     `lm_head` [V, E] unless the embedding is tied; `position_embed` where positions are learned.
     `quantize_params` makes quantised kernels of those that linear layers and the embedding read.
     Layers are a Python loop: under `lax.scan` XLA copies each layer's weights every step.

@@ -62,7 +62,7 @@ def choose_experts(
     """The M experts of every token, and what each is multiplied by.
 
     Scores of kind "softmax" are rounded to `dtype` before, like the product of any linear layer.
-    With groups, the best ones are those whose two best experts have most together.
+    With groups, the best ones are those whose best experts have most together.
     """
     if config.router == "sigmoid":
         weights = jax.nn.sigmoid(scores)
@@ -72,7 +72,7 @@ def choose_experts(
     groups = config.num_expert_groups
     if groups > 1:
         grouped = wanted.reshape(len(scores), groups, -1)
-        of_group = jax.lax.top_k(grouped, 2)[0].sum(axis=-1)
+        of_group = jax.lax.top_k(grouped, config.num_best_of_group)[0].sum(axis=-1)
         _, best = jax.lax.top_k(of_group, config.num_groups_per_token)
         is_best = (best[:, :, None] == jnp.arange(groups)[None, None, :]).any(axis=1)
         wanted = jnp.where(is_best[:, :, None], grouped, -jnp.inf).reshape(scores.shape)

@@ -66,6 +66,8 @@ def problems_of(config: ModelConfig, count: int) -> list[str]:
     ]
     if config.num_kv_heads % count and count % config.num_kv_heads:
         found.append(f"num_kv_heads is {config.num_kv_heads}, neither a multiple nor a part of it")
+    if config.kv_rank and count > 1:
+        found.append("latent attention is not shared out among devices")
     if config.has_expert_bias and count > 1:
         found.append("experts with biases are not shared out among devices")
     return found

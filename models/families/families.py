@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from folojax.models.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from folojax.models.families.experts import GLM4_MOE, QWEN2_MOE, dense_layers
 from folojax.models.families.family import BLOCK_NAMES, POST_NORM_NAMES, Family, renamed
 from folojax.models.families.glm import GLM, GLM4
@@ -247,6 +248,8 @@ FAMILIES: dict[str, Family] = {
     "Cohere2ForCausalLM": COHERE2,
     "HunYuanDenseV1ForCausalLM": HUNYUAN,
     "GptOssForCausalLM": GPT_OSS,
+    "DeepseekV2ForCausalLM": DEEPSEEK_V2,
+    "DeepseekV3ForCausalLM": DEEPSEEK_V3,
 }
 """By the name in `architectures` of config.json."""
 

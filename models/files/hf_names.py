@@ -99,9 +99,12 @@ def _block_parts(config: ModelConfig, layer: int) -> dict[str, Parts]:
     queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     has_norm_bias = config.norm == "layer"
     parts: dict[str, Parts] = {
-        "qkv": ([(queries, width), (keys, width), (keys, width)], config.qkv_bias),
-        "o": ([(width, queries)], config.o_bias),
+        "qkv": ([(queries, width), (keys, width), (keys, width)], config.qkv_bias)
     }
+    if config.kv_rank:
+        parts = _latent_parts(config)
+    of_values = config.num_heads * (config.value_dim or config.head_dim)
+    parts["o"] = ([(width, of_values)], config.o_bias)
     for part in ("attn", "mlp"):
         if config.has_pre_norm and not (config.is_parallel and part == "mlp"):
             parts[f"{part}_norm"] = ([(width,)], has_norm_bias)
@@ -133,6 +136,25 @@ def _block_parts(config: ModelConfig, layer: int) -> dict[str, Parts]:
     else:
         parts["up"] = ([(inner, width)], config.mlp_bias)
     return parts | {"down": ([(width, inner)], config.mlp_bias)}
+
+
+def _latent_parts(config: ModelConfig) -> dict[str, Parts]:
+    """What queries, keys and values come from, where these come from latents."""
+    width, rank, heads = config.hidden_size, config.kv_rank, config.num_heads
+    turning, has_bias = config.rotary_dim or 0, config.qkv_bias
+    of_head = config.head_dim - turning + config.value_dim
+    parts: dict[str, Parts] = {
+        "kv_a": ([(rank + turning, width)], has_bias),
+        "kv_a_norm": ([(rank,)], False),
+        "kv_b": ([(heads * of_head, rank)], False),
+    }
+    if not config.query_rank:
+        parts["q"] = ([(heads * config.head_dim, width)], False)
+        return parts
+    parts["q_a"] = ([(config.query_rank, width)], has_bias)
+    parts["q_a_norm"] = ([(config.query_rank,)], False)
+    parts["q_b"] = ([(heads * config.head_dim, config.query_rank)], False)
+    return parts
 
 
 def _sources(

@@ -20,7 +20,22 @@ QuantizedKernel: TypeAlias = Int8Kernel | GroupKernel
 
 
 # Experts are multiplied by `lax.ragged_dot`, and a router's scores decide between experts.
-_LINEAR = frozenset({"qkv", "o", "gate_up", "up", "down", "shared_gate_up", "shared_down"})
+_LINEAR = frozenset(
+    {
+        "qkv",
+        "o",
+        "gate_up",
+        "up",
+        "down",
+        "shared_gate_up",
+        "shared_down",
+        "q",
+        "q_a",
+        "q_b",
+        "kv_a",
+        "kv_b",
+    }
+)
 
 # Four bits are too few for what tells tokens apart.
 VOCABULARY = frozenset({"embed", "lm_head"})

@@ -122,7 +122,7 @@ def cases() -> list[Any]:
     return [
         pytest.param(*one, marks=[] if one in few else [pytest.mark.slow])
         for one in itertools.product(FAMILIES, (2, 4))
-        if one[0] != "gpt-oss"  # which is refused
+        if not one[0].startswith(("gpt-oss", "deepseek"))  # which are refused
     ]
 
 

@@ -1,0 +1,106 @@
+"""DeepSeek V2 and V3: keys and values from one latent, of which the cache has the full heads."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from folojax.models.families.experts import SHARED_NAMES, SIGMOID_KEYS, shared_and_dense
+from folojax.models.families.family import BLOCK_NAMES, Family, renamed
+
+
+def _normalize(mapping: Mapping[str, Any]) -> dict[str, Any]:
+    """`head_dim` is what turns of a head, here as in transformers: rotary settings are of that."""
+    words = renamed(mapping, {"num_local_experts": "n_routed_experts"})
+    return words | {"head_dim": words.get("qk_rope_head_dim", 64)}
+
+
+def _latent(mapping: Mapping[str, Any]) -> dict[str, Any]:
+    turning = mapping["qk_rope_head_dim"]
+    head_dim = mapping["qk_nope_head_dim"] + turning
+    rope = mapping.get("rope_scaling") or mapping.get("rope_parameters") or {}
+    all_dim, factor = rope.get("mscale_all_dim"), rope.get("factor") or 1.0
+    growth = 0.1 * all_dim * math.log(factor) + 1 if all_dim and factor > 1 else 1.0
+    return {
+        "num_kv_heads": mapping["num_attention_heads"],
+        "head_dim": head_dim,
+        "rotary_dim": turning,
+        "attention_scale": head_dim**-0.5 * growth**2,
+        "query_rank": mapping["q_lora_rank"] or 0,
+        **shared_and_dense(mapping),
+    }
+
+
+DEEPSEEK_V3 = Family(
+    model_type="deepseek_v3",
+    defaults={
+        "n_routed_experts": 256,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 2048,
+        "n_shared_experts": 1,
+        "routed_scaling_factor": 2.5,
+        "norm_topk_prob": True,
+        "n_group": 8,
+        "topk_group": 4,
+        "first_k_dense_replace": 3,
+        "kv_lora_rank": 512,
+        "q_lora_rank": 1536,
+        "qk_rope_head_dim": 64,
+        "qk_nope_head_dim": 128,
+        "v_head_dim": 128,
+        "rope_interleave": True,
+    },
+    normalize=_normalize,
+    fixed={"router": "sigmoid"},
+    keys={
+        **SIGMOID_KEYS,
+        "kv_lora_rank": "kv_rank",
+        "v_head_dim": "value_dim",
+        "rope_interleave": "is_rope_interleaved",
+    },
+    derive=_latent,
+    block_names={
+        **BLOCK_NAMES,
+        **SHARED_NAMES,
+        "q": ("self_attn.q_proj.weight",),
+        "q_a": ("self_attn.q_a_proj.weight",),
+        "q_a_norm": ("self_attn.q_a_layernorm.weight",),
+        "q_b": ("self_attn.q_b_proj.weight",),
+        "kv_a": ("self_attn.kv_a_proj_with_mqa.weight",),
+        "kv_a_norm": ("self_attn.kv_a_layernorm.weight",),
+        "kv_b": ("self_attn.kv_b_proj.weight",),
+    },
+    ignorable=r"model\.layers\.61\..*|model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",
+)
+
+
+def _second(mapping: Mapping[str, Any]) -> dict[str, Any]:
+    """Groups by their best expert, where there are any; weights are not normed."""
+    method = mapping["topk_method"]
+    if method not in ("greedy", "group_limited_greedy"):
+        raise ValueError(f"topk_method {method!r} is not supported")
+    is_grouped = method != "greedy"
+    return {
+        **_latent(mapping),
+        "num_expert_groups": mapping["n_group"] if is_grouped else 1,
+        "num_groups_per_token": mapping["topk_group"] if is_grouped else 1,
+        "num_best_of_group": 1,
+        "is_expert_weight_normed": False,
+    }
+
+
+DEEPSEEK_V2 = dataclasses.replace(
+    DEEPSEEK_V3,
+    model_type="deepseek_v2",
+    defaults={
+        **DEEPSEEK_V3.defaults,
+        "n_routed_experts": 64,
+        "moe_intermediate_size": 1407,
+        "n_shared_experts": 2,
+        "routed_scaling_factor": 1.0,
+        "first_k_dense_replace": 0,
+        "topk_method": "greedy",
+    },
+    fixed={"is_rope_interleaved": True},
+    derive=_second,
+)
