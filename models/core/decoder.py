@@ -24,9 +24,10 @@ from folojax.models.core.shards import join_scores, vocab_rows
 class Llama(nn.Module):
     """A decoder from token ids to the hidden states that `logits` turns into scores.
 
-    Parameters, all in `dtype` but corrections of routers: `embed` [V, E], `layers_<i>` (see Block), `final_norm` [E], and
-    `lm_head` [V, E] unless the embedding is tied; `position_embed` where positions are learned.
-    `quantize_params` makes quantised kernels of those that linear layers and the embedding read.
+    Parameters, all in `dtype` but corrections of routers: `embed` [V, E], `layers_<i>` (see Block),
+    `final_norm` [E], and `lm_head` [V, E] unless the embedding is tied; `position_embed` where
+    positions are learned. `quantize_params` makes quantised kernels of those that linear layers and
+    the embedding read.
     Layers are a Python loop: under `lax.scan` XLA copies each layer's weights every step.
 
     It can also be run in pieces, each a program of its own: `begin`, then each layer `alone` with

@@ -48,6 +48,11 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"rope_parameters": MROPE},
         {**QWEN_EYE, "out_hidden_size": 64, "fullatt_block_indexes": [0]},
     ),
+    "qwen2_vl": (
+        "Qwen2VL",
+        {"rope_parameters": MROPE},
+        {"depth": 1, "embed_dim": 32, "hidden_size": 64, "num_heads": 2},
+    ),
     "qwen3_vl": (
         "Qwen3VL",
         {"rope_parameters": {**MROPE, "mrope_interleaved": True}, "head_dim": 16},
