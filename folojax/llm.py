@@ -240,6 +240,8 @@ class LLM(Searches):
     ) -> list[ScoreOutput]:
         """Log-probabilities of given continuations; no token is generated.
 
+        A prompt is computed once for all of its continuations.
+
         Args:
             prompts: As in `generate`; one for all continuations, or one for each.
             continuations: In the same forms. Text that follows text is encoded together with it,

@@ -10,7 +10,7 @@ and computes the rest into pages of its own: a page with several owners is never
 finds with another request is the prompt of its group, or what it was forked from.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from typing import NamedTuple
 
 from folojax.sched.config import SchedulerConfig
@@ -59,7 +59,7 @@ class KVMemory:
         self._loading: dict[Request, SavedPages] = {}
         # The requests of each group that have pages for others to share. Dicts for their order:
         # what is planned must not depend on the addresses of objects.
-        self._sharing: dict[str | None, dict[Request, None]] = {}
+        self._sharing: dict[Hashable, dict[Request, None]] = {}
 
     def publish_moves(self) -> PageMoves:
         """Returns what is to happen to pages before the step that has been planned."""
@@ -146,7 +146,8 @@ class KVMemory:
         """
         num_tokens = request.num_planned_tokens
         # One that reports on its prompt has to compute it; one that is to be loaded stays saved.
-        is_kept = request.skip_prefix_cache or request in self._loading
+        is_reported = request.skip_prefix_cache or request.most_found_tokens is not None
+        is_kept = is_reported or request in self._loading
         if not is_kept and num_tokens >= self._least_saved:
             num_pages = pages_for(num_tokens, self.page_size)
             request.saved = self.host.save(tuple(request.page_ids[:num_pages]), num_tokens)
@@ -238,9 +239,8 @@ class KVMemory:
         if parent is not None and parent.status is RequestStatus.RUNNING and not parent.is_private:
             return parent, request.num_tokens
         for sibling in self._sharing.get(request.group, ()):
-            # Of the prompt's last token the K/V may be missing.
-            if sibling.num_planned_tokens >= request.num_prompt_tokens - 1:
-                return sibling, request.num_prompt_tokens - 1
+            if sibling.num_planned_tokens >= request.num_common_tokens:
+                return sibling, request.num_common_tokens
         return None
 
     def _find_with_others(self, request: Request, start: Start) -> Start:
@@ -267,8 +267,11 @@ class KVMemory:
                 del self._sharing[request.group]
 
     def _pieces(self, request: Request) -> Iterator[tuple[int, ...]]:
-        """The full pages of a request's tokens, without the last token: that is to be computed."""
-        for index in range((request.num_tokens - 1) // self.page_size):
+        """The full pages of a request's tokens, without those that it is to compute."""
+        most = request.num_tokens - 1  # the last token, in any case
+        if request.most_found_tokens is not None:
+            most = min(most, request.most_found_tokens)
+        for index in range(most // self.page_size):
             yield self._piece(request, index)
 
     def _piece(self, request: Request, index: int) -> tuple[int, ...]:

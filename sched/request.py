@@ -22,6 +22,7 @@ A token that was under way when its request was preempted still counts, and can 
 """
 
 import enum
+from collections.abc import Hashable
 from dataclasses import KW_ONLY, dataclass, field
 
 from folojax.sched.host_pages import SavedPages
@@ -109,12 +110,14 @@ class Request:
     prompt_token_ids: tuple[int, ...]
     stop: StopRule
     priority: int = 0  # smaller is more urgent; the "fcfs" policy does not look at it
-    # Requests of one group have the same prompt, and share the K/V of it: it is computed for one of
-    # them, while the others wait. None: it is alone.
-    group: str | None = None
+    # Requests of one group have the same prompt, or its first `most_found_tokens`, and share the
+    # K/V of it: it is computed for one of them, while the others wait. None: it is alone.
+    group: Hashable = None
     # Compute every token of the prompt, whatever others have left; for a request that reports
     # something about each of them. Its pages may serve others.
     skip_prefix_cache: bool = False
+    # Likewise, but for so many tokens at the beginning, which it reports nothing about. None: all.
+    most_found_tokens: int | None = None
     # With the same prompt, it gave this one its first outputs: they share pages if it still runs.
     forked_from: "Request | None" = None
     saved: SavedPages | None = None  # what host memory holds of its K/V
@@ -144,6 +147,13 @@ class Request:
     def num_prompt_tokens(self) -> int:
         """Length of the prompt."""
         return len(self.prompt_token_ids)
+
+    @property
+    def num_common_tokens(self) -> int:
+        """How many first tokens those of its group have computed for it, at most."""
+        # What follows the prompt's last token is to be sampled: that one stays to be computed.
+        most, last = self.most_found_tokens, len(self.prompt_token_ids) - 1
+        return last if most is None else min(most, last)
 
     @property
     def num_output_tokens(self) -> int:

@@ -1,13 +1,18 @@
 """A continuation to be scored: a prompt-only request whose tokens are reported."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 from folojax.engine.live_request import LiveRequest
 from folojax.requests.outputs import ScoreOutput
 from folojax.requests.prompts import ParsedPrompt
 from folojax.requests.sampling_params import SamplingParams, SamplingRequest
+from folojax.runner.results import PromptLogprobs, TokenLogprob
 from folojax.sched.request import StopRule
+
+NOT_SCORED = TokenLogprob(-1, math.nan, 0)
+"""Of a prompt's token that was found computed."""
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
@@ -18,6 +23,8 @@ class LiveScore(LiveRequest[ScoreOutput]):
     computed::
 
         prompt  p0 p1 p2 p3 | c0 c1 c2     computed: p0 ... c1     scored: c0 c1 c2
+
+    p0 p1 p2 are computed once for all that are scored behind the same prompt.
     """
 
     prompt: ParsedPrompt  # what comes before
@@ -28,6 +35,12 @@ class LiveScore(LiveRequest[ScoreOutput]):
     def parts(self) -> Sequence[SamplingRequest]:
         """The one request."""
         return [self.request]
+
+    def add_prompt_logprobs(self, chunk: PromptLogprobs) -> None:
+        """Takes in a chunk; what is found computed of the prompt has no log-probabilities."""
+        num_missing = chunk.first - 1 - len(self.prompt_logprobs)
+        self.prompt_logprobs += [NOT_SCORED] * num_missing
+        super().add_prompt_logprobs(chunk)
 
     def output(self) -> ScoreOutput:
         """What the user gets at the end; there is no log-probability unless all are known."""
@@ -55,7 +68,8 @@ def make_score(request_id: str, prompt: ParsedPrompt, continuation: ParsedPrompt
         request_id,
         tuple(computed),
         StopRule(max_tokens=0),
-        skip_prefix_cache=True,
+        group=tuple(map(int, prompt.token_ids)),
+        most_found_tokens=len(prompt.token_ids) - 1,
         sampling_params=SamplingParams(temperature=0),
         num_prompt_logprobs=0,
         next_token=last,

@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from folojax import LLM
+from folojax import LLM, SamplingParams
 from tests.api_calls import CHAT, GREEDY, PROMPT, SEEDED, change, finish, run
+from tests.conftest import check_is_empty
 from tests.engine.test_engine import CompileCounter
 from tests.letters import encode
+from tests.reference import MORE_LIMITS, TIGHT
 
 
 def test_generate_takes_vllms_progress_bar_argument(letters_llm: LLM) -> None:
@@ -109,6 +111,55 @@ def test_score(letters_llm: LLM) -> None:
         assert one.logprobs == pytest.approx(expected_one.logprobs, abs=1e-4)
     assert ids[0].prompt is ids[0].continuation is None
     assert letters_llm.score(PROMPT, [], use_tqdm=False) == []
+
+
+@pytest.mark.parametrize("is_chunked", [False, True])
+def test_a_prompt_is_computed_once_for_all_continuations(
+    tiny_model: tuple, is_chunked: bool
+) -> None:
+    """Whatever its length is to the pages, whether or not it is cached, and with two at a time."""
+    rng = np.random.default_rng(0)
+    limits = MORE_LIMITS | ({"max_num_seqs": 2, "max_num_batched_tokens": 16} if is_chunked else {})
+    llm = LLM(tiny_model, **limits, check_integrity=True)
+    apart = LLM(tiny_model, **limits, enable_prefix_caching=False)
+    for length in (1, 16, 17, 47, 60):
+        context = rng.integers(3, 98, length).tolist()
+        lengths = (1, 5, 1, 30, 2, 9)
+        continuations = [rng.integers(3, 98, count).tolist() for count in lengths]
+        before = llm.engine.runner.stats.num_scheduled_tokens
+        outputs = llm.score(context, continuations, use_tqdm=False)
+        num_computed = llm.engine.runner.stats.num_scheduled_tokens - before
+        # Who comes when nobody of them is left finds whole pages.
+        num_behind = (length - 1) % 16 if is_chunked else 0
+        assert num_computed <= length + sum(lengths) + num_behind * len(lengths)
+        for one, tokens in zip(outputs, continuations, strict=True):
+            (alone,) = apart.score(context, tokens, use_tqdm=False)
+            assert one.logprobs == pytest.approx(alone.logprobs, abs=1e-4)
+            assert one.ranks == alone.ranks
+        before = llm.engine.runner.stats.num_scheduled_tokens
+        llm.score(context, continuations, use_tqdm=False)
+        num_computed = llm.engine.runner.stats.num_scheduled_tokens - before
+        assert num_computed <= sum(lengths) + ((length - 1) % 16) * len(lengths)
+    check_is_empty(llm)
+
+
+@pytest.mark.parametrize("options", [TIGHT, {"deterministic": True}, TIGHT | {"num_host_pages": 9}])
+def test_scores_that_share_are_preempted_as_any(tiny_model: tuple, options: Any) -> None:
+    rng = np.random.default_rng(1)
+    context = rng.integers(3, 98, 40).tolist()
+    continuations = [rng.integers(3, 98, 30).tolist() for _ in range(6)]
+    llm = LLM(tiny_model, **MORE_LIMITS | options, check_integrity=True)
+    params = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
+    for index in range(2):
+        llm.add_request(str(index), context[:20], params)
+    outputs = llm.score(context, continuations, use_tqdm=False)
+    finish(llm)
+    whole = LLM(tiny_model, **MORE_LIMITS | {"deterministic": "deterministic" in options})
+    for one, tokens in zip(outputs, continuations, strict=True):
+        (alone,) = whole.score(context, tokens, use_tqdm=False)
+        if "deterministic" in options:
+            assert one.logprobs == alone.logprobs
+        assert one.logprobs == pytest.approx(alone.logprobs, abs=1e-4)
 
 
 def test_score_of_long_texts_and_single_tokens(letters_llm: LLM) -> None:
