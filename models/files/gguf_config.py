@@ -88,6 +88,8 @@ GGUF_FAMILIES: dict[str, GgufFamily] = {
     "gemma2": GgufFamily("Gemma2ForCausalLM", _gemma2, norm_offset=1.0),
     "gemma3": GgufFamily("Gemma3ForCausalLM", _gemma3, norm_offset=1.0),
     "phi3": GgufFamily("Phi3ForCausalLM", _window),
+    # The rates of the file are stretched already.
+    "hunyuan-dense": GgufFamily("HunYuanDenseV1ForCausalLM"),
     "gpt2": GgufFamily("GPT2LMHeadModel", _gpt2, is_conv1d=True),
 }
 """By `general.architecture`."""

@@ -20,9 +20,9 @@ from tests.families import save_family
 # By architecture: a case of `tests.families`, and what differs from it where GGUF cannot say it.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
-    "llama-mistral": ("mistral", {}),
-    "llama-linear": ("llama-rope-linear", {}),
-    "llama-mixtral": ("mixtral", {}),
+    "llama/mistral": ("mistral", {}),
+    "llama/linear": ("llama-rope-linear", {}),
+    "llama/mixtral": ("mixtral", {}),
     "qwen2": ("qwen2", {}),
     "qwen3": ("qwen3", {}),
     "qwen3moe": ("qwen3-moe", {}),
@@ -33,6 +33,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"query_pre_attn_scalar": 24, "num_hidden_layers": 6, "layer_types": None},
     ),
     "phi3": ("phi3", {}),
+    "hunyuan-dense": (
+        "hunyuan",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 5e4}},
+    ),
     "gpt2": ("gpt2", {}),
 }
 
@@ -47,7 +51,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_logits_are_those_of_the_model_it_was_made_from(case: str, tmp_path: Path) -> None:
     family, changes = CASES[case]
     model = save_family(family, tmp_path / "hf", changes)
-    gguf_writer.convert(model, tmp_path / "hf", case.partition("-")[0], tmp_path / "tiny.gguf")
+    gguf_writer.convert(model, tmp_path / "hf", case.partition("/")[0], tmp_path / "tiny.gguf")
     checkpoint = open_checkpoint(tmp_path / "tiny.gguf")
     tokens = np.random.default_rng(0).integers(3, 128, 64).tolist()
     ours = dense.logits(*dense.load(tmp_path / "tiny.gguf"), tokens)
@@ -58,7 +62,7 @@ def test_logits_are_those_of_the_model_it_was_made_from(case: str, tmp_path: Pat
 
 
 def test_every_architecture_is_tried() -> None:
-    assert {case.partition("-")[0] for case in CASES} == set(GGUF_FAMILIES)
+    assert {case.partition("/")[0] for case in CASES} == set(GGUF_FAMILIES)
 
 
 def llama_file(path: Path, tensors: dict[str, Any], **changes: Any) -> Path:
