@@ -60,9 +60,13 @@ def quantized_format(mapping: Mapping[str, Any]) -> QuantizedFormat | None:
             f"{', '.join(_READERS)} are read; {_ELSE}"
         )
     try:
+        if not isinstance(stated, Mapping):
+            raise ValueError("it does not say how the weights are stored")
         return read(stated)
     except (ValueError, TypeError, AttributeError, LookupError) as error:
         said = error if isinstance(error, ValueError) else f"it is malformed: {error!r}"
+        if isinstance(error, KeyError):
+            said = f"it has no {error}"
         raise ValueError(f"{key} ({named}): {said}; {_ELSE}") from error
 
 

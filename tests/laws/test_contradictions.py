@@ -207,12 +207,15 @@ def test_what_transformers_writes_of_every_family_does_not_contradict_itself(
     [
         (
             {"quantization_config": {"quant_method": "gptq", "bits": 4}},
-            r"quantization_config \(gptq",
+            r"quantization_config \(gptq\): it has no 'group_size'",
         ),
-        ({"quantization_config": "fp8"}, r"quantization_config \(fp8\)"),
+        ({"quantization_config": "fp8"}, r"\(fp8\): it does not say how the weights are stored"),
         ({"quantization_config": ["awq"]}, r"quantization_config \(\['awq'\]\)"),
         ({"quantization_config": {"quant_method": None, "bits": 4}}, "quantization_config"),
-        ({"compression_config": {"quant_method": "compressed-tensors"}}, "compressed-tensors"),
+        (
+            {"compression_config": {"quant_method": "compressed-tensors"}},
+            r"\(compressed-tensors\): it has no 'config_groups'",
+        ),
         ({"quantization": {"group_size": 64, "bits": 4}}, "quantization"),
     ],
 )
