@@ -4,7 +4,7 @@
 
 Every run is a process of its own with the embedded model. Cold: nothing is in folojax's cache, so
 the GGUF file is converted and every program compiled; transformers reads the same file. Warm: both
-are in the cache; transformers reads a directory of safetensors. Runs take turns, medians are printed.
+are in the cache; transformers reads safetensors. Runs take turns, medians are printed.
 """
 
 import argparse
