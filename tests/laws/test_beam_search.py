@@ -119,7 +119,7 @@ def test_beams_of_the_embedded_model(real_llm: LLM, power: float) -> None:
         prompt = tokenizer.encode(given) if is_text else given["prompt_token_ids"]
         check(output, theirs(model, prompt, width, power, length, [2]), prompt, power)
         num_ended += sum(one.finish_reason == "stop" for one in output.sequences)
-    assert num_ended > 0
+    assert num_ended > 0 or power > 1, "some end, unless the longest are wanted"
 
 
 def test_one_beam_is_greedy(letters_llm: LLM) -> None:
