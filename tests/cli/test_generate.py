@@ -26,19 +26,6 @@ from folojax.runner.runner import Runner
 COMMAND = [sys.executable, "-c", "from folojax.cli.main import main; raise SystemExit(main())"]
 
 
-@pytest.fixture
-def call(
-    text_directory: Path, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., tuple[int, str, str]]:
-    def call(*options: str) -> tuple[int, str, str]:
-        limits = ("--max-model-len", "128", "--max-num-seqs", "4")
-        code = main(["generate", "--model", str(text_directory), *limits, *options])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
-
-
 def test_the_five_default_prompts(call: Callable, tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     code, text, _ = call("--max-tokens", "4", "--json", str(out))
@@ -220,51 +207,6 @@ def test_options_with_the_name_of_a_field_reach_it() -> None:
     assert sampling_params(parse_args(["generate"])) == SamplingParams(temperature=0, max_tokens=64)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        ("--max-tokens", "0"),
-        ("--max-tokens", "many"),
-        ("--temperature", "-1"),
-        ("--top-p", "0"),
-        ("--dtype", "int3"),
-        ("--quantization", "int3"),
-        ("--num-prompts", "0"),
-        ("--prompts-file", "/no/such/file"),
-        ("--json", "/no/such/directory/out.json"),
-        ("--n", "2"),
-        ("--n", "0", "--temperature", "1"),
-        ("--stop", ""),
-        ("--stop",),
-        ("--min-tokens", "99"),
-        ("--logprobs", "-2"),
-        ("--repetition-penalty", "0"),
-        ("--presence-penalty", "3"),
-        ("--frequency-penalty", "-3"),
-        ("--system", "Be brief.", "--no-chat"),
-        ("--stream", "--compare-sequential"),
-        ("--max-num-seqs", "0"),
-        ("--max-num-seqs", "1000", "--max-num-batched-tokens", "100"),
-        ("--model", "/no/such/model"),
-        ("--prompts",),
-        ("--unknown",),
-    ],
-)
-def test_a_mistake_is_one_line_and_exit_code_2(call: Callable, options: tuple[str, ...]) -> None:
-    code, text, error = call(*options)
-    assert code == 2
-    assert text == ""
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
-
-
-def test_what_only_the_engine_can_refuse_is_told_too(call: Callable) -> None:
-    code, text, error = call("--logprobs", "1000")
-    assert code == 2
-    assert text == ""
-    assert error.splitlines()[-1].startswith("error: prompt 0: logprobs is 1000; ")
-
-
 @pytest.mark.parametrize("command", ["generate", "bench", "plan"])
 def test_help_has_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     for argv, count in (([command, "--help"], 3), (["--help"], 1)):
@@ -346,31 +288,6 @@ def test_standard_input_is_one_prompt_or_a_prompt_a_line(
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"One\n\nTwo\n")))
         assert call(*options, *rest)[0] == 0
         assert [one["prompt"] for one in json.loads(out.read_text())["outputs"]] == expected
-
-
-@pytest.mark.parametrize(
-    ("given", "options", "words"),
-    [
-        (b" \n", ("--prompts", "-"), "--prompts - has no prompt in it"),
-        (b"", ("--prompts-file", "-"), "--prompts-file - has no prompt in it"),
-        (b"\xff", ("--prompts", "-"), "--prompts -: 'utf-8' codec can't decode"),
-        (b"a", ("--prompts", "-", "-"), "standard input can be read once"),
-        (b"a", ("--prompts", "-", "--prompts-file", "-"), "standard input can be read once"),
-        (b"", ("--n", "3"), "--n is 3, and at temperature 0 all samples of a prompt are the same"),
-        (b"", ("--n", "3", "--temperature", "0"), "add --temperature 0.7"),
-    ],
-)
-def test_a_mistake_names_the_option(
-    call: Callable,
-    monkeypatch: pytest.MonkeyPatch,
-    given: bytes,
-    options: tuple[str, ...],
-    words: str,
-) -> None:
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given)))
-    code, _, error = call(*options)
-    assert code == 2
-    assert words in error
 
 
 def test_what_is_said_on_the_way_is_what_is_not_known(call: Callable) -> None:
