@@ -31,9 +31,9 @@ def attend(
 ) -> tuple[KVCache, Float[Array, "T H D"]]:
     """Attention of every token to all of its request so far, in the shape that models ask for.
 
-    With the placement bound it is a `folojax.models.core.interface.Attend`. New keys and values are
-    stored first, so a chunk sees its own tokens and those of earlier rows of the same call. The
-    kernel is the first of the cache's format that takes the layer.
+    With the placement bound it is a `folojax.models.core.interface.Attend`. The kernel stores
+    new keys and values, and a chunk sees its own tokens and those of earlier rows of the same call.
+    It is the first of the cache's format that takes the layer.
 
     Returns:
         The cache with the new tokens, and the result for each token in the dtype of `query`.

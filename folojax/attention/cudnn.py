@@ -5,9 +5,10 @@ below them takes any pool, and any page anywhere in it. It is private to JAX: al
 is in this file, and a version of JAX whose call has other arguments is refused (`problem`). Those
 of 0.10 to 0.12 are known.
 
-A token that continues a row is one call over the row's pages. Causal masks of the call are aligned
-to the first query and the first key, so a chunk behind cached tokens is two, whose softmaxes are
-joined by the logarithms of their sums:
+A token that continues a row is a kernel of our own (`folojax.attention.paged_decode`), or one call
+over the row's pages where that does not take the heads. Causal masks of the call are aligned to the
+first query and the first key, so a chunk behind cached tokens is two, whose softmaxes are joined by
+the logarithms of their sums:
 
     own keys       causal among the chunk's own tokens
     pages before   without a mask, up to the chunk's first token
@@ -99,7 +100,7 @@ class _CuDNN:
         spec: AttentionSpec,
         sinks: Float[Array, " H"] | None = None,
     ) -> tuple[Num[Array, "P 2 S K D"], Float[Array, "T H D"]]:
-        """As `Kernel.attend`; one call for single tokens, two for chunks."""
+        """As `Kernel.attend`; one kernel or call for single tokens, two calls for chunks."""
         del sinks  # refused
         scale = spec.scoring.scale
         scale = query.shape[-1] ** -0.5 if scale is None else scale

@@ -2,8 +2,8 @@
 
 A row's pages are cut by position into pieces of the same number of pages, wherever they lie and
 whatever the other rows are, and dealt out to C programs, one piece to each in turn. A program reads
-its pieces for all queries of a kv head, which are rows of one product (G = 1 to 16 of them; a
-product has at least 16 rows). A second kernel joins what the programs of a row found, by the
+its pieces for all queries of a kv head, which are rows of one product (G of them; a product has at
+least 16 rows). A second kernel joins what the programs of a row found, by the
 logarithms of their sums. So a long row is read by many processors, a batch starts no more programs
 than it can use however long rows may become, and what a row gets depends on no other row.
 
