@@ -7,11 +7,10 @@ collects, and the device has always something to do. Whatever ends, moves or rep
 device works with (sleep, other parameters) first takes in all that is under way.
 """
 
-import functools
-import math
+import contextlib
 import time
 from collections import deque
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -25,26 +24,22 @@ from folojax.engine.live_request import (
 )
 from folojax.engine.live_score import LiveScore, make_score
 from folojax.engine.metrics import EngineMetrics, read_metrics
+from folojax.engine.reports import Live, owner_of, take_reports
 from folojax.engine.snapshot import Progress
-from folojax.engine.weights import check_same_shapes, fingerprint
+from folojax.engine.weights import fingerprint_of, placed_like
 from folojax.requests.outputs import RequestOutput, ScoreOutput
 from folojax.requests.prompts import ParsedPrompt
 from folojax.requests.sampling_params import SamplingParams, SamplingRequest
 from folojax.requests.validation import Validator
 from folojax.runner.results import Pending, StepResult
 from folojax.runner.runner import Runner
-from folojax.sched.request import Request, RequestStatus
+from folojax.sched.request import RequestStatus
 from folojax.sched.scheduler import Scheduler
 from folojax.sched.step_plan import StepPlan
 from folojax.text.tokenizer import Tokenizer
 
 UPDATE_POLICIES = ("recompute", "keep", "restart")
 
-NO_DISTRIBUTION = (
-    "a NaN, or nothing finite, in the logits or in what bans, processors and grammars leave"
-)
-
-Live: TypeAlias = LiveGeneration | LiveScore
 Output: TypeAlias = RequestOutput | ScoreOutput
 
 
@@ -62,7 +57,7 @@ class Engine:
         runner: Runner,
         validator: Validator,
         *,
-        seed: int = 0,
+        seed: int | np.random.Generator = 0,
         is_checked: bool = False,
     ) -> None:
         """Makes an engine without requests.
@@ -71,7 +66,7 @@ class Engine:
             scheduler: An empty one.
             runner: An empty one.
             validator: What it asks of a request, with the tokenizer and the model's end tokens.
-            seed: Decides the seeds that requests without one are given.
+            seed: Decides the seeds that requests without one are given; or what draws them.
             is_checked: Whether every step ends with `check_integrity`.
         """
         self.scheduler = scheduler
@@ -150,13 +145,7 @@ class Engine:
         Raises:
             ValueError: the id of one is in use; none was queued.
         """
-        for live in requests:
-            ids = [part.request_id for part in live.parts]
-            if live.request_id in self.live or any(map(self.scheduler.get_request, ids)):
-                raise ValueError(
-                    f"request id {live.request_id!r} belongs to an unfinished request: use "
-                    "another id, or abort that request first"
-                )
+        self.check_ids(requests)
         for live in requests:
             live.arrival_time_s = time.perf_counter()
             live.compiled_at_arrival_s = SPENT.seconds
@@ -166,13 +155,21 @@ class Engine:
             for part in live.parts:
                 self.scheduler.add_request(part)
 
+    def check_ids(self, requests: Sequence[Live]) -> None:
+        """Raises the ValueError of a request whose id is in use."""
+        for live in requests:
+            ids = [part.request_id for part in live.parts]
+            if live.request_id in self.live or any(map(self.scheduler.get_request, ids)):
+                raise ValueError(
+                    f"request id {live.request_id!r} belongs to an unfinished request: use "
+                    "another id, or abort that request first"
+                )
+
     @property
     def weights(self) -> str:
         """Fingerprint of the parameters in use."""
         if self._fingerprint is None:
-            runner = self.runner
-            join = functools.partial(runner.backend.devices.join_param, config=runner.model.config)
-            self._fingerprint = fingerprint(runner.params, join)
+            self._fingerprint = fingerprint_of(self.runner)
         return self._fingerprint
 
     def step(self) -> list[Output]:
@@ -187,8 +184,13 @@ class Engine:
             BaseException: whatever interrupts the step. It may have consumed the state of all
                 requests, so they are aborted; the next step returns them.
         """
+        self.dispatch()
+        return self.collect()
+
+    def dispatch(self) -> None:
+        """The first half of a step: hands the device as many plans as may be under way."""
         self.check_is_awake()
-        try:
+        with self._or_reset():
             self._take_in_unawaited()
             while len(self._in_flight) < self.scheduler.config.max_plans_in_flight:
                 plan = self.scheduler.schedule()
@@ -197,15 +199,33 @@ class Engine:
                 if plan.is_empty:
                     break
             self._take_in_unawaited()
+
+    def collect(self) -> list[Output]:
+        """The other half: waits for the earliest plan under way, and returns what it gave."""
+        with self._or_reset():
             if self._in_flight:
                 self._take_in()
             if self._is_checked:
                 self.check_integrity()
+        outputs, self._untold = self._untold, []
+        return outputs
+
+    @property
+    def awaited(self) -> list[Pending]:
+        """What `collect` would wait for."""
+        return self._in_flight[0][1] if self._in_flight else []
+
+    def put_back(self, outputs: Sequence[Output]) -> None:
+        """Has the next step return outputs that one has returned already."""
+        self._untold = [*outputs, *self._untold]
+
+    @contextlib.contextmanager
+    def _or_reset(self) -> Iterator[None]:
+        try:
+            yield
         except BaseException:
             self._untold = self.reset()
             raise
-        outputs, self._untold = self._untold, []
-        return outputs
 
     def check_integrity(self) -> None:
         """Raises AssertionError unless queues, pages, slots and tables agree; O(everything)."""
@@ -274,10 +294,7 @@ class Engine:
         """Replaces the model's parameters; the prefix cache is dropped. See `LLM.update_params`."""
         if running not in UPDATE_POLICIES:
             raise ValueError(f"running is {running!r}; it must be one of {list(UPDATE_POLICIES)}")
-        devices, config = self.runner.backend.devices, self.runner.model.config
-        devices.check(params)
-        params = check_same_shapes(self.runner.params, params, config)
-        params = devices.place_params(params, config)
+        params = placed_like(self.runner, params)
         self.drain()
         if running == "keep":
             self.scheduler.isolate_running()
@@ -317,7 +334,7 @@ class Engine:
         self._num_preemptions += len(plan.preempted_request_ids)
         self.num_steps += not plan.is_empty
         for new in plan.new_requests:
-            live = _owner(new)
+            live = owner_of(new)
             if live.first_scheduled_time_s is None:
                 live.first_scheduled_time_s = now
 
@@ -337,7 +354,7 @@ class Engine:
 
     def _commit(self, plan: StepPlan, result: StepResult) -> list[Output]:
         """Hands out what a step gave, to the scheduler first, and ends what has ended."""
-        failed = self._take_reports(result, plan.awaited)
+        failed = take_reports(result, plan.awaited)
         sampled = result.sampled
         tokens = {
             request_id: [entry.token for entry in entries]
@@ -346,7 +363,7 @@ class Engine:
         now = time.perf_counter()
         told: dict[str, Live] = {}  # and perhaps finished
         for request, new_token_ids in self.scheduler.update_from_output(plan, tokens, failed):
-            live = _owner(request)
+            live = owner_of(request)
             if new_token_ids and isinstance(request, Sample):
                 if live.first_token_time_s is None:
                     live.first_token_time_s = now
@@ -363,36 +380,9 @@ class Engine:
             if live.is_finished or live.is_streamed
         ]
 
-    def _take_reports(self, result: StepResult, awaited: Mapping[str, Request]) -> dict[str, str]:
-        """Hands out log-probabilities of prompts and residual streams to those that await them.
-
-        Returns:
-            Requests for which the model gave no usable distribution, and what they are told. They
-            have lost their samples if it was in the prompt.
-        """
-        failed = dict.fromkeys(result.failed, NO_DISTRIBUTION)
-        for request_id, chunk in result.prompt_logprobs.items():
-            if any(math.isnan(entry.logprob) for entry in chunk.entries):
-                failed[request_id] = NO_DISTRIBUTION
-                result.sampled.pop(request_id, None)
-            elif request_id in awaited:
-                _owner(awaited[request_id]).add_prompt_logprobs(chunk)
-        for request_id, pieces in result.residuals.items():
-            sample = awaited.get(request_id)
-            if isinstance(sample, Sample):
-                for piece in pieces:
-                    sample.add_activations(piece)
-        return failed
-
     def _close(self, live: Live) -> Output:
         del self.live[live.request_id]
         output = live.output()
         for part in live.parts:
             part.owner = None  # or each would keep the other in memory
         return output
-
-
-def _owner(request: Request) -> Live:
-    assert isinstance(request, SamplingRequest), f"{request.request_id} is not the engine's"
-    owner: Live = request.owner
-    return owner

@@ -1,5 +1,6 @@
 """Parameters as an argument: the user's own, new ones in place of old ones, and which they are."""
 
+import functools
 import hashlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,6 +16,7 @@ from folojax.models.core.param_tree import check_fit, kind_of, named_leaves, pla
 from folojax.models.core.shards import cut_params, join_params, parts_of, problems_of
 from folojax.models.files.params import param_shapes
 from folojax.models.quantized.quantize import is_quantized, quantization_of, quantize_like
+from folojax.runner.runner import Runner
 
 _NUM_PROBED = 256
 
@@ -55,6 +57,13 @@ def checked_pair(model: Any) -> tuple[Llama, Any]:
     return module, params
 
 
+def placed_like(runner: Runner, params: Any) -> Any:
+    """New parameters as those of a runner lie; ValueError if they do not fit, or lie elsewhere."""
+    devices, config = runner.backend.devices, runner.model.config
+    devices.check(params)
+    return devices.place_params(check_same_shapes(runner.params, params, config), config)
+
+
 def check_same_shapes(old: Any, new: Any, config: ModelConfig) -> Any:
     """Returns new parameters in the tree that the jitted steps know; no array is touched.
 
@@ -90,6 +99,12 @@ def _quantized_as(old: Any, new: Any) -> Any:
         return new
     is_kernel = jnp.issubdtype(new.dtype, jnp.floating) and new.shape == old.shape
     return quantize_like(old, jnp.asarray(new)) if is_kernel else new
+
+
+def fingerprint_of(runner: Runner) -> str:
+    """That of the parameters of a runner, on however many devices."""
+    join = functools.partial(runner.backend.devices.join_param, config=runner.model.config)
+    return fingerprint(runner.params, join)
 
 
 def fingerprint(params: Any, join: Callable[[str, Any], Any] = lambda name, leaf: leaf) -> str:

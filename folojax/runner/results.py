@@ -61,6 +61,12 @@ class Pending(NamedTuple):
     row_len: int = 1  # C
 
 
+def arrays_of(pending: Sequence[Pending]) -> list[Any]:
+    """All arrays that `read` waits for."""
+    found = [(one.report and one.report.array, one.scores, one.residuals) for one in pending]
+    return jax.tree.leaves(found)
+
+
 def is_scored(row: Row, position: int) -> bool:
     """Whether the token after a position has a log-probability that the request asked for."""
     if row.request.num_prompt_logprobs is None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from folojax import LLM, SamplingClass, SamplingParams
-from folojax.engine.engine import NO_DISTRIBUTION
+from folojax.engine.reports import NO_DISTRIBUTION
 from folojax.models.core.decoder import Llama
 from folojax.sched.request import RequestStatus
 from tests.reference import TINY
