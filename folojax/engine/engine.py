@@ -172,8 +172,12 @@ class Engine:
             self._fingerprint = fingerprint_of(self.runner)
         return self._fingerprint
 
-    def step(self) -> list[Output]:
+    def step(self, is_read: bool = True) -> list[Output]:
         """Reads one step of the device, and keeps it busy with the next meanwhile.
+
+        Args:
+            is_read: False: the device gets as many plans as may be under way, and `collect` is to
+                read the earliest.
 
         Returns:
             The requests that are known to have finished since the step before, and the streamed
@@ -184,11 +188,6 @@ class Engine:
             BaseException: whatever interrupts the step. It may have consumed the state of all
                 requests, so they are aborted; the next step returns them.
         """
-        self.dispatch()
-        return self.collect()
-
-    def dispatch(self) -> None:
-        """The first half of a step: hands the device as many plans as may be under way."""
         self.check_is_awake()
         with self._or_reset():
             self._take_in_unawaited()
@@ -199,9 +198,10 @@ class Engine:
                 if plan.is_empty:
                     break
             self._take_in_unawaited()
+        return self.collect() if is_read else []
 
     def collect(self) -> list[Output]:
-        """The other half: waits for the earliest plan under way, and returns what it gave."""
+        """The half of a step that waits for the earliest plan under way."""
         with self._or_reset():
             if self._in_flight:
                 self._take_in()
