@@ -14,7 +14,7 @@ from folojax.compile.programs import own_settings
 from folojax.config import EngineConfig, EngineOptions
 from folojax.engine.build import (
     DType,
-    default_params,
+    default_sampling_params,
     find_tokenizer,
     load_model,
     make_config,
@@ -32,9 +32,9 @@ from folojax.requests.prompts import (
     Prompt,
     conversations,
     each_named,
-    params_per_prompt,
     parse_prompts,
     priority_per_prompt,
+    sampling_params_per_prompt,
 )
 from folojax.requests.sampling_params import SamplingParams
 from folojax.requests.user_functions import UserFunctions
@@ -82,7 +82,7 @@ class LLM(Searches):
     Attributes:
         config: The limits and sizes, nothing left open.
         memory_plan: What weights, pages and temporaries take of the device, and what fits.
-        default_params: The model's own sampling parameters.
+        default_sampling_params: The model's own sampling parameters.
         engine: What runs the steps.
 
     Raises:
@@ -123,7 +123,7 @@ class LLM(Searches):
         engine = make_engine(loaded, found, functions, eos_token_id)
         if self.config.warm_up:
             warm_up(engine.runner, _USUAL_SAMPLING, has_logprobs=False, is_shown=True)
-        super().__init__(engine, default_params(loaded.checkpoint))
+        super().__init__(engine, default_sampling_params(loaded.checkpoint))
         self._generation_config = loaded.checkpoint.generation_config if loaded.checkpoint else {}
         self._numbers = itertools.count()
 
@@ -384,11 +384,12 @@ class LLM(Searches):
     ) -> list[LiveGeneration]:
         """Parses and checks the prompts of a call; nothing is queued yet."""
         parsed = parse_prompts(prompts, self.engine.tokenizer)
-        params = params_per_prompt(sampling_params, len(parsed), self.default_params)
+        default = self.default_sampling_params
+        each = sampling_params_per_prompt(sampling_params, len(parsed), default)
         priorities = priority_per_prompt(priority, len(parsed))
         return each_named(
             "prompt",
-            list(zip(parsed, params, priorities, strict=True)),
+            list(zip(parsed, each, priorities, strict=True)),
             lambda one: self.engine.make_request(
                 self._draw_id(kind), *one, is_streamed=kind == "stream"
             ),

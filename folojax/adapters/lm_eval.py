@@ -236,7 +236,7 @@ class FolojaxLM(TemplateLM):
                 f"{self.max_length:,}, to leave room for a prompt"
             )
         return dataclasses.replace(
-            self._llm.default_params,
+            self._llm.default_sampling_params,
             temperature=0.0 if is_greedy else temperature,
             max_tokens=max_tokens,
             stop=stop,

@@ -69,7 +69,9 @@ class Generator:
         if isinstance(sampling_params, Mapping):
             sampling_params = SamplingParams(**sampling_params)
         self._llm = LLM(**options)
-        self._params = self._llm.default_params if sampling_params is None else sampling_params
+        self._sampling_params = (
+            self._llm.default_sampling_params if sampling_params is None else sampling_params
+        )
         self._prompt_column = prompt_column
         self._id_column = id_column
         self._prefix = output_prefix
@@ -94,7 +96,7 @@ class Generator:
 
         def fill(row: int, samples: Sequence[CompletionOutput], error: str) -> None:
             fields: list[Any] = [[getattr(one, name) for one in samples] for name in _COLUMNS[:3]]
-            if self._params.n == 1:
+            if self._sampling_params.n == 1:
                 fields = [field[0] for field in fields] if samples else ["", [], "error"]
             for column, value in zip(columns.values(), [*fields, error], strict=True):
                 column[row] = value
@@ -107,7 +109,7 @@ class Generator:
                 fill(row, [], str(refused))
         outputs = self._llm.generate(
             [prompt for prompt, _ in accepted.values()],
-            [params for _, params in accepted.values()],
+            [sampling_params for _, sampling_params in accepted.values()],
             use_tqdm=False,
         )
         for row, output in zip(accepted, outputs, strict=True):
@@ -132,10 +134,10 @@ class Generator:
         if is_list and len(prompt) and isinstance(prompt[0], Mapping):
             prompt = self._llm.render_chat(list(prompt))
         parsed = parse_prompt(prompt, engine.tokenizer)
-        params = self._params
-        if params.seed is None and not params.is_greedy:
+        sampling_params = self._sampling_params
+        if sampling_params.seed is None and not sampling_params.is_greedy:
             told_apart_by = list(parsed.token_ids) if row_id is None else row_id
             seed = line_seed(self._llm.config.seed, str(told_apart_by))
-            params = dataclasses.replace(params, seed=seed)
-        engine.make_request("row", parsed, params)
-        return {"prompt_token_ids": parsed.token_ids}, params
+            sampling_params = dataclasses.replace(sampling_params, seed=seed)
+        engine.make_request("row", parsed, sampling_params)
+        return {"prompt_token_ids": parsed.token_ids}, sampling_params

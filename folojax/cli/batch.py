@@ -19,7 +19,10 @@ from folojax.requests.sampling_params import SamplingParams
 
 
 def run_batch(
-    args: argparse.Namespace, config: EngineConfig, texts: Sequence[str], params: SamplingParams
+    args: argparse.Namespace,
+    config: EngineConfig,
+    texts: Sequence[str],
+    sampling_params: SamplingParams,
 ) -> int:
     """Generates, prints and writes what the options ask for; returns the exit code.
 
@@ -29,24 +32,24 @@ def run_batch(
     log = Console(stderr=True)
     llm = load_llm(args, config, log)
     inputs = _as_inputs(llm, texts, args.chat, args.system)
-    if len(texts) * params.n > llm.config.max_num_seqs:
-        samples = f" of {params.n} samples" if params.n > 1 else ""
+    if len(texts) * sampling_params.n > llm.config.max_num_seqs:
+        samples = f" of {sampling_params.n} samples" if sampling_params.n > 1 else ""
         at_once = f"{llm.config.max_num_seqs} at once"
         log.print(f"{_count(len(texts), 'prompt')}{samples}, {at_once}", style="dim")
     if args.compare_sequential:
         with log.status("Compiling, so that neither run pays for it"):
-            _warm_up(llm, inputs, params)
+            _warm_up(llm, inputs, sampling_params)
     # With --stream standard output has the texts and nothing else.
     console = log if args.stream else Console()
     if args.stream:
-        printer = InOrder(Console(), texts, params.n)
-        outputs, is_whole = _generate(llm, inputs, params, printer.show)
+        printer = InOrder(Console(), texts, sampling_params.n)
+        outputs, is_whole = _generate(llm, inputs, sampling_params, printer.show)
         if not is_whole:
             printer.show_rest(outputs)
     else:
         with tqdm(total=len(texts), desc="prompts", disable=None) as bar:
             outputs, is_whole = _generate(
-                llm, inputs, params, lambda _, output: bar.update(int(output.finished))
+                llm, inputs, sampling_params, lambda _, output: bar.update(int(output.finished))
             )
         begun = [any(one.token_ids for one in output.outputs) for output in outputs]
         print_outputs(console, texts, outputs, begun)
@@ -59,7 +62,9 @@ def run_batch(
             print_logprobs(console, outputs)
         if args.compare_sequential:
             with log.status("One request at a time"):
-                sequential = [llm.generate(one, params, use_tqdm=False)[0] for one in inputs]
+                sequential = [
+                    llm.generate(one, sampling_params, use_tqdm=False)[0] for one in inputs
+                ]
             runs["sequential"] = batch_metrics(sequential)
             report["is_equal"] = _token_ids(outputs) == _token_ids(sequential)
         print_metrics(console, runs)
@@ -81,7 +86,7 @@ def run_batch(
 def _generate(
     llm: LLM,
     inputs: Sequence[Prompt],
-    params: SamplingParams,
+    sampling_params: SamplingParams,
     show: Callable[[int, RequestOutput], Any],
 ) -> tuple[list[RequestOutput], bool]:
     """The outputs of a batch, each shown whenever it has grown.
@@ -101,7 +106,7 @@ def _generate(
     each_named(
         "prompt",
         list(zip(ids, inputs, strict=True)),
-        lambda pair: llm.add_request(*pair, params),
+        lambda pair: llm.add_request(*pair, sampling_params),
     )
     is_whole = True
     try:
@@ -127,13 +132,13 @@ def _as_inputs(
     return [llm.render_chat([*before, {"role": "user", "content": text}]) for text in texts]
 
 
-def _warm_up(llm: LLM, inputs: Sequence[Prompt], params: SamplingParams) -> None:
+def _warm_up(llm: LLM, inputs: Sequence[Prompt], sampling_params: SamplingParams) -> None:
     """Runs every shape of both runs: all of the batch, each prompt alone, and a whole answer."""
-    llm.generate(inputs, params, use_tqdm=False)
-    short = dataclasses.replace(params, max_tokens=2, min_tokens=0)
+    llm.generate(inputs, sampling_params, use_tqdm=False)
+    short = dataclasses.replace(sampling_params, max_tokens=2, min_tokens=0)
     for one in inputs:
         llm.generate(one, short, use_tqdm=False)
-    llm.generate(inputs[0], params, use_tqdm=False)
+    llm.generate(inputs[0], sampling_params, use_tqdm=False)
 
 
 def _count(number: int, noun: str) -> str:

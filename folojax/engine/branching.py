@@ -22,7 +22,7 @@ def fork(
     engine: Engine,
     parent_id: str,
     request_id: str,
-    params: SamplingParams | None,
+    sampling_params: SamplingParams | None,
     *,
     index: int = 0,
     num_output_tokens: int | None = None,
@@ -30,12 +30,12 @@ def fork(
 ) -> None:
     """Queues a request that begins with what a sample of another has; see `LLM.fork`."""
     live, sample = _find_sample(engine, parent_id, index)
-    if params is None:
-        params = dataclasses.replace(sample.sampling_params, n=1, seed=sample.seed)
+    if sampling_params is None:
+        sampling_params = dataclasses.replace(sample.sampling_params, n=1, seed=sample.seed)
     forked = engine.make_request(
         request_id,
         ParsedPrompt(live.asked.prompt, live.asked.prompt_token_ids),
-        params,
+        sampling_params,
         priority,
         progress=sample.progress().take(num_output_tokens),
         forked_from=None if sample.is_finished else sample,
@@ -51,7 +51,7 @@ def take_snapshot(engine: Engine, request_id: str, index: int = 0) -> Snapshot:
     return Snapshot(
         prompt=live.asked.prompt,
         prompt_token_ids=sample.prompt_token_ids,
-        params=dataclasses.replace(sample.sampling_params, n=1),
+        sampling_params=dataclasses.replace(sample.sampling_params, n=1),
         seed=sample.seed,
         progress=sample.progress(),
         kv=_read_kv(engine, sample),
@@ -64,7 +64,7 @@ def resume(
     engine: Engine,
     snapshot: Snapshot,
     request_id: str,
-    params: SamplingParams | None,
+    sampling_params: SamplingParams | None,
     priority: int = 0,
 ) -> None:
     """Queues a request that begins with what a snapshot holds; see `LLM.resume`."""
@@ -79,10 +79,12 @@ def resume(
             f"the snapshot's K/V are those of {snapshot.kv_bits or 'default mode'}, whose bits are "
             f"not those of {wanted}: resume snapshot.without_kv(), which is computed again"
         )
-    if params is None:
-        params = dataclasses.replace(snapshot.params, seed=snapshot.seed)
+    if sampling_params is None:
+        sampling_params = dataclasses.replace(snapshot.sampling_params, seed=snapshot.seed)
     prompt = ParsedPrompt(snapshot.prompt, snapshot.prompt_token_ids)
-    live = engine.make_request(request_id, prompt, params, priority, progress=snapshot.progress)
+    live = engine.make_request(
+        request_id, prompt, sampling_params, priority, progress=snapshot.progress
+    )
     engine.queue([live])
     first = live.samples[0]  # one of several would share its K/V with the others
     if snapshot.kv is not None and not first.skip_prefix_cache:

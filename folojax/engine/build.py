@@ -224,7 +224,7 @@ def find_tokenizer(tokenizer: Any, checkpoint: Checkpoint | None) -> Tokenizer |
     return load_tokenizer(checkpoint.directory)
 
 
-def default_params(checkpoint: Checkpoint | None) -> SamplingParams:
+def default_sampling_params(checkpoint: Checkpoint | None) -> SamplingParams:
     """The sampling parameters that a model's generation_config.json recommends."""
     recommended = checkpoint.generation_config if checkpoint else {}
     names = {

@@ -120,7 +120,7 @@ class Sample(SamplingRequest):
             Where one of them completes a stop string, how many output tokens there are up to it,
             and the string. What is known of tokens behind it is gone.
         """
-        params = self.sampling_params
+        sampling_params = self.sampling_params
         for entry in entries:
             self.token_logprobs.append(entry.logprob)
             self.weights_versions.append(weights_version)
@@ -129,9 +129,9 @@ class Sample(SamplingRequest):
                 self.records.append(
                     LogprobRecord(raw, tempered, processed, log_kept, entropy, int(rank))
                 )
-            if params.logprobs is not None:
+            if sampling_params.logprobs is not None:
                 self.logprobs.append(as_logprobs(entry, self.tokenizer))
-        if params.stop and self.tokenizer is not None:
+        if sampling_params.stop and self.tokenizer is not None:
             for count in range(
                 self.num_output_tokens - len(entries) + 1, self.num_output_tokens + 1
             ):
@@ -165,8 +165,8 @@ class Sample(SamplingRequest):
 
     def completion(self) -> CompletionOutput:
         """What the user gets of it."""
-        params, activations = self.sampling_params, None
-        if params.activations and self.is_finished and self.activations is not None:
+        sampling_params, activations = self.sampling_params, None
+        if sampling_params.activations and self.is_finished and self.activations is not None:
             # Of all tokens but the last, which was never computed.
             activations = self.activations.arrays(self.num_tokens - 1)
         return CompletionOutput(
@@ -174,11 +174,11 @@ class Sample(SamplingRequest):
             text=self._text(),
             token_ids=list(self.output_token_ids),
             cumulative_logprob=sum(self.token_logprobs),
-            logprobs=None if params.logprobs is None else list(self.logprobs),
+            logprobs=None if sampling_params.logprobs is None else list(self.logprobs),
             finish_reason=self.status.finish_reason,
             stop_reason=self.stop_reason,
             seed=self.seed,
-            record=list(self.records) if params.record else None,
+            record=list(self.records) if sampling_params.record else None,
             weights_versions=list(self.weights_versions),
             activations=activations,
         )
@@ -200,15 +200,15 @@ class Sample(SamplingRequest):
 
     def _reader(self, tokenizer: Tokenizer) -> Detokenizer:
         if self.detokenizer is None:
-            params = self.sampling_params
+            sampling_params = self.sampling_params
             self.detokenizer = Detokenizer(
                 tokenizer,
-                tuple(params.stop or ()),
-                min_tokens=max(params.min_tokens, self.num_given),
-                is_stop_included=params.include_stop_str_in_output,
+                tuple(sampling_params.stop or ()),
+                min_tokens=max(sampling_params.min_tokens, self.num_given),
+                is_stop_included=sampling_params.include_stop_str_in_output,
                 prompt_token_ids=self.prompt_token_ids,
-                skip_special_tokens=params.skip_special_tokens,
-                spaces_between_special_tokens=params.spaces_between_special_tokens,
+                skip_special_tokens=sampling_params.skip_special_tokens,
+                spaces_between_special_tokens=sampling_params.spaces_between_special_tokens,
             )
         return self.detokenizer
 
@@ -242,7 +242,7 @@ class LiveGeneration(LiveRequest[RequestOutput]):
     @property
     def is_seedless(self) -> bool:
         """Whether its samples are drawn with a seed that the engine is to give."""
-        return self.asked.params.seed is None and not self.asked.params.is_greedy
+        return self.asked.sampling_params.seed is None and not self.asked.sampling_params.is_greedy
 
     def set_seed(self, seed: int) -> None:
         """Gives sample i the seed `seed` + i."""
@@ -293,21 +293,21 @@ def make_generation(
     Those of n > 1 are called `<request_id>#<index>` inside, and share the prompt's pages. Of the
     model's end tokens the first is no `stop_reason`.
     """
-    params = asked.params
-    if not params.detokenize:
+    sampling_params = asked.sampling_params
+    if not sampling_params.detokenize:
         tokenizer = None
     # Where a grammar ends there is nothing to go on with.
-    is_endless = params.ignore_eos and asked.grammar is None
+    is_endless = sampling_params.ignore_eos and asked.grammar is None
     ends = () if is_endless else tuple(eos_token_ids)
     stop = StopRule(
         max_tokens=asked.max_tokens,
         # Only the first goes without a reason, as in vLLM; a further one is named as the reason.
         eos_token_ids=frozenset(ends[:1]),
-        stop_token_ids=frozenset([*(params.stop_token_ids or ()), *ends[1:]]),
-        min_tokens=params.min_tokens,
+        stop_token_ids=frozenset([*(sampling_params.stop_token_ids or ()), *ends[1:]]),
+        min_tokens=sampling_params.min_tokens,
     )
     banned_ids = tuple(sorted(stop.eos_token_ids | stop.stop_token_ids))
-    is_edited, num_given = bool(params.activation_edits), len(progress.token_ids)
+    is_edited, num_given = bool(sampling_params.activation_edits), len(progress.token_ids)
     live = LiveGeneration(
         request_id=asked.request_id,
         is_streamed=is_streamed,
@@ -315,25 +315,25 @@ def make_generation(
         samples=[],
         tokenizer=tokenizer,
     )
-    for index in range(params.n):
+    for index in range(sampling_params.n):
         # One sample tells of the prompt, and so has to compute all of it.
         num_prompt_logprobs = asked.num_prompt_logprobs if index == 0 else None
-        is_reported = num_prompt_logprobs is not None or params.activations
+        is_reported = num_prompt_logprobs is not None or sampling_params.activations
         live.samples.append(
             Sample(
-                asked.request_id if params.n == 1 else f"{asked.request_id}#{index}",
+                asked.request_id if sampling_params.n == 1 else f"{asked.request_id}#{index}",
                 asked.prompt_token_ids,
                 stop,
                 asked.priority,
-                group=None if params.n == 1 else asked.request_id,
+                group=None if sampling_params.n == 1 else asked.request_id,
                 skip_prefix_cache=is_reported or is_edited,
                 forked_from=forked_from,
                 is_private=is_edited,
                 output_token_ids=list(progress.token_ids),
-                sampling_params=params,
+                sampling_params=sampling_params,
                 owner=live,
-                banned_ids=banned_ids if params.min_tokens else (),
-                banned_until=len(asked.prompt_token_ids) + params.min_tokens,
+                banned_ids=banned_ids if sampling_params.min_tokens else (),
+                banned_until=len(asked.prompt_token_ids) + sampling_params.min_tokens,
                 bad_word_ids=asked.bad_word_ids,
                 num_logprobs=asked.num_logprobs,
                 num_prompt_logprobs=num_prompt_logprobs,
@@ -343,13 +343,15 @@ def make_generation(
                 tokenizer=tokenizer,
                 num_given=num_given,
                 token_logprobs=list(progress.token_logprobs),
-                logprobs=list(progress.logprobs or ()) if params.logprobs is not None else [],
-                records=[UNKNOWN_RECORD] * num_given if params.record else [],
+                logprobs=list(progress.logprobs or ())
+                if sampling_params.logprobs is not None
+                else [],
+                records=[UNKNOWN_RECORD] * num_given if sampling_params.record else [],
                 weights_versions=[UNKNOWN_VERSION] * num_given,
             )
         )
-    if params.seed is not None and not params.is_greedy:
-        live.set_seed(params.seed)
+    if sampling_params.seed is not None and not sampling_params.is_greedy:
+        live.set_seed(sampling_params.seed)
     return live
 
 

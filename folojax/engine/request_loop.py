@@ -9,7 +9,7 @@ from folojax.engine.metrics import EngineMetrics
 from folojax.engine.shared_engine import FairLock, SharedEngine, exclusive
 from folojax.engine.snapshot import Snapshot
 from folojax.requests.outputs import RequestOutput
-from folojax.requests.prompts import Prompt, params_per_prompt, parse_prompt
+from folojax.requests.prompts import Prompt, parse_prompt, sampling_params_per_prompt
 from folojax.requests.sampling_params import SamplingParams
 from folojax.requests.vllm_names import missing_method
 
@@ -19,18 +19,18 @@ class RequestLoop:
 
     Args:
         engine: What runs the steps.
-        default_params: Sampling parameters of requests that come without any.
+        default_sampling_params: Sampling parameters of requests that come without any.
 
     Attributes:
         engine: As given.
-        default_params: As given.
+        default_sampling_params: As given.
         lock: Held by a thread while it changes or steps the engine. Every method takes it by
             itself; whoever wants several calls to be one holds it around them.
     """
 
-    def __init__(self, engine: Engine, default_params: SamplingParams) -> None:
+    def __init__(self, engine: Engine, default_sampling_params: SamplingParams) -> None:
         self.engine = engine
-        self.default_params = default_params
+        self.default_sampling_params = default_sampling_params
         self._shared = SharedEngine(engine)
         self.lock: FairLock = self._shared.lock
 
@@ -50,7 +50,7 @@ class RequestLoop:
 
     def get_default_sampling_params(self) -> SamplingParams:
         """The parameters of requests that come without any, to be changed and passed."""
-        return self.default_params.clone()
+        return self.default_sampling_params.clone()
 
     @exclusive
     def add_request(
@@ -72,7 +72,7 @@ class RequestLoop:
             ValueError: the request is refused; nothing was queued.
         """
         parsed = parse_prompt(prompt, self.engine.tokenizer)
-        (params,) = params_per_prompt(sampling_params, 1, self.default_params)
+        (params,) = sampling_params_per_prompt(sampling_params, 1, self.default_sampling_params)
         self.engine.queue([self.engine.make_request(request_id, parsed, params, priority)])
 
     @exclusive

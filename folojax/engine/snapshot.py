@@ -44,7 +44,7 @@ class Snapshot:
 
     prompt: str | None  # the text; None where token ids were given
     prompt_token_ids: tuple[int, ...]
-    params: SamplingParams  # as they came with the request; `n` means nothing here
+    sampling_params: SamplingParams  # as they came with the request; `n` means nothing here
     seed: int | None  # of the sample; None for greedy
     progress: Progress  # what it had said
     # Of the first tokens of prompt and output; None: they are computed again, as are those that its
@@ -64,14 +64,14 @@ class Snapshot:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a safetensors file; `load_snapshot` reads it."""
-        params = dataclasses.asdict(self.params)
+        sampling_params = dataclasses.asdict(self.sampling_params)
         for name in ("logit_bias", "extra_args"):
-            params[name] = params[name] and dict(params[name])
+            sampling_params[name] = sampling_params[name] and dict(sampling_params[name])
         fields: dict[str, Any] = {
             "format": _FORMAT,
             "prompt": self.prompt,
             "prompt_token_ids": self.prompt_token_ids,
-            "params": params,
+            "sampling_params": sampling_params,
             "seed": self.seed,
             "token_ids": self.progress.token_ids,
             "token_logprobs": self.progress.token_logprobs,
@@ -113,14 +113,16 @@ def _from_fields(fields: dict[str, Any], arrays: dict[str, np.ndarray]) -> Snaps
     if arrays:
         dtype = jnp.dtype(fields["dtype"])
         kv = TokenKV(arrays["keys"].view(dtype), arrays["values"].view(dtype))
-    params = fields["params"]
-    if params["logit_bias"]:
-        params["logit_bias"] = {int(token): bias for token, bias in params["logit_bias"].items()}
+    sampling_params = fields["sampling_params"]
+    if sampling_params["logit_bias"]:
+        sampling_params["logit_bias"] = {
+            int(token): bias for token, bias in sampling_params["logit_bias"].items()
+        }
     logprobs = fields["logprobs"]
     return Snapshot(
         prompt=fields["prompt"],
         prompt_token_ids=tuple(fields["prompt_token_ids"]),
-        params=SamplingParams(**params),
+        sampling_params=SamplingParams(**sampling_params),
         seed=fields["seed"],
         progress=Progress(
             tuple(fields["token_ids"]),

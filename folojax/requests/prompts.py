@@ -184,8 +184,8 @@ def conversations(messages: Any) -> list[Any]:
     return list(messages)
 
 
-def params_per_prompt(
-    params: SamplingParams | Sequence[SamplingParams] | None,
+def sampling_params_per_prompt(
+    sampling_params: SamplingParams | Sequence[SamplingParams] | None,
     num_prompts: int,
     default: SamplingParams,
 ) -> list[SamplingParams]:
@@ -194,18 +194,18 @@ def params_per_prompt(
     Raises:
         ValueError: a list of another length, or something else.
     """
-    params = default if params is None else params
-    if isinstance(params, SamplingParams):
-        return [params] * num_prompts
-    is_list = isinstance(params, Sequence)
-    if not is_list or not all(isinstance(item, SamplingParams) for item in params):
+    sampling_params = default if sampling_params is None else sampling_params
+    if isinstance(sampling_params, SamplingParams):
+        return [sampling_params] * num_prompts
+    is_list = isinstance(sampling_params, Sequence)
+    if not is_list or not all(isinstance(item, SamplingParams) for item in sampling_params):
         raise ValueError("sampling_params must be a SamplingParams, or a list with one per prompt")
-    if len(params) != num_prompts:
+    if len(sampling_params) != num_prompts:
         raise ValueError(
-            f"sampling_params has {len(params)} entries for {num_prompts} prompts: give one for "
-            "all, or one for each"
+            f"sampling_params has {len(sampling_params)} entries for {num_prompts} prompts: "
+            "give one for all, or one for each"
         )
-    return list(params)
+    return list(sampling_params)
 
 
 def priority_per_prompt(priority: Sequence[int] | None, num_prompts: int) -> list[int]:

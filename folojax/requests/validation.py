@@ -39,7 +39,7 @@ class CheckedRequest:
     request_id: str
     prompt: str | None  # the text, if it was given as text
     prompt_token_ids: tuple[int, ...]
-    params: SamplingParams  # as the user gave them
+    sampling_params: SamplingParams  # as the user gave them
     priority: int
     max_tokens: int  # most output tokens of a sample
     bad_word_ids: tuple[tuple[int, ...], ...]  # every encoding of every bad word
@@ -66,7 +66,7 @@ class Validator:
         self,
         request_id: str,
         prompt: ParsedPrompt,
-        params: SamplingParams,
+        sampling_params: SamplingParams,
         priority: int = 0,
         *,
         given: Sequence[int] = (),
@@ -77,7 +77,7 @@ class Validator:
         Args:
             request_id: The user's, or drawn.
             prompt: Its tokens, and its text if there is one.
-            params: How it is continued.
+            sampling_params: How it is continued.
             priority: Smaller is more urgent.
             given: Output tokens that it begins with.
             has_given_logprobs: Whether the log-probabilities of these are known.
@@ -87,39 +87,40 @@ class Validator:
         """
         num_prompt_tokens, num_given = len(prompt.token_ids), len(given)
         max_tokens = self.limits.max_model_len
-        if params.max_tokens is not None:
-            max_tokens = min(params.max_tokens, max_tokens)
+        if sampling_params.max_tokens is not None:
+            max_tokens = min(sampling_params.max_tokens, max_tokens)
         problems = [*_id_problems(request_id, priority), *self._prompt_problems(prompt)]
         if not problems:
             problems += self.size_problems(num_prompt_tokens, max_tokens, num_given)
-        if params.logprobs is not None and num_given and not has_given_logprobs:
+        if sampling_params.logprobs is not None and num_given and not has_given_logprobs:
             problems.append(
-                f"logprobs is {params.logprobs!r}, and the {num_given} tokens that are there "
-                "already came without: leave logprobs out, or ask for them from the start"
+                f"logprobs is {sampling_params.logprobs!r}, and the {num_given} tokens that are "
+                "there already came without: leave logprobs out, or ask for them from the start"
             )
-        bad_word_ids = self._encode_bad_words(params, problems)
-        problems += self._id_list_problems(params)
-        problems += self._function_problems(params)
+        bad_word_ids = self._encode_bad_words(sampling_params, problems)
+        problems += self._id_list_problems(sampling_params)
+        problems += self._function_problems(sampling_params)
         if not problems:
-            problems += self._nothing_left(params, bad_word_ids)
-        num_logprobs = self._num_reported("logprobs", params.logprobs, problems)
+            problems += self._nothing_left(sampling_params, bad_word_ids)
+        num_logprobs = self._num_reported("logprobs", sampling_params.logprobs, problems)
         num_prompt_logprobs = self._num_reported(
-            "prompt_logprobs", params.prompt_logprobs, problems
+            "prompt_logprobs", sampling_params.prompt_logprobs, problems
         )
         if not problems:
             room = self.limits.max_model_len - num_prompt_tokens
-            num_outputs = params.n * min(max_tokens, room)
-            num_tokens = params.n * num_prompt_tokens + num_outputs
-            problems += _memory_problems(params, num_outputs, num_logprobs)
+            num_outputs = sampling_params.n * min(max_tokens, room)
+            num_tokens = sampling_params.n * num_prompt_tokens + num_outputs
+            problems += _memory_problems(sampling_params, num_outputs, num_logprobs)
             problems += _prompt_memory_problems(num_prompt_tokens, num_prompt_logprobs)
-            problems += self._tap_problems(params, num_tokens)
+            problems += self._tap_problems(sampling_params, num_tokens)
         _raise(problems)
-        grammar = self._grammar(params, given)
+        grammar = self._grammar(sampling_params, given)
         return CheckedRequest(
             request_id=request_id,
             prompt=prompt.text,
             prompt_token_ids=tuple(int(token) for token in prompt.token_ids),
-            params=params.clone(),  # what is assigned to them later is for later requests
+            # What is assigned to them later is for later requests.
+            sampling_params=sampling_params.clone(),
             priority=priority,
             max_tokens=max_tokens,
             bad_word_ids=bad_word_ids,
@@ -191,46 +192,46 @@ class Validator:
             yield f"prompt {prompt.text!r} has no tokens; at least one is needed to start from"
         yield from _token_problems("prompt", prompt.token_ids, self.vocab_size)
 
-    def _id_list_problems(self, params: SamplingParams) -> Iterator[str]:
+    def _id_list_problems(self, sampling_params: SamplingParams) -> Iterator[str]:
         lists: dict[str, Any] = {
-            "stop_token_ids": params.stop_token_ids,
-            "logit_bias": params.logit_bias,
-            "allowed_token_ids": params.allowed_token_ids,
+            "stop_token_ids": sampling_params.stop_token_ids,
+            "logit_bias": sampling_params.logit_bias,
+            "allowed_token_ids": sampling_params.allowed_token_ids,
         }
         for name, token_ids in lists.items():
             yield from _token_problems(name, token_ids or (), self.num_tokens)
-        if params.stop and self.tokenizer is None:
+        if sampling_params.stop and self.tokenizer is None:
             yield (
-                f"stop is {list(params.stop)!r}, but the engine has no tokenizer: pass tokenizer=, "
-                "or use stop_token_ids"
+                f"stop is {list(sampling_params.stop)!r}, but the engine has no tokenizer: pass "
+                "tokenizer=, or use stop_token_ids"
             )
 
-    def _function_problems(self, params: SamplingParams) -> Iterator[str]:
+    def _function_problems(self, sampling_params: SamplingParams) -> Iterator[str]:
         known = {
             "logits_processors": [one.name for one in self.functions.processors],
             "activation_edits": [one.name for one in self.functions.activation_edits],
         }
         for field, names in known.items():
-            unknown = sorted(set(getattr(params, field)) - set(names))
+            unknown = sorted(set(getattr(sampling_params, field)) - set(names))
             if unknown:
                 yield (
                     f"{field} holds {unknown}; the engine was built with {sorted(names)}: pass "
                     f"{field}= to LLM"
                 )
-        if params.extra_args:
-            on = tuple(params.logits_processors or ())
-            yield from self.functions.argument_problems(on, params.extra_args)
-        if self.is_strict and params.record:
+        if sampling_params.extra_args:
+            on = tuple(sampling_params.logits_processors or ())
+            yield from self.functions.argument_problems(on, sampling_params.extra_args)
+        if self.is_strict and sampling_params.record:
             yield "record is True, which no compile plan lists: set it, or strict, to False"
-        if params.activations and not self.functions.residual_layers:
+        if sampling_params.activations and not self.functions.residual_layers:
             yield (
                 "activations is True; the engine was built without taps: pass activation_taps= to "
                 "LLM"
             )
 
-    def _grammar(self, params: SamplingParams, given: Sequence[int]) -> Grammar | None:
+    def _grammar(self, sampling_params: SamplingParams, given: Sequence[int]) -> Grammar | None:
         """What the outputs follow; ValueError if refused. Last of all checks: it takes longest."""
-        if params.structured_outputs is None:
+        if sampling_params.structured_outputs is None:
             return None
         if self._grammars is None:
             raise ValueError(
@@ -239,7 +240,7 @@ class Validator:
             )
         if self.is_strict:
             raise ValueError("structured_outputs is in no compile plan: set strict to False")
-        return self._grammars.compile(params.structured_outputs, given)
+        return self._grammars.compile(sampling_params.structured_outputs, given)
 
     @functools.cached_property
     def _grammars(self) -> Grammars | None:
@@ -247,9 +248,9 @@ class Validator:
             return None
         return Grammars(self.tokenizer, self.vocab_size, self.eos_token_ids)
 
-    def _tap_problems(self, params: SamplingParams, num_tokens: int) -> Iterator[str]:
+    def _tap_problems(self, sampling_params: SamplingParams, num_tokens: int) -> Iterator[str]:
         num_bytes = num_tokens * self.residual_bytes
-        if params.activations and num_bytes > MAX_TAPPED_BYTES:
+        if sampling_params.activations and num_bytes > MAX_TAPPED_BYTES:
             yield (
                 f"activations is True: those of {num_tokens:,} tokens would take {num_bytes:,} "
                 f"bytes; at most {MAX_TAPPED_BYTES:,} fit a request: lower n or max_tokens, or tap "
@@ -257,33 +258,33 @@ class Validator:
             )
 
     def _nothing_left(
-        self, params: SamplingParams, bad_word_ids: Iterable[tuple[int, ...]]
+        self, sampling_params: SamplingParams, bad_word_ids: Iterable[tuple[int, ...]]
     ) -> Iterator[str]:
         """Of an explicit choice, something must be left while nothing else has been sampled."""
-        if params.allowed_token_ids is None:
+        if sampling_params.allowed_token_ids is None:
             return
         banned = {ids[0] for ids in bad_word_ids if len(ids) == 1}
-        reasons = ["bad_words"] if banned & set(params.allowed_token_ids) else []
-        if params.min_tokens:
-            ends = set(params.stop_token_ids or ())
-            ends |= set() if params.ignore_eos else set(self.eos_token_ids)
+        reasons = ["bad_words"] if banned & set(sampling_params.allowed_token_ids) else []
+        if sampling_params.min_tokens:
+            ends = set(sampling_params.stop_token_ids or ())
+            ends |= set() if sampling_params.ignore_eos else set(self.eos_token_ids)
             banned |= ends
-            reasons.append(f"min_tokens={params.min_tokens}")
-        if banned.issuperset(params.allowed_token_ids):
+            reasons.append(f"min_tokens={sampling_params.min_tokens}")
+        if banned.issuperset(sampling_params.allowed_token_ids):
             yield (
-                f"allowed_token_ids is {list(params.allowed_token_ids)!r}, and "
+                f"allowed_token_ids is {list(sampling_params.allowed_token_ids)!r}, and "
                 f"{' and '.join(reasons)} leave none of them: allow more, or ban less"
             )
 
     def _encode_bad_words(
-        self, params: SamplingParams, problems: list[str]
+        self, sampling_params: SamplingParams, problems: list[str]
     ) -> tuple[tuple[int, ...], ...]:
         """Each word with a leading space and without: at the start of a word, and inside one.
 
         And both as a whole text and inside of one, which differ where a tokenizer begins texts
         with a space of its own.
         """
-        words = tuple(params.bad_words or ())
+        words = tuple(sampling_params.bad_words or ())
         if words and self.tokenizer is None:
             problems.append(
                 f"bad_words is {list(words)!r}, but the engine has no tokenizer: pass tokenizer=, "
@@ -350,16 +351,16 @@ def _token_problems(name: str, token_ids: Sequence[int], vocab_size: int) -> Ite
 
 
 def _memory_problems(
-    params: SamplingParams, num_outputs: int, num_logprobs: int | None
+    sampling_params: SamplingParams, num_outputs: int, num_logprobs: int | None
 ) -> Iterator[str]:
     if num_outputs > MAX_OUTPUT_TOKENS:
         yield (
-            f"n is {params.n}: the samples may have {num_outputs:,} tokens together; at most "
-            f"{MAX_OUTPUT_TOKENS:,} fit a request: lower n or max_tokens"
+            f"n is {sampling_params.n}: the samples may have {num_outputs:,} tokens together; "
+            f"at most {MAX_OUTPUT_TOKENS:,} fit a request: lower n or max_tokens"
         )
     if num_logprobs is not None and num_outputs * (num_logprobs + 1) > MAX_REPORTED:
         yield (
-            f"logprobs is {params.logprobs}: {num_outputs:,} output tokens would have "
+            f"logprobs is {sampling_params.logprobs}: {num_outputs:,} output tokens would have "
             f"{num_outputs * (num_logprobs + 1):,} log-probabilities; at most {MAX_REPORTED:,} "
             "fit a request: lower logprobs, n or max_tokens"
         )

@@ -46,7 +46,7 @@ class Batch:
     Attributes:
         num_slots: M.
         num_pages: P, of the pool.
-        params: What the sampler needs to know of each slot.
+        row_table: What the sampler needs to know of each slot.
         rows: By request id.
         num_computed: By slot, tokens whose K/V are in the cache before the next step.
         num_row_pages: By slot, how many pages it has.
@@ -73,7 +73,7 @@ class Batch:
         """
         self.num_slots = num_slots
         self.num_pages = num_pages
-        self.params = RowTable(num_slots, vocab_size, functions)
+        self.row_table = RowTable(num_slots, vocab_size, functions)
         self.rows: dict[str, Row] = {}
         self._free_slots = list(range(num_slots))
         # One entry more than slots: what padding rows read.
@@ -176,7 +176,7 @@ class Batch:
             token_ids=np.array(new.token_ids, np.int32),
             matcher=new.grammar and new.grammar.start(new.output_token_ids),
         )
-        self.params.put(row.slot, new)
+        self.row_table.put(row.slot, new)
         self.num_scored_rows += new.num_prompt_logprobs is not None
         self.num_grammars += new.grammar is not None
         self.rows[new.request_id] = self._row_at[row.slot] = row

@@ -27,7 +27,7 @@ def padding(one: Executable, batch: Batch, hidden: Any = None) -> CallInputs:
     sampling = None
     if one.spec is not None and not is_score:
         positions = ints((one.tokens, one.rows) if is_steps else one.rows)
-        sampling = batch.params.sample_inputs(batch.pad([], one.rows), positions, one.spec)
+        sampling = batch.row_table.sample_inputs(batch.pad([], one.rows), positions, one.spec)
     return CallInputs(
         rows,
         sampling=sampling,

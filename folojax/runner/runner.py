@@ -227,7 +227,7 @@ class Runner:
         num_rows = round_up(len(chunks), self.shapes.prefill_rows)
         columns, is_by_row = self.shapes.prefill_columns, self.steps.kind == "rows"
         slots = [chunk.row.slot for chunk in chunks]
-        extras, is_edited = self.batch.params.extras(self.batch.pad(slots, num_rows))
+        extras, is_edited = self.batch.row_table.extras(self.batch.pad(slots, num_rows))
         if is_by_row:
             positions = [chunk.start for chunk in chunks]
             rows: Any = self.batch.decode_inputs(num_rows, slots, positions)
@@ -271,7 +271,7 @@ class Runner:
         drawing: list[Row | None] = list(rows)
         if sampled is not None:
             drawing = [row if row.request_id in sampled else None for row in rows]
-        table, spec, sizes = self.batch.params, None, self.shapes.decode_rows
+        table, spec, sizes = self.batch.row_table, None, self.shapes.decode_rows
         most_steps = 1 if num_tokens is None else self.setup.max_decode_steps
         # Where grammars are followed, the model computes while the host makes their masks.
         is_joint = self.steps.kind == "whole" and not table.has_grammar(slots)
@@ -335,7 +335,7 @@ class Runner:
 
     def _spec(self, slot: Any, positions: Any) -> SamplingSpec:
         """What slots need that draw tokens at some positions, [K, B]."""
-        table = self.batch.params
+        table = self.batch.row_table
         return self.setup.spec(
             table.sampling_class(slot, positions),
             table.most_logprobs(slot),
@@ -345,7 +345,7 @@ class Runner:
         )
 
     def _sample(self, hidden: Any, slot: Any, position: Any, spec: SamplingSpec) -> Any:
-        sampling = self.batch.params.sample_inputs(slot, position, spec)
+        sampling = self.batch.row_table.sample_inputs(slot, position, spec)
         if spec.has_mask:
             sampling = sampling._replace(mask=self._masks(slot))
         one = Executable("sample", len(slot), spec=spec, bans=exceptional_bans(sampling))

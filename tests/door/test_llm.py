@@ -211,7 +211,7 @@ def test_a_request_larger_than_the_pool_is_refused(text_directory: Path) -> None
 
 
 def test_defaults_come_from_the_generation_config(text_directory: Path, llm: LLM) -> None:
-    assert llm.default_params == SamplingParams()
+    assert llm.default_sampling_params == SamplingParams()
     assert len(llm.generate("The sea is", use_tqdm=False)[0].outputs[0].token_ids) <= 16
     path = text_directory / "generation_config.json"
     before = path.read_text()
@@ -221,7 +221,7 @@ def test_defaults_come_from_the_generation_config(text_directory: Path, llm: LLM
     )
     try:
         other = LLM(text_directory, max_model_len=128, max_num_seqs=4)
-        assert other.default_params == SamplingParams(
+        assert other.default_sampling_params == SamplingParams(
             temperature=0.6, top_k=20, top_p=0.95, repetition_penalty=1.1, max_tokens=99
         )
         assert other.engine.validator.eos_token_ids == (2, 0)

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from folojax import LLM, SamplingParams
-from folojax.engine.build import default_params
+from folojax.engine.build import default_sampling_params
 from folojax.models.files.checkpoint import Checkpoint, open_checkpoint
 from folojax.models.files.gguf_config import GGUF_FAMILIES, hf_config
 from folojax.models.files.hf_config import config_from_hf
@@ -152,14 +152,14 @@ def test_what_a_model_recommends_is_taken_as_it_is(
 ) -> None:
     """As in mlx-vlm 1331, vllm 12096 and 16718: a zero is a value, too."""
     config = config_from_hf(LLAMA)
-    found = default_params(Checkpoint(Path("x"), config, stated, ()))
+    found = default_sampling_params(Checkpoint(Path("x"), config, stated, ()))
     assert found == SamplingParams(**(stated if expected is None else expected))
 
 
 def test_what_a_model_cannot_recommend_is_refused_by_file() -> None:
     checkpoint = Checkpoint(Path("x"), config_from_hf(LLAMA), {"temperature": "hot"}, ())
     with pytest.raises(ValueError, match=r"generation_config\.json of the model: .*temperature"):
-        default_params(checkpoint)
+        default_sampling_params(checkpoint)
 
 
 @pytest.mark.parametrize(

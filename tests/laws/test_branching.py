@@ -180,7 +180,10 @@ def test_a_snapshot_is_resumed_in_another_engine(
     snapshot = take(make(tiny_model), params)
     snapshot.save(tmp_path / "x.safetensors")
     loaded = load_snapshot(tmp_path / "x.safetensors")
-    assert (loaded.params, loaded.progress) == (snapshot.params, snapshot.progress)
+    assert (loaded.sampling_params, loaded.progress) == (
+        snapshot.sampling_params,
+        snapshot.progress,
+    )
     model = jax.tree.map(lambda leaf: leaf + 0, tiny_model[1])  # the same weights elsewhere
     llm = make((tiny_model[0], model), min_swap_tokens=0, **options)
     llm.resume(loaded, "y")
@@ -197,7 +200,7 @@ def test_a_file_keeps_every_parameter(tiny_model: tuple, tmp_path: Path) -> None
     )
     snapshot = take(make(tiny_model), params)
     snapshot.save(tmp_path / "x.safetensors")
-    assert load_snapshot(tmp_path / "x.safetensors").params == snapshot.params
+    assert load_snapshot(tmp_path / "x.safetensors").sampling_params == snapshot.sampling_params
 
 
 def test_keys_and_values_of_several_weights_are_in_no_snapshot(tiny_model: tuple) -> None:

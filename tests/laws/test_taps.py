@@ -282,7 +282,7 @@ def test_the_memory_bound_is_stated(llm: LLM) -> None:
     validator = llm.engine.validator
     asked = params(activations=True, n=16384, max_tokens=100, seed=1)
     prompt = ParsedPrompt(None, list(range(3, 31)))
-    assert validator.check("id", prompt, asked).params == asked
+    assert validator.check("id", prompt, asked).sampling_params == asked
     more = dataclasses.replace(validator, residual_bytes=validator.residual_bytes + 1)
     message = r"2,097,152 tokens would take 1,075,838,976 bytes; at most 1,073,741,824 fit"
     with pytest.raises(ValueError, match=message):

@@ -130,7 +130,7 @@ def test_a_request_may_say_where_its_state_starts(llm: LLM, tmp_path: Path) -> N
     while not llm.step():
         pass
     llm.snapshot("a").save(tmp_path / "one")
-    assert load_snapshot(tmp_path / "one").params == asked[0]
+    assert load_snapshot(tmp_path / "one").sampling_params == asked[0]
     llm.abort_request("a")
 
 

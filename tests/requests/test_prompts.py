@@ -6,7 +6,12 @@ import numpy as np
 import pytest
 
 from folojax.requests.continuations import pair_continuations
-from folojax.requests.prompts import ParsedPrompt, conversations, params_per_prompt, parse_prompts
+from folojax.requests.prompts import (
+    ParsedPrompt,
+    conversations,
+    parse_prompts,
+    sampling_params_per_prompt,
+)
 from folojax.requests.sampling_params import SamplingParams
 from folojax.text.tokenizer import Tokenizer
 
@@ -96,27 +101,27 @@ def test_anything_else_is_named_with_its_place(prompts: Any, message: str) -> No
 
 def test_one_set_of_parameters_serves_all_prompts() -> None:
     params = SamplingParams(top_k=3)
-    assert params_per_prompt(params, 3, DEFAULT) == [params] * 3
-    assert params_per_prompt(params, 0, DEFAULT) == []
-    assert params_per_prompt(None, 2, DEFAULT) == [DEFAULT] * 2
+    assert sampling_params_per_prompt(params, 3, DEFAULT) == [params] * 3
+    assert sampling_params_per_prompt(params, 0, DEFAULT) == []
+    assert sampling_params_per_prompt(None, 2, DEFAULT) == [DEFAULT] * 2
 
 
 def test_each_prompt_may_have_its_own_parameters() -> None:
     params = [SamplingParams(top_k=3), SamplingParams(top_k=4)]
-    assert params_per_prompt(params, 2, DEFAULT) == params
-    assert params_per_prompt(tuple(params), 2, DEFAULT) == params
+    assert sampling_params_per_prompt(params, 2, DEFAULT) == params
+    assert sampling_params_per_prompt(tuple(params), 2, DEFAULT) == params
 
 
 @pytest.mark.parametrize("num_prompts", [0, 1, 3])
 def test_a_list_of_another_length_is_refused(num_prompts: int) -> None:
     with pytest.raises(ValueError, match=f"has 2 entries for {num_prompts} prompts"):
-        params_per_prompt([SamplingParams(), SamplingParams()], num_prompts, DEFAULT)
+        sampling_params_per_prompt([SamplingParams(), SamplingParams()], num_prompts, DEFAULT)
 
 
 @pytest.mark.parametrize("params", [5, "ab", {"top_k": 3}, [{"top_k": 3}], [None]], ids=str)
 def test_other_parameters_are_refused(params: Any) -> None:
     with pytest.raises(ValueError, match="sampling_params must be"):
-        params_per_prompt(params, 1, DEFAULT)
+        sampling_params_per_prompt(params, 1, DEFAULT)
 
 
 def test_continuations_are_paired_with_their_prompts() -> None:

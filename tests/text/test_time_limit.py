@@ -39,10 +39,8 @@ def test_results_and_errors_come_through() -> None:
 @pytest.mark.parametrize("function", [forever, stubborn])
 def test_a_loop_is_ended_and_its_thread_with_it(function: object) -> None:
     assert callable(function)
-    start = time.monotonic()
     with pytest.raises(TimeoutError, match=r"longer than 0\.1 s"):
         call_within(0.1, function)
-    assert time.monotonic() - start < 10
     assert not threads()
 
 
@@ -63,10 +61,9 @@ def test_it_works_in_any_thread() -> None:
 
 
 def test_what_does_not_hear_is_left_behind() -> None:
-    start = time.monotonic()
     with pytest.raises(TimeoutError):
         call_within(0.1, lambda: time.sleep(3))
-    assert time.monotonic() - start < 2.8
+    assert threads(), "the call has waited for what it gave up"
     for thread in threads():  # it does hear, once it is back from C
         thread.join(30)
     assert not threads()
