@@ -154,6 +154,13 @@ class EngineConfig:
         `mesh`. The tokens are those of one device.""",
         at_least=1,
     )
+    data_parallel_size: int = option(
+        1,
+        """Engines in this process, each with `tensor_parallel_size` devices, a copy of the params,
+        and the limits above (docs/several_devices.md). A request goes to the one that has computed
+        the most of its prompt, unless that has too much to do. The tokens are those of one.""",
+        at_least=1,
+    )
 
     def __post_init__(self) -> None:
         problems = option_problems(self)
@@ -285,6 +292,7 @@ class EngineOptions(TypedDict, total=False):
     warm_up: bool | None
     strict: bool
     tensor_parallel_size: int
+    data_parallel_size: int
     gpu_memory_utilization: float  # vLLM's name of memory_fraction
 
 

@@ -18,7 +18,7 @@ from folojax.engine.build import (
     find_tokenizer,
     load_model,
     make_config,
-    make_engine,
+    make_engines,
 )
 from folojax.engine.live_request import LiveGeneration
 from folojax.engine.searches import Searches
@@ -40,7 +40,7 @@ from folojax.requests.sampling_params import SamplingParams
 from folojax.requests.user_functions import UserFunctions
 from folojax.requests.vllm_names import CALL_ARGUMENTS, own_names, prompts_of
 from folojax.runner.compile_plan import CompilePlan
-from folojax.runner.warm_up import list_compile_plan, warm_up
+from folojax.runner.warm_up import list_compile_plan, warm_up_each
 from folojax.sampling.logits_processors import LogitsProcessor
 from folojax.sampling.sampler import SamplingClass
 from folojax.steps.layers import ActivationEdit
@@ -83,7 +83,7 @@ class LLM(Searches):
         config: The limits and sizes, nothing left open.
         memory_plan: What weights, pages and temporaries take of the device, and what fits.
         default_sampling_params: The model's own sampling parameters.
-        engine: What runs the steps.
+        engine: What runs the steps; of several, the first.
 
     Raises:
         ValueError: an option is unknown or out of range, the model cannot be loaded, or there is
@@ -120,10 +120,10 @@ class LLM(Searches):
         self.config, self.memory_plan = loaded.config, loaded.memory_plan
         _LOG.info("%s", self.memory_plan)
         found = None if skip_tokenizer_init else find_tokenizer(tokenizer, loaded.checkpoint)
-        engine = make_engine(loaded, found, functions, eos_token_id)
+        engines = make_engines(loaded, found, functions, eos_token_id)
         if self.config.warm_up:
-            warm_up(engine.runner, _USUAL_SAMPLING, has_logprobs=False, is_shown=True)
-        super().__init__(engine, default_sampling_params(loaded.checkpoint))
+            warm_up_each([one.runner for one in engines], _USUAL_SAMPLING, has_logprobs=False)
+        super().__init__(engines, default_sampling_params(loaded.checkpoint))
         self._generation_config = loaded.checkpoint.generation_config if loaded.checkpoint else {}
         self._numbers = itertools.count()
 
@@ -376,7 +376,7 @@ class LLM(Searches):
             RuntimeError: the engine sleeps, or is strict and there is no room for the whole plan.
         """
         self.engine.check_is_awake()
-        return len(warm_up(self.engine.runner, sampling, logprobs, is_shown=True))
+        return warm_up_each([one.runner for one in self.engines], sampling, logprobs)
 
     @exclusive
     def _make_requests(
@@ -397,4 +397,4 @@ class LLM(Searches):
 
     def _draw_id(self, kind: str) -> str:
         ids = (f"{kind}-{number}" for number in self._numbers)
-        return next(id_ for id_ in ids if id_ not in self.engine.live)
+        return next(id_ for id_ in ids if id_ not in self.replicas.live)

@@ -159,8 +159,10 @@ def real_llm(shared_real_llm: LLM) -> Iterator[LLM]:
 def check_is_empty(llm: LLM) -> None:
     """Asserts that nothing is queued, running or owned."""
     assert not llm.has_unfinished_requests()
-    llm.engine.scheduler.check()
+    for engine in llm.engines:
+        engine.scheduler.check()
     assert llm.metrics().num_used_pages == 0
     assert llm.metrics().num_running == llm.metrics().num_waiting == 0
     llm.step()  # reports the last finished ids, so that the runner lets go of their slots
-    llm.engine.runner.check_is_empty()
+    for engine in llm.engines:
+        engine.runner.check_is_empty()

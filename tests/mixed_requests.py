@@ -56,7 +56,8 @@ def run(llm: LLM) -> list[RequestOutput]:
                 assert new.token_ids[: len(old.token_ids)] == old.token_ids
                 assert new.text.startswith(old.text)
             outputs[output.request_id] = output
-        llm.engine.scheduler.check()
+        for engine in llm.engines:
+            engine.scheduler.check()
     check_is_empty(llm)
     return [outputs[str(index)] for index in range(len(PARAMS))]
 

@@ -7,7 +7,7 @@
         Generator,
         fn_constructor_kwargs={"model": "path/to/model", "sampling_params": {"max_tokens": 64}},
         compute=ray.data.ActorPoolStrategy(size=8),
-        num_gpus=1,  # a device for each actor
+        num_gpus=1,  # devices of each actor: tensor_parallel_size * data_parallel_size of them
         batch_size=1024,
     )
     dataset.write_parquet("answers")

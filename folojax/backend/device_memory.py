@@ -16,8 +16,8 @@ _CGROUP_LIMITS = (
 )
 
 
-def device_memory(own_bytes: int = 0, devices: Devices = DEFAULT_DEVICE) -> DeviceMemory | None:
-    """The memory of a device that an engine runs on, of several the least; None: nobody tells.
+def device_memory(own_bytes: int = 0, *devices: Devices) -> DeviceMemory | None:
+    """The memory of a device that engines run on, of several the least; None: nobody tells.
 
     Of a GPU it is what JAX may have: XLA_PYTHON_CLIENT_MEM_FRACTION of the card, 0.75 by default,
     and less where other processes hold so much of the card that this is no longer there. Several
@@ -25,9 +25,10 @@ def device_memory(own_bytes: int = 0, devices: Devices = DEFAULT_DEVICE) -> Devi
 
     Args:
         own_bytes: Of arrays on each device that the engine counts as its own.
-        devices: Of the engine.
+        *devices: Of each engine; none: JAX's default device.
     """
-    all_devices = devices.given or (devices.first,)
+    each = devices or (DEFAULT_DEVICE,)
+    all_devices = [one for some in each for one in (some.given or (some.first,))]
     found = [_memory_of(device, own_bytes, len(all_devices)) for device in all_devices]
     known = [one for one in found if one is not None]
     return min(known, key=lambda one: one.limit_bytes - one.used_bytes, default=None)

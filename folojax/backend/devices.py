@@ -121,6 +121,25 @@ class Devices:
         placed = {name: self._place_block(one, config) for name, one in blocks.items()}
         return placed | self._place_block(outer, config)
 
+    def adopt(self, params: _T, config: ModelConfig) -> _T:
+        """Parameters of which no array lies elsewhere: those that did are copied.
+
+        No device gets the whole of what is cut, if that divides as it lies.
+        """
+
+        def copied(path: Any, leaf: Any) -> Any:
+            if not isinstance(leaf, jax.Array) or self._may_take(leaf):
+                return leaf
+            if self.count == 1:
+                return self.place(leaf)
+            spec = spec_of(str(getattr(path[-1], "key", "")), config)
+            is_even = leaf.ndim >= len(spec) and not any(
+                size % self.count for size, axis in zip(leaf.shape, spec, strict=False) if axis
+            )
+            return jax.device_put(leaf, self._over(spec) if is_even else self.whole)
+
+        return jax.tree_util.tree_map_with_path(copied, params)
+
     def _place_block(self, block: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
         """The parameters of a layer, or those outside of the layers."""
         forms = self.param_shapes(block, config)
@@ -210,7 +229,41 @@ def default_device() -> jax.Device:
     return device
 
 
-def choose_devices(params: Any, count: int, mesh: Mesh | None) -> Devices:
+def choose_devices(
+    params: Any, count: int, num_engines: int, mesh: Mesh | None
+) -> tuple[Devices, ...]:
+    """The devices of each of so many engines; arguments and errors as of `_choose_for_one`.
+
+    Of several engines the first has the devices that the parameters lie over, the others those
+    behind; of a mesh each has as many, in its order. Whatever lies elsewhere is to be copied.
+    """
+    if num_engines == 1:
+        return (_choose_for_one(params, count, mesh),)
+    if mesh is not None:
+        given = tuple(mesh.devices.flat)
+        if len(given) % num_engines or count not in (1, len(given) // num_engines):
+            raise ValueError(
+                f"data_parallel_size is {num_engines}, tensor_parallel_size is {count}, and mesh "
+                f"has {len(given)} devices: give a mesh of so many engines times so many devices"
+            )
+        count = len(given) // num_engines
+    else:
+        shardings = [one.sharding for one in jax.tree.leaves(params) if isinstance(one, jax.Array)]
+        over = [tuple(one.mesh.devices.flat) for one in shardings if hasattr(one, "mesh")]
+        held = over or [tuple(one.device_set) for one in shardings] or [(default_device(),)]
+        given = (*held[0], *jax.local_devices(backend=held[0][0].platform))
+        given = tuple(dict.fromkeys(given))[: num_engines * count]
+    if len(given) < num_engines * count:
+        raise ValueError(
+            f"data_parallel_size is {num_engines}, with {count} devices for each engine, and there "
+            f"are {given}: lower it"
+        )
+    _check_process(given)
+    _check_parts(params, count)
+    return tuple(Devices(given[i : i + count]) for i in range(0, len(given), count))
+
+
+def _choose_for_one(params: Any, count: int, mesh: Mesh | None) -> Devices:
     """The devices of an engine.
 
     Args:
@@ -241,16 +294,24 @@ def choose_devices(params: Any, count: int, mesh: Mesh | None) -> Devices:
         found = (min(arrays[0].devices(), key=lambda one: one.id),)
     else:
         found = (default_device(),)
-    if any(one.process_index != jax.process_index() for one in found):
-        raise ValueError(f"an engine runs in one process, and {found} are of several")
+    _check_process(found)
     devices = Devices(found)
     devices.check(params)
-    if parts_of(params) not in (1, devices.count):
+    _check_parts(params, devices.count)
+    return devices
+
+
+def _check_process(devices: tuple[jax.Device, ...]) -> None:
+    if any(one.process_index != jax.process_index() for one in devices):
+        raise ValueError(f"an engine runs in one process, and {devices} are of several")
+
+
+def _check_parts(params: Any, count: int) -> None:
+    if parts_of(params) not in (1, count):
         raise ValueError(
             f"params are those of an engine on {parts_of(params)} devices, and this one has "
-            f"{devices.count}: give folojax.join_params(params, module.config)"
+            f"{count}: give folojax.join_params(params, module.config)"
         )
-    return devices
 
 
 def check_cut(model: Llama, devices: Devices, quantization: str | None) -> None:

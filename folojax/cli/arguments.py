@@ -16,7 +16,7 @@ STANDARD = Path("-")
 _ENGINE = (
     *("max_model_len", "max_num_seqs", "max_num_batched_tokens", "page_size", "num_pages"),
     *("memory_fraction", "enable_prefix_caching", "max_decode_steps"),
-    *("quantization", "deterministic", "warm_up", "tensor_parallel_size"),
+    *("quantization", "deterministic", "warm_up", "tensor_parallel_size", "data_parallel_size"),
 )
 
 # Those that a command line can say, and whose effect is seen in what is printed.

@@ -32,9 +32,10 @@ def run_batch(
     log = Console(stderr=True)
     llm = load_llm(args, config, log)
     inputs = _as_inputs(llm, texts, args.chat, args.system)
-    if len(texts) * sampling_params.n > llm.config.max_num_seqs:
+    most = llm.config.max_num_seqs * llm.config.data_parallel_size
+    if len(texts) * sampling_params.n > most:
         samples = f" of {sampling_params.n} samples" if sampling_params.n > 1 else ""
-        at_once = f"{llm.config.max_num_seqs} at once"
+        at_once = f"{most} at once"
         log.print(f"{_count(len(texts), 'prompt')}{samples}, {at_once}", style="dim")
     if args.compare_sequential:
         with log.status("Compiling, so that neither run pays for it"):

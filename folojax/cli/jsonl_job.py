@@ -68,7 +68,7 @@ def run_job(
             output,
             defaults,
             seed=seed,
-            max_queued=2 * llm.config.max_num_seqs,
+            max_queued=2 * llm.config.max_num_seqs * llm.config.data_parallel_size,
             on_entry=show,
         )
         try:

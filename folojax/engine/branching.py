@@ -11,6 +11,7 @@ import dataclasses
 
 from folojax.engine.engine import Engine
 from folojax.engine.live_request import LiveGeneration, Sample
+from folojax.engine.replicas import Replicas
 from folojax.engine.snapshot import Snapshot
 from folojax.requests.prompts import ParsedPrompt
 from folojax.requests.sampling_params import SamplingParams
@@ -19,7 +20,7 @@ from folojax.sched.request import Request
 
 
 def fork(
-    engine: Engine,
+    replicas: Engine | Replicas,
     parent_id: str,
     request_id: str,
     sampling_params: SamplingParams | None,
@@ -29,6 +30,7 @@ def fork(
     priority: int = 0,
 ) -> None:
     """Queues a request that begins with what a sample of another has; see `LLM.fork`."""
+    engine = replicas.engine_of(parent_id)
     live, sample = _find_sample(engine, parent_id, index)
     if sampling_params is None:
         sampling_params = dataclasses.replace(sample.sampling_params, n=1, seed=sample.seed)
@@ -40,11 +42,12 @@ def fork(
         progress=sample.progress().take(num_output_tokens),
         forked_from=None if sample.is_finished else sample,
     )
-    engine.queue([forked])
+    replicas.queue([forked])
 
 
-def take_snapshot(engine: Engine, request_id: str, index: int = 0) -> Snapshot:
+def take_snapshot(replicas: Engine | Replicas, request_id: str, index: int = 0) -> Snapshot:
     """Copies a sample; see `LLM.snapshot`. What is under way is taken in first."""
+    engine = replicas.engine_of(request_id)
     _find_sample(engine, request_id, index)
     engine.drain()
     live, sample = _find_sample(engine, request_id, index)
@@ -61,13 +64,14 @@ def take_snapshot(engine: Engine, request_id: str, index: int = 0) -> Snapshot:
 
 
 def resume(
-    engine: Engine,
+    replicas: Engine | Replicas,
     snapshot: Snapshot,
     request_id: str,
     sampling_params: SamplingParams | None,
     priority: int = 0,
 ) -> None:
     """Queues a request that begins with what a snapshot holds; see `LLM.resume`."""
+    engine = replicas.engine_of(request_id)
     if snapshot.kv is not None and snapshot.weights != engine.weights:
         raise ValueError(
             "the snapshot's K/V were computed with other weights: use those, or "
@@ -85,7 +89,8 @@ def resume(
     live = engine.make_request(
         request_id, prompt, sampling_params, priority, progress=snapshot.progress
     )
-    engine.queue([live])
+    replicas.queue([live])
+    engine = replicas.engine_of(request_id)
     first = live.samples[0]  # one of several would share its K/V with the others
     if snapshot.kv is not None and not first.skip_prefix_cache:
         kv = snapshot.kv.take(min(snapshot.kv.num_tokens, first.num_tokens - 1))

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
 
@@ -72,7 +73,7 @@ class LoadedModel(NamedTuple):
     checkpoint: Checkpoint | None
     config: ResolvedConfig
     memory_plan: MemoryPlan
-    backend: Backend
+    backends: tuple[Backend, ...]  # one for each engine; the parameters lie on that of the first
 
 
 def make_config(config: EngineConfig | None, fields: dict[str, Any]) -> EngineConfig:
@@ -104,23 +105,23 @@ def load_model(
         if revision is not None:
             raise ValueError(f"revision {revision!r} is for Hub repositories; the model is a pair")
         return _load_pair(model, dtype, config, mesh)
-    config, backend = _placed(config, mesh)
-    quantization = config.quantization
+    config, backends = _placed(config, mesh)
+    backend, quantization = backends[0], config.quantization
     compute_dtype = _resolve_dtype(dtype, backend)
     checkpoint = open_checkpoint(model, revision)
     module = build_module(checkpoint.config, compute_dtype)
     shapes = param_shapes(checkpoint.config, compute_dtype)
-    resolved, plan = plan_memory(config, module, shapes, backend)
+    resolved, plan = plan_memory(config, module, shapes, *backends)
     place = functools.partial(backend.devices.place_param, config=module.config)
     params = load_params(checkpoint, compute_dtype, quantization, place)
-    return LoadedModel(module, params, checkpoint, resolved, plan, backend)
+    return LoadedModel(module, params, checkpoint, resolved, plan, backends)
 
 
 def _load_pair(model: Any, dtype: DType, config: EngineConfig, mesh: Mesh | None) -> LoadedModel:
     """A pair of the user's, once it is one that an engine can run."""
     module, params = checked_pair(model)
-    config, backend = _placed(config, mesh, params)
-    quantization = config.quantization
+    config, backends = _placed(config, mesh, params)
+    backend, quantization = backends[0], config.quantization
     is_auto = isinstance(dtype, str) and dtype == "auto"
     if not is_auto and jnp.dtype(_resolve_dtype(dtype, backend)) != module.dtype:
         raise ValueError(
@@ -132,23 +133,25 @@ def _load_pair(model: Any, dtype: DType, config: EngineConfig, mesh: Mesh | None
     # What cannot be cut into groups is of eight bits with "int4", too.
     if found not in (None, quantization) and (found, quantization) != ("int8", "int4"):
         raise ValueError(f'params have quantised kernels: pass quantization="{found}"')
-    resolved, plan = plan_memory(config, module, params, backend)
+    resolved, plan = plan_memory(config, module, params, *backends)
+    params = backend.devices.adopt(params, module.config) if backends[1:] else params
     params = quantize_params(params, quantization) if quantization else params
-    return LoadedModel(module, params, None, resolved, plan, backend)
+    return LoadedModel(module, params, None, resolved, plan, backends)
 
 
 def _placed(
     config: EngineConfig, mesh: Mesh | None, params: Any = None
-) -> tuple[EngineConfig, Backend]:
-    """The config with the number of devices, and the backend of these in its mode."""
-    devices = choose_devices(params, config.tensor_parallel_size, mesh)
-    backend = choose_backend(devices)
-    backend = backend.deterministic() if config.deterministic else backend
-    return dataclasses.replace(config, tensor_parallel_size=devices.count), backend
+) -> tuple[EngineConfig, tuple[Backend, ...]]:
+    """The config with the number of devices, and for each engine the backend of its own."""
+    chosen = choose_devices(params, config.tensor_parallel_size, config.data_parallel_size, mesh)
+    backends = tuple(map(choose_backend, chosen))
+    if config.deterministic:
+        backends = tuple(backend.deterministic() for backend in backends)
+    return dataclasses.replace(config, tensor_parallel_size=chosen[0].count), backends
 
 
 def plan_memory(
-    config: EngineConfig, module: Llama, params: Any, backend: Backend
+    config: EngineConfig, module: Llama, params: Any, backend: Backend, *others: Backend
 ) -> tuple[ResolvedConfig, MemoryPlan]:
     """Settles an engine's limits, and the memory that it takes within them.
 
@@ -157,6 +160,7 @@ def plan_memory(
         module: The model.
         params: Of it, or their shapes.
         backend: That the engine runs on.
+        *others: Those of further engines, which take the same of their devices.
 
     Raises:
         ValueError: the limits contradict each other, the model or the number of devices, or the
@@ -194,7 +198,7 @@ def plan_memory(
         max_model_len=resolved.max_model_len,
         temporaries_bytes=step_memory.estimate(setup),
         is_measured=False,
-        device=device_memory(resident, devices),
+        device=device_memory(resident, *(one.devices for one in (backend, *others))),
     )
     fraction = config.pool_fraction(backend)
     if fraction is None:
@@ -245,13 +249,13 @@ def default_sampling_params(checkpoint: Checkpoint | None) -> SamplingParams:
         raise ValueError(f"generation_config.json of the model: {error}") from error
 
 
-def make_engine(
+def make_engines(
     model: LoadedModel,
     tokenizer: Tokenizer | None,
     functions: UserFunctions = NO_FUNCTIONS,
     eos_token_id: int | Sequence[int] | None = None,
-) -> Engine:
-    """Allocates an engine; end tokens are as of `LLM`."""
+) -> list[Engine]:
+    """Allocates the engines; end tokens are as of `LLM`."""
     functions.check_layers(model.module.config.num_layers)
     module, config = model.module, model.config
     functions.check_results(module.config.vocab_size, module.config.hidden_size, module.dtype)
@@ -259,27 +263,32 @@ def make_engine(
     # Rows of the vocabulary beyond the tokenizer's are padding, and no token.
     num_tokens = min(vocab_size, tokenizer.num_tokens) if tokenizer else vocab_size
     ends = _end_tokens(eos_token_id, model.checkpoint, tokenizer, vocab_size)
-    setup = make_setup(module, config, model.backend, num_tokens)
-    _tell_kernels(module, setup.layout)
+    setups = [make_setup(module, config, backend, num_tokens) for backend in model.backends]
+    _tell_kernels(module, setups[0].layout)
     give_back_memory()  # of what loading has left, before the pool is allocated
-    runner = Runner(setup, model.params, is_strict=config.strict, functions=functions)
-    return Engine(
-        Scheduler(config.scheduler()),
-        runner,
-        Validator(
-            config.scheduler(),
-            vocab_size=vocab_size,
-            num_tokens=num_tokens,
-            max_logprobs=config.max_logprobs,
-            tokenizer=tokenizer,
-            eos_token_ids=ends,
-            functions=functions,
-            residual_bytes=functions.residual_bytes(module),
-            is_strict=config.strict,
-        ),
-        seed=config.seed,
-        is_checked=config.check_integrity,
+    validator = Validator(
+        config.scheduler(),
+        vocab_size=vocab_size,
+        num_tokens=num_tokens,
+        max_logprobs=config.max_logprobs,
+        tokenizer=tokenizer,
+        eos_token_ids=ends,
+        functions=functions,
+        residual_bytes=functions.residual_bytes(module),
+        is_strict=config.strict,
     )
+    seeds = np.random.default_rng(config.seed)  # one, so that it does not matter who draws
+    engines = []
+    for number, setup in enumerate(setups):
+        params = model.params
+        if number:
+            params = setup.backend.devices.adopt(params, module.config)
+        runner = Runner(setup, params, is_strict=config.strict, functions=functions)
+        scheduler = Scheduler(config.scheduler())
+        engines.append(
+            Engine(scheduler, runner, validator, seed=seeds, is_checked=config.check_integrity)
+        )
+    return engines
 
 
 def _tell_kernels(module: Llama, layout: KVLayout) -> None:

@@ -90,6 +90,10 @@ class Engine:
         """Of prompts and outputs; None: they are token ids, and there is no text."""
         return self.validator.tokenizer
 
+    def engine_of(self, request_id: str) -> "Engine":
+        """The engine that has a request, as `Replicas` tell it: this one."""
+        return self
+
     def make_request(
         self,
         request_id: str,

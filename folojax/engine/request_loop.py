@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Self
 from folojax.engine import branching
 from folojax.engine.engine import Engine
 from folojax.engine.metrics import EngineMetrics
+from folojax.engine.replicas import Replicas
 from folojax.engine.shared_engine import FairLock, SharedEngine, exclusive
 from folojax.engine.snapshot import Snapshot
 from folojax.requests.outputs import RequestOutput
@@ -18,20 +19,24 @@ class RequestLoop:
     """The part of `LLM` that adds requests one by one, steps, and acts between two steps.
 
     Args:
-        engine: What runs the steps.
+        engines: What runs the steps.
         default_sampling_params: Sampling parameters of requests that come without any.
 
     Attributes:
-        engine: As given.
+        engines: As given.
+        engine: The only one, or the first.
+        replicas: What all requests go to: the only engine, or all of them as one.
         default_sampling_params: As given.
         lock: Held by a thread while it changes or steps the engine. Every method takes it by
             itself; whoever wants several calls to be one holds it around them.
     """
 
-    def __init__(self, engine: Engine, default_sampling_params: SamplingParams) -> None:
-        self.engine = engine
+    def __init__(self, engines: Sequence[Engine], default_sampling_params: SamplingParams) -> None:
+        self.engines = tuple(engines)
+        self.engine = engines[0]
+        self.replicas = Replicas(engines) if len(engines) > 1 else self.engine
         self.default_sampling_params = default_sampling_params
-        self._shared = SharedEngine(engine)
+        self._shared = SharedEngine(self.replicas)
         self.lock: FairLock = self._shared.lock
 
     if not TYPE_CHECKING:  # which finds wrong names by itself
@@ -73,7 +78,7 @@ class RequestLoop:
         """
         parsed = parse_prompt(prompt, self.engine.tokenizer)
         (params,) = sampling_params_per_prompt(sampling_params, 1, self.default_sampling_params)
-        self.engine.queue([self.engine.make_request(request_id, parsed, params, priority)])
+        self.replicas.queue([self.engine.make_request(request_id, parsed, params, priority)])
 
     @exclusive
     def fork(
@@ -105,7 +110,7 @@ class RequestLoop:
             ValueError: there is no such request or sample, or the new one is refused.
         """
         branching.fork(
-            self.engine,
+            self.replicas,
             parent_id,
             request_id,
             sampling_params,
@@ -124,7 +129,7 @@ class RequestLoop:
         Raises:
             ValueError: there is no such request or sample, or the steps under way have ended it.
         """
-        return branching.take_snapshot(self.engine, request_id, index)
+        return branching.take_snapshot(self.replicas, request_id, index)
 
     @exclusive
     def resume(
@@ -146,7 +151,7 @@ class RequestLoop:
             ValueError: the request is refused, or the K/V are of another model or other weights, or
                 have other bits than deterministic mode would give them.
         """
-        branching.resume(self.engine, snapshot, request_id, sampling_params, priority)
+        branching.resume(self.replicas, snapshot, request_id, sampling_params, priority)
 
     def step(self) -> list[RequestOutput]:
         """Runs one step of the batch.
@@ -167,12 +172,12 @@ class RequestLoop:
     @exclusive
     def metrics(self) -> EngineMetrics:
         """Counts as they stand now."""
-        return self.engine.metrics()
+        return self.replicas.metrics()
 
     @exclusive
     def has_unfinished_requests(self) -> bool:
         """Whether `step` has anything to do or to return."""
-        return self._shared.has_outputs() or self.engine.has_unfinished_requests()
+        return self._shared.has_outputs() or self.replicas.has_unfinished_requests()
 
     @exclusive
     def sleep(self, level: int = 1) -> None:
@@ -188,7 +193,7 @@ class RequestLoop:
                 f"level is {level!r}; it must be 1, which keeps the parameters: update_params "
                 "replaces them, and what was theirs goes with the caller's last reference"
             )
-        self.engine.sleep()
+        self.replicas.sleep()
 
     @exclusive
     def wake_up(self, tags: Sequence[str] | None = None) -> None:
@@ -200,7 +205,7 @@ class RequestLoop:
         if unknown := [tag for tag in tags or () if tag not in ("weights", "kv_cache")]:
             raise ValueError(f'tags holds {unknown}; it may hold "weights" and "kv_cache"')
         if tags is None or "kv_cache" in tags:
-            self.engine.wake_up()
+            self.replicas.wake_up()
 
     @exclusive
     def reset_prefix_cache(self, reset_running_requests: bool = False) -> bool:
@@ -212,7 +217,7 @@ class RequestLoop:
         Returns:
             Whether it was done: not while requests run, unless these are reset.
         """
-        return self.engine.reset_prefix_cache(preempt_running=reset_running_requests)
+        return self.replicas.reset_prefix_cache(preempt_running=reset_running_requests)
 
     @exclusive
     def update_params(self, params: Any, running: str = "recompute") -> None:
@@ -238,7 +243,7 @@ class RequestLoop:
             ValueError: it differs from them; every difference is named, nothing has changed. Or
                 `running` is none of these.
         """
-        self.engine.update_params(params, running)
+        self.replicas.update_params(params, running)
 
     @property
     def weights_version(self) -> int:

@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from folojax.compile.programs import own_settings
 from folojax.engine.engine import Engine, Output
 from folojax.engine.live_request import LiveGeneration, LiveRequest
+from folojax.engine.replicas import Replicas
 from folojax.requests.outputs import RequestOutput, ScoreOutput
 
 _Output = TypeVar("_Output", RequestOutput, ScoreOutput)
@@ -119,7 +120,7 @@ def exclusive(
 class SharedEngine:
     """The calls that wait for an engine, and the outputs that wait for a call."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine | Replicas) -> None:
         self._engine = engine
         self.lock = FairLock()
         # By request id, the latest output of each; the requests of a call share one box.

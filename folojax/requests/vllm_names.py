@@ -39,7 +39,7 @@ def _like(becomes: str, *values: tuple[Any, Any], same_at: tuple[Any, ...] = ())
     return Name(same_at=same_at, becomes=becomes, values=values)
 
 
-_ONE_DEVICE = "an engine is one process; its devices share layers by tensor_parallel_size"
+_ONE_DEVICE = "devices share layers by tensor_parallel_size, or requests by data_parallel_size"
 _NO_DRAFTS = "there is no speculative decoding, whose greedy tokens would be the same: leave it out"
 _TEXT_ONLY = "the models here read text only: leave it out"
 _NO_LORA = "merge the adapter into the weights instead: folojax.merge_lora, LLM.update_params"
@@ -86,9 +86,6 @@ LLM_ARGUMENTS = {
     "use_v2_block_manager": Name(ANY),
     "use_tqdm_on_load": Name(ANY),  # a bar is for terminals, and for loads that take long
     "pipeline_parallel_size": Name((1,), _ONE_DEVICE),
-    "data_parallel_size": Name(
-        (1,), "make an LLM of params on each device, as docs/several_devices.md does"
-    ),
     "enable_expert_parallel": Name((False,), _ONE_DEVICE),
     "distributed_executor_backend": Name(("uni",), _ONE_DEVICE),
     "worker_cls": Name(("auto",), _NO_WORKERS),

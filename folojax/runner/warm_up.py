@@ -3,7 +3,7 @@
 import logging
 import os
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -107,6 +107,14 @@ def warm_up(
                 _run_on_padding(runner, one)
     give_back_memory()
     return list_compile_plan(runner, sampling, has_logprobs)
+
+
+def warm_up_each(
+    runners: Sequence[Runner], sampling: Collection[SamplingClass], has_logprobs: bool
+) -> int:
+    """Does so for one runner after the other; returns how many executables each has."""
+    plans = [warm_up(runner, sampling, has_logprobs, is_shown=True) for runner in runners]
+    return len(plans[0])
 
 
 def _run_on_padding(runner: Runner, one: Executable) -> None:

@@ -53,7 +53,7 @@ def run_for(
     start = time.perf_counter()
     before = {
         request_id: sum(part.num_output_tokens for part in live.parts)
-        for request_id, live in llm.engine.live.items()
+        for request_id, live in llm.replicas.live.items()
     }
     finished: list[RequestOutput] = []
     latest: dict[str, RequestOutput] = {}

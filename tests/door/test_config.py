@@ -22,6 +22,7 @@ INTEGERS = {
     "min_swap_tokens": 0,
     "max_logprobs": -1,
     "tensor_parallel_size": 1,
+    "data_parallel_size": 1,
     "seed": 0,
 }
 NONE_ALLOWED = {
