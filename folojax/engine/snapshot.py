@@ -55,7 +55,7 @@ class Snapshot:
 
     @property
     def output_token_ids(self) -> tuple[int, ...]:
-        """What it had said."""
+        """The output tokens that the sample had when the snapshot was taken."""
         return self.progress.token_ids
 
     def without_kv(self) -> "Snapshot":
