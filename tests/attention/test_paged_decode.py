@@ -77,7 +77,12 @@ def wide(x: Any) -> np.ndarray:
 
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "window", "programs"),  # for at most five pieces
-    [(6, 2, None, 64), (6, 2, 20, 2), (8, 1, 1, 64), (32, 1, 60, 2)],
+    [
+        (6, 2, None, 64),
+        (6, 2, 20, 2),
+        pytest.param(8, 1, 1, 64, marks=pytest.mark.slow),
+        pytest.param(32, 1, 60, 2, marks=pytest.mark.slow),
+    ],
 )
 def test_it_is_softmax(
     monkeypatch: pytest.MonkeyPatch,

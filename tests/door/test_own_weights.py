@@ -339,6 +339,7 @@ def run_mixed(llm: LLM) -> list[Any]:
     return [(one.token_ids, one.cumulative_logprob) for one in ones] + [scores[0].logprobs]
 
 
+@pytest.mark.slow
 def test_wide_numbers_of_the_users_program_change_nothing(llm: LLM, tiny_model: tuple) -> None:
     """Set for all threads, as a warm-up compiles in several; all is traced anew."""
     expected = run_mixed(llm)

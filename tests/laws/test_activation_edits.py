@@ -140,6 +140,7 @@ def test_residuals_are_those_of_transformers(tmp_path: Path) -> None:
         np.testing.assert_allclose(found[index], expected[layer], rtol=1e-4, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_several_decode_steps_in_one_call(tiny_model: tuple, llm: LLM) -> None:
     """Processors, edits and records are those of one step after the other."""
     multiple = make_llm(tiny_model, max_decode_steps=4)

@@ -14,7 +14,12 @@ from tests.reference import TIGHT
 
 @pytest.mark.parametrize(
     "options",
-    [{"async_scheduling": False}, {}, TIGHT, {"enable_prefix_caching": False}],
+    [
+        pytest.param({"async_scheduling": False}, marks=pytest.mark.slow),
+        {},
+        TIGHT,
+        {"enable_prefix_caching": False},
+    ],
     ids=["sync", "async", "tight", "no-cache"],
 )
 def test_tokens_are_the_same(

@@ -78,7 +78,9 @@ def alone(tiny_model: tuple) -> dict[int, RequestOutput]:
     return outputs
 
 
-@pytest.mark.parametrize(("max_num_seqs", "budget"), [(2, 64), (4, 16), (8, 256)])
+@pytest.mark.parametrize(
+    ("max_num_seqs", "budget"), [pytest.param(2, 64, marks=pytest.mark.slow), (4, 16), (8, 256)]
+)
 def test_batch_and_budget_change_no_token(
     tiny_model: tuple, alone: dict, budget: int, max_num_seqs: int
 ) -> None:

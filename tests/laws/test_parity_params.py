@@ -66,6 +66,7 @@ def test_repetition_penalty(real_llm: LLM, free: tuple, penalty: float) -> None:
     assert ours(real_llm, greedy(repetition_penalty=penalty)) == expected
 
 
+@pytest.mark.slow
 def test_min_new_tokens(real_llm: LLM, free: tuple) -> None:
     """The ends are words that the model likes to say, so that each prompt is held back."""
     ends = [tokens[2] for tokens in free[0]]
@@ -77,6 +78,7 @@ def test_min_new_tokens(real_llm: LLM, free: tuple) -> None:
         assert len(tokens) == NUM_TOKENS or tokens[-1] in ends
 
 
+@pytest.mark.slow
 def test_bad_words(real_llm: LLM, free: tuple) -> None:
     """Words of one token and of several, of what the model would have said."""
     tokenizer = reference.embedded_tokenizer()

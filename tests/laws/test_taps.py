@@ -96,7 +96,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name in ("sync", "whole prompts") else name
+        for name in OPTIONS
+    ],
+)
 def test_streams_are_those_of_transformers(tiny_model: tuple, theirs: Any, name: str) -> None:
     """In a continuous batch, prompts in chunks; neighbours hit the prefix cache, these do not."""
     llm = make_llm(tiny_model, **OPTIONS[name])

@@ -221,6 +221,7 @@ def test_a_run_reports_everything(
         assert words in printed
 
 
+@pytest.mark.slow
 def test_shared_prompts_are_computed_once(
     bench: ModuleType, text_directory: Path, tmp_path: Path
 ) -> None:
@@ -245,6 +246,7 @@ def test_long_prompts_come_while_short_ones_decode(
         assert figures["prefill_tokens_computed"] == figures["total_input_tokens"]
 
 
+@pytest.mark.slow
 def test_a_compilation_while_timed_is_an_error(bench: ModuleType, text_directory: Path) -> None:
     make_llm = functools.partial(LLM, text_directory, max_num_seqs=3, max_model_len=64)
     contender = bench.Folojax("ours", make_llm, warm_up="rehearsal")

@@ -241,6 +241,7 @@ def test_what_peers_do_not_run(llama: Any) -> None:
 # transformers' continuous batching
 
 
+@pytest.mark.slow
 def test_generate_batch_says_the_same(text_directory: Path) -> None:
     requests = workload(request(9, 5), request(30, 8), request(4, 2), request(17, 6))
     batch = script("bench_peers_torch").GenerateBatch(text_directory, "float32", 4)

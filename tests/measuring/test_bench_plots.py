@@ -114,6 +114,7 @@ def test_lines_of_a_sweep_are_in_the_order_of_numbers(bench: ModuleType) -> None
     }
 
 
+@pytest.mark.slow
 def test_a_run_is_drawn_and_traced(bench: ModuleType, text_directory: Path, tmp_path: Path) -> None:
     plots, traces, out = tmp_path / "plots", tmp_path / "traces", tmp_path / "out.json"
     argv = ["uniform", "--model", str(text_directory), "--num-requests", "3", "--scale", "0.1"]
@@ -224,6 +225,7 @@ def test_exponents_of_known_growth(bench: ModuleType) -> None:
     assert late.as_dict()["ms_by_rows"][64] == 64.0
 
 
+@pytest.mark.slow
 def test_growth_is_measured_printed_and_drawn(
     bench: ModuleType, text_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -263,7 +265,7 @@ def test_padding_of_a_workload_that_is_counted_by_hand(bench: ModuleType) -> Non
     assert counts["padding_waste"] == pytest.approx(51 / 141)
 
 
-@pytest.mark.parametrize("num_samples", [1, 3])
+@pytest.mark.parametrize("num_samples", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_without_a_device_the_counts_are_those_of_a_real_engine(
     bench: ModuleType, tiny_model: tuple, num_samples: int
 ) -> None:

@@ -96,7 +96,14 @@ def count_products(jaxpr: Any) -> int:
     return total
 
 
-@pytest.mark.parametrize("changes", [{}, {"is_gated": False}, {"num_kv_heads": 2, "head_dim": 16}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({}, marks=pytest.mark.slow),
+        pytest.param({"is_gated": False}, marks=pytest.mark.slow),
+        {"num_kv_heads": 2, "head_dim": 16},
+    ],
+)
 def test_operations_are_those_of_the_model(changes: dict[str, Any]) -> None:
     work, model = script("bench_work"), config(**changes)
     module = build_module(model, jnp.float32)
@@ -148,6 +155,7 @@ def test_every_sample_costs_the_same_beyond_the_prompt() -> None:
 # Ceilings
 
 
+@pytest.mark.slow
 def test_ceilings_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     module = script("bench_ceilings")
     monkeypatch.setattr(module, "_ENOUGH_BYTES", 2**16)
