@@ -29,7 +29,9 @@ def device_memory(own_bytes: int = 0, *devices: Devices) -> DeviceMemory | None:
     """
     each = devices or (DEFAULT_DEVICE,)
     all_devices = [one for some in each for one in (some.given or (some.first,))]
-    found = [_memory_of(device, own_bytes, len(all_devices)) for device in all_devices]
+    # What other processes have of theirs they tell nobody.
+    own = [one for one in all_devices if one.process_index == jax.process_index()]
+    found = [_memory_of(device, own_bytes, len(own)) for device in own]
     known = [one for one in found if one is not None]
     return min(known, key=lambda one: one.limit_bytes - one.used_bytes, default=None)
 

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from folojax.kv.cache import KVCache
@@ -60,6 +61,17 @@ class Devices:
         """That of what every device has in full."""
         return self._over(PartitionSpec()) if self.count > 1 else SingleDeviceSharding(self.first)
 
+    @property
+    def is_local(self) -> bool:
+        """Whether all are this process's."""
+        return all(one.process_index == jax.process_index() for one in self.given)
+
+    def agree(self, number: int) -> int:
+        """The least of what the processes of the devices have each found, in all of them."""
+        if self.is_local:
+            return number
+        return int(np.min(process_allgather(np.int64(number))))
+
     def part(self, model: Llama) -> Llama:
         """The module that each device runs."""
         if self.count == 1:
@@ -72,7 +84,14 @@ class Devices:
         To jit, committed arrays and others are different inputs: were some of either kind,
         parameters that come from elsewhere would need executables of their own.
         """
-        return jax.device_put(arrays, self.whole)
+        return jax.tree.map(lambda leaf: self._put(leaf, self.whole), arrays)
+
+    def _put(self, leaf: Any, sharding: Sharding) -> jax.Array:
+        """An array with a sharding; of several processes each puts its own parts there."""
+        if sharding.is_fully_addressable or not is_readable(leaf):
+            return jax.device_put(leaf, sharding)
+        host = np.asarray(leaf)
+        return jax.make_array_from_callback(host.shape, sharding, lambda part: host[part])
 
     def make(self, function: Callable[[], _T]) -> _T:
         """Commits what a function makes of nothing; it is made where it lies afterwards."""
@@ -105,7 +124,7 @@ class Devices:
         """A parameter of that name in its layer or model, as it lies here; of NumPy or JAX."""
         if self.count == 1:
             return self.place(leaf)
-        return jax.device_put(cut(name, leaf, config, self.count), self._param(name, config))
+        return self._put(cut(name, leaf, config, self.count), self._param(name, config))
 
     def place_params(self, params: Any, config: ModelConfig) -> Any:
         """Parameters as they lie here.
@@ -158,7 +177,7 @@ class Devices:
 
     def to_host(self, params: Any, config: ModelConfig) -> Any:
         """Parameters as the module has them; those of several devices come to the host for it."""
-        return join_params(jax.tree.map(np.asarray, params) if self.count > 1 else params, config)
+        return join_params(fetch(params) if self.count > 1 else params, config)
 
     def check(self, params: Any) -> None:
         """Raises a ValueError unless the JAX arrays among parameters lie where the engine runs."""
@@ -223,6 +242,20 @@ class Devices:
 DEFAULT_DEVICE = Devices()
 
 
+def is_readable(leaf: Any) -> bool:
+    """Whether this process can read the whole of an array without the others."""
+    return not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated
+
+
+def fetch(tree: _T) -> _T:
+    """Arrays on the host, in every process; where others have parts of one, all have to ask."""
+
+    def get(leaf: Any) -> Any:
+        return leaf if is_readable(leaf) else process_allgather(leaf, tiled=True)
+
+    return jax.device_get(jax.tree.map(get, tree))
+
+
 def default_device() -> jax.Device:
     """Where JAX puts what nobody places."""
     (device,) = jax.device_put(np.zeros(())).devices()
@@ -258,7 +291,11 @@ def choose_devices(
             f"data_parallel_size is {num_engines}, with {count} devices for each engine, and there "
             f"are {given}: lower it"
         )
-    _check_process(given)
+    if any(one.process_index != jax.process_index() for one in given):
+        raise ValueError(
+            f"data_parallel_size is {num_engines}, and {given} are of several processes: its "
+            "engines are in one; of several processes each makes an LLM of its own"
+        )
     _check_parts(params, count)
     return tuple(Devices(given[i : i + count]) for i in range(0, len(given), count))
 
@@ -294,16 +331,15 @@ def _choose_for_one(params: Any, count: int, mesh: Mesh | None) -> Devices:
         found = (min(arrays[0].devices(), key=lambda one: one.id),)
     else:
         found = (default_device(),)
-    _check_process(found)
+    if all(one.process_index != jax.process_index() for one in found):
+        raise ValueError(
+            f"none of {found} is of this process, {jax.process_index()}: of an engine over several "
+            "processes each has devices"
+        )
     devices = Devices(found)
     devices.check(params)
     _check_parts(params, devices.count)
     return devices
-
-
-def _check_process(devices: tuple[jax.Device, ...]) -> None:
-    if any(one.process_index != jax.process_index() for one in devices):
-        raise ValueError(f"an engine runs in one process, and {devices} are of several")
 
 
 def _check_parts(params: Any, count: int) -> None:

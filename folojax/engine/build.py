@@ -211,6 +211,7 @@ def plan_memory(
         # Memory that is not ours alone is not taken for the prefixes of requests that have ended.
         None if backend.memory_fraction else resolved.most_running_pages,
     )
+    plan = dataclasses.replace(plan, num_pages=devices.agree(plan.num_pages))
     return dataclasses.replace(resolved, num_pages=plan.num_pages), plan
 
 

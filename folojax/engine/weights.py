@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from folojax.backend.devices import fetch
 from folojax.models.core.config import ModelConfig
 from folojax.models.core.decoder import Llama
 from folojax.models.core.param_tree import check_fit, kind_of, named_leaves, plain_tree
@@ -117,7 +118,7 @@ def fingerprint(params: Any, join: Callable[[str, Any], Any] = lambda name, leaf
     for name, given in sorted(named_leaves(params).items()):
         leaf = join(name.rpartition("/")[2], given)
         digest.update(f"{name} {kind_of(leaf)}".encode())
-        digest.update(np.asarray(_probe(leaf)).tobytes())
+        digest.update(np.asarray(fetch(_probe(leaf))).tobytes())
     return digest.hexdigest()[:32]
 
 

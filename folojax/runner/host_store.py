@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Num
 
 from folojax.backend import Backend
+from folojax.backend.devices import fetch
 from folojax.kv.cache import KVCache, KVLayout
 from folojax.kv.page_copies import PageCopies, TakenPages
 from folojax.sched.host_pages import PageLoad, PageSave
@@ -122,7 +123,7 @@ def read_tokens(taken: Sequence[TakenPages], num_tokens: int, layout: KVLayout) 
     heads, dim = layout.num_kv_heads * layout.head_copies, layout.head_dim
     shape = (layout.num_layers, num_pages, 2, layout.page_size, heads, dim)
     pages: np.ndarray = np.zeros(shape, np.dtype(layout.storage_dtype))
-    for place, layers in jax.device_get([(one.place, one.layers) for one in taken]):
+    for place, layers in fetch([(one.place, one.layers) for one in taken]):
         is_wanted = (place >= 0) & (place < num_pages)
         for layer, found in enumerate(layers):
             pages[layer, place[is_wanted]] = layout.format.by_token(found)[is_wanted]

@@ -48,6 +48,11 @@ def run_for(
         if value is not None
         and (isinstance(value, bool) or not isinstance(value, int | float) or not value > 0)
     ]
+    if seconds is not None and not llm.engine.runner.backend.devices.is_local:
+        problems.append(
+            f"seconds is {seconds!r}, and the engine is one of several processes, whose clocks "
+            "differ: they have to take the same steps, so give num_tokens or num_finished"
+        )
     if problems:
         raise ValueError("; ".join(problems))
     start = time.perf_counter()
