@@ -343,6 +343,7 @@ class LLM(Searches):
         self,
         sampling: Sequence[SamplingClass] = tuple(SamplingClass),
         logprobs: bool = True,
+        structured_outputs: bool = False,
     ) -> CompilePlan:
         """Lists every executable that may be needed; as text, a line for each.
 
@@ -351,23 +352,21 @@ class LLM(Searches):
         Args:
             sampling: Classes of sampling parameters that will be used.
             logprobs: Whether log-probabilities will be, of samples, prompts or continuations.
+            structured_outputs: Whether these will be.
         """
-        return list_compile_plan(self.engine.runner, sampling, logprobs)
+        return list_compile_plan(self.engine.runner, sampling, logprobs, structured_outputs)
 
     @exclusive
     def warm_up(
         self,
         sampling: Sequence[SamplingClass] = tuple(SamplingClass),
         logprobs: bool = True,
+        structured_outputs: bool = False,
     ) -> int:
         """Compiles every executable of the plan now, so that no step waits for a compiler.
 
         On CPU each takes some of the memory areas that Linux grants a process. Where those would
-        not do, the rest of the plan is left for when it is needed, with a warning.
-
-        Args:
-            sampling: As in `plan`.
-            logprobs: As in `plan`.
+        not do, the rest of the plan is left until needed, with a warning. Arguments: as of `plan`.
 
         Returns:
             How many executables there are.
@@ -376,7 +375,8 @@ class LLM(Searches):
             RuntimeError: the engine sleeps, or is strict and there is no room for the whole plan.
         """
         self.engine.check_is_awake()
-        return warm_up_each([one.runner for one in self.engines], sampling, logprobs)
+        wanted = sampling, logprobs, structured_outputs
+        return warm_up_each([one.runner for one in self.engines], *wanted)
 
     @exclusive
     def _make_requests(

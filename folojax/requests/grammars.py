@@ -169,7 +169,8 @@ def fill_masks(matchers: Sequence[Matcher | None], num_tokens: int) -> np.ndarra
     masks = np.full((len(matchers), -(-num_tokens // 32)), 0xFFFFFFFF, np.uint32)
     followed: Any = [(one, i) for i, one in enumerate(matchers) if one is not None]
     size = masks.shape[1] * masks.itemsize
-    _executor().unsafe_compute_mask_ptr(followed, masks.ctypes.data, size, len(masks))
+    if followed:
+        _executor().unsafe_compute_mask_ptr(followed, masks.ctypes.data, size, len(masks))
     for matcher, i in followed:
         if matcher.is_error():
             masks[i] = 0

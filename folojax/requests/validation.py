@@ -238,8 +238,6 @@ class Validator:
                 "structured_outputs needs a tokenizer and an end token: pass tokenizer= and "
                 "eos_token_id= to LLM"
             )
-        if self.is_strict:
-            raise ValueError("structured_outputs is in no compile plan: set strict to False")
         return self._grammars.compile(sampling_params.structured_outputs, given)
 
     @functools.cached_property

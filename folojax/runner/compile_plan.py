@@ -96,8 +96,8 @@ class Gate:
         if self.is_strict and not is_planned:
             raise RuntimeError(
                 f"{text}, and EngineConfig.strict forbids to compile it: warm up for what is used "
-                "(LLM.warm_up has the classes of sampling and log-probabilities as arguments), or "
-                "set strict to False"
+                "(LLM.warm_up has the classes of sampling, log-probabilities and structured "
+                "outputs as arguments), or set strict to False"
             )
         self.passed.add(executable)
         make_room()

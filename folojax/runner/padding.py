@@ -3,6 +3,7 @@
 from typing import Any
 
 from folojax.compile.programs import Compiling
+from folojax.requests.grammars import fill_masks
 from folojax.runner.batch import Batch, ints
 from folojax.runner.setup import Setup
 from folojax.steps.calls import Steps, hidden_shapes
@@ -27,7 +28,11 @@ def padding(one: Executable, batch: Batch, hidden: Any = None) -> CallInputs:
     sampling = None
     if one.spec is not None and not is_score:
         positions = ints((one.tokens, one.rows) if is_steps else one.rows)
-        sampling = batch.row_table.sample_inputs(batch.pad([], one.rows), positions, one.spec)
+        slot = batch.pad([], one.rows)
+        sampling = batch.row_table.sample_inputs(slot, positions, one.spec)
+        if one.spec.has_mask:
+            masks: Any = fill_masks(batch.matchers(slot), batch.row_table.vocab_size)
+            sampling = sampling._replace(mask=masks)
     return CallInputs(
         rows,
         sampling=sampling,

@@ -36,7 +36,7 @@ class RowTable:
     ) -> None:
         self.functions = functions
         self.num_slots = num_slots
-        self._vocab_size = vocab_size
+        self.vocab_size = vocab_size
         size = num_slots + 1
 
         def column(value: Any, dtype: Any, *shape: int) -> Any:
@@ -66,10 +66,10 @@ class RowTable:
     def put(self, slot: int, row: SamplingRequest) -> None:
         """Sets a slot's parameters."""
         params, seed = row.sampling_params, row.seed or 0
-        has_top_k = 0 < params.top_k < self._vocab_size
+        has_top_k = 0 < params.top_k < self.vocab_size
         sampling = (
             0.0 if params.is_greedy else params.temperature,
-            params.top_k if has_top_k else self._vocab_size,
+            params.top_k if has_top_k else self.vocab_size,
             params.top_p,
             params.min_p,
             (seed >> 32, seed & 0xFFFFFFFF),

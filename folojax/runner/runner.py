@@ -64,7 +64,7 @@ class Runner:
         self.steps = self.backend.make_steps(setup.model)
         self.copies = PageCopies(self.backend.arrays_per_copy)
         self.host = HostStore(setup.layout, self.copies, self.backend)
-        self.gate = Gate(setup.list_executables(tuple(SamplingClass), True), is_strict)
+        self.gate = Gate(setup.list_executables(tuple(SamplingClass), True, True), is_strict)
         self.batch = setup.batch(functions)
         self._slots = SlotStates(setup, functions)
         # What was dispatched since a mask was last made: tokens that grammars have not followed.
@@ -281,8 +281,9 @@ class Runner:
             if num_tokens is not None:
                 positions = np.concatenate((positions, positions + np.asarray(num_tokens) - 1))
             spec = self._spec(drawn, positions)
-            if num_tokens is None and not is_plain_greedy(spec):
-                sizes = self.shapes.sampled_rows
+        if num_tokens is None and self.steps.kind == "whole":
+            is_fine = spec is not None and is_plain_greedy(spec)
+            sizes = sizes if is_fine else self.shapes.sampled_rows
         inputs = self.batch.decode_inputs(round_up(len(slots), sizes), slots)
         num_rows, position, num_steps = len(inputs.slot), inputs.position + 1, None
         slot = inputs.slot if sampled is None else self._slots_of(drawing, num_rows)

@@ -68,7 +68,10 @@ class Setup:
         return SamplingSpec(SamplingClass.GREEDY, count, num_tokens=self.num_tokens)
 
     def list_executables(
-        self, sampling: Collection[SamplingClass], has_logprobs: bool
+        self,
+        sampling: Collection[SamplingClass],
+        has_logprobs: bool,
+        has_grammars: bool = False,
     ) -> list[Executable]:
         """Every executable that plans may need.
 
@@ -77,10 +80,16 @@ class Setup:
         Args:
             sampling: Classes of sampling parameters that will be used.
             has_logprobs: Whether log-probabilities will be asked for.
+            has_grammars: Whether structured outputs will be.
         """
         most = self._most_logprobs
         wanted: Sequence[int] = (0, min(1, most), most) if has_logprobs else ()
-        specs = [self.spec(one, count) for one in sorted(sampling) for count in (None, *wanted)]
+        specs = [
+            self.spec(one, count, has_mask=has_mask)
+            for has_mask in (False, True)[: 1 + has_grammars]
+            for one in sorted(sampling)
+            for count in (None, *wanted)
+        ]
         found = list_executables(
             self.backend.steps,
             self.shapes,

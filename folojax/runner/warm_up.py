@@ -24,10 +24,13 @@ _MOST_THREADS = 8  # tracing holds Python's lock: more would wait for it
 
 
 def list_compile_plan(
-    runner: Runner, sampling: Collection[SamplingClass], has_logprobs: bool
+    runner: Runner,
+    sampling: Collection[SamplingClass],
+    has_logprobs: bool,
+    has_grammars: bool = False,
 ) -> CompilePlan:
     """What a runner may need; nothing is compiled. Arguments are those of `warm_up`."""
-    executables = runner.setup.list_executables(sampling, has_logprobs)
+    executables = runner.setup.list_executables(sampling, has_logprobs, has_grammars)
     return CompilePlan(tuple(map(runner.gate.cost, executables)))
 
 
@@ -35,6 +38,7 @@ def warm_up(
     runner: Runner,
     sampling: Collection[SamplingClass],
     has_logprobs: bool,
+    has_grammars: bool = False,
     num_threads: int | None = None,
     *,
     is_shown: bool = False,
@@ -52,6 +56,7 @@ def warm_up(
         runner: Its parameters and state are in place.
         sampling: Classes of sampling parameters that will be used.
         has_logprobs: Whether log-probabilities will be asked for.
+        has_grammars: Whether structured outputs will be.
         num_threads: None: one for each processor, at most eight.
         is_shown: Whether there is a progress bar, on a terminal.
 
@@ -59,7 +64,7 @@ def warm_up(
         RuntimeError: the process has no room for all programs, and the engine is strict. Another
             one goes on without the rest, and says so.
     """
-    executables = runner.setup.list_executables(sampling, has_logprobs)
+    executables = runner.setup.list_executables(sampling, has_logprobs, has_grammars)
     done = []
     if EDITS in executables:
         start = time.perf_counter()
@@ -106,14 +111,18 @@ def warm_up(
             if one not in left_out:
                 _run_on_padding(runner, one)
     give_back_memory()
-    return list_compile_plan(runner, sampling, has_logprobs)
+    return list_compile_plan(runner, sampling, has_logprobs, has_grammars)
 
 
 def warm_up_each(
-    runners: Sequence[Runner], sampling: Collection[SamplingClass], has_logprobs: bool
+    runners: Sequence[Runner],
+    sampling: Collection[SamplingClass],
+    has_logprobs: bool,
+    has_grammars: bool = False,
 ) -> int:
     """Does so for one runner after the other; returns how many executables each has."""
-    plans = [warm_up(runner, sampling, has_logprobs, is_shown=True) for runner in runners]
+    wanted = sampling, has_logprobs, has_grammars
+    plans = [warm_up(runner, *wanted, is_shown=True) for runner in runners]
     return len(plans[0])
 
 

@@ -90,15 +90,23 @@ def list_executables(
         sampled = sorted({*sampled, *shapes.decode_rows})
         for rows in shapes.decode_rows:
             yield Executable("decode", rows)
+    masked = [spec for spec in specs if spec.has_mask]
     if kind == "whole":
         for spec in specs:
-            for rows in shapes.decode_rows if is_plain_greedy(spec) else shapes.sampled_rows:
-                yield Executable("decode", rows, spec=spec)
+            if not spec.has_mask:
+                for rows in shapes.decode_rows if is_plain_greedy(spec) else shapes.sampled_rows:
+                    yield Executable("decode", rows, spec=spec)
+        if masked:  # whose masks are made while the model computes
+            for rows in shapes.sampled_rows:
+                yield Executable("decode", rows)
     if most_steps > 1:
         for spec, rows in itertools.product(specs, shapes.decode_rows):
-            yield Executable("decode_steps", rows, most_steps, spec)
-    for spec, rows in itertools.product(specs, sampled):
-        yield Executable("sample", rows, spec=spec)
+            if not spec.has_mask:  # the next mask follows from the token
+                yield Executable("decode_steps", rows, most_steps, spec)
+    for spec in specs:
+        more = shapes.sampled_rows if spec.has_mask and kind == "whole" else ()
+        for rows in sorted({*sampled, *more}):
+            yield Executable("sample", rows, spec=spec)
     for spec, rows in itertools.product(scores, shapes.prefill_rows):
         yield Executable("score", rows, shapes.prefill_columns, spec)
     yield COPIES

@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 
 from folojax import LLM, SamplingParams, StructuredOutputsParams
-from tests.letters import make_letters_tokenizer
 from tests.reference import MORE_LIMITS
 
 
@@ -53,9 +52,6 @@ def test_an_engine_without_texts_refuses(tiny_model: tuple) -> None:
     params = asked(json={"type": "object"})
     with pytest.raises(ValueError, match="needs a tokenizer and an end token"):
         LLM(tiny_model, **MORE_LIMITS).generate([[5]], params, use_tqdm=False)
-    llm = LLM(tiny_model, make_letters_tokenizer(), **MORE_LIMITS, strict=True, warm_up=False)
-    with pytest.raises(ValueError, match="in no compile plan"):
-        llm.generate("The sea", params, use_tqdm=False)
 
 
 def test_nothing_is_shared_that_a_caller_can_change() -> None:

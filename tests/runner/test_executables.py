@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import re
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from folojax import (
     LogitsProcessor,
     SamplingClass,
     SamplingParams,
+    StructuredOutputsParams,
 )
 from folojax.backend.backend import CPU, GPU
 from folojax.engine import build
@@ -21,6 +23,7 @@ from folojax.engine.build import make_setup
 from folojax.runner.warm_up import warm_up
 from folojax.steps.executables import COPIES, EDITS, Executable
 from tests.conftest import CompileCounter
+from tests.letters import make_letters_tokenizer
 
 OPTIONS: dict[str, Any] = {
     "page_size": 8,
@@ -126,6 +129,33 @@ def test_the_engine_of_the_readme_lists_as_many_as_ever(tiny_model: tuple) -> No
     setup = make_setup(tiny_model[0], config, CPU)
     assert len(setup.list_executables([SamplingClass.GREEDY], False)) <= 29
     assert len(setup.list_executables(tuple(SamplingClass), True)) <= 163
+
+
+@pytest.mark.parametrize("kind", [pytest.param("layers", marks=pytest.mark.slow), "whole"])
+def test_structured_outputs_compile_nothing_after_a_warm_up(
+    tiny_model: tuple, counter: CompileCounter, request: pytest.FixtureRequest, kind: str
+) -> None:
+    """Where steps are whole, model and sampler are two programs while a grammar is followed."""
+    if kind == "whole":
+        request.getfixturevalue("whole_steps")
+    limits: dict[str, Any] = {"max_num_seqs": 8, "max_model_len": 64, "max_num_batched_tokens": 128}
+    llm = LLM(tiny_model, make_letters_tokenizer(), strict=True, **limits)
+    assert llm.engine.runner.steps.kind == kind
+    wanted: dict[str, Any] = {"logprobs": False, "structured_outputs": True}
+    assert llm.warm_up([SamplingClass.GREEDY], **wanted) == len(
+        llm.plan([SamplingClass.GREEDY], **wanted)
+    )
+    before = counter.count
+    told = StructuredOutputsParams(regex="[ab]{3,9}c")
+    both = [
+        SamplingParams(temperature=0, max_tokens=12, structured_outputs=told),
+        SamplingParams(temperature=0, max_tokens=12),
+    ]
+    for count in (1, 3):
+        outputs = llm.generate(["ab", "cd"] * count, both * count, use_tqdm=False)
+        for output in outputs[::2]:
+            assert re.fullmatch("[ab]{3,9}c", output.outputs[0].text)
+    assert counter.count == before
 
 
 def test_no_workload_of_whole_steps_compiles_after_a_warm_up(
