@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from folojax.requests.beams import BeamSearchOutput as BeamSearchOutput
     from folojax.requests.beams import BeamSearchParams as BeamSearchParams
     from folojax.requests.beams import BeamSearchSequence as BeamSearchSequence
+    from folojax.requests.lora_request import LoRARequest as LoRARequest
     from folojax.requests.outputs import BatchMetrics as BatchMetrics
     from folojax.requests.outputs import CompletionOutput as CompletionOutput
     from folojax.requests.outputs import Logprob as Logprob
@@ -93,6 +94,7 @@ _NAMES = {
     "models.files.params": "params_from_hf",
     "models.files.save": "params_to_hf save_pretrained",
     "requests.beams": "BeamSearchOutput BeamSearchParams BeamSearchSequence",
+    "requests.lora_request": "LoRARequest",
     "requests.outputs": (
         "BatchMetrics CompletionOutput Logprob LogprobRecord RequestMetrics RequestOutput "
         "ScoreOutput batch_metrics"

@@ -117,6 +117,18 @@ class EngineConfig:
         stay as they are. Only on CPU, and without gradients. None computes in the dtype.""",
         choices=QUANTIZATIONS,
     )
+    enable_lora: bool = option(
+        False,
+        """Requests may have adapters of low rank (`lora_request`), each its own, beside weights
+        that stay as they are (docs/lora.md). Steps in which none has one are as without.""",
+    )
+    max_loras: int = option_like(SchedulerConfig, "max_loras", 1)
+    max_lora_rank: int = option(
+        16,
+        "Highest rank of an adapter; those of lower rank take as much room and time.",
+        at_least=1,
+        at_most=1024,
+    )
     max_logprobs: int = option(
         20,
         "Most alternatives that a request may have reported with a token; -1 is no cap.",
@@ -168,6 +180,11 @@ class EngineConfig:
             problems.append(
                 f"num_pages is {self.num_pages!r} and memory_fraction is {self.memory_fraction!r}; "
                 "both size the pool: give one of them"
+            )
+        if self.enable_lora and self.tensor_parallel_size != 1:
+            problems.append(
+                f"enable_lora is True and tensor_parallel_size is {self.tensor_parallel_size!r}; "
+                "adapters are not cut for several devices: set it to 1, or merge_lora the adapter"
             )
         if self.deterministic is True and self.max_decode_steps != 1:
             problems.append(
@@ -285,6 +302,9 @@ class EngineOptions(TypedDict, total=False):
     watermark: float
     check_integrity: bool
     quantization: str | None
+    enable_lora: bool
+    max_loras: int
+    max_lora_rank: int
     max_logprobs: int
     logprobs_mode: str
     deterministic: bool

@@ -20,13 +20,14 @@ from folojax.engine.build import (
     make_config,
     make_engines,
 )
+from folojax.engine.chat_prompts import ChatPrompts
 from folojax.engine.live_request import LiveGeneration
-from folojax.engine.searches import Searches
 from folojax.engine.shared_engine import exclusive
 from folojax.models.core.config import ModelConfig
 from folojax.models.files.save import save_pretrained
 from folojax.requests.call_options import ChatOptions, GenerateOptions
 from folojax.requests.continuations import pair_continuations
+from folojax.requests.lora_request import LoRAs, lora_per_prompt
 from folojax.requests.outputs import RequestOutput, ScoreOutput
 from folojax.requests.prompts import (
     Prompt,
@@ -54,7 +55,7 @@ Params: TypeAlias = SamplingParams | Sequence[SamplingParams] | None
 Message: TypeAlias = Mapping[str, Any]
 
 
-class LLM(Searches):
+class LLM(ChatPrompts):
     """A model, its tokenizer and an engine.
 
     Args:
@@ -132,6 +133,7 @@ class LLM(Searches):
         prompts: Prompt | Sequence[Prompt] | None = None,
         sampling_params: Params = None,
         use_tqdm: bool | Callable[..., Any] = True,
+        lora_request: LoRAs = None,
         *,
         priority: Sequence[int] | None = None,
         **others: Unpack[GenerateOptions],
@@ -146,6 +148,7 @@ class LLM(Searches):
                 {"prompt_token_ids": ...}.
             sampling_params: One for all, one for each, or None for the model's own defaults.
             use_tqdm: Shows a progress bar on a terminal; or what makes the bar, called as tqdm is.
+            lora_request: The adapter of all prompts, or one or None for each.
             priority: One for each prompt, as in `add_request`.
             **others: What vLLM's method takes; prompt_token_ids may stand in place of prompts.
 
@@ -153,12 +156,13 @@ class LLM(Searches):
             One output for each prompt, in order.
 
         Raises:
-            ValueError: a prompt or its parameters are refused.
+            ValueError: a prompt, its parameters or its adapter are refused.
             RuntimeError: the engine sleeps.
         """
         if others:
             prompts = prompts_of(prompts, others)
-        requests = self._make_requests("generate", prompts, sampling_params, priority)
+        several = priority, lora_request
+        requests = self._make_requests("generate", prompts, sampling_params, *several)
         return self._shared.wait(requests, use_tqdm)
 
     def chat(
@@ -166,6 +170,7 @@ class LLM(Searches):
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         sampling_params: Params = None,
         use_tqdm: bool | Callable[..., Any] = True,
+        lora_request: LoRAs = None,
         *,
         priority: Sequence[int] | None = None,
         **template: Unpack[ChatOptions],
@@ -176,6 +181,7 @@ class LLM(Searches):
             messages: One conversation, or a list of them; a message has "role" and "content".
             sampling_params: As in `generate`.
             use_tqdm: As in `generate`.
+            lora_request: As in `generate`.
             priority: As in `generate`, one for each conversation.
             **template: As in `render_chat`; and what vLLM's method takes.
 
@@ -187,56 +193,14 @@ class LLM(Searches):
         prompts = each_named(
             "conversation", conversations(messages), lambda one: self.render_chat(one, **options)
         )
-        return self.generate(prompts, sampling_params, use_tqdm, priority=priority)
-
-    @exclusive
-    def render_chat(
-        self,
-        messages: Sequence[Message],
-        chat_template: str | None = None,
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
-        tools: Sequence[Any] | None = None,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-        chat_template_content_format: str = "auto",
-    ) -> Prompt:
-        """The prompt of one conversation, as `generate` takes it: what `chat` would continue.
-
-        Args:
-            messages: Each has "role" and "content".
-            chat_template: Jinja text in place of the tokenizer's own.
-            add_generation_prompt: Opens the assistant's turn.
-            continue_final_message: Leaves the last message open, to be gone on with; then
-                `add_generation_prompt` must be False.
-            tools: Functions or JSON schemas, for templates that know them.
-            chat_template_kwargs: Further variables of the template.
-            chat_template_content_format: "string" joins contents that are lists of parts, "openai"
-                gives the template parts always; "auto" tries out what it knows.
-
-        Raises:
-            ValueError: there is no tokenizer or no template, or it fails.
-        """
-        tokenizer = self.engine.tokenizer
-        if tokenizer is None:
-            raise ValueError("chat needs a tokenizer: pass tokenizer=, or generate from token ids")
-        text = tokenizer.render_chat(
-            messages,
-            chat_template,
-            chat_template_content_format,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=continue_final_message,
-            tools=tools,
-            **(chat_template_kwargs or {}),
-        )
-        # The template writes the special tokens itself: adding them would double them.
-        token_ids = tokenizer.encode(text, add_special_tokens=False)
-        return {"prompt": text, "prompt_token_ids": token_ids}
+        return self.generate(prompts, sampling_params, use_tqdm, lora_request, priority=priority)
 
     def score(
         self,
         prompts: Prompt | Sequence[Prompt],
         continuations: Prompt | Sequence[Prompt],
         use_tqdm: bool | Callable[..., Any] = True,
+        lora_request: LoRAs = None,
     ) -> list[ScoreOutput]:
         """Log-probabilities of given continuations; no token is generated.
 
@@ -249,6 +213,7 @@ class LLM(Searches):
                 spaces at the prompt's end count to the continuation. A token over the border
                 counts to the prompt. Token ids are taken as they are.
             use_tqdm: As in `generate`.
+            lora_request: The adapter of all continuations, or one or None for each.
 
         Returns:
             One output for each continuation, in order.
@@ -259,15 +224,19 @@ class LLM(Searches):
         """
         with self.lock:
             pairs = pair_continuations(prompts, continuations, self.engine.tokenizer)
+            adapters = self._adapters_of(lora_request, len(pairs))
             scores = each_named(
                 "continuation",
-                pairs,
-                lambda pair: self.engine.make_score(self._draw_id("score"), *pair),
+                list(zip(pairs, adapters, strict=True)),
+                lambda one: self.engine.make_score(self._draw_id("score"), *one[0], one[1]),
             )
         return self._shared.wait(scores, use_tqdm)
 
     def stream(
-        self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: Params = None,
+        lora_request: LoRAs = None,
     ) -> Iterator[RequestOutput]:
         """Continues prompts and reports every step of each.
 
@@ -278,6 +247,7 @@ class LLM(Searches):
         Args:
             prompts: As in `generate`.
             sampling_params: As in `generate`.
+            lora_request: As in `generate`.
 
         Returns:
             An iterator of outputs; the last one of each prompt is finished. Their request ids are
@@ -287,7 +257,7 @@ class LLM(Searches):
             ValueError: a prompt or its parameters are refused.
             RuntimeError: the engine sleeps.
         """
-        requests = self._make_requests("stream", prompts, sampling_params)
+        requests = self._make_requests("stream", prompts, sampling_params, None, lora_request)
         self.engine.check_is_awake()
         return self._shared.stream(requests)
 
@@ -333,11 +303,6 @@ class LLM(Searches):
             tokenizer=self.get_tokenizer(),
         )
 
-    @property
-    def has_chat_template(self) -> bool:
-        """Whether `chat` needs no template to be given."""
-        return self.engine.tokenizer is not None and self.engine.tokenizer.has_chat_template
-
     @exclusive
     def plan(
         self,
@@ -380,20 +345,30 @@ class LLM(Searches):
 
     @exclusive
     def _make_requests(
-        self, kind: str, prompts: Any, sampling_params: Params, priority: Any = None
+        self,
+        kind: str,
+        prompts: Any,
+        sampling_params: Params,
+        priority: Any = None,
+        lora_request: LoRAs = None,
     ) -> list[LiveGeneration]:
         """Parses and checks the prompts of a call; nothing is queued yet."""
         parsed = parse_prompts(prompts, self.engine.tokenizer)
         default = self.default_sampling_params
         each = sampling_params_per_prompt(sampling_params, len(parsed), default)
         priorities = priority_per_prompt(priority, len(parsed))
+        adapters = self._adapters_of(lora_request, len(parsed))
+        is_streamed = kind == "stream"
         return each_named(
             "prompt",
-            list(zip(parsed, each, priorities, strict=True)),
+            list(zip(parsed, each, priorities, adapters, strict=True)),
             lambda one: self.engine.make_request(
-                self._draw_id(kind), *one, is_streamed=kind == "stream"
+                self._draw_id(kind), *one, is_streamed=is_streamed
             ),
         )
+
+    def _adapters_of(self, lora_request: LoRAs, num_prompts: int) -> list[str | None]:
+        return list(map(self.engine.adapters.name_of, lora_per_prompt(lora_request, num_prompts)))
 
     def _draw_id(self, kind: str) -> str:
         ids = (f"{kind}-{number}" for number in self._numbers)

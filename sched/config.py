@@ -71,6 +71,13 @@ class SchedulerConfig:
         again.""",
         at_least=0,
     )
+    max_loras: int = option(
+        1,
+        """Adapters that the requests of a step may have together, and that are on the device;
+        others wait for one of these to be left.""",
+        at_least=1,
+        at_most=256,
+    )
     watermark: float = option(
         0.0,
         """Share of the pages that stays free when a request is admitted beside others, so that

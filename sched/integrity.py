@@ -78,8 +78,10 @@ def _check_places(
     assert set(placed) == set(requests), "batch and queue hold other requests than are remembered"
     assert len(running) <= config.max_num_seqs, f"{len(running)} requests run"
     if config.scheduling_policy == "fcfs":
-        # (One of a group may be passed by others while it waits for the prompt to be computed.)
-        arrivals = [request.arrival_index for request in placed if request.group is None]
+        # (One of a group may be passed by others while it waits for the prompt to be computed, and
+        # one with an adapter while it waits for room for that.)
+        plain = [one for one in placed if one.group is None and one.adapter is None]
+        arrivals = [request.arrival_index for request in plain]
         assert arrivals == sorted(arrivals), f"out of the order of arrival: {arrivals}"
     else:
         urgencies = [(request.priority, request.arrival_index) for request in waiting]

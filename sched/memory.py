@@ -93,10 +93,10 @@ class KVMemory:
 
         The last token stays to be computed in any case: what follows it is to be sampled.
         """
-        start = Start(0, [], self.cache.root)
+        start = Start(0, [], self.cache.root_of(request.adapter))
         if not request.skip_prefix_cache:
             if self._is_caching:
-                page_ids, node = self.cache.match(self._pieces(request))
+                page_ids, node = self.cache.match(self._pieces(request), request.adapter)
                 start = Start(len(page_ids) * self.page_size, page_ids, node)
             start = self._find_with_others(request, start)
         saved = request.saved
@@ -210,10 +210,18 @@ class KVMemory:
     def drop_all(self, kept: Iterable[Request], requests: Iterable[Request]) -> None:
         """Drops what can be hit or loaded; the pages of running, kept requests are theirs alone."""
         for request in kept:
-            self.discard(request)
-            self._stop_sharing(request)
-            request.is_private = request.skip_prefix_cache = True
+            self._isolate(request)
         self.allocator.drop_idle()
+        for request in requests:
+            self.drop_saved(request)
+
+    def drop_adapter(
+        self, adapter: str | None, kept: Iterable[Request], requests: Iterable[Request]
+    ) -> None:
+        """The same for what was computed with an adapter; all of these requests have it."""
+        for request in kept:
+            self._isolate(request)
+        self.allocator.forget(adapter)
         for request in requests:
             self.drop_saved(request)
 
@@ -258,6 +266,12 @@ class KVMemory:
         # Pages that a plan under way computes are not in the cache, and come behind its last node.
         node = self._tails[holder].ancestor(num_full)
         return Start(num_shared, holder.page_ids[:num_full], node, partial_page)
+
+    def _isolate(self, request: Request) -> None:
+        """Makes the pages of a running request its own."""
+        self.discard(request)
+        self._stop_sharing(request)
+        request.is_private = request.skip_prefix_cache = True
 
     def _stop_sharing(self, request: Request) -> None:
         members = self._sharing.get(request.group)

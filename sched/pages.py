@@ -132,6 +132,11 @@ class PageAllocator:
         while self._cache.num_idle:
             self._set_free(self._cache.evict())
 
+    def forget(self, adapter: str | None) -> None:
+        """Takes all pages of an adapter out of the cache, and frees the idle ones."""
+        for page in self._cache.forget(adapter):
+            self._set_free(page)
+
     def forget_copies(self) -> None:
         """Says that the copies so far have been done."""
         self._copies.clear()

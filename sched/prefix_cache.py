@@ -9,6 +9,8 @@ A page is found under its parent by the hash of its own tokens, so the hashes fo
 the lookup compares the tokens too. By induction a hit has the same tokens from the first on: two
 prefixes whose hashes collide can't be taken for each other.
 
+K/V of an adapter are those of no other: each has a root of its own.
+
 A cached page is active while requests own it, and idle when its last owner has gone. Idle pages
 are evicted in the order in which they were left; owners leave a page before the page ahead of it,
 so that what many prompts have in common stays longest.
@@ -58,7 +60,8 @@ class PrefixCache:
     """Pages by prefix. It knows nothing of owners: the allocator says which pages are idle."""
 
     def __init__(self) -> None:
-        self.root = PrefixNode(None, ())
+        self.root = PrefixNode(None, ())  # of the model alone
+        self._roots: dict[str | None, PrefixNode] = {None: self.root}
         self._nodes: dict[int, PrefixNode] = {}  # by page
         self._idle: OrderedDict[PrefixNode, None] = OrderedDict()
 
@@ -76,13 +79,22 @@ class PrefixCache:
         """Whether a page can be hit."""
         return page in self._nodes
 
-    def match(self, pieces: Iterable[tuple[int, ...]]) -> tuple[list[int], PrefixNode]:
+    def root_of(self, adapter: str | None) -> PrefixNode:
+        """Where the prefixes of an adapter begin, or of the model alone."""
+        node = self._roots.get(adapter)
+        if node is None:
+            node = self._roots[adapter] = PrefixNode(None, ())
+        return node
+
+    def match(
+        self, pieces: Iterable[tuple[int, ...]], adapter: str | None = None
+    ) -> tuple[list[int], PrefixNode]:
         """Returns the pages of the longest known beginning of `pieces`, and its last node.
 
         No piece is read behind the first that is not known.
         """
         pages: list[int] = []
-        node = self.root
+        node = self.root_of(adapter)
         for tokens in pieces:
             child = node.children.get(tokens)
             if child is None or child.page is None:
@@ -139,6 +151,23 @@ class PrefixCache:
         self.discard(page)
         return page
 
+    def forget(self, adapter: str | None) -> list[int]:
+        """Drops all prefixes of an adapter; returns their pages that nobody owns."""
+        root, idle = self._roots.pop(adapter, None), []
+        nodes = [] if root is None else [root]
+        for node in nodes:
+            nodes += node.children.values()
+            if node.page is not None:
+                page, node.page = node.page, None
+                del self._nodes[page]
+                if node in self._idle:
+                    del self._idle[node]
+                    idle.append(page)
+        for node in reversed(nodes):
+            if node.parent is not None and node.parent.children.get(node.tokens) is node:
+                _prune(node)
+        return idle
+
     def prefix_of(self, page: int) -> tuple[int, ...]:
         """Returns the tokens that led to a cached page, its own last; O(their number)."""
         node = self._nodes[page]
@@ -146,7 +175,7 @@ class PrefixCache:
         while node.parent is not None:
             pieces.append(node.tokens)
             node = node.parent
-        assert node is self.root, f"page {page} is cached, and can't be reached"
+        assert node in self._roots.values(), f"page {page} is cached, and can't be reached"
         return tuple(token for piece in reversed(pieces) for token in piece)
 
     def prefixes(self) -> Iterator[tuple[int, tuple[int, ...]]]:
@@ -157,10 +186,11 @@ class PrefixCache:
         """Raises AssertionError unless the tree is whole and exactly these pages are idle."""
         assert {node.page for node in self._idle} == set(idle_pages), "other pages are idle"
         seen = {}
-        stack = [self.root]
+        roots = set(self._roots.values())
+        stack = list(roots)
         while stack:
             node = stack.pop()
-            assert node is self.root or node.is_needed, f"a dead end of the tree: {node.tokens}"
+            assert node in roots or node.is_needed, f"a dead end of the tree: {node.tokens}"
             if node.page is not None:
                 seen[node.page] = node
             for tokens, child in node.children.items():

@@ -124,6 +124,9 @@ class Request:
     # Its K/V are not what its tokens alone would give, so nobody else is to have its pages; they
     # never enter the prefix cache. Goes with `skip_prefix_cache`.
     is_private: bool = False
+    # Its K/V are those of this adapter, and are found by requests that have the same. None: of the
+    # model alone.
+    adapter: str | None = None
     # What its next token may be is known only when the last one is: it gets one in each plan.
     takes_single_steps: bool = False
 
@@ -140,6 +143,7 @@ class Request:
     # Found computed when it was first admitted: in the prefix cache, with another request or in
     # host memory.
     num_cached_tokens: int = 0
+    num_passed: int = 0  # how many were admitted while it waited for room for its adapter
     num_preemptions: int = 0  # how often its pages were taken away
     stop_reason: int | str | None = None  # stop id or text that ended it, or why it failed
 

@@ -10,7 +10,7 @@ There are no phases: prompt chunks, decoding and recomputation are all a request
       waiting, in order  ---> the same behind what is found computed (prefix cache, group),      |
                               until the budget, max_num_seqs or the pages end; not in a step     |
                               that preempted, and past nobody but those that wait for the        |
-                              prompt of their group                                              v
+                              prompt of their group, or for room for their adapter               v
     (the device runs it) <-------------------------------------------------------- StepPlan
          |
          v  sampled tokens
@@ -28,9 +28,10 @@ Laws that follow, and that its parts lean on:
   running request (FCFS) or the most urgent one (priority) is never a victim while others run, and
   alone it has the whole pool, which whoever adds it has made sure is enough.
 - Under FCFS, running and then waiting requests are in order of arrival, except that one of a
-  group is passed while its prompt is computed for a sibling. Nobody starves for it: a running
-  sibling moves on in every step, or goes back to the queue and ends the wait; and the passed
-  keep their place at the head, where nobody passes them for lack of a slot or of pages.
+  group is passed while its prompt is computed for a sibling, and one whose adapter has no room
+  beside those that run. Nobody starves for it: a running sibling moves on in every step, or goes
+  back to the queue and ends the wait; and the passed keep their place at the head, where nobody
+  passes them for lack of a slot or of pages, and only so many for lack of room for an adapter.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -47,6 +48,9 @@ from folojax.sched.progress import (
 from folojax.sched.queue import WaitingQueue
 from folojax.sched.request import Request, RequestStatus
 from folojax.sched.step_plan import PlanDraft, PlansInFlight, RequestUpdate, StepPlan
+
+_MOST_PASSING = 4
+"""Requests that may pass one whose adapter has no room, for each of `max_num_seqs`."""
 
 
 class Scheduler:
@@ -257,6 +261,20 @@ class Scheduler:
         """Drops cached K/V; running requests go on with theirs. No plan may be under way."""
         self.memory.drop_all(self._running, self._requests.values())
 
+    def drop_adapter(self, adapter: str | None, *, keeps_running: bool) -> None:
+        """Drops the K/V of an adapter. No plan may be under way.
+
+        Requests that run with it go on with theirs, or else go back to the queue.
+        """
+        mine = [one for one in self._requests.values() if one.adapter == adapter]
+        running = [one for one in self._running if one.adapter == adapter]
+        if not keeps_running:
+            for request in reversed(running):
+                self._preempt(request)
+            self._running = [one for one in self._running if one.adapter != adapter]
+            running = []
+        self.memory.drop_adapter(adapter, running, mine)
+
     def shutdown(self) -> list[Request]:
         """Aborts all requests, drops all cached K/V, and returns the requests.
 
@@ -298,15 +316,27 @@ class Scheduler:
             self._running = [r for r in self._running if r.status is RequestStatus.RUNNING]
 
     def _admit_waiting(self, draft: PlanDraft) -> None:
-        admitted = []
+        admitted: list[Request] = []
+        passed: list[Request] = []
+        adapters = {one.adapter for one in self._running} - {None}
         for request in self._waiting:
             if len(self._running) == self.config.max_num_seqs or not draft.budget_left:
                 break
+            is_new = request.adapter is not None and request.adapter not in adapters
+            if is_new and len(adapters) == self.config.max_loras:
+                if request.num_passed >= _MOST_PASSING * self.config.max_num_seqs:
+                    break
+                passed.append(request)
+                continue
             if self.memory.must_wait(request):
                 continue  # it keeps its place
             if not self._admit(request, draft):
                 break
             admitted.append(request)
+            if request.adapter is not None:
+                adapters.add(request.adapter)
+            for one in passed:
+                one.num_passed += 1
         self._waiting.remove(admitted)
 
     def _admit(self, request: Request, draft: PlanDraft) -> bool:

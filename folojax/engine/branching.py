@@ -39,6 +39,7 @@ def fork(
         ParsedPrompt(live.asked.prompt, live.asked.prompt_token_ids),
         sampling_params,
         priority,
+        sample.adapter,
         progress=sample.progress().take(num_output_tokens),
         forked_from=None if sample.is_finished else sample,
     )
@@ -58,7 +59,8 @@ def take_snapshot(replicas: Engine | Replicas, request_id: str, index: int = 0) 
         seed=sample.seed,
         progress=sample.progress(),
         kv=_read_kv(engine, sample),
-        weights=engine.weights,
+        weights=_weights(engine, sample.adapter),
+        adapter=sample.adapter,
         kv_bits=_kv_bits(engine),
     )
 
@@ -71,8 +73,8 @@ def resume(
     priority: int = 0,
 ) -> None:
     """Queues a request that begins with what a snapshot holds; see `LLM.resume`."""
-    engine = replicas.engine_of(request_id)
-    if snapshot.kv is not None and snapshot.weights != engine.weights:
+    engine, adapter = replicas.engine_of(request_id), snapshot.adapter
+    if snapshot.kv is not None and snapshot.weights != _weights(engine, adapter):
         raise ValueError(
             "the snapshot's K/V were computed with other weights: use those, or "
             "snapshot.without_kv(), which is computed again"
@@ -87,7 +89,7 @@ def resume(
         sampling_params = dataclasses.replace(snapshot.sampling_params, seed=snapshot.seed)
     prompt = ParsedPrompt(snapshot.prompt, snapshot.prompt_token_ids)
     live = engine.make_request(
-        request_id, prompt, sampling_params, priority, progress=snapshot.progress
+        request_id, prompt, sampling_params, priority, adapter, progress=snapshot.progress
     )
     replicas.queue([live])
     engine = replicas.engine_of(request_id)
@@ -107,6 +109,13 @@ def _find_sample(engine: Engine, request_id: str, index: int) -> tuple[LiveGener
         most = len(live.samples) - 1
         raise ValueError(f"index is {index!r}; request {request_id!r} has samples 0 to {most}")
     return live, live.samples[index]
+
+
+def _weights(engine: Engine, adapter: str | None) -> str:
+    """Tells the weights of a request from others; ValueError if there is no such adapter."""
+    if adapter is None:
+        return engine.weights
+    return f"{engine.weights} {engine.adapters[adapter].fingerprint()}"
 
 
 def _kv_bits(engine: Engine) -> str | None:

@@ -190,7 +190,7 @@ def plan_memory(
 
     setup = make_setup(module, resolved, backend)
     plan = MemoryPlan(
-        weights_bytes=sum(sizes),
+        weights_bytes=sum(sizes) + setup.stack_bytes(params),
         slots_bytes=step_memory.slot_bytes(module, setup.num_slots),
         bytes_per_page=setup.layout.bytes_per_page,
         num_pages=resolved.num_pages,
@@ -319,6 +319,8 @@ def make_setup(
         max_logprobs=most,
         num_tokens=None if num_tokens == vocab_size else num_tokens,
         is_processed=config.logprobs_mode == "processed",
+        max_loras=config.max_loras if config.enable_lora else 0,
+        max_lora_rank=config.max_lora_rank,
         max_decode_steps=config.max_decode_steps,
     )
 

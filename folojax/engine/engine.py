@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from folojax.compile.programs import SPENT
+from folojax.engine.adapters import KnownAdapters
 from folojax.engine.live_request import (
     NOTHING_YET,
     LiveGeneration,
@@ -26,7 +27,7 @@ from folojax.engine.live_score import LiveScore, make_score
 from folojax.engine.metrics import EngineMetrics, read_metrics
 from folojax.engine.reports import Live, owner_of, take_reports
 from folojax.engine.snapshot import Progress
-from folojax.engine.weights import fingerprint_of, placed_like
+from folojax.engine.weights import check_policy, fingerprint_of, placed_like
 from folojax.requests.outputs import RequestOutput, ScoreOutput
 from folojax.requests.prompts import ParsedPrompt
 from folojax.requests.sampling_params import SamplingParams, SamplingRequest
@@ -38,8 +39,6 @@ from folojax.sched.scheduler import Scheduler
 from folojax.sched.step_plan import StepPlan
 from folojax.text.tokenizer import Tokenizer
 
-UPDATE_POLICIES = ("recompute", "keep", "restart")
-
 Output: TypeAlias = RequestOutput | ScoreOutput
 
 
@@ -48,6 +47,7 @@ class Engine:
 
     Attributes:
         live: The unfinished requests by id; for reading.
+        adapters: What requests may name.
         weights_version: How often the parameters have been updated.
     """
 
@@ -72,6 +72,7 @@ class Engine:
         self.scheduler = scheduler
         self.runner = runner
         self.validator = validator
+        self.adapters = KnownAdapters([runner])
         self.num_steps = 0
         self.is_asleep = False
         self.weights_version = 0
@@ -100,6 +101,7 @@ class Engine:
         prompt: ParsedPrompt,
         sampling_params: SamplingParams,
         priority: int = 0,
+        adapter: str | None = None,
         *,
         is_streamed: bool = True,
         progress: Progress = NOTHING_YET,
@@ -112,6 +114,7 @@ class Engine:
             prompt: Its tokens, and its text if there is one.
             sampling_params: How it is continued.
             priority: Smaller is more urgent.
+            adapter: Name of a known one.
             is_streamed: Whether every step that gives it a token reports it, or only the last.
             progress: What every sample has already.
             forked_from: Whose progress that was, while it goes on; else None.
@@ -131,17 +134,22 @@ class Engine:
             asked,
             eos_token_ids=self.validator.eos_token_ids,
             tokenizer=self.tokenizer,
+            lora_request=self.adapters.request_of(adapter),
             is_streamed=is_streamed,
             progress=progress,
             forked_from=forked_from,
         )
 
     def make_score(
-        self, request_id: str, prompt: ParsedPrompt, continuation: ParsedPrompt
+        self,
+        request_id: str,
+        prompt: ParsedPrompt,
+        continuation: ParsedPrompt,
+        adapter: str | None = None,
     ) -> LiveScore:
         """The same for a continuation to be scored; ValueError if it is refused."""
         self.validator.check_score(prompt, continuation)
-        return make_score(request_id, prompt, continuation)
+        return make_score(request_id, prompt, continuation, adapter)
 
     def queue(self, requests: Sequence[Live]) -> None:
         """Queues requests; those without a seed are given one.
@@ -296,8 +304,7 @@ class Engine:
 
     def update_params(self, params: Any, running: str = "recompute") -> None:
         """Replaces the model's parameters; the prefix cache is dropped. See `LLM.update_params`."""
-        if running not in UPDATE_POLICIES:
-            raise ValueError(f"running is {running!r}; it must be one of {list(UPDATE_POLICIES)}")
+        check_policy(running)
         params = placed_like(self.runner, params)
         self.drain()
         if running == "keep":
@@ -373,7 +380,8 @@ class Engine:
                     live.first_token_time_s = now
                     live.compiled_at_first_token_s = SPENT.seconds
                 entries = sampled[request.request_id][: len(new_token_ids)]
-                stop = request.take(entries, self.weights_version)
+                lora_version = self.adapters.version_of(request.adapter)
+                stop = request.take(entries, self.weights_version, lora_version)
                 if stop is not None:
                     self.scheduler.stop_at(request, *stop)
             if live.is_streamed or request.is_finished:

@@ -14,6 +14,7 @@ from typing import Any, Generic, TypeVar
 
 from folojax.compile.programs import SPENT
 from folojax.engine.snapshot import Progress
+from folojax.requests.lora_request import LoRARequest
 from folojax.requests.outputs import (
     CompletionOutput,
     Logprob,
@@ -110,11 +111,14 @@ class Sample(SamplingRequest):
     logprobs: list[dict[int, Logprob]] = dataclasses.field(default_factory=list)
     records: list[LogprobRecord] = dataclasses.field(default_factory=list)
     weights_versions: list[int] = dataclasses.field(default_factory=list)
+    lora_versions: list[int] = dataclasses.field(default_factory=list)
     activations: SampleResiduals | None = None  # of its tokens, where they are asked for
     detokenizer: Detokenizer | None = None  # made when text is first wanted
 
-    def take(self, entries: Sequence[TokenLogprob], weights_version: int) -> tuple[int, str] | None:
-        """Takes in tokens that the scheduler has appended.
+    def take(
+        self, entries: Sequence[TokenLogprob], weights_version: int, lora_version: int = 0
+    ) -> tuple[int, str] | None:
+        """Takes in tokens that the scheduler has appended, and the weights that they came from.
 
         Returns:
             Where one of them completes a stop string, how many output tokens there are up to it,
@@ -124,6 +128,7 @@ class Sample(SamplingRequest):
         for entry in entries:
             self.token_logprobs.append(entry.logprob)
             self.weights_versions.append(weights_version)
+            self.lora_versions.append(lora_version)
             if entry.record is not None:
                 raw, tempered, processed, log_kept, entropy, rank = entry.record
                 self.records.append(
@@ -180,6 +185,7 @@ class Sample(SamplingRequest):
             seed=self.seed,
             record=list(self.records) if sampling_params.record else None,
             weights_versions=list(self.weights_versions),
+            lora_versions=None if self.adapter is None else list(self.lora_versions),
             activations=activations,
         )
 
@@ -219,6 +225,7 @@ class Sample(SamplingRequest):
             self.logprobs,
             self.records,
             self.weights_versions,
+            self.lora_versions,
         )
         for column in columns:
             del column[num_tokens:]
@@ -231,6 +238,7 @@ class LiveGeneration(LiveRequest[RequestOutput]):
     asked: CheckedRequest
     samples: list[Sample]  # by index
     tokenizer: Tokenizer | None  # for the text of single tokens; None where there is none
+    lora_request: LoRARequest | None = None
     # As the user gets them, once they are complete.
     told_prompt_logprobs: list[dict[int, Logprob] | None] | None = None
 
@@ -276,6 +284,7 @@ class LiveGeneration(LiveRequest[RequestOutput]):
             finished=self.is_finished,
             metrics=self.metrics(),
             num_cached_tokens=self.samples[0].num_cached_tokens,
+            lora_request=self.lora_request,
         )
 
 
@@ -284,6 +293,7 @@ def make_generation(
     *,
     eos_token_ids: Sequence[int],
     tokenizer: Tokenizer | None,
+    lora_request: LoRARequest | None,
     is_streamed: bool,
     progress: Progress,
     forked_from: SamplingRequest | None,
@@ -314,7 +324,9 @@ def make_generation(
         asked=asked,
         samples=[],
         tokenizer=tokenizer,
+        lora_request=lora_request,
     )
+    adapter = None if lora_request is None else lora_request.lora_name
     for index in range(sampling_params.n):
         # One sample tells of the prompt, and so has to compute all of it.
         num_prompt_logprobs = asked.num_prompt_logprobs if index == 0 else None
@@ -329,6 +341,7 @@ def make_generation(
                 skip_prefix_cache=is_reported or is_edited,
                 forked_from=forked_from,
                 is_private=is_edited,
+                adapter=adapter,
                 output_token_ids=list(progress.token_ids),
                 sampling_params=sampling_params,
                 owner=live,
@@ -348,6 +361,7 @@ def make_generation(
                 else [],
                 records=[UNKNOWN_RECORD] * num_given if sampling_params.record else [],
                 weights_versions=[UNKNOWN_VERSION] * num_given,
+                lora_versions=[UNKNOWN_VERSION] * num_given,
             )
         )
     if sampling_params.seed is not None and not sampling_params.is_greedy:

@@ -61,14 +61,20 @@ class LiveScore(LiveRequest[ScoreOutput]):
         )
 
 
-def make_score(request_id: str, prompt: ParsedPrompt, continuation: ParsedPrompt) -> LiveScore:
+def make_score(
+    request_id: str,
+    prompt: ParsedPrompt,
+    continuation: ParsedPrompt,
+    adapter: str | None = None,
+) -> LiveScore:
     """A checked prompt and continuation, not queued yet."""
     *computed, last = (int(token) for token in (*prompt.token_ids, *continuation.token_ids))
     request = SamplingRequest(
         request_id,
         tuple(computed),
         StopRule(max_tokens=0),
-        group=tuple(map(int, prompt.token_ids)),
+        group=(adapter, *map(int, prompt.token_ids)),
+        adapter=adapter,
         most_found_tokens=len(prompt.token_ids) - 1,
         sampling_params=SamplingParams(temperature=0),
         num_prompt_logprobs=0,

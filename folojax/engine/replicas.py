@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from folojax.engine.adapters import KnownAdapters
 from folojax.engine.engine import Engine, Output
 from folojax.engine.metrics import EngineMetrics
 from folojax.engine.reports import Live, owner_of
@@ -43,12 +44,16 @@ class Replicas:
     Attributes:
         engines: Each with limits, pages and a prefix cache of its own.
         live: The unfinished requests of all by id; for reading.
+        adapters: What requests may name; all engines know the same.
     """
 
     def __init__(self, engines: Sequence[Engine]) -> None:
         """Takes engines without requests, which draw seeds from one generator."""
         self.engines = tuple(engines)
         self.live = collections.ChainMap(*(engine.live for engine in engines))
+        self.adapters = KnownAdapters([engine.runner for engine in engines])
+        for engine in engines:
+            engine.adapters = self.adapters
         self._placed: dict[str, _Placed] = {}
         # Of each engine, the tokens that its requests had to be computed when they came.
         self._backlog = [0] * len(engines)

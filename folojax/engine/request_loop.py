@@ -9,6 +9,7 @@ from folojax.engine.metrics import EngineMetrics
 from folojax.engine.replicas import Replicas
 from folojax.engine.shared_engine import FairLock, SharedEngine, exclusive
 from folojax.engine.snapshot import Snapshot
+from folojax.requests.lora_request import LoRARequest, lora_per_prompt
 from folojax.requests.outputs import RequestOutput
 from folojax.requests.prompts import Prompt, parse_prompt, sampling_params_per_prompt
 from folojax.requests.sampling_params import SamplingParams
@@ -64,6 +65,7 @@ class RequestLoop:
         prompt: Prompt,
         sampling_params: SamplingParams | None = None,
         priority: int = 0,
+        lora_request: LoRARequest | None = None,
     ) -> None:
         """Queues one request, for callers that own the loop; also while the engine sleeps.
 
@@ -72,13 +74,17 @@ class RequestLoop:
             prompt: As in `generate`.
             sampling_params: None for the model's own defaults.
             priority: Smaller is more urgent; only read under scheduling_policy="priority".
+            lora_request: Its adapter.
 
         Raises:
             ValueError: the request is refused; nothing was queued.
         """
         parsed = parse_prompt(prompt, self.engine.tokenizer)
         (params,) = sampling_params_per_prompt(sampling_params, 1, self.default_sampling_params)
-        self.replicas.queue([self.engine.make_request(request_id, parsed, params, priority)])
+        (lora,) = lora_per_prompt(lora_request, 1)
+        adapter = self.engine.adapters.name_of(lora)
+        live = self.engine.make_request(request_id, parsed, params, priority, adapter)
+        self.replicas.queue([live])
 
     @exclusive
     def fork(

@@ -8,21 +8,21 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from folojax.engine.live_request import LiveGeneration
-from folojax.engine.request_loop import RequestLoop
+from folojax.engine.lora_calls import LoraCalls
 from folojax.requests.beams import BeamSearch, BeamSearchOutput, BeamSearchParams
+from folojax.requests.lora_request import LoRARequest, LoRAs
 from folojax.requests.prompts import ParsedPrompt, Prompt, each_named, parse_prompts
 from folojax.requests.sampling_params import SamplingParams
-from folojax.requests.vllm_names import CALL_ARGUMENTS, own_names
 
 
-class Searches(RequestLoop):
+class Searches(LoraCalls):
     """The part of `LLM` that searches."""
 
     def beam_search(
         self,
         prompts: Prompt | Sequence[Prompt],
         params: BeamSearchParams,
-        lora_request: None = None,
+        lora_request: LoRARequest | None = None,
         use_tqdm: bool = False,
         concurrency_limit: int | None = None,
     ) -> list[BeamSearchOutput]:
@@ -35,7 +35,7 @@ class Searches(RequestLoop):
         Args:
             prompts: As in `generate`.
             params: Of all of them.
-            lora_request: Only None, as in `generate`.
+            lora_request: The adapter of all of them.
             use_tqdm: Shows a progress bar on a terminal.
             concurrency_limit: Most prompts that are searched from at once; None is all.
 
@@ -43,19 +43,23 @@ class Searches(RequestLoop):
             ValueError: a prompt or the parameters are refused.
             RuntimeError: the engine sleeps.
         """
-        own_names({"lora_request": lora_request}, CALL_ARGUMENTS)
         parsed = parse_prompts(prompts, self.engine.tokenizer)
         searches = each_named("prompt", parsed, lambda one: self._search(one, params))
         limit = len(searches) if concurrency_limit is None else concurrency_limit
         if isinstance(limit, bool) or not isinstance(limit, int) or limit < min(1, len(searches)):
             raise ValueError(f"concurrency_limit is {limit!r}; it must be an integer of at least 1")
         for first in range(0, len(searches), max(limit, 1)):
-            self._run(searches[first : first + limit], params, use_tqdm)
+            self._run(searches[first : first + limit], params, use_tqdm, lora_request)
         return [self._found(search) for search in searches]
 
     @abc.abstractmethod
     def _make_requests(
-        self, kind: str, prompts: Any, sampling_params: Any, priority: Any = None
+        self,
+        kind: str,
+        prompts: Any,
+        sampling_params: Any,
+        priority: Any = None,
+        lora_request: LoRAs = None,
     ) -> list[LiveGeneration]:
         """Parses and checks the prompts of a call; nothing is queued yet."""
 
@@ -78,7 +82,11 @@ class Searches(RequestLoop):
         return BeamSearch(prompt.token_ids, params, validator.eos_token_ids, max_tokens)
 
     def _run(
-        self, searches: Sequence[BeamSearch], params: BeamSearchParams, use_tqdm: bool
+        self,
+        searches: Sequence[BeamSearch],
+        params: BeamSearchParams,
+        use_tqdm: bool,
+        lora_request: LoRARequest | None,
     ) -> None:
         num_logprobs = BeamSearch.num_logprobs(params, self.engine.validator.eos_token_ids)
         one = SamplingParams(temperature=0, max_tokens=1, logprobs=num_logprobs, ignore_eos=True)
@@ -86,7 +94,7 @@ class Searches(RequestLoop):
             beams = [beam.tokens for search in searches for beam in search.open]
             if not beams:
                 return
-            requests = self._make_requests("beam", beams, one)
+            requests = self._make_requests("beam", beams, one, None, lora_request)
             rows: Any = [output.outputs[0] for output in self._shared.wait(requests, False)]
             for search in searches:
                 mine, rows = rows[: len(search.open)], rows[len(search.open) :]

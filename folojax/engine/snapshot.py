@@ -51,6 +51,7 @@ class Snapshot:
     # tokens alone would not give (activation edits, weights that changed).
     kv: TokenKV | None
     weights: str  # fingerprint of the parameters that they were computed with
+    adapter: str | None = None  # its name; one of that name is known where it is resumed
     kv_bits: str | None = None  # what else their bits depend on; None: on the batch
 
     @property
@@ -77,6 +78,7 @@ class Snapshot:
             "token_logprobs": self.progress.token_logprobs,
             "logprobs": self.progress.logprobs and _to_lists(self.progress.logprobs),
             "weights": self.weights,
+            "adapter": self.adapter,
             "kv_bits": self.kv_bits,
         }
         arrays = {}
@@ -131,6 +133,7 @@ def _from_fields(fields: dict[str, Any], arrays: dict[str, np.ndarray]) -> Snaps
         ),
         kv=kv,
         weights=fields["weights"],
+        adapter=fields.get("adapter"),
         kv_bits=fields["kv_bits"],
     )
 

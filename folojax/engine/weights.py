@@ -21,6 +21,8 @@ from folojax.runner.runner import Runner
 
 _NUM_PROBED = 256
 
+UPDATE_POLICIES = ("recompute", "keep", "restart")
+
 
 def checked_pair(model: Any) -> tuple[Llama, Any]:
     """A module and its parameters as the engine takes them, in plain dicts; no array is touched.
@@ -127,3 +129,9 @@ def _probe(leaf: Array) -> Array:
     """Some elements, evenly spread, the first among them."""
     flat = leaf.reshape(-1)
     return flat[:: max(1, flat.size // _NUM_PROBED)]
+
+
+def check_policy(running: str) -> None:
+    """Raises a ValueError unless it says what becomes of unfinished requests."""
+    if running not in UPDATE_POLICIES:
+        raise ValueError(f"running is {running!r}; it must be one of {list(UPDATE_POLICIES)}")

@@ -18,7 +18,6 @@ class TemplateOptions(TypedDict, total=False):
 class VllmOptions(TypedDict, total=False):
     """Of vLLM's calls (`folojax.requests.vllm_names`)."""
 
-    lora_request: None
     tokenization_kwargs: None
     mm_processor_kwargs: None
 

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from folojax.requests.lora_request import LoRARequest
+
 _VLLM_TIMES = {
     **dict.fromkeys(("arrival_time", "queued_ts"), "arrival_time_s"),
     **dict.fromkeys(("first_scheduled_time", "scheduled_ts"), "first_scheduled_time_s"),
@@ -142,6 +144,8 @@ class CompletionOutput:
         record: How each token was drawn; None if not asked for.
         weights_versions: For each token, how often the parameters had been updated when it was
             sampled; -1 for tokens that a fork or a snapshot began with, whose record is NaN.
+        lora_versions: For each token, how often its adapter had been updated; likewise. None
+            without an adapter.
         activations: By layer of `activation_taps`, the residual stream [N, E] behind it of the N
             tokens of prompt and output, less the last one, which was sampled and never computed; in
             the model's dtype, fewer after an abort or an error. None if not asked for, while the
@@ -158,6 +162,7 @@ class CompletionOutput:
     seed: int | None = None
     record: list[LogprobRecord] | None = None
     weights_versions: list[int] = dataclasses.field(default_factory=list)
+    lora_versions: list[int] | None = None
     activations: dict[int, np.ndarray] | None = dataclasses.field(default=None, compare=False)
 
     @property
@@ -181,6 +186,7 @@ class RequestOutput:
         metrics: Times of the request, from its arrival to the end of its last sample.
         num_cached_tokens: Tokens whose keys and values were there when it was first admitted: in
             the prefix cache, with the request that it was forked from, or in a snapshot.
+        lora_request: The adapter that it was continued with.
     """
 
     request_id: str
@@ -191,6 +197,7 @@ class RequestOutput:
     finished: bool
     metrics: RequestMetrics
     num_cached_tokens: int = 0
+    lora_request: LoRARequest | None = None
 
 
 @dataclasses.dataclass(frozen=True)

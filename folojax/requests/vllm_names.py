@@ -42,7 +42,6 @@ def _like(becomes: str, *values: tuple[Any, Any], same_at: tuple[Any, ...] = ())
 _ONE_DEVICE = "devices share layers by tensor_parallel_size, or requests by data_parallel_size"
 _NO_DRAFTS = "there is no speculative decoding, whose greedy tokens would be the same: leave it out"
 _TEXT_ONLY = "the models here read text only: leave it out"
-_NO_LORA = "merge the adapter into the weights instead: folojax.merge_lora, LLM.update_params"
 _CHANGE_CONFIG = "change config.json in a copy of the model's directory"
 _USE_HUB = "the Hub's own client reads that from the environment: HF_HOME, HF_TOKEN"
 _NO_WORKERS = "there are no workers: llm.params and llm.model are the arrays and the Flax module"
@@ -135,10 +134,10 @@ LLM_ARGUMENTS = {
     "speculative_config": Name(({},), _NO_DRAFTS),
     "speculative_model": Name((), _NO_DRAFTS),
     "num_speculative_tokens": Name((0,), _NO_DRAFTS),
-    "enable_lora": Name((False,), _NO_LORA),
-    "max_loras": Name((1,), _NO_LORA),
-    "max_lora_rank": Name((16,), _NO_LORA),
-    "max_cpu_loras": Name((), _NO_LORA),
+    "max_cpu_loras": Name(ANY),  # all that were named stay in memory
+    "lora_dtype": Name(("auto",), "adapters have the model's dtype"),
+    "fully_sharded_loras": Name((False,), "an engine with adapters has one device"),
+    "default_mm_loras": Name(({},), _TEXT_ONLY),
     "structured_outputs_config": Name(
         ({}, {"backend": "auto"}, {"backend": "guidance"}), _STRUCTURED
     ),
@@ -154,7 +153,6 @@ LLM_ARGUMENTS = {
 """Keywords of `LLM`."""
 
 CALL_ARGUMENTS = {
-    "lora_request": Name(([],), _NO_LORA),
     "tokenization_kwargs": Name(({},), _ENCODE),
     "mm_processor_kwargs": Name(({},), _TEXT_ONLY),
     "guided_options_request": Name((), _STRUCTURED),

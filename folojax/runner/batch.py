@@ -52,6 +52,8 @@ class Batch:
         num_row_pages: By slot, how many pages it has.
         num_scored_rows: Rows that report log-probabilities of their prompts.
         num_grammars: Rows that follow a grammar.
+        adapters: By slot, where its adapter lies; L for none.
+        num_adapted: Rows that have an adapter.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class Batch:
         num_pages: int,
         vocab_size: int,
         functions: UserFunctions = NO_FUNCTIONS,
+        num_adapters: int = 0,
     ) -> None:
         """Makes an empty batch.
 
@@ -70,6 +73,7 @@ class Batch:
             num_pages: P, of the pool.
             vocab_size: V.
             functions: The user's.
+            num_adapters: L, slots of adapters.
         """
         self.num_slots = num_slots
         self.num_pages = num_pages
@@ -80,9 +84,11 @@ class Batch:
         size = num_slots + 1
         self.num_computed, self._num_known = ints(size), ints(size)
         self.num_row_pages = ints(size)
+        self._no_adapter = num_adapters
+        self.adapters = ints(size, num_adapters)
         self._row_at: list[Row | None] = [None] * size
         self._page_table = np.full((size, max_pages), num_pages, np.int32)
-        self.num_scored_rows = self.num_grammars = 0
+        self.num_scored_rows = self.num_grammars = self.num_adapted = 0
 
     def update(self, plan: StepPlan) -> list[Row]:
         """Takes in what changed; returns the rows that have joined."""
@@ -156,6 +162,18 @@ class Batch:
         """Notes that a step computes the next tokens of slots."""
         self.num_computed[slots] += num_tokens
 
+    def set_adapter(self, row: Row, slot: int) -> None:
+        """Notes where the adapter of a row lies."""
+        self.adapters[row.slot] = slot
+        self.num_adapted += 1
+
+    def adapters_of(self, slots: Sequence[int], num_rows: int) -> Any:
+        """Where the adapters of slots lie, padded; None where none of them has one."""
+        if not self.num_adapted:
+            return None
+        found = self.adapters[self.pad(slots, num_rows)]
+        return found if (found < self._no_adapter).any() else None
+
     def matchers(self, slots: Iterable[int]) -> list[Any]:
         """Of slots, M included; None where there is no grammar."""
         rows = (self._row_at[slot] for slot in slots)
@@ -195,6 +213,9 @@ class Batch:
         self.num_scored_rows -= row.request.num_prompt_logprobs is not None
         self.num_grammars -= row.request.grammar is not None
         self._page_table[row.slot] = self.num_pages
+        if self.adapters[row.slot] < self._no_adapter:
+            self.adapters[row.slot] = self._no_adapter
+            self.num_adapted -= 1
         for array in (self.num_computed, self._num_known, self.num_row_pages):
             array[row.slot] = 0
         self._row_at[row.slot] = None

@@ -35,6 +35,7 @@ def padding(one: Executable, batch: Batch, hidden: Any = None) -> CallInputs:
             sampling = sampling._replace(mask=masks)
     return CallInputs(
         rows,
+        adapters=batch.adapters[batch.pad([], one.rows)] if one.is_adapted else None,
         sampling=sampling,
         num_steps=ints(one.rows) if is_steps else None,
         hidden=hidden,

@@ -67,6 +67,7 @@ class Runner:
         self.gate = Gate(setup.list_executables(tuple(SamplingClass), True, True), is_strict)
         self.batch = setup.batch(functions)
         self._slots = SlotStates(setup, functions)
+        self.adapters = setup.adapter_slots(params)
         # What was dispatched since a mask was last made: tokens that grammars have not followed.
         self._unfollowed: list[Pending] = []
         self.params = params
@@ -117,10 +118,17 @@ class Runner:
             self.gate.check(one)
         if one.spec is not None and one.spec.needed >= SamplingClass.EDITED:
             self._set_slots(self._slots.with_edits(self.state.slots))
-        self.state, results = self.steps.call(one, self._params, self.state, inputs)
+        self.state, results = self.steps.call(one, self.params_of(one), self.state, inputs)
         if results.report is not None:
             results.report.array.copy_to_host_async()
         return results
+
+    def params_of(self, one: Executable) -> Any:
+        """The parameters that an executable is called with."""
+        if not one.is_adapted:
+            return self._params
+        assert self.adapters is not None, "an engine without adapters"
+        return self.adapters.adapted(self._params)
 
     def read_kv(self, page_ids: Sequence[int], num_tokens: int) -> TokenKV:
         """Waits for the K/V of the first tokens in some pages."""
@@ -179,6 +187,11 @@ class Runner:
                 self.gate.check(EDITS)
             if row.request.has_slot_edits or row.request.sampling_params.logits_processors:
                 self._set_slots(self._slots.join(row, self.state.slots))
+            if row.request.adapter is not None:
+                assert self.adapters is not None, f"{row.request_id} has an adapter"
+                in_use = {one.request.adapter for one in self.batch.rows.values()}
+                slot = self.adapters.slot_of(row.request.adapter, in_use)
+                self.batch.set_adapter(row, slot)
         self._move_pages(plan.page_moves)
 
     def _move_pages(self, moves: PageMoves) -> None:
@@ -236,8 +249,10 @@ class Runner:
         # What is read of the residual stream is picked by its row.
         most_tokens = None if extras.residual_layers else self.shapes.prefill_tokens
         kind = "rows" if is_by_row else "prefill"
-        one = Executable(kind, num_rows, columns, None, extras, most_tokens=most_tokens)
-        results = self.call(one, CallInputs(rows, is_edited))
+        adapters = self.batch.adapters_of(slots, num_rows)
+        options: dict[str, Any] = {"most_tokens": most_tokens, "is_adapted": adapters is not None}
+        one = Executable(kind, num_rows, columns, None, extras, **options)
+        results = self.call(one, CallInputs(rows, is_edited, adapters))
         num_computed = min(num_rows * columns, self.shapes.prefill_tokens or num_rows * columns)
         self.stats.count_chunks(chunks, num_computed, is_by_row)
         position = ints(num_rows)
@@ -288,9 +303,11 @@ class Runner:
         num_rows, position, num_steps = len(inputs.slot), inputs.position + 1, None
         slot = inputs.slot if sampled is None else self._slots_of(drawing, num_rows)
         extras, is_edited = table.extras(inputs.slot)
+        adapters = self.batch.adapters_of(slots, num_rows)
+        is_adapted = adapters is not None
         if spec is None:
-            one = Executable("decode", num_rows, extras=extras)
-            results = self.call(one, CallInputs(inputs, is_edited))
+            one = Executable("decode", num_rows, extras=extras, is_adapted=is_adapted)
+            results = self.call(one, CallInputs(inputs, is_edited, adapters))
             report = self._sample(results.hidden, slot, position, self._spec(slot, position[None]))
         else:
             if num_tokens is not None:
@@ -302,8 +319,9 @@ class Runner:
             sampling = table.sample_inputs(slot, position, spec)
             kind = "decode" if num_tokens is None else "decode_steps"
             bans = exceptional_bans(sampling)
-            one = Executable(kind, num_rows, most_steps, spec, extras, bans)
-            results = self.call(one, CallInputs(inputs, is_edited, sampling, num_steps))
+            one = Executable(kind, num_rows, most_steps, spec, extras, bans, is_adapted=is_adapted)
+            given = CallInputs(inputs, is_edited, adapters, sampling, num_steps)
+            results = self.call(one, given)
             report = results.report
         self.stats.num_decode_calls += 1
         self.stats.num_computed_tokens += num_rows * most_steps

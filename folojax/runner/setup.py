@@ -2,12 +2,16 @@
 
 import dataclasses
 from collections.abc import Collection, Sequence
+from typing import Any
+
+import jax.numpy as jnp
 
 from folojax.backend import Backend
 from folojax.compile.shapes import Shapes, slots_for
 from folojax.kv import KVLayout
 from folojax.models.core.decoder import Llama
 from folojax.requests.user_functions import NO_FUNCTIONS, UserFunctions
+from folojax.runner.adapter_slots import AdapterSlots, stack_bytes, stack_shapes
 from folojax.runner.batch import Batch
 from folojax.sampling.logits_processors import LogitsProcessor
 from folojax.sampling.sampler import SamplingClass, SamplingSpec
@@ -26,6 +30,8 @@ class Setup:
     max_logprobs: int = 20  # J, at most
     num_tokens: int | None = None  # ids from here on are padding of the vocabulary; None: none are
     is_processed: bool = False  # of sampled tokens, as in `SamplingSpec`; prompts are always raw
+    max_loras: int = 0  # slots of adapters; 0: there are none
+    max_lora_rank: int = 0  # of each
     max_decode_steps: int = 1  # most decode steps of a plan; their number wherever it is not 1
 
     @property
@@ -41,7 +47,24 @@ class Setup:
             self.layout.num_pages,
             self.model.config.vocab_size,
             functions,
+            self.max_loras,
         )
+
+    def adapter_slots(self, params: Any) -> AdapterSlots | None:
+        """Room for adapters of a model with these parameters; None where there are none."""
+        if not self.max_loras:
+            return None
+        return AdapterSlots(self.stack_shapes(params), self.backend.devices)
+
+    def stack_shapes(self, params: Any) -> Any:
+        """Shapes of the stacks of adapters, for parameters that may be shapes."""
+        dtype = jnp.float32 if self.backend.stores_float32 else self.model.dtype
+        sizes = self.max_loras, self.max_lora_rank
+        return stack_shapes(params, self.model.config, *sizes, dtype)
+
+    def stack_bytes(self, params: Any) -> int:
+        """What the stacks of adapters take."""
+        return stack_bytes(self.stack_shapes(params)) if self.max_loras else 0
 
     def spec(
         self,
@@ -96,6 +119,7 @@ class Setup:
             list(dict.fromkeys(specs)),  # several wishes, one executable
             list(dict.fromkeys(map(self.score_spec, wanted))),
             self.max_decode_steps,
+            self.max_loras > 0,
         )
         return list(found)
 

@@ -81,7 +81,8 @@ def _largest(setup: Setup) -> list[Executable]:
         spec = one.spec
         return one.rows, spec.needed if spec else 0, (spec.num_logprobs or 0) if spec else 0
 
-    listed = setup.list_executables(tuple(SamplingClass), True)
+    # Adapters add some thousandths.
+    listed = dataclasses.replace(setup, max_loras=0).list_executables(tuple(SamplingClass), True)
     found = {one.kind: one for one in sorted(listed, key=size)}
     return [one for one in found.values() if one not in (COPIES, EDITS)]
 

@@ -76,7 +76,7 @@ def warm_up(
             return None
         start = time.perf_counter()
         compiled = compile_on_padding(
-            one, runner.setup, runner.steps, runner.batch, runner.params, runner.state
+            one, runner.setup, runner.steps, runner.batch, runner.params_of(one), runner.state
         )
         found = [one.memory_analysis() for one in compiled]
         temporaries = max(one.temp_size_in_bytes for one in found)

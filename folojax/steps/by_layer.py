@@ -19,12 +19,13 @@ from flax import linen as nn
 from folojax.attention import attend
 from folojax.compile.programs import Program, Programs, Run, run
 from folojax.kv.cache import KVCache
+from folojax.models.core.adapted import with_slots
 from folojax.models.core.decoder import Llama
 from folojax.models.machine.row_sums import REORDERED
 from folojax.steps.executables import Executable, StepKind
 from folojax.steps.fused import WholeSteps
 from folojax.steps.layers import LAYER, Residuals, head_params, join_layers, layer_of, run_layer
-from folojax.steps.placements import last_and_all, place
+from folojax.steps.placements import last_and_all, of_tokens, place
 from folojax.steps.state import CallInputs, CallResults, DecodeInputs, EngineState, PrefillInputs
 
 # Layers of a group. A decode program is larger, and there are more shapes of it.
@@ -86,8 +87,8 @@ class LayeredSteps:
             return self._whole.call(one, params, state, inputs, run)
         outer, cache, is_prefill = head_params(params), state.cache, one.kind == "prefill"
         tokens = None if is_prefill else state.slots.tokens
-        begun = run(self._begin, (outer, layer_of(cache, 0), tokens, inputs.rows))
-        placement, hidden, shared = begun
+        begun = run(self._begin, (outer, layer_of(cache, 0), tokens, inputs.rows, inputs.adapters))
+        placement, adapters, hidden, shared = begun
         layers: list[KVCache] = []
         residuals: Residuals = {}
         for group in self._groups[one.kind]:
@@ -100,6 +101,7 @@ class LayeredSteps:
                     hidden,
                     [self._model.layer_rotary(shared, layer) for layer in group],
                     placement,
+                    adapters,
                 ),
             )
             layers += parts
@@ -124,11 +126,14 @@ def _begin(
     layer: KVCache,
     tokens: Any,
     inputs: PrefillInputs | DecodeInputs,
+    adapters: Any,
     *,
     model: Llama,
 ) -> Any:
     placement, token, position = place(layer, tokens, inputs)
-    return placement, *model.apply({"params": params}, token, position, method="begin")
+    if adapters is not None:
+        adapters = of_tokens(adapters, inputs, placement)
+    return placement, adapters, *model.apply({"params": params}, token, position, method="begin")
 
 
 def _run_group(
@@ -137,6 +142,7 @@ def _run_group(
     hidden: Any,
     rotaries: list[Any],
     placement: Any,
+    adapters: Any,
     *,
     blocks: tuple[nn.Module, ...],
     read: tuple[int, ...],
@@ -147,6 +153,7 @@ def _run_group(
     residuals: Residuals = {}
     layers = zip(params, caches, rotaries, blocks, strict=True)
     for number, (own, cache, rotary, block) in enumerate(layers):
+        own = with_slots(own, adapters)
         hidden, new = run_layer(own, hidden, rotary, cache, bound, block=block)
         after.append(new)
         if number in read:

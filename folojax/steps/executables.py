@@ -28,6 +28,7 @@ class Executable(NamedTuple):
     most_tokens: int | None = None
     """Of a "prefill", the most of its tokens that are no padding, and all that it computes; None:
     it computes padding, too."""
+    is_adapted: bool = False  # whether the parameters hold adapters, and rows may have one each
 
     @property
     def sampler(self) -> SamplingSpec:
@@ -48,11 +49,15 @@ class Executable(NamedTuple):
             functions += [one.name for one in spec.processors]
             functions += ["record"] if spec.has_record else []
             functions += ["mask"] if spec.has_mask else []
+        told["adapters"] = "yes" if self.is_adapted else None
         told["functions"] = ",".join(functions) or None
         told["bans"] = self.bans or None
         parts = (f"{name}={value}" for name, value in told.items() if value is not None)
         return " ".join((self.kind, *parts))
 
+
+WITH_CACHE = ("prefill", "decode", "decode_steps", "rows")
+"""The kinds that run the model."""
 
 COPIES = Executable("copy")
 """The small programs that copy pages."""
@@ -72,6 +77,7 @@ def list_executables(
     specs: Sequence[SamplingSpec],
     scores: Sequence[SamplingSpec],
     most_steps: int,
+    has_adapters: bool = False,
 ) -> Iterator[Executable]:
     """Every executable of an engine, but for those of extras and of the user's functions.
 
@@ -81,7 +87,22 @@ def list_executables(
         specs: Of the samplers that will be used.
         scores: Of the scorers.
         most_steps: Decode steps of one call.
+        has_adapters: Whether the engine has any. A step without a row that asks for one is the
+            same program as without.
     """
+    for one in _list_plain(kind, shapes, specs, scores, most_steps):
+        yield one
+        if has_adapters and one.kind in WITH_CACHE:
+            yield one._replace(is_adapted=True)
+
+
+def _list_plain(
+    kind: StepKind,
+    shapes: Shapes,
+    specs: Sequence[SamplingSpec],
+    scores: Sequence[SamplingSpec],
+    most_steps: int,
+) -> Iterator[Executable]:
     chunks = "rows" if kind == "rows" else "prefill"
     for rows in shapes.prefill_rows:
         yield Executable(chunks, rows, shapes.prefill_columns, most_tokens=shapes.prefill_tokens)

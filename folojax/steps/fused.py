@@ -20,13 +20,11 @@ from folojax.models.machine.row_sums import REORDERED
 from folojax.sampling.rows import SampleInputs, SlotState
 from folojax.sampling.sampler import SamplingClass, report_shapes
 from folojax.steps import step
-from folojax.steps.executables import Executable, StepKind
+from folojax.steps.executables import WITH_CACHE, Executable, StepKind
 from folojax.steps.layers import head_params
 from folojax.steps.packing import PackedReport, Packing, pack_report, report_packing
 from folojax.steps.placements import last_and_all
 from folojax.steps.state import CallInputs, CallResults, DecodeInputs, EngineState
-
-_WITH_CACHE = ("prefill", "decode", "decode_steps", "rows")
 
 _sample_hidden = inspect.unwrap(step.sample_tokens)
 
@@ -68,7 +66,7 @@ class WholeSteps:
         ready = self._ready.get(one)
         if ready is None:
             ready = self._ready[one] = self._prepare(one, inputs)
-        cache = state.cache if one.kind in _WITH_CACHE else None
+        cache = state.cache if one.kind in WITH_CACHE else None
         given = head_params(params) if cache is None else params
         packed, rest = ready.packing.pack(inputs)
         args = given, cache, _slots_of(one, state.slots), packed, rest
@@ -147,8 +145,9 @@ def run_model(
 ) -> Any:
     """The model on chunks, or on a token of every row and with a `spec` the next one's draw."""
     tokens = None if slots is None else slots.tokens
+    options = one.extras, inputs.is_edited, one.most_tokens, inputs.adapters
     cache, hidden, placement, residuals = step.forward(
-        params, cache, tokens, inputs.rows, model, one.extras, inputs.is_edited, one.most_tokens
+        params, cache, tokens, inputs.rows, model, *options
     )
     if slots is None:
         last, every = last_and_all(hidden, inputs.rows, placement)

@@ -16,6 +16,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from folojax.kv.cache import KVCache
+from folojax.models.core.adapted import with_slots
 from folojax.models.core.block import summed
 from folojax.models.core.decoder import Llama
 from folojax.models.core.dense_attend import dense_attend
@@ -95,6 +96,7 @@ def run_layers(
     model: Llama,
     extras: StepExtras = NO_EXTRAS,
     is_edited: Bool[Array, "T Z"] | None = None,
+    adapters: Int[Array, " T"] | None = None,
 ) -> tuple[Float[Array, "T E"], list[Any], Residuals]:
     """The model layer by layer, as its `__call__`, and what extras ask for between them.
 
@@ -107,6 +109,7 @@ def run_layers(
         model: A module of `folojax.models`.
         extras: With Z edits.
         is_edited: Which tokens each edit is on for; None without edits.
+        adapters: The slots of the tokens' adapters, where kernels are `AdaptedKernel`s.
 
     Returns:
         The hidden states after the final norm, the new caches, and what was read.
@@ -116,7 +119,7 @@ def run_layers(
     after, found = [], {}
     for layer, cache in enumerate(caches):
         stream, new = run_layer(
-            params[f"{LAYER}{layer}"],
+            with_slots(params[f"{LAYER}{layer}"], adapters),
             stream,
             model.layer_rotary(shared, layer),
             cache,

@@ -2,7 +2,7 @@
 
 import chex
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from folojax.kv import KVCache, Placement, place_tokens
 from folojax.steps.state import DecodeInputs, PrefillInputs
@@ -49,3 +49,13 @@ def last_and_all(
     every = hidden.reshape(rows, columns, -1) if placement is None else placement.by_row(hidden)
     last = jnp.maximum(inputs.length - 1, 0)
     return jnp.take_along_axis(every, last[:, None, None], axis=1)[:, 0], every
+
+
+def of_tokens(
+    values: Shaped[Array, "R *rest"], inputs: PrefillInputs | DecodeInputs, placement: Placement
+) -> Shaped[Array, "T *rest"]:
+    """What is said of rows, for each of their tokens."""
+    if isinstance(inputs, DecodeInputs):
+        return values
+    repeated = jnp.repeat(values, inputs.tokens.shape[1], axis=0)
+    return repeated if placement.source is None else repeated[placement.source]

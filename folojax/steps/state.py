@@ -59,6 +59,7 @@ class CallInputs(NamedTuple):
 
     rows: Any = None  # `PrefillInputs` or `DecodeInputs`, of R rows
     is_edited: Any = None  # [R, Z], which rows the activation edits are on for; None without edits
+    adapters: Any = None  # [R], the slots of the rows' adapters; None: the model has no stacks
     sampling: Any = None  # `SampleInputs`
     num_steps: Any = None  # [B], how many each row takes of several decode steps
     hidden: Any = None  # what the model's call gave, for a sampler or a scorer

@@ -23,7 +23,6 @@ from typing import Any
 
 import chex
 import jax
-import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
@@ -35,7 +34,7 @@ from folojax.sampling.logits_processors import apply_processors, note_outputs
 from folojax.sampling.rows import SampleInputs, SlotState, StepOutput, TokenScores
 from folojax.sampling.sampler import SamplingSpec, sample, token_logprobs
 from folojax.steps.layers import NO_EXTRAS, Residuals, StepExtras, join_layers, layer_of, run_layers
-from folojax.steps.placements import last_and_all, place
+from folojax.steps.placements import last_and_all, of_tokens, place
 from folojax.steps.state import DecodeInputs, PrefillInputs
 
 
@@ -163,6 +162,7 @@ def forward(
     extras: StepExtras = NO_EXTRAS,
     is_edited: Bool[Array, "R Z"] | None = None,
     most_tokens: int | None = None,
+    adapters: Int[Array, " R"] | None = None,
 ) -> tuple[KVCache, Float[Array, "T E"], Placement, Residuals]:
     """The model on the tokens of a step; inside of a jitted function.
 
@@ -176,14 +176,16 @@ def forward(
         is_edited: Which rows the edits are on for; None without edits.
         most_tokens: Most tokens that are no padding: only so many go through the model's products.
             None: padding does, too.
+        adapters: The slots of the rows' adapters, where kernels are `AdaptedKernel`s.
 
     Returns:
         The new cache, the hidden states of all tokens, where the tokens lie, and what was read.
     """
     placement, token, position = place(cache, tokens, inputs, most_tokens)
-    if is_edited is not None and isinstance(inputs, PrefillInputs):
-        is_edited = jnp.repeat(is_edited, inputs.tokens.shape[1], axis=0)
-        is_edited = is_edited if placement.source is None else is_edited[placement.source]
+    if is_edited is not None:
+        is_edited = of_tokens(is_edited, inputs, placement)
+    if adapters is not None:
+        adapters = of_tokens(adapters, inputs, placement)
     hidden, layers, residuals = run_layers(
         params,
         token,
@@ -193,6 +195,7 @@ def forward(
         model=model,
         extras=extras,
         is_edited=is_edited,
+        adapters=adapters,
     )
     return join_layers(layers), hidden, placement, residuals
 

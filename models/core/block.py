@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from folojax.models.core.adapted import AdaptedKernel
 from folojax.models.core.config import ModelConfig
 from folojax.models.core.interface import Attend
 from folojax.models.core.layers import (
@@ -42,15 +43,17 @@ def norm_init(config: ModelConfig) -> Any:
 
 
 def kernel_of(module: nn.Module, name: str, *shape: int, init: Any = _KERNEL_INIT) -> Any:
-    """A module's kernel of that name and shape, if it was given so quantised or one of parts."""
+    """A module's kernel of that name and shape; it may be quantised, adapted or one of parts."""
     if module.has_variable("params", name):
         given: Any = module.get_variable("params", name)
-        if is_quantized(given):
-            if given.shape != shape:
-                raise ValueError(f"{name} is {given.shape}, the model needs {shape}")
-            return given
-        if given.shape == (1, *shape):
-            return given[0]
+        adapted = given if isinstance(given, AdaptedKernel) else None
+        kernel = given if adapted is None else adapted.kernel
+        if kernel.shape == (1, *shape):
+            kernel = kernel[0]
+        if adapted is not None or is_quantized(kernel) or kernel is not given:
+            if kernel.shape != shape:
+                raise ValueError(f"{name} is {kernel.shape}, the model needs {shape}")
+            return kernel if adapted is None else adapted._replace(kernel=kernel)
     return module.param(name, init, shape, module.dtype)
 
 
@@ -84,7 +87,7 @@ class Block(nn.Module):
         gate_up  [2F, E]             gate | up
     A layer of X experts has router [X, E], experts_gate_up [X, E, 2F] and experts_down [X, F, E];
     one that is shared by all tokens, shared_gate_up and shared_down.
-    `qkv`, `o`, `gate_up`, `up` and `down` may each be a `QuantizedKernel` instead of an array.
+    Those of linear layers may each be a `QuantizedKernel` or an `AdaptedKernel` instead.
 
     `layer` says what the config asks of it; `cache_layer`, if given, its place in the cache. With
     `leaves_sum` the last sum is left to the next layer's norm.

@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from folojax.models.core import row_kernels
+from folojax.models.core.adapted import AdaptedKernel, add_low_rank
 from folojax.models.core.config import Activation, ModelConfig
 from folojax.models.core.rope import plain_rates
 from folojax.models.core.shards import own_rows, sum_parts
@@ -90,7 +91,9 @@ _FAST_ROWS = (4, 8, 16, 20, 24, 32)
 
 
 def project(
-    x: Float[Array, "N I"], kernel: Float[Array, "O I"] | QuantizedKernel, is_rounded: bool = False
+    x: Float[Array, "N I"],
+    kernel: Float[Array, "O I"] | QuantizedKernel | AdaptedKernel,
+    is_rounded: bool = False,
 ) -> Float[Array, "N O"]:
     """A linear layer: `x` times the transposed kernel, summed in float32 whatever the dtype.
 
@@ -103,6 +106,9 @@ def project(
         is_rounded: Whether the result comes in the dtype of `x`, which halves what an accelerator
             has to write; else it is float32, as that of a quantised kernel always is.
     """
+    if isinstance(kernel, AdaptedKernel):
+        out = add_low_rank(x, project(x, kernel.kernel), kernel.stack, kernel.slot)
+        return out.astype(x.dtype) if is_rounded else out
     if isinstance(kernel, QuantizedKernel):
         return project_quantized(x, kernel)
     return jax.lax.platform_dependent(x, kernel, **(_ROUNDED if is_rounded else _WIDE))

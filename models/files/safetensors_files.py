@@ -166,7 +166,7 @@ def open_tensors(directory: Path) -> dict[str, StoredTensor]:
     """
     tensors: dict[str, StoredTensor] = {}
     for path in _weight_files(directory):
-        for tensor in _read_header(path):
+        for tensor in read_header(path):
             name = tensor.name
             if name in tensors:
                 raise ValueError(f"tensor {name!r} is in {tensors[name].path} and in {path}")
@@ -174,7 +174,7 @@ def open_tensors(directory: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _read_header(path: Path) -> list[StoredTensor]:
+def read_header(path: Path) -> list[StoredTensor]:
     """The tensors of one file; that they fill it without gaps the library has checked by then."""
     try:
         with safe_open(path, framework="numpy"):

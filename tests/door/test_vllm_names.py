@@ -73,8 +73,8 @@ def test_an_argument_of_the_constructor(name: str) -> None:
 
 
 def test_all_that_is_refused_is_named_at_once(tiny_model: tuple) -> None:
-    with pytest.raises(ValueError, match=r"cpu_offload_gb is 4; .*; enable_lora is True; merge"):
-        LLM(tiny_model, cpu_offload_gb=4, enable_lora=True)  # type: ignore[call-arg]
+    with pytest.raises(ValueError, match=r"cpu_offload_gb is 4; .*; load_format is 'dummy'; files"):
+        LLM(tiny_model, cpu_offload_gb=4, load_format="dummy")  # type: ignore[call-arg]
     with pytest.raises(ValueError, match=r"unknown options \['max_seqs'\]"):
         LLM(tiny_model, max_seqs=4)  # type: ignore[call-arg]
 

@@ -13,7 +13,7 @@ ROOMS: dict[str, set[str]] = {
     "sched": set(),
     "models/machine": set(),
     "models/quantized": {"models/machine"},
-    "models/core": {"models/quantized"},
+    "models/core": {"models/quantized", "models/machine"},
     "models/families": {"models/core"},
     "models/files": {"models/core", "models/families", "models/machine", "models/quantized"},
     "kv": {"models/core"},

@@ -20,6 +20,7 @@ ADAPTERS = (pytest.mark.adapters, pytest.mark.filterwarnings("default"))
         ("docs/using.md", 11),
         ("docs/coming_from_vllm.md", 1),
         ("docs/research.md", 8),
+        ("docs/lora.md", 1),
         ("docs/weights.md", 7),
         pytest.param("docs/adapters.md", 2, marks=ADAPTERS),
     ],

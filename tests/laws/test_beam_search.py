@@ -168,6 +168,6 @@ def test_what_cannot_be_searched_is_refused(tiny_model: tuple, letters_llm: LLM)
         letters_llm.beam_search([[5], []], params)
     with pytest.raises(ValueError, match="concurrency_limit is 0"):
         letters_llm.beam_search("The sea", params, concurrency_limit=0)
-    with pytest.raises(ValueError, match="lora_request is 'x'"):
+    with pytest.raises(ValueError, match="lora_request is 'x'; it must be a LoRARequest"):
         letters_llm.beam_search("The sea", params, lora_request="x")  # type: ignore[arg-type]
     assert letters_llm.beam_search([], params) == []

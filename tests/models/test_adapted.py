@@ -1,0 +1,56 @@
+"""Products of rows with adapters of their own, in C++ and in XLA, against NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from folojax.models.core import adapted
+from folojax.models.core.adapted import Stack, add_low_rank
+
+SHAPES = {
+    "parts": (9, 64, (64, 32, 32), 3, 8),
+    "odd sizes": (5, 67, (33,), 3, 5),
+    "one row": (1, 64, (96, 96), 2, 16),
+}
+
+
+@pytest.mark.parametrize("case", SHAPES)
+@pytest.mark.parametrize("way", ["cpp", "xla"])
+def test_a_row_has_the_update_of_its_own_adapter(
+    case: str, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_rows, width, widths, slots, rank = SHAPES[case]
+    assert adapted._problem() is None, "the machine of the tests has a compiler"
+    if way == "xla":
+        monkeypatch.setattr(adapted, "_problem", lambda: "none today")
+    rng = np.random.default_rng(0)
+    x, base = rng.normal(size=(num_rows, width)), rng.normal(size=(num_rows, sum(widths)))
+    a = rng.normal(size=(len(widths), slots, rank, width))
+    b = [rng.normal(size=(slots, rank, one)) for one in widths]
+    slot = rng.integers(0, slots + 1, num_rows)
+    expected = base.copy()
+    for row, mine in enumerate(slot):
+        if mine < slots:
+            inner = a[:, mine] @ x[row]
+            expected[row] += np.concatenate(
+                [z @ one[mine] for z, one in zip(inner, b, strict=True)]
+            )
+    arrays = [jnp.asarray(one, jnp.float32) for one in (x, base, a, *b)]
+    stack, where = Stack(arrays[2], tuple(arrays[3:])), jnp.asarray(slot, jnp.int32)
+    call = jax.jit(lambda *args: add_low_rank(*args))
+    found = call(arrays[0], arrays[1], stack, where)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=2e-4)
+    if way == "cpp":  # the same bits alone, and in another slot
+        turned = Stack(jnp.roll(stack.a, 1, 1), tuple(jnp.roll(one, 1, 0) for one in stack.b))
+        moved = jnp.where(where < slots, (where + 1) % slots, slots)
+        for row in range(num_rows):
+            one = call(arrays[0][row:][:1], arrays[1][row:][:1], turned, moved[row:][:1])
+            np.testing.assert_array_equal(one[0], found[row])
+
+
+def test_what_does_not_fit_is_an_error() -> None:
+    stack = Stack(jnp.zeros((1, 2, 4, 8)), (jnp.zeros((2, 4, 6)),))
+    slot = jnp.zeros(3, jnp.int32)
+    with pytest.raises(ValueError, match="does not fit adapters of"):
+        add_low_rank(jnp.zeros((3, 9)), jnp.zeros((3, 6)), stack, slot)
