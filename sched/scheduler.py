@@ -268,12 +268,10 @@ class Scheduler:
         """
         mine = [one for one in self._requests.values() if one.adapter == adapter]
         running = [one for one in self._running if one.adapter == adapter]
-        if not keeps_running:
-            for request in reversed(running):
-                self._preempt(request)
-            self._running = [one for one in self._running if one.adapter != adapter]
-            running = []
-        self.memory.drop_adapter(adapter, running, mine)
+        for request in [] if keeps_running else reversed(running):
+            self._preempt(request)
+        self._running = [one for one in self._running if one.status is RequestStatus.RUNNING]
+        self.memory.drop_adapter(adapter, running if keeps_running else (), mine)
 
     def shutdown(self) -> list[Request]:
         """Aborts all requests, drops all cached K/V, and returns the requests.
