@@ -112,9 +112,12 @@ class EngineConfig:
         in four bits and embedding and output in eight, in groups of 32 inputs, inputs rounded
         likewise: a fifth of the memory, and about twice as fast where a C++ compiler is there to
         build the product for x86-64 (else XLA computes it, slowly, and a RuntimeWarning says so).
-        docs/models.md has by how much, how far log-probabilities move, and which files' own codes
-        are kept. Experts and the rest
-        stay as they are. Only on CPU, and without gradients. None computes in the dtype.""",
+        On an NVIDIA GPU inputs of "int4" are bfloat16, and few rows are faster. "fp8" is for these,
+        from Ada and Hopper on: linear layers in float8 (e4m3), a scale for each output, and inputs
+        of more than 32 rows rounded to it row by row; on CPU it saves memory alone. docs/models.md
+        and docs/gpu.md have by how much, how far log-probabilities move, and which files' own codes
+        are kept. Experts and the rest stay as they are. On one device, and without gradients. None
+        computes in the dtype.""",
         choices=QUANTIZATIONS,
     )
     enable_lora: bool = option(
@@ -219,11 +222,9 @@ class EngineConfig:
             ValueError: `max_model_len` is beyond it, the limits contradict each other, or the
                 quantisation is not for this platform.
         """
-        if self.quantization is not None and backend.name != "cpu":
-            raise ValueError(
-                f"quantization is {self.quantization!r}, which is for CPU; this is "
-                f"{backend.name}: leave it out"
-            )
+        problem = backend.quantization_problem(self.quantization)
+        if problem is not None:
+            raise ValueError(f"quantization is {self.quantization!r}, which is {problem}")
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         left_open = {
             "max_model_len": max_position,

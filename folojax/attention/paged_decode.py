@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Num
 
 from folojax.attention.row_layout import finite_in_kernel
 from folojax.kv.placement import Placement
-from folojax.models.core.triton import triton
+from folojax.models.machine.triton import triton
 
 _PIECE_TOKENS = 512
 _PROGRAMS = 8192  # of a batch; one that has nothing to read costs half a nanosecond

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Num
 from folojax.kv.cache import finite_values, write
 from folojax.kv.placement import Placement
 from folojax.models.core.row_kernels import is_taken, kernel_or, most_together
-from folojax.models.core.triton import triton
+from folojax.models.machine.triton import triton
 
 _MOST_TOKENS, _MOST_NUMBERS = 16, 1024  # of a row, and of a token, that a program lays out
 _MOST_HEADS = 16  # of a token that a program joins

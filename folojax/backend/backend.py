@@ -19,6 +19,7 @@ from folojax.compile.shapes import Shapes, powers, up_to, with_parts
 from folojax.kv.cache import KVLayout, PageFormat, PageOrder
 from folojax.models.core.config import ModelConfig
 from folojax.models.core.decoder import Llama
+from folojax.models.quantized.names import TILED
 from folojax.sched.pages import pages_for
 from folojax.steps.by_layer import LayeredSteps
 from folojax.steps.calls import Steps
@@ -53,6 +54,7 @@ class Backend:
     arrays_per_copy: int | None  # layers' arrays that a copy of pages moves in one call; None: all
     swap_rates: SwapRates  # what moving K/V to the host and computing them again cost
     host_memory: str | None  # JAX's name of the host's memory; None: it is the device's
+    int4_kind: str = "int4"  # what "int4" is there (`folojax.models.quantized.names`)
     capability: float = 0.0  # NVIDIA's compute capability of the device; 0 for any other
     devices: Devices = DEFAULT_DEVICE  # that the engine runs on, and how its arrays lie there
 
@@ -69,6 +71,24 @@ class Backend:
             dtype=dtype,
             storage_dtype=jnp.float32 if self.stores_float32 else dtype,
             format=PageFormat(page_size, self.page_order, self.kernels, self.capability),
+        )
+
+    def kind_of(self, quantization: str | None) -> str | None:
+        """What kernels are quantised to where a user asks for this."""
+        return self.int4_kind if quantization == "int4" else quantization
+
+    def quantization_problem(self, quantization: str | None) -> str | None:
+        """Why it cannot be had here, and what to do; None: it can."""
+        if quantization is None or self.name == "cpu":
+            return None
+        if self.name != "gpu" or not self.capability:
+            return "for CPU and NVIDIA GPUs; leave it out"
+        least = _LEAST_CAPABILITY.get(quantization, 0.0)
+        if self.capability >= least:
+            return None
+        return (
+            f"for cards of compute capability {least} on, and this one's is {self.capability}; "
+            f"{_INSTEAD[quantization]}"
         )
 
     def deterministic(self) -> "Backend":
@@ -133,6 +153,10 @@ class Backend:
         )
 
 
+# Of NVIDIA's cards: bfloat16 from Ampere on, float8 from Ada and Hopper on.
+_LEAST_CAPABILITY = {"int4": 8.0, "fp8": 8.9}
+_INSTEAD = {"int4": 'take "int8"', "fp8": 'take "int8" or "int4"'}
+
 # Measured: docs/decisions.md, docs/gpu.md. A copy to the host faults its pages in on CPU, and goes
 # over PCIe on a GPU.
 CPU = Backend(
@@ -179,6 +203,7 @@ GPU = Backend(
     arrays_per_copy=None,
     swap_rates=SwapRates(flops_per_s=3e14, bytes_per_s=2e10, overhead_s=5e-3),
     host_memory="pinned_host",
+    int4_kind=TILED,
 )
 
 

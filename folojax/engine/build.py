@@ -28,7 +28,12 @@ from folojax.kv import KVLayout
 from folojax.models.core.decoder import Llama
 from folojax.models.files.checkpoint import Checkpoint, build_module, load_params, open_checkpoint
 from folojax.models.files.params import param_shapes
-from folojax.models.quantized.quantize import is_quantized, quantization_of, quantize_params
+from folojax.models.quantized.quantize import (
+    is_quantized,
+    quantization_of,
+    quantize_params,
+    widened_bytes,
+)
 from folojax.requests.sampling_params import SamplingParams
 from folojax.requests.user_functions import NO_FUNCTIONS, UserFunctions
 from folojax.requests.validation import Validator
@@ -106,14 +111,15 @@ def load_model(
             raise ValueError(f"revision {revision!r} is for Hub repositories; the model is a pair")
         return _load_pair(model, dtype, config, mesh)
     config, backends = _placed(config, mesh)
-    backend, quantization = backends[0], config.quantization
+    backend = backends[0]
     compute_dtype = _resolve_dtype(dtype, backend)
     checkpoint = open_checkpoint(model, revision)
     module = build_module(checkpoint.config, compute_dtype)
     shapes = param_shapes(checkpoint.config, compute_dtype)
     resolved, plan = plan_memory(config, module, shapes, *backends)
     place = functools.partial(backend.devices.place_param, config=module.config)
-    params = load_params(checkpoint, compute_dtype, quantization, place)
+    kind = backend.kind_of(config.quantization)
+    params = load_params(checkpoint, compute_dtype, kind, place)
     return LoadedModel(module, params, checkpoint, resolved, plan, backends)
 
 
@@ -130,12 +136,13 @@ def _load_pair(model: Any, dtype: DType, config: EngineConfig, mesh: Mesh | None
             "cast the params with jax.tree.map"
         )
     found = quantization_of(params)
-    # What cannot be cut into groups is of eight bits with "int4", too.
-    if found not in (None, quantization) and (found, quantization) != ("int8", "int4"):
+    # What fits neither groups nor float8 is of eight bits with any of them.
+    if found not in (None, quantization) and not (found == "int8" and quantization):
         raise ValueError(f'params have quantised kernels: pass quantization="{found}"')
     resolved, plan = plan_memory(config, module, params, *backends)
     params = backend.devices.adopt(params, module.config) if backends[1:] else params
-    params = quantize_params(params, quantization) if quantization else params
+    kind = backend.kind_of(quantization)
+    params = quantize_params(params, kind) if kind else params
     return LoadedModel(module, params, None, resolved, plan, backends)
 
 
@@ -166,14 +173,14 @@ def plan_memory(
         ValueError: the limits contradict each other, the model or the number of devices, or the
             memory is too little.
     """
-    devices, quantization = backend.devices, config.quantization
-    check_cut(module, devices, quantization)
+    devices, kind = backend.devices, backend.kind_of(config.quantization)
+    check_cut(module, devices, config.quantization)
     num_weights = sum(
         math.prod(leaf.shape) for leaf in jax.tree.leaves(params, is_leaf=is_quantized)
     )
-    if quantization:
+    if kind:
         # Floats that are quantised remain the caller's.
-        params = jax.eval_shape(lambda params: quantize_params(params, quantization), params)
+        params = jax.eval_shape(lambda params: quantize_params(params, kind), params)
     forms = jax.tree.leaves(devices.param_shapes(params, module.config))
     sizes = list(map(device_bytes, forms))
     given = zip(jax.tree.leaves(params), forms, sizes, strict=True)
@@ -186,7 +193,7 @@ def plan_memory(
 
     def measure(num_pages: int) -> int:
         sized = dataclasses.replace(resolved, num_pages=num_pages)
-        return step_memory.measure(make_setup(module, sized, backend), quantization)
+        return step_memory.measure(make_setup(module, sized, backend), kind)
 
     setup = make_setup(module, resolved, backend)
     plan = MemoryPlan(
@@ -196,7 +203,7 @@ def plan_memory(
         num_pages=resolved.num_pages,
         page_size=resolved.page_size,
         max_model_len=resolved.max_model_len,
-        temporaries_bytes=step_memory.estimate(setup),
+        temporaries_bytes=step_memory.estimate(setup) + widened_bytes(params),
         is_measured=False,
         device=device_memory(resident, *(one.devices for one in (backend, *others))),
     )

@@ -64,7 +64,7 @@ LLM_ARGUMENTS = {
     "logprobs_mode": _like(
         "logprobs_mode", ("raw_logprobs", "raw"), ("processed_logprobs", "processed")
     ),
-    # A file says itself what it has. "fp8" is not here: it rounds the weights of others.
+    # A file says itself what it has. "fp8" is not here: it means the same in both.
     "quantization": _like(
         "quantization",
         *(

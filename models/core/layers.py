@@ -104,13 +104,13 @@ def project(
         x: The inputs.
         kernel: Of the layer.
         is_rounded: Whether the result comes in the dtype of `x`, which halves what an accelerator
-            has to write; else it is float32, as that of a quantised kernel always is.
+            has to write; else it is float32.
     """
     if isinstance(kernel, AdaptedKernel):
         out = add_low_rank(x, project(x, kernel.kernel), kernel.stack, kernel.slot)
         return out.astype(x.dtype) if is_rounded else out
     if isinstance(kernel, QuantizedKernel):
-        return project_quantized(x, kernel)
+        return project_quantized(x, kernel, x.dtype if is_rounded else jnp.float32)
     return jax.lax.platform_dependent(x, kernel, **(_ROUNDED if is_rounded else _WIDE))
 
 

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from folojax.models.core.triton import triton
+from folojax.models.machine.triton import triton
 
 _MOST_GATED = 2048  # numbers of a row that a program computes
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
@@ -18,7 +19,8 @@ from folojax.models.files.quantized_tensor import QuantizedTensor
 from folojax.models.files.safetensors_files import DTYPES, HeldTensor, Tensor
 from folojax.models.files.tied_head import parted_head
 from folojax.models.quantized.codes import kernel_of_codes
-from folojax.models.quantized.quantize import QuantizedKernel, quantize
+from folojax.models.quantized.float8_kernels import Float8Kernel
+from folojax.models.quantized.quantize import QuantizedKernel, kernel_kind, quantize
 
 _SILENT_SECONDS = 2.0
 
@@ -133,6 +135,12 @@ def _stored_kernel(
     packed = [one for one in parts if isinstance(one, QuantizedTensor)]
     if quantization is None or len(packed) < len(parts) or source.num_stacked is not None:
         return None
+    if kernel_kind(name, source.shape, quantization) == "float8":
+        narrow = [found for one in packed if (found := one.read_float8()) is not None]
+        if len(narrow) < len(parts):
+            return None
+        values, scale = (np.concatenate(some) for some in zip(*narrow, strict=True))
+        return Float8Kernel(jnp.asarray(values), jnp.asarray(scale))
     codes = [one for tensor in packed if (one := tensor.read_codes()) is not None]
     return kernel_of_codes(name, codes, quantization) if len(codes) == len(parts) else None
 

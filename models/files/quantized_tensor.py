@@ -73,6 +73,16 @@ class QuantizedTensor:
         row_of = np.arange(self.shape[0]) // self.block[0]
         return Codes(self._codes(), self._scale()[row_of], zero[row_of], self.block[1], self.bits)
 
+    def read_float8(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """Values in float8 and a scale for each output; None where it has another one for inputs.
+
+        Of other layouts there are none.
+        """
+        if self.layout != "float8" or self.group_of is not None or self.block[1] < self.shape[1]:
+            return None
+        scale = self._scale()[np.arange(self.shape[0]) // self.block[0], 0]
+        return self._codes(), scale
+
     def _row_blocks(self) -> Iterator[tuple[slice, np.ndarray]]:
         """Some outputs after the other, and the row of scales of each of them."""
         count = max(1, _BLOCK_WEIGHTS // max(1, self.shape[1]))

@@ -239,6 +239,7 @@ class ShardWriter:
         self._shards: list[list[str]] = []
         self._total_bytes = 0
         self.shapes: dict[str, tuple[int, ...]] = {}  # of all that was added
+        self.float8: set[str] = set()  # of these, what is in it
 
     def add(self, name: str, array: np.ndarray) -> None:
         """Takes one tensor; not to be changed afterwards."""
@@ -248,6 +249,8 @@ class ShardWriter:
         self._pending[name] = np.ascontiguousarray(array)
         self._total_bytes += array.nbytes
         self.shapes[name] = array.shape
+        if array.dtype == _PACKED_DTYPES["F8_E4M3"]:
+            self.float8.add(name)
 
     def close(self) -> None:
         """Writes what is left, and the index if there are several files."""

@@ -106,7 +106,7 @@ def save_pretrained(
         for tensor_name, view in _tensors(params, config):
             writer.add(tensor_name, view)
         writer.close()
-        quantized = quantization_config(writer.shapes)
+        quantized = quantization_config(writer.shapes, writer.float8)
         if quantized is not None:
             mapping["quantization_config"] = quantized
         (part / "config.json").write_text(json.dumps(mapping, indent=2) + "\n", encoding="utf-8")

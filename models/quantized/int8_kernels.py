@@ -12,9 +12,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int, Int8
 
 from folojax.models.machine.row_sums import sum_products
+from folojax.models.quantized.float8_kernels import MOST_WIDE_ROWS, multiply_wide
+from folojax.models.quantized.row_rounding import round_rows
 
 # XLA makes of a division by a constant what this says.
 _STEP = np.float32(1 / 127)
@@ -44,8 +47,28 @@ def quantize_int8(kernel: Float[Array, "O I"]) -> Int8Kernel:
     return Int8Kernel(values, scale[:, 0])
 
 
-def project_int8(x: Float[Array, "N I"], kernel: Int8Kernel) -> Float[Array, "N O"]:
-    """A linear layer in float32: `x`, rounded to eight bits row by row, times the kernel."""
+def project_int8(
+    x: Float[Array, "N I"], kernel: Int8Kernel, dtype: DTypeLike = jnp.float32
+) -> Float[Array, "N O"]:
+    """A linear layer, in `dtype`: `x`, rounded to eight bits row by row, times the kernel.
+
+    On accelerators few rows are not rounded: there the kernel's bytes decide.
+    """
+
+    def best(x: Array, kernel: Int8Kernel) -> Array:
+        if x.shape[0] <= MOST_WIDE_ROWS:
+            return multiply_wide(x, *kernel).astype(dtype)
+        values, scale = round_rows(x, jnp.int8, 127.0)
+        sums = _multiply(values, kernel.values).astype(jnp.float32)
+        return (sums * scale * kernel.scale[None, :]).astype(dtype)
+
+    def on_cpu(x: Array, kernel: Int8Kernel) -> Array:
+        return _multiply_on_cpu(x, kernel).astype(dtype)
+
+    return jax.lax.platform_dependent(x, kernel, cpu=on_cpu, default=best)
+
+
+def _multiply_on_cpu(x: Float[Array, "N I"], kernel: Int8Kernel) -> Float[Array, "N O"]:
     values, scale = _round(x.astype(jnp.float32))
     num_rows = x.shape[0]
     if num_rows <= _MOST_SUMMED_ROWS:

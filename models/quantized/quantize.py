@@ -1,11 +1,22 @@
 """Which kernels of a model are kept in few bits, and what may be done with them."""
 
+import functools
+import math
 from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from folojax.models.quantized.float8_kernels import (
+    Float8Kernel,
+    fits_float8,
+    project_float8,
+    quantize_float8,
+    take_float8,
+)
 from folojax.models.quantized.group_kernels import (
     GroupKernel,
     fits_groups,
@@ -14,9 +25,17 @@ from folojax.models.quantized.group_kernels import (
     take_groups,
 )
 from folojax.models.quantized.int8_kernels import Int8Kernel, project_int8, quantize_int8, take_int8
-from folojax.models.quantized.names import QUANTIZATIONS
+from folojax.models.quantized.names import QUANTIZATIONS, TILED
+from folojax.models.quantized.tiled_kernels import (
+    TiledKernel,
+    fits_tiles,
+    project_tiles,
+    quantize_tiles,
+    take_tiles,
+    tiles_of_groups,
+)
 
-QuantizedKernel: TypeAlias = Int8Kernel | GroupKernel
+QuantizedKernel: TypeAlias = Int8Kernel | GroupKernel | TiledKernel | Float8Kernel
 
 
 # Experts are multiplied by `lax.ragged_dot`, and a router's scores decide between experts.
@@ -41,8 +60,17 @@ _LINEAR = frozenset(
 VOCABULARY = frozenset({"embed", "lm_head"})
 """Parameters with a row for each token."""
 
-BY_OUTPUT = 0
-"""In the place of bits: a scale for each output, not for each group."""
+Kind: TypeAlias = Literal["output", "groups4", "groups8", "tiles", "float8"]
+"""Of a quantised kernel: an `Int8Kernel`, a `GroupKernel` of so many bits, a `TiledKernel`, a
+`Float8Kernel`."""
+
+_QUANTIZERS: dict[Kind, Callable[[Array], QuantizedKernel]] = {
+    "output": quantize_int8,
+    "groups4": functools.partial(quantize_groups, bits=4),
+    "groups8": functools.partial(quantize_groups, bits=8),
+    "tiles": quantize_tiles,
+    "float8": quantize_float8,
+}
 
 
 def quantize_params(params: Mapping[str, Any], quantization: str) -> dict[str, Any]:
@@ -50,8 +78,10 @@ def quantize_params(params: Mapping[str, Any], quantization: str) -> dict[str, A
 
     With "int8" these are `Int8Kernel`s. With "int4" they are `GroupKernel`s: linear layers of four
     bits, token embedding and output of eight; where a shape cannot be cut into groups, an
-    `Int8Kernel`. Norms, biases, learned positions, routers and experts stay as they are, and so do
-    kernels that are quantised already.
+    `Int8Kernel`. With `TILED` and "fp8" linear layers are `TiledKernel`s and `Float8Kernel`s, token
+    embedding and output, and what does not fit, `Int8Kernel`s. Norms, biases, learned positions,
+    routers and experts stay as they are, and so do kernels that are quantised already; but those in
+    groups become tiles.
     """
 
     def convert(name: str, leaf: Any) -> Any:
@@ -67,39 +97,43 @@ def quantize(
 ) -> Array | QuantizedKernel:
     """A parameter as it is kept: its name in a layer or model says whether it is quantised.
 
-    One that is quantised already stays as it is.
+    One that is quantised already stays as it is, but for groups where tiles are wanted.
     """
+    if isinstance(leaf, GroupKernel) and quantization == TILED and leaf.bits == 4:
+        return tiles_of_groups(leaf)
     if isinstance(leaf, QuantizedKernel):
         return leaf
-    quantizer = _quantizer(name, leaf.shape, quantization)
-    return leaf if quantizer is None else quantizer(leaf)
+    kind = kernel_kind(name, leaf.shape, quantization)
+    return leaf if kind is None else _QUANTIZERS[kind](leaf)
 
 
 def quantize_like(kernel: QuantizedKernel, leaf: Float[Array, "O I"]) -> QuantizedKernel:
     """A kernel of floats, quantised in the way of another one."""
-    if isinstance(kernel, Int8Kernel):
-        return quantize_int8(leaf)
-    return quantize_groups(leaf, bits=kernel.bits)
+    if isinstance(kernel, TiledKernel):
+        return quantize_tiles(leaf, group=kernel.group)
+    return _QUANTIZERS[_kind_of(kernel)](leaf)
 
 
-def _quantizer(
-    name: str, shape: tuple[int, ...], quantization: str | None
-) -> Callable[[Array], QuantizedKernel] | None:
-    kind = kernel_kind(name, shape, quantization)
-    if kind is None:
-        return None
-    return quantize_int8 if kind == BY_OUTPUT else lambda leaf: quantize_groups(leaf, bits=kind)
+def _kind_of(kernel: QuantizedKernel) -> Kind:
+    if isinstance(kernel, GroupKernel):
+        return "groups4" if kernel.bits == 4 else "groups8"
+    return "output" if isinstance(kernel, Int8Kernel) else "float8"
 
 
-def kernel_kind(name: str, shape: tuple[int, ...], quantization: str | None) -> int | None:
-    """The bits of a parameter's codes in groups; `BY_OUTPUT` for an `Int8Kernel`; None: floats."""
-    if quantization not in (None, *QUANTIZATIONS):
+def kernel_kind(name: str, shape: tuple[int, ...], quantization: str | None) -> Kind | None:
+    """What a parameter becomes; None: it stays floats."""
+    if quantization not in (None, *QUANTIZATIONS, TILED):
         raise ValueError(f"quantization is {quantization!r}, not one of {', '.join(QUANTIZATIONS)}")
-    if quantization is None or name not in _LINEAR | VOCABULARY:
+    is_linear = name in _LINEAR
+    if quantization is None or not (is_linear or name in VOCABULARY):
         return None
-    if quantization == "int8" or not fits_groups(shape):
-        return BY_OUTPUT
-    return 4 if name in _LINEAR else 8
+    if quantization == TILED and is_linear and fits_tiles(shape):
+        return "tiles"
+    if quantization == "fp8" and is_linear and fits_float8(shape):
+        return "float8"
+    if quantization == "int4" and fits_groups(shape):
+        return "groups4" if is_linear else "groups8"
+    return "output"
 
 
 def is_quantized(node: Any) -> bool:
@@ -107,27 +141,44 @@ def is_quantized(node: Any) -> bool:
     return isinstance(node, QuantizedKernel)
 
 
+def widened_bytes(params: Any) -> int:
+    """Of the largest temporary that a product makes of a kernel in tiles."""
+    leaves = jax.tree.leaves(params, is_leaf=is_quantized)
+    return max(
+        (2 * math.prod(one.shape) for one in leaves if isinstance(one, TiledKernel)), default=0
+    )
+
+
 def quantization_of(params: Any) -> str | None:
     """The quantisation that parameters have already; None: all are floats."""
     leaves = jax.tree.leaves(params, is_leaf=is_quantized)
-    if any(isinstance(leaf, GroupKernel) for leaf in leaves):
+    if any(isinstance(leaf, GroupKernel | TiledKernel) for leaf in leaves):
         return "int4"
+    if any(isinstance(leaf, Float8Kernel) for leaf in leaves):
+        return "fp8"
     return "int8" if any(map(is_quantized, leaves)) else None
 
 
-@jax.custom_jvp
-def project_quantized(x: Float[Array, "N I"], kernel: QuantizedKernel) -> Float[Array, "N O"]:
-    """A linear layer in float32: `x`, rounded to eight bits, times the kernel.
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def project_quantized(
+    x: Float[Array, "N I"], kernel: QuantizedKernel, dtype: DTypeLike = jnp.float32
+) -> Float[Array, "N O"]:
+    """A linear layer, in `dtype`: `x`, rounded as the kernel's kind has it, times the kernel.
 
     It has no derivative: to ask for one is a TypeError.
     """
-    if isinstance(kernel, Int8Kernel):
-        return project_int8(x, kernel)
-    return project_groups(x, kernel)
+    match kernel:
+        case Int8Kernel():
+            return project_int8(x, kernel, dtype)
+        case TiledKernel():
+            return project_tiles(x, kernel, dtype)
+        case Float8Kernel():
+            return project_float8(x, kernel, dtype)
+    return project_groups(x, kernel).astype(dtype)
 
 
 @project_quantized.defjvp
-def _has_no_derivative(primals: Any, tangents: Any) -> Any:
+def _has_no_derivative(dtype: Any, primals: Any, tangents: Any) -> Any:
     # Without this rule there would be one, of the scales alone: finite and wrong.
     raise TypeError(
         "quantised kernels cannot be differentiated through: take the float parameters that they "
@@ -137,6 +188,11 @@ def _has_no_derivative(primals: Any, tangents: Any) -> Any:
 
 def take_quantized(table: QuantizedKernel, index: Int[Array, " N"]) -> Float[Array, "N I"]:
     """Rows of an embedding in float32; an index outside reads the nearest row."""
-    if isinstance(table, Int8Kernel):
-        return take_int8(table, index)
+    match table:
+        case Int8Kernel():
+            return take_int8(table, index)
+        case TiledKernel():
+            return take_tiles(table, index)
+        case Float8Kernel():
+            return take_float8(table, index)
     return take_groups(table, index)

@@ -55,7 +55,7 @@ def main() -> None:
         print(f"| {name} | {against} | {_compare(expected, found)} |", flush=True)
         return found
 
-    for quantization in ("int8", "int4"):
+    for quantization in ("int8", "int4", "fp8"):
         params = load_params(checkpoint, jnp.float32, quantization)
         tell(f"`{quantization}`", "float32", params, plain)
     for name, case in files.items():

@@ -2,12 +2,14 @@
 
     python scripts/measure/gpu_serve.py qwen3-0.6b                     everything below
     python scripts/measure/gpu_serve.py qwen3-8b --parts ready nano rows
+    python scripts/measure/gpu_serve.py qwen3-8b --parts rows prompts --quantization int4
 
 Parts: `ready` (seconds until the engine is made, which is warm by then), `nano` (256 requests of
-100-1,024 tokens in and out, three runs), `rows` (1, 8 and 64 requests of 128 tokens in and out),
-`sampling` (64 requests of 128 in and out for each kind of sampling), `profile` (where a run's time
-goes: seconds of the host by part of a step). Weights are random, prompts too, and no prefix is
-seen twice. `--small` shrinks everything, to try the script on a CPU.
+100-1,024 tokens in and out, three runs), `rows` (1, 8, 64 and 256 requests of 128 tokens in and
+out), `prompts` (32 prompts of 512 tokens, one token out), `sampling` (64 requests of 128 in and out
+for each kind of sampling), `profile` (where a run's time goes: seconds of the host by part of a
+step). Weights are random, prompts too, and no prefix is seen twice. `--small` shrinks everything,
+to try the script on a CPU.
 """
 
 import argparse
@@ -24,6 +26,7 @@ import numpy as np
 from gpu_common import SHAPES, Report, make_model, nano_requests
 
 from folojax import LLM, SamplingParams
+from folojax.models.quantized.names import QUANTIZATIONS
 
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 _CACHE_HIT = "/jax/compilation_cache/cache_hits"
@@ -110,10 +113,17 @@ class Serving:
     def check_rows(self, runs: int = 3) -> None:
         """Few requests."""
         size = 16 if self.small else 128
-        for rows in (1, 8) if self.small else (1, 8, 64):
+        for rows in (1, 8) if self.small else (1, 8, 64, 256):
             times = [self.run([(size, size)] * rows, temperature=0) for _ in range(runs)]
             best = float(np.median(times))
             self._add(part="rows", rows=rows, seconds=best, tokens_per_s=rows * size / best)
+
+    def check_prompts(self, runs: int = 3) -> None:
+        """Prompts alone."""
+        count, size = (2, 32) if self.small else (32, 512)
+        times = [self.run([(size, 1)] * count, temperature=0) for _ in range(runs)]
+        best = float(np.median(times))
+        self._add(part="prompts", seconds=best, tokens_per_s=count * size / best)
 
     def check_sampling(self, runs: int = 3) -> None:
         """Each kind of sampling, interleaved."""
@@ -178,16 +188,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parts = ["nano", "rows", "sampling", "profile"]
+    parts = ["nano", "rows", "prompts", "sampling", "profile"]
     parser.add_argument("model", choices=list(SHAPES))
     parser.add_argument("--parts", nargs="+", choices=["ready", *parts], default=parts)
     parser.add_argument("--small", action="store_true", help="shrink everything")
+    parser.add_argument("--quantization", choices=QUANTIZATIONS, help="of the random weights")
     parser.add_argument("--set", nargs=2, action="append", default=[], metavar=("FIELD", "VALUE"))
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the figures to this file")
     args = parser.parse_args()
     report = Report(device=jax.devices()[0].device_kind, jax=jax.__version__)
     print(report.about, flush=True)
-    options = {field: float(v) if "." in v else int(v) for field, v in args.set}
+    options: dict[str, Any] = {field: float(v) if "." in v else int(v) for field, v in args.set}
+    options |= {"quantization": args.quantization}
     serving = Serving(args.model, args.small, report, **options)
     for part in args.parts:
         if part != "ready":

@@ -27,6 +27,7 @@ from folojax.backend.backend import GPU
 from folojax.backend.devices import Devices, device_bytes
 from folojax.compile.shapes import slots_for
 from folojax.models.core.decoder import Llama, init_params
+from folojax.models.quantized.quantize import quantize_params
 from folojax.runner.batch import Batch
 from folojax.runner.padding import padding
 from folojax.sampling.sampler import SamplingSpec
@@ -84,7 +85,13 @@ class Steps:
     """The programs of an engine on one card or several, as shapes: nothing is allocated."""
 
     def __init__(
-        self, module: Llama, num_pages: int, page_size: int, table_pages: int, devices: Devices
+        self,
+        module: Llama,
+        num_pages: int,
+        page_size: int,
+        table_pages: int,
+        devices: Devices,
+        quantization: str | None = None,
     ) -> None:
         """Takes shapes.
 
@@ -94,12 +101,19 @@ class Steps:
             page_size: S.
             table_pages: N, most pages of a row.
             devices: See `target_devices`.
+            quantization: Of the kernels.
         """
         backend = dataclasses.replace(GPU, capability=_HOPPER, devices=devices)
         self._devices, self._steps = devices, backend.make_steps(module)
         self._vocab_size, self._table_pages = module.config.vocab_size, table_pages
         self._is_tied = module.config.tie_embeddings
-        shapes = jax.eval_shape(functools.partial(init_params, module), jax.random.key(0))
+        kind = backend.kind_of(quantization)
+
+        def make() -> Any:
+            params = init_params(module, jax.random.key(0))
+            return quantize_params(params, kind) if kind else params
+
+        shapes = jax.eval_shape(make)
         self._params = devices.param_shapes(shapes, module.config)
         self._layout = backend.kv_layout(module.config, module.dtype, num_pages, page_size)
 

@@ -36,6 +36,7 @@ from rich.table import Table
 from folojax.backend.devices import Devices
 from folojax.models.core.config import ModelConfig
 from folojax.models.core.decoder import Llama
+from folojax.models.quantized.names import QUANTIZATIONS
 from folojax.sampling.sampler import SamplingClass, SamplingSpec
 from folojax.sched.pages import pages_for
 
@@ -68,6 +69,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     calls = [*_DECODE, "prefill"]
     add = parser.add_argument
     add("--model", choices=sorted(SHAPES), default="qwen3-0.6b")
+    add("--quantization", choices=QUANTIZATIONS, help="of the kernels")
     add("--devices", type=int, default=1, help="cards that share each layer")
     add("--layers", type=int, help="only the first ones; default: all")
     add("--calls", nargs="+", choices=calls, default=calls)
@@ -102,7 +104,8 @@ def inspect(args: argparse.Namespace, devices: Devices) -> Iterator[dict[str, An
     elements //= devices.count
     num_pages = int(args.pool_gb * 1e9 / (elements * jnp.dtype(module.dtype).itemsize))
     table_pages = pages_for(args.longest, args.page_size)
-    steps = Steps(module, num_pages, args.page_size, table_pages, devices)
+    sizes = num_pages, args.page_size, table_pages
+    steps = Steps(module, *sizes, devices, args.quantization)
     for call in args.calls:
         for rows in [args.prefill_rows] if call == "prefill" else args.rows:
             if call == "prefill":

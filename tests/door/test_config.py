@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from typing import Any
 
 import pytest
@@ -127,11 +128,33 @@ def test_a_budget_that_nobody_chose_gives_way() -> None:
     assert whole.resolve(128, CPU).max_num_batched_tokens == 512
 
 
-def test_eight_bits_are_for_cpu() -> None:
-    config = EngineConfig(quantization="int8")
-    assert config.resolve(4096, CPU).quantization == "int8"
-    with pytest.raises(ValueError, match="quantization is 'int8', which is for CPU; this is gpu"):
-        config.resolve(4096, GPU)
+@pytest.mark.parametrize(
+    ("quantization", "capability", "least"),
+    [
+        *(("int8", 7.5, None), ("int4", 8.0, None), ("int4", 7.5, 8.0)),
+        *(("fp8", 8.9, None), ("fp8", 8.6, 8.9)),
+    ],
+)
+def test_a_quantization_is_for_cards_that_have_its_products(
+    quantization: str, capability: float, least: float | None
+) -> None:
+    config = EngineConfig(quantization=quantization)
+    assert config.resolve(4096, CPU).quantization == quantization
+    card = dataclasses.replace(GPU, capability=capability)
+    if least is None:
+        assert config.resolve(4096, card).quantization == quantization
+        return
+    message = (
+        f"quantization is '{quantization}', which is for cards of compute capability {least} on, "
+        f'and this one\'s is {capability}; take "int8"'
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        config.resolve(4096, card)
+
+
+def test_no_quantization_on_other_accelerators() -> None:
+    with pytest.raises(ValueError, match="which is for CPU and NVIDIA GPUs; leave it out"):
+        EngineConfig(quantization="int8").resolve(4096, GPU)
 
 
 def test_the_scheduler_gets_every_limit() -> None:

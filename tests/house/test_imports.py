@@ -21,7 +21,10 @@ ROOMS: dict[str, set[str]] = {
     "sampling": set(),
     "compile": {"sampling", "sched"},
     "steps": {"attention", "compile", "kv", "models/core", "models/machine", "sampling"},
-    "backend": {"compile", "kv", "models/core", "models/machine", "sched", "steps"},
+    "backend": {
+        *("compile", "kv", "sched", "steps"),
+        *("models/core", "models/machine", "models/quantized"),
+    },
     "text": {"models/files", "models/machine"},
     "requests": {"sampling", "sched", "steps", "text"},
     "sampling_params": {"requests"},

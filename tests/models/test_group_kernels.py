@@ -197,5 +197,5 @@ def test_what_does_not_fit_is_refused() -> None:
         with pytest.raises(ValueError, match=r"x \[2, \d+\] does not fit a kernel in groups"):
             project_groups(x, wrong)
     assert project_groups(jnp.ones((0, 64)), kernel).shape == (0, 64)
-    with pytest.raises(ValueError, match="quantization is 'int5', not one of int8, int4"):
+    with pytest.raises(ValueError, match="quantization is 'int5', not one of int8, int4, fp8"):
         quantize("o", jnp.ones((64, 64)), "int5")

@@ -20,6 +20,7 @@ from folojax.models.core.decoder import Llama
 from folojax.models.files.checkpoint import build_module, load_params, open_checkpoint
 from folojax.models.files.save import params_to_hf
 from folojax.models.quantized.codes import dequantize
+from folojax.models.quantized.float8_kernels import Float8Kernel
 from folojax.models.quantized.group_kernels import GroupKernel
 from folojax.models.quantized.int8_kernels import Int8Kernel
 from folojax.models.quantized.quantize import quantization_of, quantize_params
@@ -31,15 +32,19 @@ from tests.dense import likelihood, logits
 from tests.letters import make_letters_tokenizer
 
 LIMITS: dict[str, Any] = reference.TINY_LIMITS
-KINDS = {"int8": Int8Kernel, "int4": GroupKernel}
+KINDS = {"int8": Int8Kernel, "int4": GroupKernel, "fp8": Float8Kernel}
 # An input on the border between two integers falls to either side; int4 has more of them.
-TOLERANCE, MOST_GAP = {"int8": 2e-3, "int4": 0.03}, {"int8": 0.25, "int4": 0.5}
+TOLERANCE = {"int8": 2e-3, "int4": 0.03, "fp8": 2e-3}
+MOST_GAP = {"int8": 0.25, "int4": 0.5, "fp8": 0.25}
 GREEDY = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True, logprobs=0)
 PROMPTS = [list(range(5, 5 + length)) for length in (3, 40, 17, 60, 9)]
 
 
 # What kernels of either kind compute is tested elsewhere; engines go the same way with both.
-@pytest.fixture(scope="module", params=[pytest.param("int8", marks=pytest.mark.slow), "int4"])
+@pytest.fixture(
+    scope="module",
+    params=[*(pytest.param(one, marks=pytest.mark.slow) for one in ("int8", "fp8")), "int4"],
+)
 def quantization(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -246,7 +251,7 @@ def test_what_an_engine_saves_is_loaded_again(
         expected = dequantize(llm.params["layers_0"][name])
         chex.assert_trees_all_equal(np.asarray(floats["layers_0"][name]), expected)
     stated = json.loads((tmp_path / "config.json").read_text())
-    assert ("quantization_config" in stated) == (quantization == "int8")
+    assert ("quantization_config" in stated) == (quantization != "int4")
 
 
 def test_derivatives_are_refused(llm: LLM, tiny_model: tuple) -> None:
@@ -287,7 +292,7 @@ def test_refusals(llm: LLM, tiny_model: tuple, quantization: str) -> None:
         merge_lora(small, lora)
 
 
-@pytest.mark.parametrize(("quantization", "most"), [("int8", 0.1), ("int4", 0.01)])
+@pytest.mark.parametrize(("quantization", "most"), [("int8", 0.1), ("int4", 0.01), ("fp8", 0.05)])
 def test_the_real_model_stays_close(quantization: str, most: float) -> None:
     """Mean divergence from float32, in nats a token; 0.03 and 0.003 when this was written."""
     checkpoint = open_checkpoint(None)

@@ -20,6 +20,7 @@ from folojax.models.files.checkpoint import load_params, open_checkpoint
 from folojax.models.files.hf_config import config_from_hf
 from folojax.models.files.save import save_pretrained
 from folojax.models.quantized.codes import dequantize
+from folojax.models.quantized.float8_kernels import Float8Kernel
 from folojax.models.quantized.group_kernels import GroupKernel
 from folojax.models.quantized.int8_kernels import Int8Kernel
 from folojax.models.quantized.quantize import quantize_params
@@ -322,3 +323,16 @@ def test_parts_that_do_not_fit_are_named(case: str, written: Any, tmp_path: Path
     with pytest.raises(ValueError, match=message) as error:
         load_params(open_checkpoint(tmp_path), jnp.float32)
     assert STEM.removesuffix(".") in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["fp8-tensor", "fbgemm-fp8", "ct-float8", "fp8-blocks"])
+def test_float8_is_kept_where_an_output_has_one_scale(name: str, written: Any) -> None:
+    directory, meant = written[name]
+    kernel = load_params(open_checkpoint(directory), jnp.float32, "fp8")["layers_0"]["qkv"]
+    assert isinstance(kernel, Float8Kernel)
+    expected = joined(meant, 0, *QKV)
+    if name == "fp8-blocks":
+        largest = abs(expected).max(axis=1, keepdims=True)
+        assert (abs(dequantize(kernel) - expected) <= largest * 2**-4).all()
+    else:
+        np.testing.assert_allclose(dequantize(kernel), expected, rtol=1e-6)
