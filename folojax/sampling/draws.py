@@ -117,7 +117,27 @@ def kth_largest(x: Float[Array, "B U W"], k: Int[Array, " B"]) -> Float[Array, "
 
 def draw(support: Support, keys: Key[Array, " B"]) -> Int[Array, " B"]:
     """Draws a token a row from the whole support."""
-    return _pick(support, _block_sums(support.weights()), support.end, keys, jnp.int32(0)).token
+    return _pick(support, _block_sums(support.weights()), support.end, keys, jnp.int32(0))[1].token
+
+
+class PartOfBlocks(NamedTuple):
+    """Which of all blocks a support has."""
+
+    first: Int[Array, ""]
+    num_blocks: int  # U, of the whole; from there on are blocks of padding, without weights
+
+
+def draw_in_part(
+    support: Support, keys: Key[Array, " B"], part: PartOfBlocks
+) -> tuple[Float[Array, " B"], Place]:
+    """Draws from some of the blocks, with their noise.
+
+    Returns:
+        A score relative to `support.top`, whose largest over all parts is that of the token that
+        `draw` would give of the whole; and the token, by its place in the part.
+    """
+    mass = _block_sums(support.weights())
+    return _pick(support, mass, support.end, keys, jnp.int32(0), part)
 
 
 def draw_from_nucleus(
@@ -133,7 +153,7 @@ def draw_from_nucleus(
     """
 
     def next_round(last: _Round) -> _Round:
-        place = _pick(support, last.mass, last.end, keys, last.number)
+        _, place = _pick(support, last.mass, last.end, keys, last.number)
         mass = _block_sums(support.weights(before=place))
         # With top_p = 1 everything is inside, also what is too small to change a sum.
         is_inside = (mass.sum(axis=1) < target) | (top_p >= 1)
@@ -189,20 +209,26 @@ def _pick(
     end: Place,
     keys: Key[Array, " B"],
     number: Int[Array, ""],
-) -> Place:
-    """Draws a block by its mass before a place, and a token in it."""
-    blocks = mass.shape[1]
+    part: PartOfBlocks | None = None,
+) -> tuple[Float[Array, " B"], Place]:
+    """Draws a block by its mass before a place, and a token in it; tells the score of the block."""
+    blocks = mass.shape[1] if part is None else part.num_blocks
 
     def gumbel(key: Key[Array, ""]) -> Float[Array, " UW"]:
         return jax.random.gumbel(jax.random.fold_in(key, number), (blocks + BLOCK_SIZE,))
 
     noise = jax.vmap(gumbel)(keys)
-    block = jnp.argmax(jnp.log(mass) + noise[:, :blocks], axis=1)
+    of_blocks = noise[:, :blocks]
+    if part is not None:
+        filled = jnp.pad(of_blocks, ((0, 0), (0, mass.shape[1])))
+        of_blocks = lax.dynamic_slice_in_dim(filled, part.first, mass.shape[1], axis=1)
+    scores = jnp.log(mass) + of_blocks
+    block = jnp.argmax(scores, axis=1)
     logits = _take_block(support.logits, block)
     ids = block[:, None] * BLOCK_SIZE + jnp.arange(BLOCK_SIZE)[None, :]
     inside = _log_weights(support, logits[:, None, :], ids[:, None, :], end)[:, 0]
     place = jnp.argmax(inside + noise[:, blocks:], axis=1)
-    return Place(_take(logits, place), block * BLOCK_SIZE + place)
+    return scores.max(axis=1), Place(_take(logits, place), block * BLOCK_SIZE + place)
 
 
 def _log_weights(

@@ -160,6 +160,15 @@ def _support(
     return draws.Support(blocks, top, temperature, floor)
 
 
+def row_keys(rows: SamplingRows, position: Int[Array, " B"]) -> Key[Array, " B"]:
+    """The randomness of each row's token, by its seed and place."""
+
+    def key(words: UInt[Array, "2"], position: Int[Array, ""]) -> Key[Array, ""]:
+        return jax.random.fold_in(jax.random.wrap_key_data(words, impl="threefry2x32"), position)
+
+    return jax.vmap(key)(rows.seed, position)
+
+
 def _draw(
     support: draws.Support,
     rows: SamplingRows,
@@ -167,10 +176,7 @@ def _draw(
     spec: SamplingSpec,
     is_skipped: Bool[Array, " B"],
 ) -> Int[Array, " B"]:
-    def key(words: UInt[Array, "2"], position: Int[Array, ""]) -> Key[Array, ""]:
-        return jax.random.fold_in(jax.random.wrap_key_data(words, impl="threefry2x32"), position)
-
-    keys = jax.vmap(key)(rows.seed, position)
+    keys = row_keys(rows, position)
     if spec.needed < SamplingClass.TRUNCATED:
         return draws.draw(support, keys)
     return draws.draw_from_nucleus(support, rows.top_p, keys, is_skipped)

@@ -29,8 +29,10 @@ from jaxtyping import Array, Bool, Float, Int
 from folojax.attention import attend
 from folojax.kv import KVCache, Placement
 from folojax.models.core.decoder import Llama
+from folojax.models.core.shards import AXIS, has_whole_blocks
 from folojax.sampling.logit_edits import note_tokens
 from folojax.sampling.logits_processors import apply_processors, note_outputs
+from folojax.sampling.parts import Part, is_drawn_in_parts, sample_part
 from folojax.sampling.rows import SampleInputs, SlotState, StepOutput, TokenScores
 from folojax.sampling.sampler import SamplingSpec, sample, token_logprobs
 from folojax.steps.layers import NO_EXTRAS, Residuals, StepExtras, join_layers, layer_of, run_layers
@@ -118,6 +120,12 @@ def sample_tokens(
         The new slots, and a report whose row i is of input row i.
     """
     chex.assert_shape([inputs.slot, inputs.position], (hidden.shape[0],))
+    config = model.config
+    if config.num_shards > 1 and has_whole_blocks(config) and is_drawn_in_parts(spec):
+        own: Any = model.apply({"params": params}, hidden, method="own_logits")
+        part = Part(AXIS, config.vocab_size)
+        out = sample_part(own, part, inputs.rows, inputs.position, spec)
+        return slots._replace(tokens=_note(slots, inputs, out)), out
     logits: Any = model.apply({"params": params}, hidden, method="logits")
     return draw_and_note(slots, logits, inputs, spec)
 
@@ -220,5 +228,8 @@ def draw_and_note(
         edits = note_tokens(pair[0], pair[1].slot, out.tokens)
     if processors is not None and inputs.processors is not None:
         processors = note_outputs(processors, inputs.processors, out.tokens)
-    tokens = slots.tokens.at[inputs.slot].set(out.tokens, mode="drop")
-    return SlotState(tokens, edits, processors), out
+    return SlotState(_note(slots, inputs, out), edits, processors), out
+
+
+def _note(slots: SlotState, inputs: SampleInputs, out: StepOutput) -> Int[Array, " M"]:
+    return slots.tokens.at[inputs.slot].set(out.tokens, mode="drop")

@@ -40,7 +40,8 @@ class Llama(nn.Module):
     def setup(self) -> None:
         """Declares what `__call__` and `logits` share."""
         config = self.config
-        width, vocab = config.hidden_size, vocab_rows(config)
+        width = config.hidden_size
+        vocab = vocab_rows(config.vocab_size, config.num_shards)
         self.embed = kernel_of(self, "embed", vocab, width)
         self.layers = [
             Block(config, self.dtype, layer, leaves_sum=True, name=f"layers_{layer}")
@@ -128,10 +129,13 @@ class Llama(nn.Module):
 
     def logits(self, hidden: Float[Array, "M E"]) -> Float[Array, "M V"]:
         """Scores of the next token in float32, for hidden states that `__call__` returned."""
+        return join_scores(self.own_logits(hidden), self.config)
+
+    def own_logits(self, hidden: Float[Array, "M E"]) -> Float[Array, "M _"]:
+        """The same of those tokens alone that the device has, and of what fills its part."""
         config = self.config
         with jax.named_scope("logits"):
             scores = project(hidden, self.embed if config.tie_embeddings else self.lm_head)
-            scores = join_scores(scores, config)
             if config.logits_divisor != 1.0:
                 scores = scores / config.logits_divisor
             return softcap(scores, config.logits_softcap)

@@ -28,6 +28,12 @@ from folojax.models.core.config import ModelConfig
 AXIS = "tensor"
 """Of the mesh over which a model is cut."""
 
+VOCAB_BLOCK = 128
+"""Tokens that a sampler looks at together (`folojax.sampling.draws`)."""
+
+_MOST_FILLED = 1.125
+"""Rows of the vocabulary with those that fill the devices' blocks, to those without."""
+
 _AXES = {
     "embed": 0,
     "lm_head": 0,
@@ -120,7 +126,7 @@ def cut(name: str, leaf: Any, config: ModelConfig, count: int) -> Any:
     """A parameter as it lies over `count` devices; one that lies so already stays as it is."""
     xp: Any = np if isinstance(leaf, np.ndarray) else jnp
     if name in ("embed", "lm_head"):
-        missing = -leaf.shape[0] % count  # no device has more rows than another
+        missing = max(count * vocab_rows(config.vocab_size, count) - leaf.shape[0], 0)
         return xp.pad(leaf, ((0, missing), (0, 0))) if missing else leaf
     copies, dim = kv_copies(config, count), config.head_dim
     if name == "k_norm" and config.is_qk_norm_joint and leaf.size == config.num_kv_heads * dim:
@@ -195,16 +201,27 @@ def _borders(config: ModelConfig) -> tuple[int, int]:
     return config.num_heads, config.num_heads + config.num_kv_heads
 
 
-def vocab_rows(config: ModelConfig) -> int:
-    """Rows of the embedding that a device has."""
-    return -(-config.vocab_size // config.num_shards)
+def vocab_rows(vocab_size: int, count: int) -> int:
+    """Rows of the embedding that each of so many devices has.
+
+    Whole blocks of the sampler, so that each draws from its own (`has_whole_blocks`), unless that
+    were many more rows.
+    """
+    rows = -(-vocab_size // count)
+    whole = rows + -rows % VOCAB_BLOCK
+    return whole if count > 1 and count * whole <= vocab_size * _MOST_FILLED else rows
+
+
+def has_whole_blocks(config: ModelConfig) -> bool:
+    """Whether a device has rows of the vocabulary that it can draw from."""
+    return vocab_rows(config.vocab_size, config.num_shards) % VOCAB_BLOCK == 0
 
 
 def own_rows(
     index: Int[Array, " N"], config: ModelConfig
 ) -> tuple[Int[Array, " N"], Bool[Array, " N"]]:
     """Where rows of the embedding lie in a device's part of it, and which of them lie there."""
-    rows = vocab_rows(config)
+    rows = vocab_rows(config.vocab_size, config.num_shards)
     index = jnp.clip(index, 0, config.vocab_size - 1) - jax.lax.axis_index(AXIS) * rows
     return index, (index >= 0) & (index < rows)
 

@@ -117,7 +117,10 @@ def inspect(args: argparse.Namespace, devices: Devices) -> Iterator[dict[str, An
                 path = args.text / f"{args.model}-{call}-{rows}.txt"
                 path.write_text("\n".join(lines) + "\n")
             sums = 0 if devices.count == 1 else 2 * config.num_layers + 1
-            yield {"call": call, "rows": rows, "wanted_sums": sums, **figures(compiled)}
+            # Of candidates or, where the draw is truncated, of logits; prompts are not sampled here.
+            gathers = int(devices.count > 1 and call != "prefill")
+            wanted = {"wanted_sums": sums, "wanted_gathers": gathers}
+            yield {"call": call, "rows": rows, **wanted, **figures(compiled)}
 
 
 def figures(compiled: Compiled) -> dict[str, Any]:
@@ -135,6 +138,7 @@ def figures(compiled: Compiled) -> dict[str, Any]:
         "host_calls": compiled.program.host_calls(),
         "opcodes": dict(opcodes),
         "sums": opcodes["all-reduce"] + opcodes["all-reduce-start"],
+        "gathers": opcodes["all-gather"] + opcodes["all-gather-start"],
         "temporary_mb": compiled.temporary_bytes / 1e6,
         "temporary_share": compiled.temporary_bytes / compiled.cache_bytes,
         "cache_mb": compiled.cache_bytes / 1e6,
@@ -164,6 +168,8 @@ def broken_rules(result: dict[str, Any]) -> list[str]:
         broken.append(f"{result['layer_kernels']} kernels in a layer; {most} are enough")
     if result["sums"] != result["wanted_sums"]:
         broken.append(f"{result['sums']} sums over devices, of {result['wanted_sums']}")
+    if result["gathers"] != result["wanted_gathers"]:
+        broken.append(f"{result['gathers']} gathers, of {result['wanted_gathers']}")
     if result["host_calls"]:
         broken.append(f"calls to the host: {result['host_calls']}")
     return broken
