@@ -368,6 +368,8 @@ class LLM(ChatPrompts):
         )
 
     def _adapters_of(self, lora_request: LoRAs, num_prompts: int) -> list[str | None]:
+        if lora_request is None:
+            return [None] * num_prompts
         return list(map(self.engine.adapters.name_of, lora_per_prompt(lora_request, num_prompts)))
 
     def _draw_id(self, kind: str) -> str:

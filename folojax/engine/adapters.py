@@ -111,14 +111,6 @@ class KnownAdapters:
             slots.remove(name)
         del self._known[name]
 
-    def request_of(self, name: str | None) -> LoRARequest | None:
-        """What names a known adapter; None for None."""
-        return None if name is None else self[name].request
-
-    def version_of(self, name: Any) -> int:
-        """How often an adapter has been updated; 0 without one."""
-        return 0 if name is None else self._known[name].version
-
     def __getitem__(self, name: str) -> Known:
         known = self._known.get(name)
         if known is None:

@@ -134,7 +134,7 @@ class Engine:
             asked,
             eos_token_ids=self.validator.eos_token_ids,
             tokenizer=self.tokenizer,
-            lora_request=self.adapters.request_of(adapter),
+            lora_request=adapter and self.adapters[adapter].request,
             is_streamed=is_streamed,
             progress=progress,
             forked_from=forked_from,
@@ -380,8 +380,8 @@ class Engine:
                     live.first_token_time_s = now
                     live.compiled_at_first_token_s = SPENT.seconds
                 entries = sampled[request.request_id][: len(new_token_ids)]
-                lora_version = self.adapters.version_of(request.adapter)
-                stop = request.take(entries, self.weights_version, lora_version)
+                version = self.adapters[request.adapter].version if request.adapter else 0
+                stop = request.take(entries, self.weights_version, version)
                 if stop is not None:
                     self.scheduler.stop_at(request, *stop)
             if live.is_streamed or request.is_finished:
