@@ -117,7 +117,7 @@ def inspect(args: argparse.Namespace, devices: Devices) -> Iterator[dict[str, An
                 path = args.text / f"{args.model}-{call}-{rows}.txt"
                 path.write_text("\n".join(lines) + "\n")
             sums = 0 if devices.count == 1 else 2 * config.num_layers + 1
-            # Of candidates or, where the draw is truncated, of logits; prompts are not sampled here.
+            # Of candidates or, where draws are truncated, of logits; prompts are not sampled here.
             gathers = int(devices.count > 1 and call != "prefill")
             wanted = {"wanted_sums": sums, "wanted_gathers": gathers}
             yield {"call": call, "rows": rows, **wanted, **figures(compiled)}
