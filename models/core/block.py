@@ -245,8 +245,8 @@ class Block(nn.Module):
             experts = experts._replace(
                 router_bias=kernel_of(self, "router_bias", count, init=_ZEROS),
                 gate_up_bias=kernel_of(self, "experts_gate_up_bias", count, 2 * inner_size),
-                down_bias=kernel_of(self, "experts_down_bias", count, width),
-            )
+                down_bias=kernel_of(self, "experts_down_bias", count, width) / config.num_shards,
+            )  # of which every device adds its share
         out = sum_parts(mix_experts(normed, experts, config), config)
         if not config.shared_expert_size:
             return out

@@ -43,6 +43,10 @@ _AXES = {
     "down": 1,
     "experts_down": 1,
     "shared_down": 1,
+    "sinks": 0,
+    "q": 0,
+    "q_b": 0,
+    "kv_b": 0,
 }
 """The axis along which a parameter is cut, in the order in which it has it anyway."""
 
@@ -52,6 +56,7 @@ _RANKS = {
     "gate_up": 2,
     "gate_up_bias": 1,
     "experts_gate_up": 3,
+    "experts_gate_up_bias": 2,
     "shared_gate_up": 2,
 }
 """Axes of those that lie in parts, which are one more axis, in front."""
@@ -72,10 +77,6 @@ def problems_of(config: ModelConfig, count: int) -> list[str]:
     ]
     if config.num_kv_heads % count and count % config.num_kv_heads:
         found.append(f"num_kv_heads is {config.num_kv_heads}, neither a multiple nor a part of it")
-    if config.kv_rank and count > 1:
-        found.append("latent attention is not shared out among devices")
-    if config.has_expert_bias and count > 1:
-        found.append("experts with biases are not shared out among devices")
     return found
 
 
@@ -133,6 +134,8 @@ def cut(name: str, leaf: Any, config: ModelConfig, count: int) -> Any:
         return xp.repeat(leaf.reshape(-1, dim), copies, axis=0).reshape(-1)
     if name not in _RANKS or is_cut(name, leaf):
         return leaf
+    if name.startswith("experts_gate_up") and config.swiglu_limit is not None:  # in turn, [_, 2F]
+        return xp.moveaxis(leaf.reshape(*leaf.shape[:-1], count, -1), -2, 0)
     if name == "experts_gate_up":  # [X, E, 2F]
         halves = leaf.reshape(*leaf.shape[:2], 2, count, -1)
         return xp.moveaxis(halves, 3, 0).reshape(count, *leaf.shape[:2], -1)
@@ -155,6 +158,8 @@ def join(name: str, leaf: Any, config: ModelConfig, count: int) -> Any:
         return leaf if len(heads) == config.num_kv_heads else heads[::copies].reshape(-1)
     if not is_cut(name, leaf):
         return leaf
+    if name.startswith("experts_gate_up") and config.swiglu_limit is not None:
+        return xp.moveaxis(leaf, 0, -2).reshape(*leaf.shape[1:-1], -1)
     if name == "experts_gate_up":
         halves = leaf.reshape(*leaf.shape[:3], 2, -1)
         return xp.moveaxis(halves, 0, 3).reshape(*leaf.shape[1:3], -1)

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from folojax.models.core.moe import choose_experts
-from folojax.models.core.shards import problems_of
 from tests.models.test_decoder import TINY
 
 SIGMOID = dataclasses.replace(
@@ -34,14 +33,6 @@ def test_corrections_choose_and_do_not_weigh(config):
         chosen = np.argsort(-wanted.reshape(-1))[:3]
         assert own_expert.tolist() == chosen.tolist()
         np.testing.assert_allclose(own_weight, 2.5 * plain[chosen] / plain[chosen].sum(), rtol=1e-6)
-
-
-def test_what_is_not_shared_out_among_devices_is_named():
-    biased = dataclasses.replace(SIGMOID, has_expert_bias=True)
-    latent = dataclasses.replace(TINY, kv_rank=8, value_dim=8, rotary_dim=4)
-    for config, what in ((biased, "experts with biases are"), (latent, "latent attention is")):
-        assert not problems_of(config, 1)
-        assert problems_of(config, 2) == [f"{what} not shared out among devices"]
 
 
 def test_groups_that_cannot_be_are_named():
