@@ -134,7 +134,7 @@ class Engine:
             asked,
             eos_token_ids=self.validator.eos_token_ids,
             tokenizer=self.tokenizer,
-            lora_request=adapter and self.adapters[adapter].request,
+            lora_request=None if adapter is None else self.adapters[adapter].request,
             is_streamed=is_streamed,
             progress=progress,
             forked_from=forked_from,
