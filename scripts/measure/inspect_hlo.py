@@ -12,9 +12,9 @@ sampling in it, and a call of prefill, over a pool of 100 GB.
 The rules for decode: one command buffer (CUDA graph) a step, nothing beside it; no copy, transpose
 or conversion of the cache; temporaries of at most 1 % of the pool; at most 12 kernels in a layer
 beside attention's; no call to the host. Of several cards that share each layer (`--devices`), the
-sums of these are two kernels more in a layer, and there is one more sum, of the embedding. Bytes
-are those that kernels read and write, the pages that attention reads aside; their floor is the
-weights, read once.
+sums of these are two kernels more in a layer, and there is one more sum, of the embedding. Inputs
+in eight bits (`--quantization`) are eight more in a layer. Bytes are those that kernels read and
+write, the pages that attention reads aside; their floor is the weights, read once.
 
 Exit code: 0; 1 with --check if a rule is broken; 2 after a mistake in the options.
 """
@@ -36,6 +36,7 @@ from rich.table import Table
 from folojax.backend.devices import Devices
 from folojax.models.core.config import ModelConfig
 from folojax.models.core.decoder import Llama
+from folojax.models.quantized.float8_kernels import MOST_WIDE_ROWS
 from folojax.models.quantized.names import QUANTIZATIONS
 from folojax.sampling.sampler import SamplingClass, SamplingSpec
 from folojax.sched.pages import pages_for
@@ -45,6 +46,8 @@ _MOST_TEMPORARIES = 0.01
 # Four products, two norms of the stream, one with the rotation of heads, a write of the page, an
 # activation; of three products the sum over parts of theirs may be a kernel of its own.
 _MOST_KERNELS = 12
+# Of four products of eight bits: what rounds the inputs, and what scales the sums.
+_ROUNDING_KERNELS = 8
 _COLUMNS = {
     "call": "call",
     "rows": "rows",
@@ -116,11 +119,13 @@ def inspect(args: argparse.Namespace, devices: Devices) -> Iterator[dict[str, An
                 lines = [f"{'  ' * one.depth}{one.kind} {one.name}" for one in compiled.thunks]
                 path = args.text / f"{args.model}-{call}-{rows}.txt"
                 path.write_text("\n".join(lines) + "\n")
-            sums = 0 if devices.count == 1 else 2 * config.num_layers + 1
-            # Of candidates or, where draws are truncated, of logits; prompts are not sampled here.
-            gathers = int(devices.count > 1 and call != "prefill")
-            wanted = {"wanted_sums": sums, "wanted_gathers": gathers}
-            yield {"call": call, "rows": rows, **wanted, **figures(compiled)}
+            told = {
+                "wanted_sums": 0 if devices.count == 1 else 2 * config.num_layers + 1,
+                # Of candidates or, where draws are truncated, of logits; prompts are not sampled.
+                "wanted_gathers": int(devices.count > 1 and call != "prefill"),
+                "rounds_inputs": args.quantization in ("int8", "fp8") and rows > MOST_WIDE_ROWS,
+            }
+            yield {"call": call, "rows": rows, **told, **figures(compiled)}
 
 
 def figures(compiled: Compiled) -> dict[str, Any]:
@@ -164,6 +169,7 @@ def broken_rules(result: dict[str, Any]) -> list[str]:
             f"{_MOST_TEMPORARIES:.0%}"
         )
     most = _MOST_KERNELS + (2 if result["wanted_sums"] else 0)
+    most += _ROUNDING_KERNELS if result["rounds_inputs"] else 0
     if result["layer_kernels"] > most:
         broken.append(f"{result['layer_kernels']} kernels in a layer; {most} are enough")
     if result["sums"] != result["wanted_sums"]:

@@ -151,6 +151,8 @@ def test_pages_that_attention_reads_do_not_count(read: ModuleType) -> None:
         ({"layer_kernels": 14, "sums": 9, "wanted_sums": 9}, None),
         ({"sums": 13, "wanted_sums": 9}, "13 sums over devices, of 9"),
         ({"host_calls": ["callback"]}, "calls to the host"),
+        ({"layer_kernels": 20, "rounds_inputs": True}, None),
+        ({"layer_kernels": 21, "rounds_inputs": True}, "21 kernels in a layer; 20 are enough"),
     ],
 )
 def test_rules_of_decode(inspect: ModuleType, changes: dict, words: str | None) -> None:
@@ -164,6 +166,7 @@ def test_rules_of_decode(inspect: ModuleType, changes: dict, words: str | None) 
         "host_calls": [],
         "sums": 0,
         "wanted_sums": 0,
+        "rounds_inputs": False,
     }
     broken = inspect.broken_rules(good | changes)
     assert [words in line for line in broken if words] == ([True] if words else [])
@@ -187,6 +190,23 @@ def test_two_h200s_sum_twice_a_layer(tmp_path: Path, pytestconfig: pytest.Config
     assert report["broken"] == []
     assert [one["sums"] for one in report["results"]] == [2 * 4 + 1] * 7
     assert all(one["moves"] == [] for one in report["results"])
+
+
+@pytest.mark.gpu_compiler
+@pytest.mark.parametrize(("quantization", "most"), [("int4", 8), ("fp8", 16), ("int8", 16)])
+def test_decode_in_few_bits_reads_them_once(
+    quantization: str, most: int, tmp_path: Path, pytestconfig: pytest.Config
+) -> None:
+    options = ["--model=qwen3-8b", "--layers=3", "--calls=greedy", f"--quantization={quantization}"]
+    report = compile_for_h200(tmp_path / "out.json", pytestconfig, *options)
+    assert report["broken"] == []
+    few, *many = report["results"]
+    # One kernel a product for codes of four bits, with as much company as floats have.
+    assert all(one["layer_kernels"] <= most for one in many)
+    assert few["moved_to_weights"] < 1.3
+    whole = compile_for_h200(tmp_path / "out.json", pytestconfig, *options[:3])
+    share = few["weights_mb"] / whole["results"][0]["weights_mb"]
+    assert share == pytest.approx({"int4": 0.41, "fp8": 0.5, "int8": 0.5}[quantization], abs=0.02)
 
 
 @pytest.mark.gpu_compiler
