@@ -1,14 +1,12 @@
 """Engines whose layers two or four devices share: the tokens of one device."""
 
 import dataclasses
-import functools
 import itertools
 import re
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -20,13 +18,9 @@ from folojax import (
     SamplingParams,
     join_params,
 )
-from folojax.backend import choose_backend
-from folojax.backend.devices import Devices
 from folojax.compile.programs import run as run_program
-from folojax.models.files.checkpoint import load_params, open_checkpoint
 from tests import dense, mixed_requests
 from tests.families import FAMILIES, save_family
-from tests.letters import make_letters_tokenizer
 from tests.reference import MORE_LIMITS, TIGHT
 from tests.user_functions import EDITS, PROCESSORS
 
@@ -209,62 +203,6 @@ def test_each_device_has_its_part(llm: LLM, tiny_model: tuple, alone: LLM) -> No
     assert half.device is not None
     assert whole.device is not None
     assert half.device.limit_bytes == whole.device.limit_bytes // 2  # of one CPU
-
-
-def test_files_are_read_to_their_shards(
-    tiny_directory: Path, alone: LLM, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A parameter is on no device as a whole."""
-    sizes: list[int] = []
-    put = jax.device_put
-
-    def watched(x: Any, place: Any = None, **options: Any) -> Any:
-        out = put(x, place, **options)
-        sizes.extend(leaf.addressable_shards[0].data.size for leaf in jax.tree.leaves(out))
-        return out
-
-    monkeypatch.setattr(jax, "device_put", watched)
-    tokenizer = make_letters_tokenizer()
-    made = LLM(tiny_directory, tokenizer, dtype="float32", **MORE_LIMITS, tensor_parallel_size=2)
-    assert max(sizes) == 96 * 64  # of gate_up, which has 192 rows
-    assert tokens(made) == tokens(alone)
-
-
-def test_no_device_has_more_while_files_are_read_than_in_the_end(
-    tiny_directory: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of all arrays that JAX has, whenever a parameter is placed or waited for."""
-    peaks = dict.fromkeys(DEVICES[:2], 0)
-    before = held(DEVICES[:2])
-    wait = jax.block_until_ready
-
-    def watched(leaf: Any) -> Any:
-        out = wait(leaf)
-        for device, size in held(DEVICES[:2]).items():
-            peaks[device] = max(peaks[device], size - before[device])
-        return out
-
-    monkeypatch.setattr(jax, "block_until_ready", watched)
-    backend = choose_backend(Devices(tuple(DEVICES[:2])))
-    checkpoint = open_checkpoint(tiny_directory)
-    place = functools.partial(backend.devices.place_param, config=checkpoint.config)
-    params = load_params(checkpoint, jnp.float32, place=place)
-    whole = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    for device in DEVICES[:2]:
-        shards = (one for leaf in jax.tree.leaves(params) for one in leaf.addressable_shards)
-        size = sum(one.data.nbytes for one in shards if one.device == device)
-        assert size < 0.51 * whole
-        assert size <= peaks[device] <= 1.15 * size
-
-
-def held(devices: Any) -> dict[Any, int]:
-    """Bytes of JAX's arrays on each device, those once that several share."""
-    shards = [one for array in jax.live_arrays() for one in array.addressable_shards]
-    found = {(one.device, one.data.unsafe_buffer_pointer()): one.data.nbytes for one in shards}
-    return {
-        device: sum(size for (where, _), size in found.items() if where == device)
-        for device in devices
-    }
 
 
 def test_arrays_that_lie_right_are_taken_as_they_are(tiny_model: tuple, llm: LLM) -> None:
