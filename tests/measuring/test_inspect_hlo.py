@@ -151,6 +151,7 @@ def test_pages_that_attention_reads_do_not_count(read: ModuleType) -> None:
         ({"layer_kernels": 14, "sums": 9, "wanted_sums": 9}, None),
         ({"sums": 13, "wanted_sums": 9}, "13 sums over devices, of 9"),
         ({"host_calls": ["callback"]}, "calls to the host"),
+        ({"gathers": 2, "wanted_gathers": 1}, "2 gathers, of 1"),
         ({"layer_kernels": 20, "rounds_inputs": True}, None),
         ({"layer_kernels": 21, "rounds_inputs": True}, "21 kernels in a layer; 20 are enough"),
     ],
@@ -166,6 +167,8 @@ def test_rules_of_decode(inspect: ModuleType, changes: dict, words: str | None) 
         "host_calls": [],
         "sums": 0,
         "wanted_sums": 0,
+        "gathers": 0,
+        "wanted_gathers": 0,
         "rounds_inputs": False,
     }
     broken = inspect.broken_rules(good | changes)
