@@ -6,6 +6,10 @@ as its own baseline, and moves the parameters once; the engine goes on with the 
 
     pip install matplotlib
     python scripts/grpo.py --steps 40 --seed 0 --plot grpo.png
+
+With `--lora 16` the base stays as it is, and what is trained is an adapter of that rank, which the
+engine reads beside the base: nothing is ever merged, and gradients and the optimiser's state are
+those of the adapter alone.
 """
 
 import argparse
@@ -23,9 +27,11 @@ from tqdm import tqdm
 
 from folojax import (
     LLM,
+    LoRARequest,
     OutputArrays,
     RequestOutput,
     SamplingParams,
+    init_lora,
     log_likelihood,
     outputs_to_arrays,
 )
@@ -35,6 +41,7 @@ LENGTH = 28
 
 MAX_TOKENS = 8
 CLIP = 0.2
+LORA_SCALE = 2.0
 
 
 def make_prompts(rng: np.random.Generator, count: int) -> tuple[list[str], list[int]]:
@@ -57,29 +64,39 @@ def advantages(rewards: np.ndarray) -> np.ndarray:
     return centred / (rewards.std(axis=1, keepdims=True) + 1e-4)
 
 
-def make_train_step(model: Any, optimizer: optax.GradientTransformation) -> Any:
-    """The jitted update; parameters and optimiser state are donated to it."""
+def make_train_step(
+    model: Any, optimizer: optax.GradientTransformation, has_lora: bool = False
+) -> Any:
+    """The jitted update of what is trained, which is donated to it with the optimiser's state.
 
-    def loss(params: Any, tokens: Any, mask: Any, old: Any, advantage: Any) -> tuple[Any, Any]:
-        log_ratio = log_likelihood(params, tokens, mask, model=model) - old
+    It takes that, the state, the base's parameters if the former is an adapter, and the batch.
+    """
+
+    def loss(
+        trained: Any, base: Any, tokens: Any, mask: Any, old: Any, advantage: Any
+    ) -> tuple[Any, Any]:
+        options = {"lora": trained, "lora_scale": LORA_SCALE} if has_lora else {}
+        params = base if has_lora else trained
+        log_ratio = log_likelihood(params, tokens, mask, model=model, **options) - old
         ratio = jnp.exp(log_ratio)
         clipped = jnp.clip(ratio, 1 - CLIP, 1 + CLIP)
         gain = jnp.minimum(ratio * advantage[:, None], clipped * advantage[:, None])
         count = mask.sum()
         return -(gain * mask).sum() / count, jnp.abs(log_ratio * mask).sum() / count
 
-    def train(params: Any, state: Any, *batch: Any) -> tuple[Any, Any, Any]:
-        grads, mean_ratio = jax.grad(loss, has_aux=True)(params, *batch)
-        updates, state = optimizer.update(grads, state, params)
-        return optax.apply_updates(params, updates), state, mean_ratio
+    def train(trained: Any, state: Any, base: Any, *batch: Any) -> tuple[Any, Any, Any]:
+        grads, mean_ratio = jax.grad(loss, has_aux=True)(trained, base, *batch)
+        updates, state = optimizer.update(grads, state, trained)
+        return optax.apply_updates(trained, updates), state, mean_ratio
 
     return jax.jit(train, donate_argnums=(0, 1))
 
 
-def rescored(llm: LLM, outputs: list[RequestOutput]) -> float:
+def rescored(llm: LLM, outputs: list[RequestOutput], lora: LoRARequest | None) -> float:
     """Mean |log ratio| between rollout and `LLM.score`: 0 in deterministic mode."""
     pairs = [(output.prompt_token_ids, one) for output in outputs for one in output.outputs]
-    scores = llm.score([p for p, _ in pairs], [one.token_ids for _, one in pairs], use_tqdm=False)
+    prompts, continuations = [p for p, _ in pairs], [one.token_ids for _, one in pairs]
+    scores = llm.score(prompts, continuations, use_tqdm=False, lora_request=lora)
     gaps = [
         abs(entry.raw - logprob)
         for (_, one), score in zip(pairs, scores, strict=True)
@@ -104,20 +121,25 @@ def train(args: argparse.Namespace) -> list[dict[str, float]]:
         max_num_seqs=args.prompts * args.samples,
         deterministic=args.deterministic,
         seed=args.seed,
+        enable_lora=args.lora > 0,
+        max_lora_rank=args.lora or 1,
     )
     rng = np.random.default_rng(args.seed)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(args.learning_rate))
-    step = make_train_step(llm.model, optimizer)
+    step = make_train_step(llm.model, optimizer, args.lora > 0)
     # From here on these arrays are both the engine's and the trainer's.
-    params = llm.params
-    state = optimizer.init(params)
+    trained, base, policy = llm.params, None, None
+    if args.lora:
+        trained, base = init_lora(jax.random.key(args.seed), llm.params, args.lora), llm.params
+        policy = llm.load_lora("policy", trained, LORA_SCALE)
+    state = optimizer.init(trained)
     sampling = SamplingParams(n=args.samples, max_tokens=MAX_TOKENS, stop="\n", record=True)
     history: list[dict[str, float]] = []
     with tqdm(range(args.steps), desc="grpo") as bar:
         for number in bar:
             start = time.perf_counter()
             prompts, answers = make_prompts(rng, args.prompts)
-            outputs = llm.generate(prompts, sampling, use_tqdm=False)
+            outputs = llm.generate(prompts, sampling, False, policy)
             rewards = np.array(
                 [
                     [reward(one.text, answer) * one.finished for one in output.outputs]
@@ -126,11 +148,14 @@ def train(args: argparse.Namespace) -> list[dict[str, float]]:
             )
             entry = {"reward": float(rewards.mean())}
             if number == 0:
-                entry["rescored"] = rescored(llm, outputs)
+                entry["rescored"] = rescored(llm, outputs, policy)
             arrays = outputs_to_arrays(outputs, length=LENGTH)
             batch = batch_of(arrays, advantages(rewards).reshape(-1))
-            params, state, log_ratio = step(params, state, *batch)
-            llm.update_params(params)
+            trained, state, log_ratio = step(trained, state, base, *batch)
+            if policy is None:
+                llm.update_params(trained)
+            else:
+                llm.update_lora(policy.lora_name, trained, LORA_SCALE)
             entry |= {"log_ratio": float(log_ratio), "seconds": time.perf_counter() - start}
             history.append(entry)
             bar.set_postfix(reward=f"{entry['reward']:.3f}", ratio=f"{entry['log_ratio']:.1e}")
@@ -157,7 +182,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--prompts", type=int, default=4, help="groups of a step")
     parser.add_argument("--samples", type=int, default=8, help="completions of a prompt")
-    parser.add_argument("--learning-rate", type=float, default=1e-5)
+    parser.add_argument("--lora", type=int, default=0, metavar="R", help="rank of an adapter")
+    parser.add_argument("--learning-rate", type=float, help="default: 1e-5; of an adapter 2e-4")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--deterministic", action="store_true", help="rollouts score to the bit")
     parser.add_argument("--plot", type=Path, default=Path("grpo.png"))
@@ -165,6 +191,8 @@ def main() -> None:
     args = parser.parse_args()
     if importlib.util.find_spec("matplotlib") is None:
         parser.error("the plot at the end needs matplotlib: pip install matplotlib")
+    if args.learning_rate is None:
+        args.learning_rate = 2e-4 if args.lora else 1e-5
     history = train(args)
     if args.log is not None:
         args.log.write_text("".join(json.dumps(entry) + "\n" for entry in history))

@@ -14,7 +14,9 @@ from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from folojax.models.core.adapted import adapt
 from folojax.models.core.dense_attend import dense_attend
+from folojax.models.core.low_rank import stacks_of_tree
 
 
 def log_likelihood(
@@ -24,11 +26,13 @@ def log_likelihood(
     *,
     model: nn.Module,
     temperature: float | Float[Array, ""] = 1.0,
+    lora: Any = None,
+    lora_scale: float = 1.0,
 ) -> Float[Array, "*B N"]:
     """Log-probability of every masked token, given all tokens before it.
 
-    Pure: jit it, differentiate it with respect to `params`, vmap it (not with experts: give it all
-    sequences at once, which then run one after the other).
+    Pure: jit it, differentiate it with respect to `params` or `lora`, vmap it (not with experts:
+    give it all sequences at once, which then run one after the other).
     The logits of one sequence at a time are in memory, [N, V] in float32, and are computed again
     in the backward pass.
 
@@ -40,12 +44,15 @@ def log_likelihood(
             comes before it.
         model: A module of `folojax.models`. One of your own has to be bound or static under jit.
         temperature: Divides the logits, for the distribution that was sampled at a temperature.
+        lora: An adapter, as `init_lora` makes it, which stays beside the parameters: no merged ones
+            are made, nor their gradients.
+        lora_scale: Of its updates; a number.
 
     Returns:
         float32; 0 where `mask` is False, and for the first token.
 
     Raises:
-        ValueError: the model is no Flax module.
+        ValueError: the model is no Flax module, or the adapter does not fit it.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(
@@ -55,6 +62,8 @@ def log_likelihood(
     # Here, because it takes a while to import, and an engine has no use for it.
     import optax
 
+    if lora is not None:
+        params = adapt(params, stacks_of_tree(lora, params, model.config, lora_scale))
     *batch, length = tokens.shape
     flat = tokens.reshape(-1, length)
 

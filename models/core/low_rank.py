@@ -6,9 +6,11 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from folojax.models.core.adapted import ADAPTED, part_widths
+from folojax.models.core.adapted import ADAPTED, Stack, part_widths
 from folojax.models.core.config import ModelConfig
 from folojax.models.core.param_tree import listed, plain_tree
+
+_ANY_RANK = 2**30
 
 
 class LowRank(NamedTuple):
@@ -82,6 +84,22 @@ def adapter_of_tree(
     if problems:
         raise ValueError("the adapter does not fit the model: " + listed(problems))
     return found
+
+
+def stacks_of_tree(tree: Any, params: Any, config: ModelConfig, scale: float) -> dict[str, Any]:
+    """An adapter as stacks of one slot, whose arrays come from it by traceable operations.
+
+    Arguments and errors are those of `adapter_of_tree`.
+    """
+    adapter_of_tree(tree, params, config, _ANY_RANK, scale)
+
+    def stack(pair: Any) -> Stack:
+        return Stack(pair["a"][None, None], ((scale * pair["b"]).T[None],))
+
+    return {
+        layer: {name: stack(pair) for name, pair in block.items()}
+        for layer, block in plain_tree(tree).items()
+    }
 
 
 def rank_problems(where: str, rank: int, max_rank: int) -> list[str]:

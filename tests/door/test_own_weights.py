@@ -234,25 +234,34 @@ def test_the_natural_loop_compiles_its_step_once(
     assert tokens(llm) == tokens(LLM((module, llm.params), eos_token_id=2, **TINY_LIMITS))
 
 
+@pytest.mark.parametrize("rank", [0, 2])
 def test_grpo_compiles_its_step_once(
-    tiny_model: tuple, counter: CompileCounter, monkeypatch: pytest.MonkeyPatch
+    rank: int, tiny_model: tuple, counter: CompileCounter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(ROOT / "scripts")
     grpo = importlib.import_module("grpo")
     module, params = tiny_model
-    llm = LLM((module, jax.tree.map(jnp.copy, params)), **TINY_LIMITS)
+    llm = LLM((module, jax.tree.map(jnp.copy, params)), **TINY_LIMITS, enable_lora=rank > 0)
     optimizer = optax.adam(1e-3)
-    step = grpo.make_train_step(llm.model, optimizer)
-    params, state = llm.params, optimizer.init(llm.params)
+    step = grpo.make_train_step(llm.model, optimizer, rank > 0)
+    trained, base, policy = llm.params, None, None
+    if rank:
+        trained, base = init_lora(jax.random.key(0), params, rank), llm.params
+        policy = llm.load_lora("policy", trained, grpo.LORA_SCALE)
+    state = optimizer.init(trained)
     asked = SamplingParams(n=4, seed=1, max_tokens=6, record=True)
     compiled = 0
     for _ in range(3):
-        arrays = outputs_to_arrays(llm.generate([PROMPT], asked, use_tqdm=False), length=16)
+        outputs = llm.generate([PROMPT], asked, False, policy)
+        arrays = outputs_to_arrays(outputs, length=16)
         batch = grpo.batch_of(arrays, np.array([1.0, -1.0, 0.5, -0.5]))
         before = counter.count
-        params, state, _ = step(params, state, *batch)
+        trained, state, _ = step(trained, state, base, *batch)
         compiled += counter.count - before
-        llm.update_params(params)
+        if policy is None:
+            llm.update_params(trained)
+        else:
+            llm.update_lora("policy", trained, grpo.LORA_SCALE)
     assert compiled == 1
 
 

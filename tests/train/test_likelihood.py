@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from folojax import LLM, log_likelihood
+from folojax import LLM, init_lora, log_likelihood, merge_lora
 from tests import dense
 from tests.families import save_family
 from tests.reference import TINY_LIMITS, load_model, save_tiny
@@ -164,3 +164,25 @@ def test_a_step_of_training_lowers_the_loss(tiny_model: tuple) -> None:
         losses.append(float(value))
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < losses[0] - 0.5
+
+
+def test_an_adapter_beside_the_parameters_is_as_one_that_is_merged(pair: tuple) -> None:
+    module, params, _ = pair
+    tokens, mask = make_batch()
+    rng = np.random.default_rng(1)
+    fresh = init_lora(jax.random.key(0), params, 3)
+    lora = jax.tree.map(lambda leaf: rng.normal(0, 0.1, leaf.shape).astype(np.float32), fresh)
+
+    def beside(lora: Any) -> Any:
+        options: dict[str, Any] = {"model": module, "lora": lora, "lora_scale": 0.5}
+        return log_likelihood(params, tokens, mask, **options).sum()
+
+    def merged(lora: Any) -> Any:
+        return log_likelihood(merge_lora(params, lora, 0.5), tokens, mask, model=module).sum()
+
+    found, expected = (jax.jit(jax.value_and_grad(one))(lora) for one in (beside, merged))
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-5)
+    for one, other in zip(*map(jax.tree.leaves, (found[1], expected[1])), strict=True):
+        np.testing.assert_allclose(one, other, rtol=2e-3, atol=2e-4 * np.abs(other).max())
+    with pytest.raises(ValueError, match="layers_9 is no layer of the model"):
+        log_likelihood(params, tokens, mask, model=module, lora={"layers_9": {}})
