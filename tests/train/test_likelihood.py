@@ -168,7 +168,7 @@ def test_a_step_of_training_lowers_the_loss(tiny_model: tuple) -> None:
 
 def test_an_adapter_beside_the_parameters_is_as_one_that_is_merged(pair: tuple) -> None:
     module, params, _ = pair
-    tokens, mask = make_batch()
+    tokens, mask = map(jnp.asarray, make_batch())
     rng = np.random.default_rng(1)
     fresh = init_lora(jax.random.key(0), params, 3)
     lora = jax.tree.map(lambda leaf: rng.normal(0, 0.1, leaf.shape).astype(np.float32), fresh)
