@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from folojax import LLM, BeamSearchParams, SamplingClass, SamplingParams, run_for
+from folojax import LLM, BeamSearchParams, SamplingClass, SamplingParams, init_lora, run_for
 from folojax.adapters.ray_data import Generator
 from folojax.engine import replicas
 from folojax.runner.results import arrays_of
@@ -319,3 +319,37 @@ def test_what_cannot_be_is_refused_before_anything_is_allocated(
     monkeypatch.setattr("folojax.runner.runner.init_state", never)
     with pytest.raises(ValueError, match=told):
         LLM(tiny_model, **MORE_LIMITS, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{"quantization": "int8"}, {"deterministic": True}])
+def test_engines_of_other_kinds(tiny_model: tuple, options: dict[str, Any]) -> None:
+    new = jax.tree.map(lambda leaf: leaf * 1.25, tiny_model[1])
+    pair = [LLM(tiny_model, **MORE_LIMITS, **options, data_parallel_size=n) for n in (2, 1)]
+    for llm in pair:
+        llm.generate(PROMPTS, GREEDY, use_tqdm=False)
+        llm.update_params(new)
+    found, known = (one.generate(PROMPTS, GREEDY, use_tqdm=False) for one in pair)
+    assert tokens(found) == tokens(known)
+    assert places(pair[0]) == [{DEVICES[0]}, {DEVICES[1]}]
+
+
+@pytest.mark.slow
+def test_adapters_are_those_of_all_engines(tiny_model: tuple) -> None:
+    """What is cached with one is found where it lies, and goes with it in every engine."""
+    options: dict[str, Any] = {**MORE_LIMITS, "enable_lora": True, "max_lora_rank": 4}
+    pair = [LLM(tiny_model, **options, data_parallel_size=count) for count in (2, 1)]
+    tree = init_lora(jax.random.key(3), pair[0].params, rank=4)
+    trees = [jax.tree.map(lambda leaf: leaf + 0.1, tree), tree]
+    outputs: list[Any] = [[], []]
+    for llm, found in zip(pair, outputs, strict=True):
+        policy = llm.load_lora("policy", trees[0], scale=0.5)
+        adapters = [policy, None] * 3
+        found += llm.generate(PROMPTS, GREEDY, use_tqdm=False, lora_request=adapters)
+        long = [[*LONG, number] for number in range(5, 11)]
+        found += llm.generate(LONG, GREEDY, use_tqdm=False, lora_request=policy)
+        found += llm.generate(long, GREEDY, use_tqdm=False, lora_request=adapters)
+        llm.update_lora("policy", trees[1], scale=0.5)
+        found += llm.generate(long, GREEDY, use_tqdm=False, lora_request=adapters)
+    assert tokens(outputs[0]) == tokens(outputs[1])
+    assert min(one.num_steps for one in pair[0].engines) > 0

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from folojax import LLM, SamplingClass, SamplingParams
+from folojax import LLM, SamplingClass, SamplingParams, join_params
 from folojax.sampling.parts import Part, is_drawn_in_parts, sample_part
 from folojax.sampling.rows import SamplingRows, greedy_rows
 from folojax.sampling.sampler import SamplingSpec, sample
@@ -113,3 +113,29 @@ def test_an_engine_gathers_candidates(tmp_path: Path) -> None:
     assert shapes
     assert all(int(np.prod([*map(int, shape.split(","))])) <= 2 * 2 * 7 for shape in shapes)
     assert not any(re.search(r"f32\[\d,1000\]", text) for text in texts)
+
+
+@pytest.mark.slow
+def test_rows_that_fill_the_parts_come_and_go(tmp_path: Path) -> None:
+    """Params go in and come out without, and are taken with them."""
+    save_tiny("llama", tmp_path / "model", vocab_size=1000, tie_word_embeddings=False)
+    module, params = dense.load(tmp_path / "model")
+    llm = LLM((module, params), **TINY_LIMITS, tensor_parallel_size=4)
+    assert llm.params["lm_head"].shape == (1024, 64)
+    llm.save_pretrained(tmp_path / "saved")
+    saved = dense.load(tmp_path / "saved")[1]
+    joined = join_params(llm.params, module.config)
+    for one in (saved, joined):
+        same = jax.tree.map(lambda a, b: a.shape == b.shape and bool((a == b).all()), one, params)
+        assert jax.tree.all(same)
+    asked = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+    known = llm.generate([5, 17, 99, 3], asked, use_tqdm=False)[0].outputs[0].token_ids
+    made = LLM((module, llm.params), **TINY_LIMITS, tensor_parallel_size=4)
+    over = jax.device_put(params, NamedSharding(Mesh(MESH.devices, ("x",)), PartitionSpec()))
+    for new in (llm.params, params, over):
+        made.update_params(jax.tree.map(lambda leaf: leaf * 1.25, new))
+        made.update_params(new)
+        assert made.params["embed"].shape == (1024, 64)
+        found = made.generate([5, 17, 99, 3], asked, use_tqdm=False)
+        assert found[0].outputs[0].token_ids == known
+    assert made.engine.weights == LLM((module, params), **TINY_LIMITS).engine.weights
