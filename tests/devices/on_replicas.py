@@ -61,22 +61,24 @@ def test_requests_of_every_kind(tiny_model: tuple) -> None:
     assert llm.metrics().num_pages == 2 * TIGHT["num_pages"]
 
 
-def test_calls_of_every_kind(llm: LLM, alone: LLM) -> None:
+def test_tokens_and_seeds_are_those_of_one_engine(llm: LLM, alone: LLM) -> None:
     """Seeds that nobody has given are drawn in the order of requests, wherever these run."""
     llm.engine._seeds.bit_generator.state = alone.engine._seeds.bit_generator.state
-    for asked in (GREEDY, DRAWN, [GREEDY, DRAWN] * 3):
-        pair = [one.generate(PROMPTS, asked, use_tqdm=False) for one in (llm, alone)]
-        assert tokens(pair[0]) == tokens(pair[1])
-        seeds = [[one.outputs[0].seed for one in outputs] for outputs in pair]
-        assert seeds[0] == seeds[1]
+    asked = [GREEDY, DRAWN] * 3
+    pair = [one.generate(PROMPTS, asked, use_tqdm=False) for one in (llm, alone)]
+    assert tokens(pair[0]) == tokens(pair[1])
+    seeds = [[one.outputs[0].seed for one in outputs] for outputs in pair]
+    assert seeds[0] == seeds[1]
     assert places(llm) == [{DEVICES[0]}, {DEVICES[1]}]
-    scores = [one.score(PROMPTS, PROMPTS, use_tqdm=False) for one in (llm, alone)]
-    for ours, theirs in zip(*scores, strict=True):
-        assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-5)
     streams = [list(each.stream(PROMPTS, GREEDY)) for each in (llm, alone)]
     ends = [sorted(tokens([one for one in some if one.finished])) for some in streams]
     assert ends[0] == ends[1]
     assert len(streams[0]) == len(streams[1])
+    assert not llm.has_unfinished_requests()
+
+
+@pytest.mark.slow
+def test_other_calls(llm: LLM, alone: LLM) -> None:
     chats = [one.chat(api_calls.CHAT, GREEDY, use_tqdm=False) for one in (llm, alone)]
     assert tokens(chats[0]) == tokens(chats[1])
     search = BeamSearchParams(beam_width=2, max_tokens=4)
@@ -279,7 +281,7 @@ def test_a_step_that_fails_takes_the_requests_of_its_engine(
         raise OSError("the device is gone")
 
     monkeypatch.setattr(second.runner, "collect", fail)
-    jax.block_until_ready([one.runner.state for one in llm.engines])
+    monkeypatch.setattr(replicas, "arrays_of", lambda pending: [])  # both are to be read
     with pytest.raises(OSError, match="the device is gone"):
         llm.step()  # which has read the first engine's by then
     monkeypatch.undo()
@@ -288,6 +290,7 @@ def test_a_step_that_fails_takes_the_requests_of_its_engine(
     assert ends == {"0": "length", "1": "abort", "2": "length", "3": "abort"}
 
 
+@pytest.mark.slow
 def test_a_job_of_ray_on_several_devices(tiny_model: tuple) -> None:
     options: dict[str, Any] = {
         "model": tiny_model,
