@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from folojax.attention import cudnn, native, reference
+from folojax.attention import cudnn, native, ordered, reference
 from folojax.attention.interface import AttentionSpec, Kernel
 from folojax.kv.cache import KVCache, KVLayout
 from folojax.kv.placement import Placement
@@ -13,6 +13,7 @@ from folojax.models.core.interface import PLAIN, Scoring
 KERNELS: dict[str, Kernel] = {
     "cudnn": cudnn.KERNEL,
     "native": native.KERNEL,
+    "ordered": ordered.KERNEL,
     "reference": reference.KERNEL,
     "alike": reference.ALIKE,
 }

@@ -21,6 +21,7 @@ from folojax.models.core.config import ModelConfig
 from folojax.models.core.decoder import Llama
 from folojax.models.quantized.names import TILED
 from folojax.sched.pages import pages_for
+from folojax.steps import ordered
 from folojax.steps.by_layer import LayeredSteps
 from folojax.steps.calls import Steps
 from folojax.steps.executables import StepKind
@@ -46,11 +47,12 @@ class Backend:
     """Whether pages are of float32 whatever the model's dtype. On CPU XLA sends an array of half
     precision through float32 on every write and most reads."""
     steps: StepKind  # how the calls of a step are made (`folojax.steps.calls`)
+    exact_steps: StepKind  # likewise in deterministic mode, for models that these take
     warms_up: bool  # whether an engine compiles what it will need when it is made
     measures_memory: bool
     """Whether what steps need is asked of compiled ones where the pool is sized by it; else a bound
     does, which wastes a part of a large memory and no time."""
-    rows_per_call: int  # T, tokens of a call in deterministic mode
+    rows_per_call: int  # T, tokens of a call of steps in rows
     arrays_per_copy: int | None  # layers' arrays that a copy of pages moves in one call; None: all
     swap_rates: SwapRates  # what moving K/V to the host and computing them again cost
     host_memory: str | None  # JAX's name of the host's memory; None: it is the device's
@@ -91,9 +93,37 @@ class Backend:
             f"{_INSTEAD[quantization]}"
         )
 
-    def deterministic(self) -> "Backend":
-        """The same platform where what a row gets has the same bits whatever its company."""
+    def deterministic(
+        self,
+        config: ModelConfig,
+        dtype: DTypeLike,
+        quantization: str | None = None,
+        has_adapters: bool = False,
+    ) -> "Backend":
+        """The same platform where what a row gets has the same bits whatever its company.
+
+        Sums of an order of their own where the platform has these and they take the model, else
+        rows of one shape, which are slower on a GPU.
+        """
+        asked = config, dtype, quantization, has_adapters
+        if self.exact_steps == "ordered" and self.not_ordered(*asked) is None:
+            return dataclasses.replace(self, steps="ordered", kernels=(ordered.KERNEL,))
         return dataclasses.replace(self, steps="rows", kernels=self.exact_kernels)
+
+    def not_ordered(
+        self,
+        config: ModelConfig,
+        dtype: DTypeLike,
+        quantization: str | None = None,
+        has_adapters: bool = False,
+    ) -> str | None:
+        """Why deterministic mode is in rows of one shape, as the rest of a sentence; None: not."""
+        if self.devices.count > 1:
+            return "runs on one device"
+        if has_adapters:
+            return "takes no adapters beside the weights"
+        page_format = self.kv_layout(config, dtype, 1, 1).format
+        return ordered.refusal(config, dtype, page_format, quantization)
 
     def make_steps(self, model: Llama) -> Steps:
         """From executables to the device calls of a model."""
@@ -101,6 +131,7 @@ class Backend:
             "layers": LayeredSteps,
             "rows": RowSteps,
             "whole": WholeSteps,
+            "ordered": ordered.OrderedSteps,
         }
         return kinds[self.steps](self.devices.part(model))
 
@@ -174,6 +205,7 @@ CPU = Backend(
     exact_kernels=("native", "alike"),
     stores_float32=True,
     steps="layers",
+    exact_steps="rows",
     warms_up=False,
     measures_memory=True,
     rows_per_call=32,
@@ -197,6 +229,7 @@ GPU = Backend(
     exact_kernels=("alike",),
     stores_float32=False,
     steps="whole",
+    exact_steps="ordered",
     warms_up=True,
     measures_memory=False,
     rows_per_call=128,

@@ -120,9 +120,11 @@ def _weights(engine: Engine, adapter: str | None) -> str:
 
 def _kv_bits(engine: Engine) -> str | None:
     """What the bits of K/V depend on besides tokens and weights; None: on the batch."""
-    if engine.runner.steps.kind != "rows":
+    kind, count = engine.runner.steps.kind, engine.runner.backend.devices.count
+    if kind == "ordered":
+        return "deterministic mode with sums in order"
+    if kind != "rows":
         return None
-    count = engine.runner.backend.devices.count
     told = f"deterministic mode with pages of {engine.scheduler.config.page_size}"
     return told if count == 1 else f"{told} on {count} devices"
 

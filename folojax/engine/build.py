@@ -115,6 +115,7 @@ def load_model(
     compute_dtype = _resolve_dtype(dtype, backend)
     checkpoint = open_checkpoint(model, revision)
     module = build_module(checkpoint.config, compute_dtype)
+    backends = _in_mode(backends, config, module)
     shapes = param_shapes(checkpoint.config, compute_dtype)
     resolved, plan = plan_memory(config, module, shapes, *backends)
     place = functools.partial(backend.devices.place_param, config=module.config)
@@ -136,6 +137,7 @@ def _load_pair(model: Any, dtype: DType, config: EngineConfig, mesh: Mesh | None
             "cast the params with jax.tree.map"
         )
     found = quantization_of(params)
+    backends = _in_mode(backends, config, module)
     # What fits neither groups nor float8 is of eight bits with any of them.
     if found not in (None, quantization) and not (found == "int8" and quantization):
         raise ValueError(f'params have quantised kernels: pass quantization="{found}"')
@@ -152,9 +154,23 @@ def _placed(
     """The config with the number of devices, and for each engine the backend of its own."""
     chosen = choose_devices(params, config.tensor_parallel_size, config.data_parallel_size, mesh)
     backends = tuple(map(choose_backend, chosen))
-    if config.deterministic:
-        backends = tuple(backend.deterministic() for backend in backends)
     return dataclasses.replace(config, tensor_parallel_size=chosen[0].count), backends
+
+
+def _in_mode(
+    backends: tuple[Backend, ...], config: EngineConfig, module: Llama
+) -> tuple[Backend, ...]:
+    """The backends in the mode that the config asks for; a slow one is told in the log."""
+    if not config.deterministic:
+        return backends
+    asked = module.config, module.dtype, config.quantization, config.enable_lora
+    found = tuple(backend.deterministic(*asked) for backend in backends)
+    if found[0].steps != backends[0].exact_steps:
+        _LOG.warning(
+            "deterministic mode goes token by token, several times slower: its fast way %s",
+            backends[0].not_ordered(*asked),
+        )
+    return found
 
 
 def plan_memory(

@@ -103,6 +103,24 @@ class RowTable:
             return SamplingClass.EDITED
         return SamplingClass(int(self._class[slot].max()))
 
+    def by_kind(self, slot: Any, position: Any) -> list[Any]:
+        """Indices of the rows that ask the sampler for the same, for all that is asked for.
+
+        Args:
+            slot: [B], B > 0.
+            position: Likewise, of the tokens to be drawn.
+        """
+        needed = np.where(position < self._banned_until[slot], SamplingClass.EDITED, 0)
+        asked = (
+            np.maximum(needed, self._class[slot]),
+            self._num_logprobs[slot],
+            self._has_record[slot],
+            self._has_grammar[slot],
+            *self._processors[slot].T,
+        )
+        kind = np.unique(np.stack(asked), axis=1, return_inverse=True)[1].reshape(-1)
+        return [np.flatnonzero(kind == number) for number in range(kind.max() + 1)]
+
     def most_logprobs(self, slot: Any) -> int | None:
         """The most alternatives that any of the slots reports; None if none reports anything."""
         most = int(self._num_logprobs[slot].max())

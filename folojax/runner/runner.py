@@ -10,9 +10,9 @@ has them, are one call too, with the sampling of each. `dispatch` hands a plan t
 does not wait; `collect` waits for what it gave. Further plans may be dispatched in between: the
 device has the tokens that they continue.
 
-Where steps are of the kind "rows", in deterministic mode, all tokens are chunks of one token, and
-those that ask for different sampling are sampled in different calls: nothing that decides a bit is
-shared by rows that differ in what they ask.
+In deterministic mode (steps of the kinds "rows" and "ordered") rows that ask for different sampling
+are sampled in different calls: nothing that decides a bit is shared by rows that differ in what
+they ask. In steps of the kind "rows" all tokens are chunks of one token.
 """
 
 from collections.abc import Sequence
@@ -94,9 +94,9 @@ class Runner:
         sampled = plan.sampled_request_ids
         is_plain = plan.total_num_scheduled_tokens == len(rows) and not self.batch.num_scored_rows
         if plan.num_decode_steps > 1:
-            pending = [self._decode(rows, slots, num_tokens=num_tokens)]
+            pending = self._decode(rows, slots, num_tokens=num_tokens)
         elif is_plain and len(sampled) == len(rows) and self.steps.kind != "rows":  # most steps
-            pending = [self._decode(rows, slots)]
+            pending = self._decode(rows, slots)
         else:
             pending = self._mixed(rows, num_tokens, set(sampled))
         self.batch.advance(slots, num_tokens)
@@ -232,7 +232,7 @@ class Runner:
         for first in range(0, len(chunks), most):
             pending += self._chunks(chunks[first : first + most])
         if singles:
-            pending.append(self._decode(singles, [row.slot for row in singles], sampled))
+            pending += self._decode(singles, [row.slot for row in singles], sampled)
         return pending
 
     def _chunks(self, chunks: Sequence[Chunk]) -> list[Pending]:
@@ -257,10 +257,8 @@ class Runner:
         self.stats.count_chunks(chunks, num_computed, is_by_row)
         position = ints(num_rows)
         position[: len(chunks)] = [chunk.end for chunk in chunks]
-        pending = []
-        for spec, drawing in self._by_spec(chunks, position).items():
-            slot = self._slots_of(drawing, num_rows)
-            pending.append(Pending(drawing, self._sample(results.hidden, slot, position, spec)))
+        drawing = [chunk.row if chunk.has_sample else None for chunk in chunks]
+        pending = self._sampled(results.hidden, drawing, position)
         scores = self._score(results.every, chunks, num_rows)
         residuals = results.residuals or None
         if scores is not None or residuals is not None:
@@ -274,7 +272,7 @@ class Runner:
         slots: list[int],
         sampled: set[str] | None = None,
         num_tokens: list[int] | None = None,
-    ) -> Pending:
+    ) -> list[Pending]:
         """A token of each row, or so many, one after the other.
 
         Args:
@@ -289,16 +287,17 @@ class Runner:
         table, spec, sizes = self.batch.row_table, None, self.shapes.decode_rows
         most_steps = 1 if num_tokens is None else self.setup.max_decode_steps
         # Where grammars are followed, the model computes while the host makes their masks.
-        is_joint = self.steps.kind == "whole" and not table.has_grammar(slots)
+        is_joint = self.steps.kind in ("whole", "ordered") and not table.has_grammar(slots)
         if is_joint or num_tokens is not None:
             drawn = np.asarray(slots if sampled is None else self._slots_of(drawing, len(rows)))
             positions = self.batch.num_computed[slots][None] + 1
             if num_tokens is not None:
                 positions = np.concatenate((positions, positions + np.asarray(num_tokens) - 1))
             spec = self._spec(drawn, positions)
-        if num_tokens is None and self.steps.kind == "whole":
+        if num_tokens is None and self.steps.kind in ("whole", "ordered"):
             is_fine = spec is not None and is_plain_greedy(spec)
             sizes = sizes if is_fine else self.shapes.sampled_rows
+            spec = spec if is_fine or self.steps.kind == "whole" else None
         inputs = self.batch.decode_inputs(round_up(len(slots), sizes), slots)
         num_rows, position, num_steps = len(inputs.slot), inputs.position + 1, None
         slot = inputs.slot if sampled is None else self._slots_of(drawing, num_rows)
@@ -308,7 +307,7 @@ class Runner:
         if spec is None:
             one = Executable("decode", num_rows, extras=extras, is_adapted=is_adapted)
             results = self.call(one, CallInputs(inputs, is_edited, adapters))
-            report = self._sample(results.hidden, slot, position, self._spec(slot, position[None]))
+            pending = self._sampled(results.hidden, drawing, position)
         else:
             if num_tokens is not None:
                 num_steps = ints(num_rows)
@@ -322,29 +321,36 @@ class Runner:
             one = Executable(kind, num_rows, most_steps, spec, extras, bans, is_adapted=is_adapted)
             given = CallInputs(inputs, is_edited, adapters, sampling, num_steps)
             results = self.call(one, given)
-            report = results.report
+            pending = [Pending(drawing, results.report, num_tokens, row_len=most_steps)]
         self.stats.num_decode_calls += 1
         self.stats.num_computed_tokens += num_rows * most_steps
-        pending = Pending(drawing, report, num_tokens, row_len=most_steps)
         if results.residuals:
             each = zip(rows, inputs.position.tolist(), num_tokens or [1] * len(rows), strict=False)
             chunks = [Chunk(row, first, first + count, True) for row, first, count in each]
-            pending = pending._replace(chunks=chunks, residuals=results.residuals)
+            pending.append(Pending(chunks=chunks, residuals=results.residuals, row_len=most_steps))
         return pending
 
-    def _by_spec(self, chunks: Sequence[Chunk], position: Any) -> dict[SamplingSpec, list[Any]]:
+    def _sampled(self, hidden: Any, drawing: list[Row | None], position: Any) -> list[Pending]:
+        """Calls that sample the next token of rows: one for all, or one for each kind."""
+        return [
+            Pending(rows, self._sample(hidden, self._slots_of(rows, len(position)), position, spec))
+            for spec, rows in self._by_spec(drawing, position).items()
+        ]
+
+    def _by_spec(self, drawing: list[Row | None], position: Any) -> dict[SamplingSpec, list[Any]]:
         """The rows that sample, by the sampler that they need: one for all, or one a kind."""
-        drawing = [chunk.row if chunk.has_sample else None for chunk in chunks]
-        if not any(drawing):
+        place = [i for i, row in enumerate(drawing) if row is not None]
+        if not place:
             return {}
-        if self.steps.kind != "rows":
-            slot = self._slots_of(drawing, len(position))
-            return {self._spec(slot, position[None]): drawing}
+        if self.steps.kind not in ("rows", "ordered"):
+            return {self._spec(self._slots_of(drawing, len(position)), position[None]): drawing}
+        slots, positions = self._slots_of(drawing, len(drawing))[place], position[place]
         found: dict[SamplingSpec, list[Any]] = {}
-        for i, row in enumerate(drawing):
-            if row is not None:
-                spec = self._spec(ints(1, row.slot), ints((1, 1), position[i]))
-                found.setdefault(spec, [None] * len(drawing))[i] = row
+        for mine in self.batch.row_table.by_kind(slots, positions):
+            spec = self._spec(slots[mine], positions[mine][None])
+            rows = found.setdefault(spec, [None] * len(drawing))
+            for i in mine.tolist():
+                rows[place[i]] = drawing[place[i]]
         return found
 
     def _slots_of(self, rows: Sequence[Row | None], count: int) -> Any:

@@ -106,7 +106,7 @@ def warm_up(
     runner.state = runner.state._replace(cache=cache)
     done.append(Planned(COPIES, None, time.perf_counter() - start))
     runner.gate.set_compiled(done, left_out)
-    if runner.steps.kind == "whole":
+    if runner.steps.kind in ("whole", "ordered"):
         for one in jobs:
             if one not in left_out:
                 _run_on_padding(runner, one)

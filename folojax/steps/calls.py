@@ -3,7 +3,7 @@
     Executable ──> Steps.call ──> program, arguments ──> run        a step
     parameters, state, inputs                       └──> Compiling  a warm-up, memory, a listing
 
-A backend chooses one of three ways to run steps (`StepKind`). Each is a class with this `call`,
+A backend chooses one of four ways to run steps (`StepKind`). Each is a class with this `call`,
 which hands programs and arguments to a function: `run` computes, `Compiling` compiles and goes on
 with shapes, and whoever wants to see a program before it is compiled brings a function of his own.
 What a step computes is in `folojax.steps.step`.
@@ -11,6 +11,7 @@ What a step computes is in `folojax.steps.step`.
     whole    WholeSteps     each executable is one program                     accelerators
     layers   LayeredSteps   groups of layers, their sampler apart              CPU
     rows     RowSteps       rows of one shape, logits, their sampler apart     deterministic mode
+    ordered  OrderedSteps   as whole, sums in an order of their own            the same on a GPU
 """
 
 from typing import Any, Protocol, runtime_checkable

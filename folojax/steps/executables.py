@@ -8,8 +8,9 @@ from folojax.compile.shapes import Shapes
 from folojax.sampling.sampler import SamplingClass, SamplingSpec
 from folojax.steps.layers import NO_EXTRAS, StepExtras
 
-StepKind: TypeAlias = Literal["layers", "whole", "rows"]
-"""How steps are run: some layers at a time, as one program, or in rows of one shape."""
+StepKind: TypeAlias = Literal["layers", "whole", "rows", "ordered"]
+"""How steps are run: some layers at a time, as one program, in rows of one shape, or as one program
+whose sums have an order of their own."""
 
 
 class Executable(NamedTuple):
@@ -111,6 +112,15 @@ def _list_plain(
         sampled = sorted({*sampled, *shapes.decode_rows})
         for rows in shapes.decode_rows:
             yield Executable("decode", rows)
+    if kind == "ordered":
+        # With its sampling in it where that is plainly greedy; else that is a call of its own.
+        sampled = sorted({*sampled, *shapes.sampled_rows})
+        for rows in shapes.decode_rows:
+            for spec in filter(is_plain_greedy, specs):
+                yield Executable("decode", rows, spec=spec)
+        if not all(map(is_plain_greedy, specs)):
+            for rows in shapes.sampled_rows:
+                yield Executable("decode", rows)
     masked = [spec for spec in specs if spec.has_mask]
     if kind == "whole":
         for spec in specs:

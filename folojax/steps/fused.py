@@ -142,6 +142,7 @@ def run_model(
     inputs: CallInputs,
     one: Executable,
     model: Llama,
+    sample_hidden: Callable[..., Any] = _sample_hidden,
 ) -> Any:
     """The model on chunks, or on a token of every row and with a `spec` the next one's draw."""
     tokens = None if slots is None else slots.tokens
@@ -154,7 +155,7 @@ def run_model(
         return cache, slots, CallResults(last, every, residuals=residuals)
     if one.spec is None:
         return cache, slots, CallResults(hidden, residuals=residuals)
-    slots, out = _sample_hidden(params, slots, hidden, inputs.sampling, model=model, spec=one.spec)
+    slots, out = sample_hidden(params, slots, hidden, inputs.sampling, model=model, spec=one.spec)
     return cache, slots, CallResults(report=pack_report(out), residuals=residuals)
 
 
@@ -229,11 +230,12 @@ def _score(
 
 
 # On CPU the model's with the options of a group of layers: as fast, and rounding alike.
-_MODEL = REORDERED | IN_GRAPH
+MODEL_OPTIONS = REORDERED | IN_GRAPH
+SAMPLER_OPTIONS = IN_GRAPH
 _PROGRAMS = {
-    "prefill": packed(run_model, "prefill", _MODEL),
-    "decode": packed(run_model, "decode", _MODEL),
+    "prefill": packed(run_model, "prefill", MODEL_OPTIONS),
+    "decode": packed(run_model, "decode", MODEL_OPTIONS),
     "decode_steps": packed(_decode_steps, "decode_steps", REORDERED),
-    "sample": packed(_sample, "sample", IN_GRAPH),
+    "sample": packed(_sample, "sample", SAMPLER_OPTIONS),
     "score": packed(_score, "score"),
 }

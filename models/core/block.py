@@ -73,6 +73,8 @@ def normed(
     stream: Float[Array, "N E"] | Unsummed, weight: Any, bias: Any, config: ModelConfig
 ) -> tuple[Float[Array, "N E"], Float[Array, "N E"]]:
     """The residual stream and its norm."""
+    if config.is_ordered and not isinstance(stream, Unsummed):
+        stream = Unsummed(stream, jnp.zeros_like(stream))  # for the kernel that sums in order
     if isinstance(stream, Unsummed):
         return add_and_norm(*stream, weight, bias, config)
     return stream, norm(stream, weight, bias, config)
@@ -285,7 +287,8 @@ class Block(nn.Module):
         With `is_part`, `x` is one device's part of the inputs.
         """
         kernel = kernel_of(self, name, width_out, x.shape[-1])
-        out = project(x, kernel, is_rounded=not has_bias)
+        is_ordered = self.config.is_ordered
+        out = project(x, kernel, is_rounded=not has_bias, is_ordered=is_ordered)
         out = sum_parts(out, self.config) if is_part else out
         if has_bias:
             bias = kernel_of(self, f"{name}_bias", width_out, init=_ZEROS)

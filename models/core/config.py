@@ -112,6 +112,9 @@ class ModelConfig:
     """Of how many devices this is one: heads, inner widths and kernels are its part of the model
     (`folojax.models.core.shards`)."""
 
+    is_ordered: bool = False
+    """Sums over a row's numbers have an order of their own on NVIDIA GPUs, whatever the batch."""
+
     hf_config: str = dataclasses.field(default="", compare=False, repr=False)
     """The config.json that all this was read from, for `save_pretrained`."""
 

@@ -135,7 +135,8 @@ class Llama(nn.Module):
         """The same of those tokens alone that the device has, and of what fills its part."""
         config = self.config
         with jax.named_scope("logits"):
-            scores = project(hidden, self.embed if config.tie_embeddings else self.lm_head)
+            kernel = self.embed if config.tie_embeddings else self.lm_head
+            scores = project(hidden, kernel, is_ordered=config.is_ordered)
             if config.logits_divisor != 1.0:
                 scores = scores / config.logits_divisor
             return softcap(scores, config.logits_softcap)

@@ -13,7 +13,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from folojax.models.core import row_kernels
+from folojax.models.core import ordered_product, row_kernels
 from folojax.models.core.adapted import AdaptedKernel, add_low_rank
 from folojax.models.core.config import Activation, ModelConfig
 from folojax.models.core.rope import plain_rates
@@ -94,6 +94,7 @@ def project(
     x: Float[Array, "N I"],
     kernel: Float[Array, "O I"] | QuantizedKernel | AdaptedKernel,
     is_rounded: bool = False,
+    is_ordered: bool = False,
 ) -> Float[Array, "N O"]:
     """A linear layer: `x` times the transposed kernel, summed in float32 whatever the dtype.
 
@@ -105,13 +106,22 @@ def project(
         kernel: Of the layer.
         is_rounded: Whether the result comes in the dtype of `x`, which halves what an accelerator
             has to write; else it is float32.
+        is_ordered: Whether sums have an order of their own on NVIDIA GPUs (`ordered_product`).
     """
     if isinstance(kernel, AdaptedKernel):
         out = add_low_rank(x, project(x, kernel.kernel), kernel.stack, kernel.slot)
         return out.astype(x.dtype) if is_rounded else out
     if isinstance(kernel, QuantizedKernel):
         return project_quantized(x, kernel, x.dtype if is_rounded else jnp.float32)
-    return jax.lax.platform_dependent(x, kernel, **(_ROUNDED if is_rounded else _WIDE))
+    branches = _ROUNDED if is_rounded else _WIDE
+    if is_ordered:
+        dtype = x.dtype if is_rounded else jnp.float32
+        branches = branches | {"cuda": functools.partial(_ordered, dtype=jnp.dtype(dtype))}
+    return jax.lax.platform_dependent(x, kernel, **branches)
+
+
+# Jitted, so that products of one shape are traced and lowered once.
+_ordered = jax.jit(ordered_product.product, static_argnames="dtype")
 
 
 def _project_on_cpu(x: Float[Array, "N I"], kernel: Float[Array, "O I"]) -> Float[Array, "N O"]:

@@ -97,7 +97,7 @@ def _compare_kernels(case: _Case, report: Report) -> None:
     with jax.default_matmul_precision("highest"):
         exact = np.asarray(run("reference", *(x.astype(jnp.float32) for x in arrays)))
     is_real = (np.arange(case.columns)[None, :] < length[:, None]).reshape(-1)
-    names = dict.fromkeys((*backend.kernels, *backend.exact_kernels))
+    names = dict.fromkeys((*backend.kernels, "ordered", *backend.exact_kernels))
     for name in [name for name in names if name != "reference"]:
         about = {"check": f"attention, {name}", **case._asdict(), "dtype": dtype.name}
         own_format = dataclasses.replace(format_, kernels=(name,))

@@ -92,6 +92,7 @@ class Steps:
         table_pages: int,
         devices: Devices,
         quantization: str | None = None,
+        is_deterministic: bool = False,
     ) -> None:
         """Takes shapes.
 
@@ -102,8 +103,11 @@ class Steps:
             table_pages: N, most pages of a row.
             devices: See `target_devices`.
             quantization: Of the kernels.
+            is_deterministic: Whether they are those of deterministic mode.
         """
         backend = dataclasses.replace(GPU, capability=_HOPPER, devices=devices)
+        if is_deterministic:
+            backend = backend.deterministic(module.config, module.dtype)
         self._devices, self._steps = devices, backend.make_steps(module)
         self._vocab_size, self._table_pages = module.config.vocab_size, table_pages
         self._is_tied = module.config.tie_embeddings

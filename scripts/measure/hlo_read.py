@@ -22,7 +22,10 @@ _WRITES = {"scatter", "dynamic-update-slice"}
 
 # How the targets of calls that read pages begin: cuDNN's, and our own kernel's.
 _ATTENTION = ("__cudnn$fmha", "__gpu$xla.gpu.triton")
-_OF_ATTENTION = ("read_pieces", "join_pieces")
+_OF_ATTENTION = (
+    *("read_pieces", "join_pieces"),
+    *("store_tokens", "attend_in_order", "attend_pieces_in_order", "join_in_order"),
+)
 
 _INSTRUCTION = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = (.*)$")
 _OPCODE = re.compile(r"^\s*([\w\-]+)\((.*)$")

@@ -84,6 +84,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--prefill-columns", type=int, default=128, help="tokens of such a row")
     add("--prefill-tokens", type=int, default=4096, help="most tokens of such a call")
     add("--target", type=Path, default=TARGET, help="description of another card")
+    add("--deterministic", action="store_true", help="of that mode: greedy, and prefill")
     add("--check", action="store_true", help="exit code 1 if decode breaks a rule")
     add("--text", type=Path, metavar="DIR", help="write the thunks of each program there")
     add("--json", type=Path, metavar="OUT", help="write the figures to this file")
@@ -91,6 +92,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("longest", "prefill_rows", "prefill_columns", "layers", "page_size", "devices"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}; give at least 1")
+    if args.deterministic:  # draws are a call of their own there
+        args.calls = [call for call in args.calls if call != "truncated"]
     if min(args.rows) < 1:
         parser.error(f"--rows has {min(args.rows)}; give at least 1")
     return args
@@ -108,7 +111,7 @@ def inspect(args: argparse.Namespace, devices: Devices) -> Iterator[dict[str, An
     num_pages = int(args.pool_gb * 1e9 / (elements * jnp.dtype(module.dtype).itemsize))
     table_pages = pages_for(args.longest, args.page_size)
     sizes = num_pages, args.page_size, table_pages
-    steps = Steps(module, *sizes, devices, args.quantization)
+    steps = Steps(module, *sizes, devices, args.quantization, args.deterministic)
     for call in args.calls:
         for rows in [args.prefill_rows] if call == "prefill" else args.rows:
             if call == "prefill":

@@ -304,7 +304,7 @@ def test_a_deterministic_step_is_measured(tiny_model: tuple) -> None:
         "max_num_batched_tokens": 64,
         "num_pages": 32,
     }
-    exact = CPU.deterministic()
+    exact = CPU.deterministic(module.config, jnp.float32)
     exact = dataclasses.replace(exact, kernels=exact.kernels[1:])  # what there is everywhere
     setup, plain = make_setup(module, exact, **limits), make_setup(module, **limits)
     copied = 32 * setup.layout.bytes_per_page // 2  # keys, or values

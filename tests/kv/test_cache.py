@@ -133,7 +133,7 @@ def test_pages_lie_as_the_backend_wants_them(
     config = tiny_model[0].config
     shape = tuple({K: config.num_kv_heads, D: config.head_dim}.get(n, n) for n in shape[2:])
     for is_deterministic in (False, True):
-        one = backend.deterministic() if is_deterministic else backend
+        one = backend.deterministic(config, jnp.float32) if is_deterministic else backend
         layout = one.kv_layout(config, jnp.bfloat16, P, S)
         cache = jax.eval_shape(lambda layout=layout: kv.init_cache(layout))
         assert cache.layers[0].shape == (P, 2, *shape)

@@ -7,6 +7,7 @@ it and runs that test, `make test` leaves it out.
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -210,6 +211,30 @@ def test_decode_in_few_bits_reads_them_once(
     whole = compile_for_h200(tmp_path / "out.json", pytestconfig, *options[:3])
     share = few["weights_mb"] / whole["results"][0]["weights_mb"]
     assert share == pytest.approx({"int4": 0.41, "fp8": 0.5, "int8": 0.5}[quantization], abs=0.02)
+
+
+@pytest.mark.gpu_compiler
+@pytest.mark.parametrize("model", ["qwen3-0.6b", "qwen3-8b"])
+def test_deterministic_mode_on_an_h200_adds_in_kernels_of_its_own(
+    model: str, tmp_path: Path, pytestconfig: pytest.Config
+) -> None:
+    options = f"--model={model}", "--layers=3", "--deterministic", "--calls", "greedy", "prefill"
+    text = tmp_path / "text"
+    report = compile_for_h200(
+        tmp_path / "out.json", pytestconfig, *options, "--pool-gb=20", "--text", str(text)
+    )
+    assert report["broken"] == []
+    assert len(report["results"]) == len(list(text.iterdir())) == 4
+    for path in text.iterdir():
+        lines = path.read_text().splitlines()
+        names = [re.sub(r"__\d+$", "", line).split()[-1] for line in lines]
+        is_decode = "greedy" in path.name
+        assert names.count("ordered_product") == 4 * 3 + is_decode
+        attends = names.count("attend_in_order") + names.count("attend_pieces_in_order")
+        assert (attends, names.count("store_tokens"), names.count("add_norm")) == (3, 3, 7)
+        assert names.count("mass_of_rows") == is_decode
+        # One of XLA's: with the identity, of the rotation (`rotary_tables`).
+        assert sum("dot" in name or "gemm" in name or "cublas" in name for name in names) <= 1
 
 
 @pytest.mark.gpu_compiler

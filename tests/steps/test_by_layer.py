@@ -138,8 +138,9 @@ def test_a_cache_in_layers_is_the_same_arrays(tiny_model: tuple) -> None:
 def test_a_backend_makes_its_steps(tiny_model: tuple, backend: Any) -> None:
     kind = LayeredSteps if backend is CPU else WholeSteps
     assert isinstance(backend.make_steps(tiny_model[0]), kind)
-    assert isinstance(backend.deterministic().make_steps(tiny_model[0]), RowSteps)
-    for one in (backend, backend.deterministic()):
+    exact = backend.deterministic(tiny_model[0].config, jnp.float32)
+    assert isinstance(exact.make_steps(tiny_model[0]), RowSteps)
+    for one in (backend, exact):
         assert one.make_steps(tiny_model[0]).kind == one.steps
 
 
