@@ -11,7 +11,7 @@ from folojax.attention.interface import AttentionSpec
 from folojax.attention.paged_ordered import attend_in_order
 from folojax.kv.placement import Placement
 from folojax.models.core.row_kernels import kernel_or
-from folojax.models.core.triton import triton
+from folojax.models.machine.triton import triton
 
 _HOPPER, _AFTER = 9.0, 10.0  # compute capabilities
 _HEAD_DIMS = (64, 128, 256)  # with others tiles are of several kinds of instruction

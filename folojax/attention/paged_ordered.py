@@ -31,7 +31,7 @@ from jaxtyping import Array, Float, Num
 
 from folojax.attention.row_layout import finite_in_kernel
 from folojax.kv.placement import Placement
-from folojax.models.core.triton import triton
+from folojax.models.machine.triton import triton
 
 _BLOCK = 64  # positions that are read at once
 _PIECE_BLOCKS = 8

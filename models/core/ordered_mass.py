@@ -11,9 +11,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from folojax.models.core.triton import triton
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
+
+from folojax.models.machine.triton import triton
 
 _BLOCK = 4096
 _NOTHING = -1e30  # the largest of no logits: finite, so that it can be subtracted from itself

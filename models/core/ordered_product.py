@@ -20,10 +20,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from folojax.models.core.triton import triton
 from jax.experimental import pallas as pl
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
+
+from folojax.models.machine.triton import triton
 
 _BLOCK = 64  # inputs that a segment is a multiple of
 _LEAST_BLOCKS = 4  # of a segment
