@@ -21,6 +21,7 @@ from folojax.sched.option_fields import (
     options_of,
 )
 from folojax.sched.pages import pages_for
+from folojax.sched.states import state_options
 
 if TYPE_CHECKING:  # the command line has its options from here, and need not wait for JAX
     from folojax.backend import Backend
@@ -81,6 +82,12 @@ class EngineConfig:
         at_least=1,
     )
     enable_prefix_caching: bool = option_like(SchedulerConfig, "enable_prefix_caching", True)
+    num_prefix_states: int | None = option_like(
+        SchedulerConfig,
+        "num_prefix_states",
+        None,
+        """None: as many as `max_num_seqs`, 32 at most. Only for models with recurrent layers.""",
+    )
     async_scheduling: bool = option(
         True,
         """The next step is planned and handed to the device before the last one is read, so that
@@ -207,7 +214,12 @@ class EngineConfig:
         return self.memory_fraction
 
     def resolve(
-        self, max_position: int, backend: "Backend", min_swap_tokens: int = 1
+        self,
+        max_position: int,
+        backend: "Backend",
+        min_swap_tokens: int = 1,
+        *,
+        has_states: bool = False,
     ) -> "ResolvedConfig":
         """Fills in what depends on the model and the device, but for its memory.
 
@@ -218,13 +230,12 @@ class EngineConfig:
             max_position: Longest sequence the model was made for, in tokens.
             backend: That the engine runs on.
             min_swap_tokens: What takes the place of None.
+            has_states: Whether layers of the model keep states instead of keys and values.
 
         Raises:
-            ValueError: `max_model_len` is beyond it, the limits contradict each other, or the
-                quantisation is not for this platform.
+            ValueError: The limits contradict each other, the model or the platform.
         """
-        problem = backend.quantization_problem(self.quantization)
-        if problem is not None:
+        if (problem := backend.quantization_problem(self.quantization)) is not None:
             raise ValueError(f"quantization is {self.quantization!r}, which is {problem}")
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         left_open = {
@@ -235,6 +246,7 @@ class EngineConfig:
         for name, default in (backend.defaults | left_open).items():
             if fields[name] is None:
                 fields[name] = default
+        fields |= state_options(fields, has_states)
         max_model_len = fields["max_model_len"]
         if self.max_num_batched_tokens is None:  # it gives way to what somebody has chosen
             least = fields["max_num_seqs"] if self.enable_chunked_prefill else max_model_len
@@ -268,6 +280,8 @@ class ResolvedConfig(EngineConfig):
     num_pages: int
     prefill_row_len: int
     min_swap_tokens: int
+    num_prefix_states: int
+    has_states: bool
 
     @property
     def most_running_pages(self) -> int:
@@ -297,6 +311,7 @@ class EngineOptions(TypedDict, total=False):
     long_prefill_token_threshold: int
     prefill_row_len: int | None
     enable_prefix_caching: bool
+    num_prefix_states: int | None
     async_scheduling: bool
     max_decode_steps: int
     num_host_pages: int

@@ -78,6 +78,18 @@ class SchedulerConfig:
         at_least=1,
         at_most=256,
     )
+    has_states: bool = option(
+        False,
+        """Requests have a state of their own beside pages, that of all their tokens so far: another
+        request can begin only where one was kept.""",
+    )
+    num_prefix_states: int = option(
+        0,
+        """States of recurrent layers that are kept so that pages of earlier requests can be used,
+        each as large as that of a running request. Chunks of prompts then end where one is kept: at
+        the last full page of a prompt, and where prompts part. 0: nothing is used again.""",
+        at_least=0,
+    )
     watermark: float = option(
         0.0,
         """Share of the pages that stays free when a request is admitted beside others, so that
@@ -94,6 +106,13 @@ class SchedulerConfig:
     def _conflicts(self) -> list[str]:
         budget = self.max_num_batched_tokens
         conflicts = []
+        if self.has_states and self.num_host_pages:
+            conflicts.append("has_states goes without num_host_pages, which keeps pages alone")
+        if self.has_states and self.enable_prefix_caching != (self.num_prefix_states > 0):
+            conflicts.append(
+                f"num_prefix_states is {self.num_prefix_states} and enable_prefix_caching is "
+                f"{self.enable_prefix_caching}: pages are used again where states are kept"
+            )
         if budget < self.max_num_seqs:
             conflicts.append(
                 f"max_num_batched_tokens is {budget:,}; max_num_seqs is {self.max_num_seqs:,} and "

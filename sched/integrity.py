@@ -22,6 +22,8 @@ def check_integrity(
     _check_owners(memory.allocator, requests)
     _check_contents(memory, running)
     _check_places(config, requests, running, waiting)
+    if memory.states is not None:
+        memory.states.check(running)
     memory.host.check([request.saved for request in requests if request.saved is not None])
     for request in running:
         assert request.status is RequestStatus.RUNNING, f"in the batch, but {request}"

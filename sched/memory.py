@@ -8,6 +8,9 @@ A request that is admitted starts behind the K/V that it finds, the longer of tw
 
 and computes the rest into pages of its own: a page with several owners is never written. What it
 finds with another request is the prompt of its group, or what it was forked from.
+
+Where requests have states beside pages, a beginning ends where a state is kept, and is found in the
+prefix cache alone (`folojax.sched.states`).
 """
 
 from collections.abc import Hashable, Iterable, Iterator
@@ -18,6 +21,7 @@ from folojax.sched.host_pages import HostPages, SavedPages
 from folojax.sched.pages import PageAllocator, pages_for
 from folojax.sched.prefix_cache import PrefixCache, PrefixNode
 from folojax.sched.request import Request, RequestStatus
+from folojax.sched.states import KeptStates
 from folojax.sched.step_plan import PageMoves
 
 
@@ -29,6 +33,7 @@ class Start(NamedTuple):
     node: PrefixNode  # of the last full page in the prefix cache; its root when caching is off
     partial_page: int | None = None  # holds those behind the last full page
     saved: SavedPages | None = None  # host memory's, of which those behind `page_ids` are loaded
+    state: int | None = None  # place of the state that belongs to it
 
 
 class KVMemory:
@@ -39,6 +44,7 @@ class KVMemory:
         allocator: the pages.
         cache: the prefixes that can be hit; stays empty when caching is off.
         host: what is in host memory.
+        states: those that are kept, where requests have states; else None.
         num_query_tokens: tokens looked up in the cache, of each request when it was first admitted.
         num_hit_tokens: those of them that were found, in the cache or with another request.
     """
@@ -48,9 +54,11 @@ class KVMemory:
         self.cache = PrefixCache()
         self.allocator = PageAllocator(config.num_pages, self.cache)
         self.host = HostPages(config.num_host_pages)
+        self.states = KeptStates(config.num_prefix_states) if config.has_states else None
         self.num_query_tokens = 0
         self.num_hit_tokens = 0
         self._is_caching = config.enable_prefix_caching
+        self._is_chunked = config.enable_chunked_prefill
         self._least_saved = max(config.min_swap_tokens, 1)
         self._num_kept_free = int(config.watermark * config.num_pages)
         # Per running request the node of its last full page: its next one belongs under it.
@@ -72,6 +80,8 @@ class KVMemory:
     def plan_again(self) -> None:
         """Begins to plan the published step anew: its moves were not done, and are still to be."""
         self.host.is_published = False
+        if self.states is not None:
+            self.states.plan_again()
 
     def plan_next(self) -> None:
         """Begins to plan the next step: the moves published so far are done before it."""
@@ -79,14 +89,19 @@ class KVMemory:
         if self.host.is_published:
             self.host.plan_next()
         self._loading.clear()
+        if self.states is not None:
+            self.states.plan_next()
 
     def must_wait(self, request: Request) -> bool:
         """Whether the prompt is being computed for one of its group, and nobody has it yet."""
-        return (
-            request.group in self._sharing
-            and not request.skip_prefix_cache
-            and self._find_holder(request) is None
-        )
+        if request.group not in self._sharing or request.skip_prefix_cache:
+            return False
+        if self.states is None:
+            return self._find_holder(request) is None
+        # States are found once they are taken in.
+        least = request.num_common_tokens // self.page_size * self.page_size
+        siblings = self._sharing[request.group]
+        return self._is_caching and all(one.num_computed_tokens < least for one in siblings)
 
     def find_start(self, request: Request) -> Start:
         """Looks for the K/V of a request of no pages, which is to be admitted.
@@ -94,6 +109,8 @@ class KVMemory:
         The last token stays to be computed in any case: what follows it is to be sampled.
         """
         start = Start(0, [], self.cache.root_of(request.adapter))
+        if self.states is not None:
+            return self._find_state(request, start, self.states)
         if not request.skip_prefix_cache:
             if self._is_caching:
                 page_ids, node = self.cache.match(self._pieces(request), request.adapter)
@@ -130,6 +147,10 @@ class KVMemory:
             self._loading[request] = start.saved
             request.saved = None
         self.drop_saved(request)  # it is computed again instead
+        if self.states is not None:
+            if start.state is not None:
+                self.states.load(request, start.state)
+            self.states.promise(request, start.num_tokens + num_tokens)
         request.page_ids = start.page_ids + page_ids
         request.num_computed_tokens = start.num_tokens
         request.forked_from = None
@@ -170,9 +191,17 @@ class KVMemory:
         num_tokens += request.num_planned_tokens
         return pages_for(num_tokens, self.page_size) - len(request.page_ids)
 
+    def cut(self, request: Request, num_planned: int, num_tokens: int) -> int:
+        """How many of so many tokens to compute, so as to end where a state is to be kept."""
+        if self.states is None or not self._is_chunked:
+            return num_tokens
+        return self.states.cut(request, num_planned, num_tokens)
+
     def extend(self, request: Request, num_tokens: int) -> list[int] | None:
         """Gives a request pages for its next tokens, and returns those; None if too few."""
         num_tokens += request.num_computed_tokens + request.num_tokens_in_flight
+        if self.states is not None:
+            self.states.promise(request, num_tokens)
         if num_tokens <= len(request.page_ids) * self.page_size:  # most rows in most steps
             return []
         num_missing = pages_for(num_tokens, self.page_size) - len(request.page_ids)
@@ -198,6 +227,8 @@ class KVMemory:
         self._tails[request] = tail
         self.cache.pin(tail)
         self.cache.unpin(old_tail)
+        if self.states is not None:
+            self.states.land(request, tail, self.page_size)
 
     def discard(self, request: Request) -> None:
         """Takes all pages of a request out of the cache, also those that it found there.
@@ -206,12 +237,17 @@ class KVMemory:
         """
         for page in request.page_ids:
             self.cache.discard(page)
+        if self.states is not None:
+            self.states.release(request)
+            self.states.discard(self._tails[request])
 
     def drop_all(self, kept: Iterable[Request], requests: Iterable[Request]) -> None:
         """Drops what can be hit or loaded; the pages of running, kept requests are theirs alone."""
         for request in kept:
             self._isolate(request)
         self.allocator.drop_idle()
+        if self.states is not None:
+            self.states.clear()
         for request in requests:
             self.drop_saved(request)
 
@@ -222,6 +258,8 @@ class KVMemory:
         for request in kept:
             self._isolate(request)
         self.allocator.forget(adapter)
+        if self.states is not None:
+            self.states.clear()
         for request in requests:
             self.drop_saved(request)
 
@@ -232,6 +270,8 @@ class KVMemory:
         request.page_ids = []
         request.num_computed_tokens = request.num_tokens_in_flight = 0
         self._stop_sharing(request)
+        if self.states is not None:
+            self.states.release(request)
         saved = self._loading.pop(request, None)
         if saved is not None and self.host.cancel_load(saved):
             request.saved = saved
@@ -272,6 +312,25 @@ class KVMemory:
         self.discard(request)
         self._stop_sharing(request)
         request.is_private = request.skip_prefix_cache = True
+
+    def _find_state(self, request: Request, start: Start, states: KeptStates) -> Start:
+        """The longest beginning in the cache that has a state; notes where others are wanted."""
+        if not self._is_caching or request.is_private:
+            return start
+        size, num_tokens, num_found = self.page_size, request.num_tokens, 0
+        if not request.skip_prefix_cache:
+            page_ids, node = self.cache.match(self._pieces(request), request.adapter)
+            num_found = len(page_ids)
+            found = states.find(node)
+            if found is not None:
+                node, place = found
+                page_ids = page_ids[: node.depth]
+                start = Start(node.depth * size, page_ids, node, state=place)
+        ends = {num_tokens // size, (num_tokens - 1) // size, num_found}
+        if request.group is not None:
+            ends.add(request.num_common_tokens // size)
+        states.stop_at(request, (end * size for end in ends))
+        return start
 
     def _stop_sharing(self, request: Request) -> None:
         members = self._sharing.get(request.group)

@@ -41,6 +41,7 @@ from folojax.sched.integrity import check_integrity
 from folojax.sched.memory import KVMemory
 from folojax.sched.progress import (
     append_tokens,
+    chunk_size,
     num_decode_steps,
     num_samples_left,
     num_tokens_left,
@@ -136,6 +137,7 @@ class Scheduler:
             self._unreported_finished_ids,
             self._unreported_preempted_ids,
             self.memory.publish_moves(),
+            self.memory.states,
         )
         self.in_flight.add(plan)
         self._unreported_finished_ids = {}
@@ -289,10 +291,6 @@ class Scheduler:
             self.config, self.memory, self._requests.values(), self._running, self._waiting
         )
 
-    def _chunk_size(self, num_tokens_left: int, budget_left: int) -> int:
-        cap = self.config.long_prefill_token_threshold or budget_left
-        return min(num_tokens_left, budget_left, cap)
-
     def _schedule_running(self, draft: PlanDraft) -> None:
         max_model_len = self.config.max_model_len
         for request in self._running:
@@ -304,7 +302,7 @@ class Scheduler:
             if draft.num_decode_steps > 1:
                 num_tokens = min(draft.num_decode_steps, num_samples_left(request, max_model_len))
             else:
-                num_tokens = self._chunk_size(num_left, draft.budget_left)
+                num_tokens = chunk_size(self.config, self.memory, draft, request, num_left)
                 if not num_tokens:
                     continue
             page_ids = self._reserve_or_preempt(request, num_tokens, draft)
@@ -343,7 +341,7 @@ class Scheduler:
             return False  # it was preempted meanwhile; what it is to compute is not known yet
         start = self.memory.find_start(request)
         num_left = request.num_tokens - start.num_tokens
-        num_tokens = self._chunk_size(num_left, draft.budget_left)
+        num_tokens = chunk_size(self.config, self.memory, draft, request, num_left)
         if not self.config.enable_chunked_prefill and num_tokens < num_left:
             return False  # nor may a shorter one jump the head of the queue
         if not self.memory.admit(request, start, num_tokens, has_company=bool(self._running)):

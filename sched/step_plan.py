@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 from folojax.sched.host_pages import PageLoad, PageSave
 from folojax.sched.request import Request
+from folojax.sched.states import KeptStates
 
 
 class PageMoves(NamedTuple):
@@ -64,6 +65,10 @@ class StepPlan:
     # before may be among `new_requests` again.
     preempted_request_ids: tuple[str, ...]
     page_moves: PageMoves = NO_MOVES  # what happens to pages first
+    # (request id, place) of states that are kept (`folojax.sched.states`): those that requests
+    # which join begin with, and those that requests have when the plan has run.
+    state_loads: tuple[tuple[str, int], ...] = ()
+    state_saves: tuple[tuple[str, int], ...] = ()
     # 1; or more, when every request computes one token after another: each step samples the token
     # that the next one computes, for as many steps as the request has scheduled tokens, and all of
     # these are results.
@@ -135,6 +140,7 @@ class PlanDraft:
         finished_request_ids: Iterable[str],
         preempted_request_ids: Iterable[str],
         page_moves: PageMoves,
+        states: KeptStates | None = None,
     ) -> StepPlan:
         """Returns the finished plan, and notes in its requests what is in flight."""
         assert self.budget_left >= 0, f"{-self.budget_left} tokens beyond the budget"
@@ -167,6 +173,8 @@ class PlanDraft:
             finished_request_ids=tuple(finished_request_ids),
             preempted_request_ids=tuple(preempted_request_ids),
             page_moves=page_moves,
+            state_loads=() if states is None else tuple(states.loads),
+            state_saves=() if states is None else states.saves,
             num_decode_steps=self.num_decode_steps,
             awaited=self.requests,
         )

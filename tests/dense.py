@@ -22,7 +22,7 @@ def layers(
     params: Any, tokens: Any, extras: StepExtras, is_edited: Any, *, model: Any
 ) -> tuple[Any, Any, Any]:
     """`run_layers` on one sequence, without a cache."""
-    nothing, attend = [None] * model.config.num_layers, jax.tree_util.Partial(dense_attend)
+    nothing, attend = [None] * model.config.num_layers, dense_attend
     options = {"model": model, "extras": extras, "is_edited": is_edited}
     return run_layers(params, tokens, jnp.arange(len(tokens)), nothing, attend, **options)
 

@@ -44,6 +44,14 @@ _LATENT = {
     "moe_intermediate_size": 24,
     "first_k_dense_replace": 1,
 }
+_HYBRID = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "head_dim": 32,
+    "linear_key_head_dim": 12,
+    "linear_value_head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}
 _EXPERTS = {"num_experts_per_tok": 2, "num_key_value_heads": 4}
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -227,6 +235,28 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_parameters": {**_YARN, "mscale": 1.0, "mscale_all_dim": 1.0},
         },
     ),
+    "qwen3-next": (
+        "Qwen3Next",
+        {
+            **_HYBRID,
+            "num_experts": 8,
+            "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 40,
+            "num_experts_per_tok": 2,
+        },
+    ),
+    "qwen3.5": ("Qwen3_5", {**_HYBRID, "linear_num_value_heads": 2, "linear_value_head_dim": 24}),
+    "qwen3.5-moe": (
+        "Qwen3_5Moe",
+        {
+            **_HYBRID,
+            "linear_value_head_dim": 24,
+            "num_experts": 8,
+            "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 40,
+            "num_experts_per_tok": 2,
+        },
+    ),
     "hunyuan": (
         "HunYuanDenseV1",
         {
@@ -245,6 +275,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 _CLASSES = {
     "GPT2": ("GPT2Config", "GPT2LMHeadModel"),
     "Gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM"),
+    "Qwen3_5": ("Qwen3_5TextConfig", "Qwen3_5ForCausalLM"),
+    "Qwen3_5Moe": ("Qwen3_5MoeTextConfig", "Qwen3_5MoeForCausalLM"),
 }
 _GPT2 = {
     "vocab_size": 128,

@@ -10,7 +10,15 @@ Every kernel has the signature of `Kernel.attend`, which stores the new keys and
 says by `Kernel.refusal` what it is not for.
 """
 
-from folojax.attention.attend import KERNELS, attend, choose_kernel, kernels_of
+from folojax.attention.attend import KERNELS, PagedAttend, attend, choose_kernel, kernels_of
 from folojax.attention.interface import AttentionSpec, Kernel
 
-__all__ = ["KERNELS", "AttentionSpec", "Kernel", "attend", "choose_kernel", "kernels_of"]
+__all__ = [
+    "KERNELS",
+    "AttentionSpec",
+    "Kernel",
+    "PagedAttend",
+    "attend",
+    "choose_kernel",
+    "kernels_of",
+]

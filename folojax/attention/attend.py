@@ -1,5 +1,9 @@
-"""Stores the keys and values of a step's tokens, and attends with the kernel that takes them."""
+"""What the layers of a step do with the cache: attend to pages, and go on with states."""
 
+import dataclasses
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -9,6 +13,7 @@ from folojax.kv.cache import KVCache, KVLayout
 from folojax.kv.placement import Placement
 from folojax.models.core.config import ModelConfig
 from folojax.models.core.interface import PLAIN, Scoring
+from folojax.models.core.recurrence import RecurrentState, Rows, convolve_rows, recur_rows
 
 KERNELS: dict[str, Kernel] = {
     "cudnn": cudnn.KERNEL,
@@ -18,6 +23,56 @@ KERNELS: dict[str, Kernel] = {
     "alike": reference.ALIKE,
 }
 """By the names that `PageFormat.kernels` holds."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PagedAttend:
+    """An `Attend` and a `Recur` of `folojax.models.core.interface`, for the rows of a placement."""
+
+    placement: Placement
+
+    def __call__(
+        self, cache: KVCache, layer: int, *args: Any, **options: Any
+    ) -> tuple[KVCache, Float[Array, "T H D"]]:
+        """As `attend`."""
+        return attend(self.placement, cache, layer, *args, **options)
+
+    def convolve(
+        self, cache: KVCache, layer: int, x: Float[Array, "T X"], kernel: Float[Array, "X W"]
+    ) -> tuple[KVCache, Float[Array, "T X"]]:
+        """As `Recur.convolve`."""
+        state: RecurrentState = cache.layers[layer]
+        by_row = self.placement.by_row(x)
+        conv, out = convolve_rows(state.conv, self._rows(state), by_row, kernel)
+        return _with_layer(cache, layer, state._replace(conv=conv)), self.placement.by_token(out)
+
+    def recur(
+        self,
+        cache: KVCache,
+        layer: int,
+        query: Float[Array, "T K D"],
+        key: Float[Array, "T K D"],
+        value: Float[Array, "T H Z"],
+        decay: Float[Array, "T H"],
+        beta: Float[Array, "T H"] | None = None,
+    ) -> tuple[KVCache, Float[Array, "T H Z"]]:
+        """As `Recur.recur`."""
+        state: RecurrentState = cache.layers[layer]
+        given = (query, key, value, decay) if beta is None else (query, key, value, decay, beta)
+        by_row = map(self.placement.by_row, given)
+        memory, out = recur_rows(state.memory, self._rows(state), *by_row)
+        cache = _with_layer(cache, layer, state._replace(memory=memory))
+        return cache, self.placement.by_token(out)
+
+    def _rows(self, state: RecurrentState) -> Rows:
+        """The rows, those of padding at the last entry of a state."""
+        rows = self.placement.rows
+        return rows._replace(slot=jnp.minimum(rows.slot, len(state.memory) - 1))
+
+
+def _with_layer(cache: KVCache, layer: int, new: Any) -> KVCache:
+    return KVCache((*cache.layers[:layer], new, *cache.layers[layer + 1 :]), cache.format)
 
 
 def attend(
@@ -32,7 +87,7 @@ def attend(
 ) -> tuple[KVCache, Float[Array, "T H D"]]:
     """Attention of every token to all of its request so far, in the shape that models ask for.
 
-    With the placement bound it is a `folojax.models.core.interface.Attend`. The kernel stores
+    The kernel stores
     new keys and values, and a chunk sees its own tokens and those of earlier rows of the same call.
     It is the first of the cache's format that takes the layer.
 
@@ -42,8 +97,7 @@ def attend(
     spec = AttentionSpec(query.dtype, cache.dtype, query.shape[-1], cache.format, scoring)
     _, kernel = choose_kernel(spec)
     pages, out = kernel.attend(query, key, value, cache.layers[layer], placement, spec, sinks)
-    layers = (*cache.layers[:layer], pages, *cache.layers[layer + 1 :])
-    return KVCache(layers, cache.format), out
+    return _with_layer(cache, layer, pages), out
 
 
 def kernels_of(
@@ -56,13 +110,15 @@ def kernels_of(
         layout: Of its cache.
 
     Returns:
-        The layers by the name of their kernel, and those that do without the preferred one by the
-        reason for that.
+        The layers that attend by the name of their kernel, and those that do without the preferred
+        one by the reason for that.
     """
     layers: dict[str, list[int]] = {}
     reasons: dict[str, list[int]] = {}
     dtype, storage = jnp.dtype(layout.dtype), jnp.dtype(layout.storage_dtype)
     for layer in range(config.num_layers):
+        if config.is_recurrent(layer):
+            continue
         scoring = config.scoring(layer)
         spec = AttentionSpec(dtype, storage, config.head_dim, layout.format, scoring)
         name, _ = choose_kernel(spec)

@@ -61,14 +61,32 @@ class Backend:
     devices: Devices = DEFAULT_DEVICE  # that the engine runs on, and how its arrays lie there
 
     def kv_layout(
-        self, config: ModelConfig, dtype: DTypeLike, num_pages: int, page_size: int
+        self,
+        config: ModelConfig,
+        dtype: DTypeLike,
+        num_pages: int,
+        page_size: int,
+        num_seqs: int = 0,
+        num_kept_states: int = 0,
     ) -> KVLayout:
-        """The layout of a cache for a model whose keys and values are of `dtype`."""
+        """The layout of a cache.
+
+        Args:
+            config: Of the model.
+            dtype: Of its keys and values.
+            num_pages: Of the pool.
+            page_size: Tokens of a page.
+            num_seqs: Most requests in a plan: of each, recurrent layers have a state.
+            num_kept_states: States beside those, for the prefix cache.
+        """
         return KVLayout(
             num_pages=num_pages,
             num_layers=config.num_layers,
             num_kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
+            recurrent=config.recurrent,
+            num_slots=num_seqs if config.recurrent else 0,
+            num_kept_states=num_kept_states,
             num_shards=self.devices.count,
             dtype=dtype,
             storage_dtype=jnp.float32 if self.stores_float32 else dtype,

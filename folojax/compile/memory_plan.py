@@ -27,8 +27,8 @@ class MemoryPlan:
 
     weights_bytes: int  # the model's parameters
     slots_bytes: int
-    """What the sampler keeps of running requests; most of it is only allocated once a request has
-    penalties, biases or banned words."""
+    """What is kept of each running request: by the sampler, most of which is only allocated once a
+    request has penalties, biases or banned words; and the states of recurrent layers."""
     bytes_per_page: int  # keys and values of a page, all layers
     num_pages: int  # of the pool
     page_size: int  # tokens of a page

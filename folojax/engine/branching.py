@@ -132,9 +132,10 @@ def _kv_bits(engine: Engine) -> str | None:
 def _read_kv(engine: Engine, request: Request) -> TokenKV | None:
     """What is computed of a request; nothing is under way.
 
-    None of a private one: whoever resumes it may have other edits, and other weights.
+    None of a private one: whoever resumes it may have other edits, and other weights. None of a
+    model with recurrent layers, whose states are not read.
     """
-    if request.is_private:
+    if request.is_private or engine.scheduler.config.has_states:
         return None
     if request.saved is not None:
         return engine.runner.host.read(request.saved.key, request.saved.num_tokens)

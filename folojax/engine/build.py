@@ -205,6 +205,7 @@ def plan_memory(
         module.config.max_position,
         backend,
         _min_swap_tokens(module, num_weights, backend),
+        has_states=module.config.recurrent is not None,
     )
 
     def measure(num_pages: int) -> int:
@@ -214,7 +215,7 @@ def plan_memory(
     setup = make_setup(module, resolved, backend)
     plan = MemoryPlan(
         weights_bytes=sum(sizes) + setup.stack_bytes(params),
-        slots_bytes=step_memory.slot_bytes(module, setup.num_slots),
+        slots_bytes=step_memory.slot_bytes(module, setup.num_slots) + setup.layout.state_bytes,
         bytes_per_page=setup.layout.bytes_per_page,
         num_pages=resolved.num_pages,
         page_size=resolved.page_size,
@@ -320,6 +321,13 @@ def _tell_kernels(module: Llama, layout: KVLayout) -> None:
     layers, reasons = kernels_of(module.config, layout)
     told = (f"{name} ({len(found)} layers)" for name, found in layers.items())
     _LOG.info("attention: %s", ", ".join(told))
+    if layout.recurrent_layers:
+        _LOG.info(
+            "%d recurrent layers; room for %d states, %d of them for the prefix cache",
+            len(layout.recurrent_layers),
+            layout.num_states - 1,
+            layout.num_kept_states,
+        )
     for reason, found in reasons.items():
         is_slow = layout.format.kernels[0] == "cudnn"
         level = logging.WARNING if is_slow else logging.INFO
@@ -336,7 +344,14 @@ def make_setup(
     return Setup(
         model=module,
         backend=backend,
-        layout=backend.kv_layout(module.config, module.dtype, config.num_pages, config.page_size),
+        layout=backend.kv_layout(
+            module.config,
+            module.dtype,
+            config.num_pages,
+            config.page_size,
+            config.max_num_seqs,
+            config.num_prefix_states,
+        ),
         shapes=backend.shapes(config, module.dtype),
         max_num_seqs=config.max_num_seqs,
         max_logprobs=most,

@@ -1,4 +1,4 @@
-"""The paged KV cache: an immutable pytree of one array a layer.
+"""The cache: an immutable pytree of an array of pages a layer, or of the states of a recurrent one.
 
 A page holds the keys and then the values of S tokens of one request, for one layer. The order of
 the numbers inside of it suits whoever reads pages where they lie (`folojax.attention`):
@@ -6,17 +6,26 @@ the numbers inside of it suits whoever reads pages where they lie (`folojax.atte
     order "heads"    [P, 2, K, S, D]    what one head reads lies together: C++ on CPU
     order "tokens"   [P, 2, S, K, D]    what one token writes lies together: cuDNN
 
+A recurrent layer (`RecurrentState`) has no pages but an entry for each slot of the batch, the same
+size however long a request is. Whoever begins at position 0 begins with zeros, whatever the slot's
+last owner has left. Behind the slots lie states that are kept for the prefix cache
+(`folojax.kv.state_copies`), and last an entry where rows of padding write.
+
 A page is handed on with its old content, which nobody may see: positions behind a request's last
 token are masked, and no value is ever NaN, which a weight of zero would not hide (`write`).
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Num
+
+from folojax.models.core.config import Recurrent
+from folojax.models.core.recurrence import RecurrentState
 
 PageOrder: TypeAlias = Literal["heads", "tokens"]
 
@@ -44,15 +53,38 @@ class PageFormat:
 
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """Keys and values of all layers."""
+    """Keys and values, or states, of all layers."""
 
-    layers: tuple[Any, ...]  # an array [P, 2, _, _, D] each; JAX also puts what stands for one
-    format: PageFormat  # how they lie; static
+    # An array [P, 2, _, _, D] each, or a `RecurrentState`; JAX also puts what stands for an array.
+    layers: tuple[Any, ...]
+    format: PageFormat  # how pages lie; static
+
+    @property
+    def pages(self) -> list[Any]:
+        """The arrays of the layers that have pages, in order."""
+        return [one for one in self.layers if not isinstance(one, RecurrentState)]
+
+    def with_pages(self, pages: Sequence[Any]) -> "KVCache":
+        """The same with other arrays in the place of `pages`."""
+        left = iter(pages)
+        layers = [one if isinstance(one, RecurrentState) else next(left) for one in self.layers]
+        return KVCache(tuple(layers), self.format)
+
+    @property
+    def states(self) -> list[RecurrentState]:
+        """Those of the other layers."""
+        return [one for one in self.layers if isinstance(one, RecurrentState)]
+
+    def with_states(self, states: Sequence[RecurrentState]) -> "KVCache":
+        """The same with others in the place of `states`."""
+        left = iter(states)
+        layers = [next(left) if isinstance(one, RecurrentState) else one for one in self.layers]
+        return KVCache(tuple(layers), self.format)
 
     @property
     def num_pages(self) -> int:
         """P, pages of the pool."""
-        return self.layers[0].shape[0]
+        return self.pages[0].shape[0]
 
     @property
     def page_size(self) -> int:
@@ -62,7 +94,7 @@ class KVCache:
     @property
     def dtype(self) -> jnp.dtype:
         """Of the arrays that keep keys and values."""
-        return self.layers[0].dtype
+        return self.pages[0].dtype
 
 
 jax.tree_util.register_dataclass(KVCache, data_fields=["layers"], meta_fields=["format"])
@@ -80,6 +112,35 @@ class KVLayout:
     storage_dtype: DTypeLike  # of the arrays that keep them
     format: PageFormat  # how a page lies in memory, and who reads it
     num_shards: int = 1  # devices, each of which has some of the heads
+    recurrent: Recurrent | None = None  # layers that have states instead of pages
+    num_slots: int = 0  # requests that have a state at once, where there are such layers
+    num_kept_states: int = 0  # room for states beside theirs
+
+    @property
+    def recurrent_layers(self) -> tuple[int, ...]:
+        """Those among the layers."""
+        layers = () if self.recurrent is None else self.recurrent.layers
+        return tuple(layer for layer in layers if layer < self.num_layers)
+
+    @property
+    def num_paged_layers(self) -> int:
+        """The others."""
+        return self.num_layers - len(self.recurrent_layers)
+
+    @property
+    def num_states(self) -> int:
+        """Entries of a recurrent layer: of slots, kept ones, and that of padding."""
+        return self.num_slots + self.num_kept_states + 1
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of all states, over all layers."""
+        if self.recurrent is None:
+            return 0
+        sizes = self.recurrent
+        of_conv = sizes.num_channels * (sizes.conv_width - 1)
+        elements = of_conv + sizes.num_values * sizes.key_dim
+        return 4 * elements * self.num_states * len(self.recurrent_layers)
 
     @property
     def page_size(self) -> int:
@@ -95,7 +156,7 @@ class KVLayout:
     def bytes_per_page(self) -> int:
         """Bytes of one page over all layers, keys and values, of a device."""
         num_heads = self.num_kv_heads * self.head_copies // self.num_shards
-        elements = 2 * self.num_layers * num_heads * self.head_dim * self.page_size
+        elements = 2 * self.num_paged_layers * num_heads * self.head_dim * self.page_size
         return elements * jnp.dtype(self.storage_dtype).itemsize
 
 
@@ -103,8 +164,24 @@ def init_cache(layout: KVLayout) -> KVCache:
     """Allocates the cache of a layout, full of zeros."""
     num_heads = layout.num_kv_heads * layout.head_copies
     shape = layout.format.shape(layout.num_pages, num_heads, layout.head_dim)
-    layers = tuple(jnp.zeros(shape, layout.storage_dtype) for _ in range(layout.num_layers))
+    layers = tuple(
+        _init_states(layout)
+        if layer in layout.recurrent_layers
+        else jnp.zeros(shape, layout.storage_dtype)
+        for layer in range(layout.num_layers)
+    )
     return KVCache(layers, layout.format)
+
+
+def _init_states(layout: KVLayout) -> RecurrentState:
+    """Those of a layer."""
+    sizes, count = layout.recurrent, layout.num_states
+    assert sizes is not None, "the layer is recurrent"
+    of_head = (sizes.num_value_heads, sizes.key_dim, sizes.value_dim)
+    return RecurrentState(
+        jnp.zeros((count, sizes.conv_width - 1, sizes.num_channels), jnp.float32),
+        jnp.zeros((count, *of_head), jnp.float32),
+    )
 
 
 def finite_values(

@@ -20,7 +20,7 @@ class TakenPages(NamedTuple):
 
     Attributes:
         place: For each of them its place among the pages that were asked for; -1 is padding.
-        layers: Of every layer the pages, [X, 2, _, _, D], as they lie in the cache.
+        layers: Of every layer that has pages, these, [X, 2, _, _, D], as they lie in the cache.
     """
 
     place: np.ndarray
@@ -47,7 +47,7 @@ class PageCopies:
             index, place = np.zeros(size, np.int32), np.full(size, -1)
             index[: len(some)] = some
             place[: len(some)] = np.arange(first, first + len(some))
-            parts = [_take(part, index) for part in self._calls(cache.layers)]
+            parts = [_take(part, index) for part in self._calls(cache.pages)]
             taken.append(TakenPages(place, list(itertools.chain(*parts))))
         return taken
 
@@ -64,14 +64,14 @@ class PageCopies:
             targets: Page ids by the place of what is to be written there; pages of other places are
                 passed over.
         """
-        layers: Sequence[Array] = cache.layers
+        layers: Sequence[Array] = cache.pages
         for place, pages in taken:
             index = np.array(
                 [targets.get(one, cache.num_pages) for one in place.tolist()], np.int32
             )
             calls = zip(self._calls(layers), self._calls(pages), strict=True)
             layers = list(itertools.chain(*(_put(part, index, some) for part, some in calls)))
-        return KVCache(tuple(layers), cache.format)
+        return cache.with_pages(layers)
 
     def copy(self, cache: KVCache, copies: Sequence[tuple[int, int]]) -> KVCache:
         """Copies pages all at once: every source is read before a target is written.

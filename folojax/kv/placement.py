@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from folojax.kv.cache import KVCache
+from folojax.models.core.recurrence import Rows, count_before
 
 
 class Placement(NamedTuple):
@@ -25,6 +26,10 @@ class Placement(NamedTuple):
     length: Int[Array, " R"]  # tokens of the row that are no padding
     source: Int[Array, " T"] | None = None  # of each token, where it is among the R * C
     place: Int[Array, "R C"] | None = None  # the inverse; of padding, that of some other token
+    # Where layers keep a state of each request: whose, and how many of its tokens come in the call
+    # before a row (`folojax.models.core.recurrence.Rows`).
+    slot: Int[Array, " R"] | None = None
+    before: Int[Array, " R"] | None = None
 
     @property
     def columns(self) -> int:
@@ -32,6 +37,12 @@ class Placement(NamedTuple):
         return (
             self.page.shape[0] // self.first.shape[0] if self.place is None else self.place.shape[1]
         )
+
+    @property
+    def rows(self) -> Rows:
+        """The rows, as recurrences know them."""
+        assert self.slot is not None, "rows of a model with recurrent layers come with their slots"
+        return Rows(self.slot, self.first, self.length, self.before)
 
     def by_row(self, tokens: Array) -> Array:
         """Lays an array of tokens, [T, ...], out by rows, [R, C, ...]; padding holds anything."""
@@ -52,6 +63,9 @@ def place_tokens(
     length: Int[Array, " R"],
     columns: int,
     num_tokens: int | None = None,
+    slot: Int[Array, " R"] | None = None,
+    *,
+    is_chained: bool = False,
 ) -> tuple[Placement, Int[Array, " T"]]:
     """Finds page and offset of every token.
 
@@ -63,6 +77,8 @@ def place_tokens(
         columns: C, tokens of a row.
         num_tokens: T, if the tokens are to lie one behind the other: at least as many as are no
             padding. None: they are all there.
+        slot: Of each row's request; None where no layer keeps a state.
+        is_chained: Whether several rows may be of one request, one behind the other.
 
     Returns:
         The placement, and the position of every token.
@@ -82,5 +98,10 @@ def place_tokens(
         is_token = jnp.arange(num_tokens) < length.sum()
         page = jnp.where(is_token, page[source], cache.num_pages)
         position = position[source]
-    placement = Placement(page, position % size, page_table, first, length, source, place)
+    before = None
+    if slot is not None and is_chained:
+        before = count_before(slot, first, length)
+    placement = Placement(
+        page, position % size, page_table, first, length, source, place, slot, before
+    )
     return placement, position

@@ -136,7 +136,7 @@ class Batch:
         for i, chunk in enumerate(chunks):
             start[i], length[i] = chunk.start, chunk.end - chunk.start
             tokens[i, : length[i]] = chunk.row.token_ids[chunk.start : chunk.end]
-        return PrefillInputs(tokens, start, length, self._page_table[slot])
+        return PrefillInputs(tokens, start, length, self._page_table[slot], slot)
 
     def decode_inputs(
         self, num_rows: int, slots: Sequence[int], positions: Sequence[int] | None = None

@@ -27,6 +27,7 @@ from folojax.requests.user_functions import NO_FUNCTIONS, UserFunctions
 from folojax.runner.batch import Chunk, Row, ints, round_up
 from folojax.runner.compile_plan import Gate
 from folojax.runner.host_store import HostStore, TokenKV, read_tokens
+from folojax.runner.kept_states import KeptStates
 from folojax.runner.results import Pending, StepResult, follow, is_scored, read, tokens_after
 from folojax.runner.row_params import exceptional_bans
 from folojax.runner.setup import Setup
@@ -66,6 +67,7 @@ class Runner:
         self.host = HostStore(setup.layout, self.copies, self.backend)
         self.gate = Gate(setup.list_executables(tuple(SamplingClass), True, True), is_strict)
         self.batch = setup.batch(functions)
+        self.kept = KeptStates(setup.layout.num_slots, self.gate)
         self._slots = SlotStates(setup, functions)
         self.adapters = setup.adapter_slots(params)
         # What was dispatched since a mask was last made: tokens that grammars have not followed.
@@ -85,6 +87,7 @@ class Runner:
     def dispatch(self, plan: StepPlan) -> list[Pending]:
         """Has the device compute a plan, after those before; returns what `collect` takes."""
         self._update(plan)
+        self.state = self.kept.load(self.state, plan.state_loads, self.batch.rows)
         self.stats.num_scheduled_tokens += plan.total_num_scheduled_tokens
         rows = self.batch.longest_first(plan.num_scheduled_tokens)
         if not rows:
@@ -99,6 +102,7 @@ class Runner:
             pending = self._decode(rows, slots)
         else:
             pending = self._mixed(rows, num_tokens, set(sampled))
+        self.state = self.kept.save(self.state, plan.state_saves, self.batch.rows)
         self.batch.advance(slots, num_tokens)
         if self.batch.num_grammars:
             self._unfollowed += pending

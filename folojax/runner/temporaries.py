@@ -17,6 +17,7 @@ from flax import linen as nn
 
 from folojax.kv.page_copies import COPY_SIZES
 from folojax.models.core.decoder import init_params
+from folojax.models.core.recurrence import CHUNK
 from folojax.models.quantized.quantize import quantize_params
 from folojax.runner.batch import ints
 from folojax.runner.padding import compile_on_padding
@@ -43,7 +44,9 @@ def measure(setup: Setup, quantization: str | None = None) -> int:
         quantization: Of the kernels.
     """
     module, backend = setup.model, setup.backend
-    num_layers = min(_NUM_LAYERS, module.config.num_layers)
+    # As many as have one of every kind, where two do not.
+    kinds = [module.config.is_recurrent(layer) for layer in range(module.config.num_layers)]
+    num_layers = min(max(_NUM_LAYERS, kinds.index(False) + 1), len(kinds))
     setup = dataclasses.replace(
         setup,
         model=module.clone(config=dataclasses.replace(module.config, num_layers=num_layers)),
@@ -100,7 +103,7 @@ def estimate(setup: Setup) -> int:
     )
     heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
     inner = 2 * config.intermediate_size + 3 * config.hidden_size + (heads + 2 * kv_heads) * dim
-    page = layout.bytes_per_page // layout.num_layers
+    page = layout.bytes_per_page // layout.num_paged_layers
     # The MLP of all tokens of a call; and attention, which in plain XLA has a few pages and the
     # scores of them for each row.
     rows, columns = shapes.prefill_rows[-1], shapes.prefill_columns
@@ -108,6 +111,12 @@ def estimate(setup: Setup) -> int:
     seen = max(layout.page_size, 128)
     attention = max(rows, shapes.decode_rows[-1]) * (2 * page + 8 * columns * heads * seen)
     model = attention + 4 * max(tokens, shapes.decode_rows[-1]) * inner
+    if layout.recurrent is not None:
+        # The states of all rows of a decode step; of a chunk, what it does to a state.
+        sizes = layout.recurrent
+        of_state = layout.state_bytes // len(layout.recurrent_layers)
+        of_token = 3 * sizes.num_value_heads * (sizes.key_dim + sizes.value_dim + CHUNK)
+        model += 2 * of_state + 4 * tokens * of_token
     # Sampling: logits, sorted copies, noise; and the alternatives that are reported.
     most_rows = max(rows, shapes.decode_rows[-1], columns)
     sample = 4 * most_rows * (4 * config.vocab_size + 2 * setup.max_logprobs)

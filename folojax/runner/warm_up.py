@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from tqdm.auto import tqdm
 
 from folojax.compile.mapped_memory import FULL, give_back_memory, share_of_areas
+from folojax.kv.state_copies import compile_copies
 from folojax.runner.compile_plan import CompilePlan, Planned
 from folojax.runner.padding import compile_on_padding, padding
 from folojax.runner.runner import Runner
@@ -102,7 +103,7 @@ def warm_up(
             raise RuntimeError(f"{text}, or set strict to False")
         _LOG.warning("%s. The rest are compiled when they are needed.", text)
     start = time.perf_counter()
-    cache = runner.copies.compile(runner.state.cache)
+    cache = compile_copies(runner.copies.compile(runner.state.cache))
     runner.state = runner.state._replace(cache=cache)
     done.append(Planned(COPIES, None, time.perf_counter() - start))
     runner.gate.set_compiled(done, left_out)

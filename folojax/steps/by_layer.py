@@ -12,11 +12,10 @@ one instead of reading what the last one gave.
 from collections.abc import Hashable, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from folojax.attention import attend
+from folojax.attention import PagedAttend
 from folojax.compile.programs import Program, Programs, Run, run
 from folojax.kv.cache import KVCache
 from folojax.models.core.adapted import with_slots
@@ -69,6 +68,8 @@ class LayeredSteps:
         """Compiles nothing."""
         self._model = model
         self._blocks = [model.alone(layer) for layer in range(model.config.num_layers)]
+        is_paged = [not model.config.is_recurrent(layer) for layer in range(len(self._blocks))]
+        self._paged = is_paged.index(True)  # a layer whose pages say how many there are
         self._groups = {kind: split_layers(self._blocks, size) for kind, size in _LAYERS.items()}
         self._whole = WholeSteps(model)
         self._group_programs: dict[Any, Program] = {}
@@ -87,8 +88,8 @@ class LayeredSteps:
             return self._whole.call(one, params, state, inputs, run)
         outer, cache, is_prefill = head_params(params), state.cache, one.kind == "prefill"
         tokens = None if is_prefill else state.slots.tokens
-        begun = run(self._begin, (outer, layer_of(cache, 0), tokens, inputs.rows, inputs.adapters))
-        placement, adapters, hidden, shared = begun
+        known = outer, layer_of(cache, self._paged), tokens, inputs.rows, inputs.adapters
+        placement, adapters, hidden, shared = run(self._begin, known)
         layers: list[KVCache] = []
         residuals: Residuals = {}
         for group in self._groups[one.kind]:
@@ -130,7 +131,8 @@ def _begin(
     *,
     model: Llama,
 ) -> Any:
-    placement, token, position = place(layer, tokens, inputs)
+    has_states = model.config.recurrent is not None
+    placement, token, position = place(layer, tokens, inputs, has_states=has_states)
     if adapters is not None:
         adapters = of_tokens(adapters, inputs, placement)
     return placement, adapters, *model.apply({"params": params}, token, position, method="begin")
@@ -148,7 +150,7 @@ def _run_group(
     read: tuple[int, ...],
 ) -> tuple[Any, list[KVCache], Residuals]:
     """DONATES `caches`, one of each layer, and `hidden`; `read` are places in the group."""
-    bound = jax.tree_util.Partial(attend, placement)
+    bound = PagedAttend(placement)
     after: list[Any] = []
     residuals: Residuals = {}
     layers = zip(params, caches, rotaries, blocks, strict=True)

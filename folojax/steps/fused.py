@@ -148,7 +148,7 @@ def run_model(
     tokens = None if slots is None else slots.tokens
     options = one.extras, inputs.is_edited, one.most_tokens, inputs.adapters
     cache, hidden, placement, residuals = step.forward(
-        params, cache, tokens, inputs.rows, model, *options
+        params, cache, tokens, inputs.rows, model, *options, may_repeat=one.kind == "rows"
     )
     if slots is None:
         last, every = last_and_all(hidden, inputs.rows, placement)

@@ -20,6 +20,7 @@ from folojax.models.core.adapted import with_slots
 from folojax.models.core.block import summed
 from folojax.models.core.decoder import Llama
 from folojax.models.core.dense_attend import dense_attend
+from folojax.models.core.interface import Attend
 
 LAYER = "layers_"
 """What the names of layers begin with, in modules and in their parameters."""
@@ -91,7 +92,7 @@ def run_layers(
     tokens: Int[Array, " T"],
     positions: Int[Array, " T"],
     caches: Sequence[Any],
-    attend: jax.tree_util.Partial,
+    attend: Attend,
     *,
     model: Llama,
     extras: StepExtras = NO_EXTRAS,
@@ -105,7 +106,7 @@ def run_layers(
         tokens: As in `Llama.__call__`, like the positions.
         positions: Of the tokens.
         caches: What `attend` takes and gives back, of each layer alone.
-        attend: Attention, with arrays that it needs bound to it.
+        attend: Attention, a pytree of the arrays that it needs; for recurrent layers a `Recur` too.
         model: A module of `folojax.models`.
         extras: With Z edits.
         is_edited: Which tokens each edit is on for; None without edits.
@@ -180,7 +181,8 @@ def read_residuals(
         last = model.config.num_layers - 1
         raise ValueError(f"layers holds {missing}; the model has layers 0 to {last}")
     positions, nothing = jnp.arange(len(tokens)), [None] * model.config.num_layers
-    attend = jax.tree_util.Partial(dense_attend)
     extras = StepExtras(residual_layers=layers)
-    *_, found = run_layers(params, tokens, positions, nothing, attend, model=model, extras=extras)
+    *_, found = run_layers(
+        params, tokens, positions, nothing, dense_attend, model=model, extras=extras
+    )
     return jnp.stack([found[layer] for layer in layers])

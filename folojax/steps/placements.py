@@ -13,6 +13,9 @@ def place(
     tokens: Int[Array, " M"] | None,
     inputs: PrefillInputs | DecodeInputs,
     most_tokens: int | None = None,
+    *,
+    has_states: bool = False,
+    may_repeat: bool = False,
 ) -> tuple[Placement, Int[Array, " T"], Int[Array, " T"]]:
     """What the layers of a step need: where tokens lie, the tokens, and their positions.
 
@@ -21,11 +24,14 @@ def place(
         tokens: The last token of every slot, for rows of a decode step that do not give theirs.
         inputs: Chunks of prompts, or a token a row; a row without pages is padding.
         most_tokens: T, if the chunks' tokens are to lie one behind the other; see `place_tokens`.
+        has_states: Whether some layers keep a state of each request, of which the inputs say where.
+        may_repeat: Whether several rows of a decode step may be of one request.
     """
     if isinstance(inputs, PrefillInputs):
         rows, columns = inputs.tokens.shape
         chex.assert_shape([inputs.start, inputs.length], (rows,))
         first, length, given = inputs.start, inputs.length, inputs.tokens
+        may_repeat = True
     else:
         assert tokens is not None, "rows of a decode step continue slots"
         (rows,), columns = inputs.slot.shape, 1
@@ -35,8 +41,10 @@ def place(
         length = (inputs.page_table[:, 0] < cache.num_pages).astype(jnp.int32)
         given = given[:, None]
     chex.assert_shape(inputs.page_table, (rows, None))
+    slot = inputs.slot if has_states else None
+    assert slot is not None or not has_states, "the model keeps states: inputs need their slots"
     placement, position = place_tokens(
-        cache, inputs.page_table, first, length, columns, most_tokens
+        cache, inputs.page_table, first, length, columns, most_tokens, slot, is_chained=may_repeat
     )
     return placement, placement.by_token(given), position
 

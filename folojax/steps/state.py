@@ -43,6 +43,8 @@ class PrefillInputs(NamedTuple):
     start: Int[Array, " R"]  # position of the row's first token
     length: Int[Array, " R"]  # valid tokens of the row, the rest is padding; 0 for a padding row
     page_table: Int[Array, "R N"]  # the request's pages in order; P is padding
+    # M for a padding row. Only models with recurrent layers need it: their states lie by slots.
+    slot: Int[Array, " R"] | None = None
 
 
 class DecodeInputs(NamedTuple):

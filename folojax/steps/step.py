@@ -26,7 +26,7 @@ import jax
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from folojax.attention import attend
+from folojax.attention import PagedAttend
 from folojax.kv import KVCache, Placement
 from folojax.models.core.decoder import Llama
 from folojax.models.core.shards import AXIS, has_whole_blocks
@@ -171,6 +171,8 @@ def forward(
     is_edited: Bool[Array, "R Z"] | None = None,
     most_tokens: int | None = None,
     adapters: Int[Array, " R"] | None = None,
+    *,
+    may_repeat: bool = False,
 ) -> tuple[KVCache, Float[Array, "T E"], Placement, Residuals]:
     """The model on the tokens of a step; inside of a jitted function.
 
@@ -185,11 +187,19 @@ def forward(
         most_tokens: Most tokens that are no padding: only so many go through the model's products.
             None: padding does, too.
         adapters: The slots of the rows' adapters, where kernels are `AdaptedKernel`s.
+        may_repeat: Whether several rows of a decode step may be of one request.
 
     Returns:
         The new cache, the hidden states of all tokens, where the tokens lie, and what was read.
     """
-    placement, token, position = place(cache, tokens, inputs, most_tokens)
+    placement, token, position = place(
+        cache,
+        tokens,
+        inputs,
+        most_tokens,
+        has_states=model.config.recurrent is not None,
+        may_repeat=may_repeat,
+    )
     if is_edited is not None:
         is_edited = of_tokens(is_edited, inputs, placement)
     if adapters is not None:
@@ -199,7 +209,7 @@ def forward(
         token,
         position,
         [layer_of(cache, index) for index in range(len(cache.layers))],
-        jax.tree_util.Partial(attend, placement),
+        PagedAttend(placement),
         model=model,
         extras=extras,
         is_edited=is_edited,

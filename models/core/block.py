@@ -21,6 +21,7 @@ from folojax.models.core.layers import (
     rotate,
 )
 from folojax.models.core.moe import Experts, mix_experts
+from folojax.models.core.recurrence import l2_normed, split_inputs
 from folojax.models.core.shards import sum_parts
 from folojax.models.quantized.quantize import is_quantized
 
@@ -87,6 +88,8 @@ class Block(nn.Module):
     step has few leaves and fewer, larger products:
         qkv      [(H + 2K) * D, E]   queries | keys | values, head-major
         gate_up  [2F, E]             gate | up
+    With gated attention `qkv` begins with 2D rows a head, queries | gate. A recurrent layer has
+    other kernels in place of `qkv` and `o` (`_recurrent`).
     A layer of X experts has router [X, E], experts_gate_up [X, E, 2F] and experts_down [X, F, E];
     one that is shared by all tokens, shared_gate_up and shared_down.
     Those of linear layers may each be a `QuantizedKernel` or an `AdaptedKernel` instead.
@@ -112,7 +115,8 @@ class Block(nn.Module):
         """Returns the residual stream after this layer and the cache `attend` gave back."""
         with jax.named_scope("attention"):
             hidden, inputs = self._normed("attn", hidden)
-            update, cache = self._attention(inputs, rotary, cache, attend)
+            mix = self._recurrent if self.config.is_recurrent(self.layer) else self._attention
+            update, cache = mix(inputs, rotary, cache, attend)
         with jax.named_scope("mlp"):
             stream = self._after("attn", hidden, update)
             if self.config.is_parallel:
@@ -152,22 +156,30 @@ class Block(nn.Module):
         config = self.config
         heads, value_dim = config.num_heads, config.value_dim or config.head_dim
         make = self._heads_of_latents if config.kv_rank else self._heads
-        query, key, value = make(normed, rotary)
+        query, key, value, *gate = make(normed, rotary)
         place = self.layer if self.cache_layer is None else self.cache_layer
         options: dict[str, Any] = {"scoring": config.scoring(self.layer)}
         if config.has_sinks:
             options["sinks"] = self.param("sinks", _ZEROS, (heads,), self.dtype)
         cache, out = attend(cache, place, query, key, value, **options)
+        if gate:
+            out = out * jax.nn.sigmoid(gate[0])
         flat = out[..., :value_dim].reshape(-1, heads * value_dim)
         update = self._linear("o", flat, config.hidden_size, config.o_bias, is_part=True)
         return update.astype(self.dtype), cache
 
     def _heads(self, normed: Float[Array, "N E"], rotary: Rotary | None) -> Any:
-        """Queries, keys and values, ready to attend."""
+        """Queries, keys and values, ready to attend; and the gate of gated attention."""
         config = self.config
         heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
-        qkv = self._linear("qkv", normed, (heads + 2 * kv_heads) * head_dim, config.qkv_bias)
-        qkv = qkv.astype(self.dtype).reshape(-1, heads + 2 * kv_heads, head_dim)
+        of_queries = heads * (2 if config.has_attention_gate else 1)
+        count = of_queries + 2 * kv_heads
+        qkv = self._linear("qkv", normed, count * head_dim, config.qkv_bias)
+        qkv = qkv.astype(self.dtype).reshape(-1, count, head_dim)
+        if config.has_attention_gate:
+            query, key, value = jnp.split(qkv, (of_queries, of_queries + kv_heads), axis=1)
+            query, gate = query[:, 0::2], query[:, 1::2]
+            return *self._norm_and_turn(query, key, rotary), value, gate
         query, key, value = jnp.split(qkv, (heads, heads + kv_heads), axis=1)
         if rotary is not None and config.is_qk_norm_plain:
             of_query, of_key = (self._norm_params(f"{one}_norm", head_dim)[0] for one in "qk")
@@ -205,6 +217,52 @@ class Block(nn.Module):
         # Whatever the other norms have, as in transformers.
         small = dataclasses.replace(config, rms_norm_eps=1e-6)
         return norm(out[:, :rank], weight, None, small), out[:, rank:]
+
+    def _recurrent(
+        self, normed: Float[Array, "N E"], rotary: Rotary | None, cache: Any, attend: Any
+    ) -> tuple[Float[Array, "N E"], Any]:
+        """The gated delta rule in place of attention (`folojax.models.core.recurrence`).
+
+        Its kernels, of K heads of keys and H of values:
+            in_proj  [2K*D + 2H*Z, E]    queries | keys | values | gate of what is read
+            ba_proj  [2H, E]             rate | decay, before their nonlinearities
+            conv     [2K*D + H*Z, 1, W]  of queries, keys and values
+        """
+        config, sizes = self.config, self.config.recurrent
+        assert sizes is not None, "the layer is recurrent"
+        del rotary
+        place = self.layer if self.cache_layer is None else self.cache_layer
+        heads, keys, values = sizes.num_value_heads, sizes.num_keys, sizes.num_values
+        mixed = self._linear("in_proj", normed, sizes.num_channels + values, False)
+        rates = self._linear("ba_proj", normed, 2 * heads, False)
+        mixed, gate, rate, step = split_inputs(
+            mixed.astype(self.dtype), rates.astype(self.dtype), sizes
+        )
+        kernel = self.param(
+            "conv", _KERNEL_INIT, (sizes.num_channels, 1, sizes.conv_width), self.dtype
+        )
+        cache, mixed = attend.convolve(cache, place, mixed, kernel[:, 0])
+        mixed = jax.nn.silu(mixed.astype(self.dtype))
+        query, key, value = jnp.split(mixed, (keys, 2 * keys), axis=1)
+        by_key = (-1, sizes.num_key_heads, sizes.key_dim)
+        log_rate = self.param("a_log", _ZEROS, (heads,), jnp.float32)
+        bias = self.param("dt_bias", _ONES, (heads,), jnp.float32)
+        step = jax.nn.softplus(step.astype(jnp.float32) + bias[None, :])
+        cache, out = attend.recur(
+            cache,
+            place,
+            l2_normed(query.reshape(by_key)) * sizes.key_dim**-0.5,
+            l2_normed(key.reshape(by_key)),
+            value.reshape(-1, heads, sizes.value_dim),
+            decay=-jnp.exp(log_rate)[None, :] * step,
+            beta=jax.nn.sigmoid(rate.astype(jnp.float32)),
+        )
+        weight = self.param("state_norm", _ONES, (sizes.value_dim,), self.dtype)
+        # Its weight has no offset, whatever the other norms have.
+        out = norm(out.astype(self.dtype), weight, None, dataclasses.replace(config, norm="rms"))
+        gate = jax.nn.silu(gate.astype(jnp.float32)).reshape(out.shape)
+        flat = (out * gate).astype(self.dtype).reshape(-1, values)
+        return self._linear("out_proj", flat, config.hidden_size, False).astype(self.dtype), cache
 
     def _norm_and_turn(
         self, query: Float[Array, "N H D"], key: Float[Array, "N K D"], rotary: Rotary | None

@@ -20,6 +20,55 @@ Router = Literal["softmax", "sigmoid"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Recurrent:
+    """Layers that keep a state of each sequence instead of keys and values.
+
+    Raises:
+        ValueError: a number is out of range; all are listed.
+    """
+
+    layers: tuple[int, ...]  # which of the model's
+    num_key_heads: int
+    num_value_heads: int  # a multiple of it
+    key_dim: int
+    value_dim: int
+    conv_width: int  # inputs of the convolution before it, the token's own included
+    is_by_key_head: bool = False  # input projections lie key head by key head
+
+    @property
+    def num_keys(self) -> int:
+        """Width of the keys of all heads."""
+        return self.num_key_heads * self.key_dim
+
+    @property
+    def num_values(self) -> int:
+        """Width of the values of all heads."""
+        return self.num_value_heads * self.value_dim
+
+    @property
+    def num_channels(self) -> int:
+        """X, of the convolution: queries, keys and values."""
+        return 2 * self.num_keys + self.num_values
+
+    def __post_init__(self) -> None:
+        sizes = {
+            one.name: getattr(self, one.name) for one in dataclasses.fields(self) if one.type is int
+        }
+        found = [
+            f"{name} of recurrent layers is {size!r}; it must be an integer from 1 to {2**16:,}"
+            for name, size in sizes.items()
+            if type(size) is not int or not 1 <= size <= 2**16
+        ]
+        if not found and self.num_value_heads % self.num_key_heads:
+            found.append(
+                f"num_value_heads of recurrent layers is {self.num_value_heads}, not a multiple of "
+                f"num_key_heads {self.num_key_heads}"
+            )
+        if found:
+            raise ValueError("model config: " + "; ".join(found))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The architecture of one model; hashable, so it is static under `jax.jit`.
 
@@ -84,6 +133,9 @@ class ModelConfig:
     query_growth_length: int = 1
     attention_softcap: float | None = None  # scores become cap * tanh(scores / cap)
     has_sinks: bool = False  # each head has a score beside those of its keys, for nothing
+    has_attention_gate: bool = False
+    """What a head returns is multiplied by the sigmoid of a gate, which comes with its query."""
+    recurrent: Recurrent | None = None  # layers without attention, and what they have instead
     logits_softcap: float | None = None
     embed_scale: float = 1.0
     residual_scale: float = 1.0  # multiplies what attention and MLP add to the residual stream
@@ -126,6 +178,10 @@ class ModelConfig:
             window=self.windows[layer] if self.windows else None,
             has_sinks=self.has_sinks,
         )
+
+    def is_recurrent(self, layer: int) -> bool:
+        """Whether the layer keeps a state, and no keys and values."""
+        return self.recurrent is not None and layer in self.recurrent.layers
 
     @property
     def is_qk_norm_plain(self) -> bool:
@@ -183,6 +239,8 @@ class ModelConfig:
             if window is not None and (not isinstance(window, int) or window < 1):
                 found.append(f"a layer's window is {window!r}; it must be an integer of at least 1")
                 break
+        if all(map(self.is_recurrent, range(self.num_layers))):
+            found.append("all layers are recurrent; at least one must have attention")
         if self.num_experts_per_token > self.num_experts:
             found.append(
                 f"num_experts_per_token is {self.num_experts_per_token}, of {self.num_experts}"

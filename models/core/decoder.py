@@ -123,7 +123,10 @@ class Llama(nn.Module):
     def alone(self, layer: int, leaves_sum: bool = False) -> Block:
         """A layer as a module of its own; layers that compute the same are equal modules."""
         config = self.config
-        kinds = [(config.scoring(i), config.is_sparse(i)) for i in range(layer + 1)]
+        kinds = [
+            (config.scoring(i), config.is_sparse(i), config.is_recurrent(i))
+            for i in range(layer + 1)
+        ]
         first = kinds.index(kinds[layer])
         return Block(config, self.dtype, first, 0, leaves_sum, parent=None)
 

@@ -54,3 +54,35 @@ class Attend(Protocol):
         `sinks` are given only where `scoring` has them: those scores, neither scaled nor capped.
         """
         ...
+
+
+@runtime_checkable
+class Recur(Protocol):
+    """What an `Attend` needs beside its call, for layers that keep a state of each sequence.
+
+    Again the model knows nothing of sequences, nor of where a state is kept: it hands over what the
+    recurrence reads, for a flat axis of tokens, and `cache` comes back with the new states. The
+    recurrences themselves are those of `folojax.models.core.recurrence`.
+    """
+
+    def convolve(
+        self, cache: Any, layer: int, x: Float[Array, "N X"], kernel: Float[Array, "X W"]
+    ) -> tuple[Any, Float[Array, "N X"]]:
+        """Returns the new cache, and in float32 each channel's sum over its last W tokens."""
+        ...
+
+    def recur(
+        self,
+        cache: Any,
+        layer: int,
+        query: Float[Array, "N K D"],
+        key: Float[Array, "N K D"],
+        value: Float[Array, "N H Z"],
+        decay: Float[Array, "N H"],
+        beta: Float[Array, "N H"] | None = None,
+    ) -> tuple[Any, Float[Array, "N H Z"]]:
+        """Returns the new cache, and in float32 what each token reads of its state.
+
+        With `beta` it is the gated delta rule, without it gated linear attention.
+        """
+        ...

@@ -77,6 +77,8 @@ def problems_of(config: ModelConfig, count: int) -> list[str]:
     ]
     if config.num_kv_heads % count and count % config.num_kv_heads:
         found.append(f"num_kv_heads is {config.num_kv_heads}, neither a multiple nor a part of it")
+    if (config.recurrent or config.has_attention_gate) and count > 1:
+        found.append("recurrent layers and gated attention are not shared out among devices")
     return found
 
 

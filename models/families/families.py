@@ -17,6 +17,7 @@ from folojax.models.families.gpt_oss import GPT_OSS
 from folojax.models.families.hunyuan import HUNYUAN
 from folojax.models.families.mistral import MINISTRAL, MINISTRAL3, MISTRAL
 from folojax.models.families.pictures import PICTURES
+from folojax.models.families.qwen_hybrid import QWEN3_5, QWEN3_5_MOE, QWEN3_NEXT
 from folojax.models.families.ropeless import COHERE2, EXAONE4
 
 # SmolLM, SmolLM2 and TinyLlama call themselves Llama too.
@@ -250,6 +251,9 @@ FAMILIES: dict[str, Family] = {
     "GptOssForCausalLM": GPT_OSS,
     "DeepseekV2ForCausalLM": DEEPSEEK_V2,
     "DeepseekV3ForCausalLM": DEEPSEEK_V3,
+    "Qwen3NextForCausalLM": QWEN3_NEXT,
+    "Qwen3_5ForCausalLM": QWEN3_5,
+    "Qwen3_5MoeForCausalLM": QWEN3_5_MOE,
 }
 """By the name in `architectures` of config.json."""
 

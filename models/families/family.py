@@ -61,6 +61,8 @@ class Family:
     has_window_switch: bool = False  # there are windows only if `use_sliding_window` is true
     has_layer_types: bool = False
     """`layer_types` may name layers with a window; elsewhere transformers has no eye for it."""
+    recurrent_type: str | None = None
+    """What `layer_types` calls the layers that keep a state instead of keys and values."""
     has_rope_by_kind: bool = False
     """`rope_parameters` has settings for layers with a window and for those without. Where the
     first state no base, it is `rope_local_base_freq`."""

@@ -38,6 +38,12 @@ _PARTS = {
     "Qwen3VLForConditionalGeneration": {
         "qwen3_vl_text": _Text("Qwen3ForCausalLM", "qwen3", False, {"rope_theta": 5e5})
     },
+    "Qwen3_5ForConditionalGeneration": {
+        "qwen3_5_text": _Text("Qwen3_5ForCausalLM", "qwen3_5_text", False)
+    },
+    "Qwen3_5MoeForConditionalGeneration": {
+        "qwen3_5_moe_text": _Text("Qwen3_5MoeForCausalLM", "qwen3_5_moe_text", False)
+    },
 }
 
 PICTURES = tuple(_PARTS)

@@ -127,6 +127,7 @@ def _unsupported_features(mapping: Mapping[str, Any], family: Family) -> list[st
     if mapping.get("rope_interleaved"):
         found.append("rope_interleaved true: only the half-rotation layout is supported")
     known = _LAYER_TYPES if family.has_layer_types else (_FULL,)
+    known = known if family.recurrent_type is None else (*known, family.recurrent_type)
     kinds = sorted(set(mapping.get("layer_types") or ()) - set(known))
     if kinds:
         found.append(f"layer_types {kinds}: supported here are {', '.join(known)}")
@@ -156,7 +157,8 @@ def _contradictions(architecture: str, mapping: Mapping[str, Any], family: Famil
                 "correct the one that is wrong"
             )
     kinds = mapping.get("layer_types") or ()
-    if family.has_layer_types and kinds and len(kinds) != mapping["num_hidden_layers"]:
+    is_read = family.has_layer_types or family.recurrent_type is not None
+    if is_read and kinds and len(kinds) != mapping["num_hidden_layers"]:
         found.append(
             f"layer_types has {len(kinds)} entries for num_hidden_layers "
             f"{mapping['num_hidden_layers']}"

@@ -12,6 +12,9 @@ from folojax.models.families.families import family_of
 from folojax.models.families.family import Family, Names
 
 Shape: TypeAlias = tuple[int, ...]
+_WIDE = ("router_correction", "a_log", "dt_bias")
+"""Parameters that are of float32 in whatever dtype a model computes."""
+
 Parts: TypeAlias = tuple[list[Shape], bool]
 """Shapes that are joined along their first axis, and whether there is a bias too."""
 
@@ -98,21 +101,26 @@ def _block_parts(config: ModelConfig, layer: int) -> dict[str, Parts]:
     width, inner = config.hidden_size, config.intermediate_size
     queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     has_norm_bias = config.norm == "layer"
+    of_queries = queries * (2 if config.has_attention_gate else 1)
     parts: dict[str, Parts] = {
-        "qkv": ([(queries, width), (keys, width), (keys, width)], config.qkv_bias)
+        "qkv": ([(of_queries, width), (keys, width), (keys, width)], config.qkv_bias)
     }
+    is_recurrent = config.is_recurrent(layer)
     if config.kv_rank:
         parts = _latent_parts(config)
-    of_values = config.num_heads * (config.value_dim or config.head_dim)
-    parts["o"] = ([(width, of_values)], config.o_bias)
+    if is_recurrent:
+        parts = _recurrent_parts(config)
+    else:
+        of_values = config.num_heads * (config.value_dim or config.head_dim)
+        parts["o"] = ([(width, of_values)], config.o_bias)
     for part in ("attn", "mlp"):
         if config.has_pre_norm and not (config.is_parallel and part == "mlp"):
             parts[f"{part}_norm"] = ([(width,)], has_norm_bias)
         if config.has_post_norm:
             parts[f"{part}_post_norm"] = ([(width,)], has_norm_bias)
-    if config.has_sinks:
+    if config.has_sinks and not is_recurrent:
         parts["sinks"] = ([(config.num_heads,)], False)
-    if config.qk_norm:
+    if config.qk_norm and not is_recurrent:
         is_joint, head_dim = config.is_qk_norm_joint, config.head_dim
         parts["q_norm"] = ([(queries if is_joint else head_dim,)], has_norm_bias)
         parts["k_norm"] = ([(keys if is_joint else head_dim,)], has_norm_bias)
@@ -157,6 +165,22 @@ def _latent_parts(config: ModelConfig) -> dict[str, Parts]:
     return parts
 
 
+def _recurrent_parts(config: ModelConfig) -> dict[str, Parts]:
+    """What a layer that keeps a state has in place of attention."""
+    sizes, width = config.recurrent, config.hidden_size
+    assert sizes is not None, "the layer is recurrent"
+    heads, channels, values = sizes.num_value_heads, sizes.num_channels, sizes.num_values
+    return {
+        "in_proj": ([(channels, width), (values, width)], False),
+        "ba_proj": ([(heads, width), (heads, width)], False),
+        "conv": ([(channels, 1, sizes.conv_width)], False),
+        "a_log": ([(heads,)], False),
+        "dt_bias": ([(heads,)], False),
+        "state_norm": ([(sizes.value_dim,)], False),
+        "out_proj": ([(width, values)], False),
+    }
+
+
 def _sources(
     parts: dict[str, Parts], names: Names, prefix: str, is_in_out: bool = False
 ) -> dict[str, Source]:
@@ -176,7 +200,7 @@ def _sources(
         sources[parameter] = Source(
             tuple(zip(tensors, shapes, strict=True)),
             is_transposed,
-            is_wide=parameter == "router_correction",
+            is_wide=parameter in _WIDE,
         )
     return sources
 

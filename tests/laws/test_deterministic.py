@@ -231,7 +231,7 @@ def test_windows_and_caps(tmp_path: Path, tiny_work: Workload) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["gemma2", "gemma3"])
+@pytest.mark.parametrize("family", ["gemma2", "gemma3", "qwen3.5"])
 def test_windows_and_caps_in_every_case(tmp_path: Path, tiny_work: Workload, family: str) -> None:
     save_family(family, tmp_path)
     model = dense.load(tmp_path)

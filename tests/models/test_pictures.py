@@ -63,6 +63,24 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
             "deepstack_visual_indexes": [0],
         },
     ),
+    "qwen3_5": (
+        "Qwen3_5",
+        {
+            **FAMILIES["qwen3.5"][1],
+            "rope_parameters": {
+                **MROPE,
+                "mrope_section": [2, 1, 1],
+                "mrope_interleaved": True,
+                "partial_rotary_factor": 0.25,
+            },
+        },
+        {**QWEN_EYE, "out_hidden_size": 64, "num_position_embeddings": 16},
+    ),
+    "qwen3_5_moe": (
+        "Qwen3_5Moe",
+        FAMILIES["qwen3.5-moe"][1],
+        {**QWEN_EYE, "out_hidden_size": 64, "num_position_embeddings": 16},
+    ),
 }
 
 
@@ -83,7 +101,10 @@ def save_model(case: str, directory: Path) -> Any:
     return model
 
 
-@pytest.mark.parametrize("case", MODELS)
+@pytest.mark.parametrize(
+    "case",
+    [*list(MODELS)[:-1], pytest.param(list(MODELS)[-1], marks=pytest.mark.slow)],
+)
 def test_the_text_part_is_that_of_transformers(
     case: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -98,6 +98,9 @@ def configs(draw: st.DrawFn) -> SchedulerConfig:
     max_num_seqs = draw(st.integers(1, 6))
     is_chunked = draw(st.booleans())
     least_budget = max_num_seqs if is_chunked else max(max_num_seqs, MAX_MODEL_LEN)
+    has_states = draw(st.booleans())
+    num_states = draw(st.sampled_from([0, 1, 2, 9])) if has_states else 0
+    is_caching = num_states > 0 if has_states else draw(st.booleans())
     return SchedulerConfig(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=least_budget + draw(st.integers(0, 20)),
@@ -107,10 +110,12 @@ def configs(draw: st.DrawFn) -> SchedulerConfig:
         scheduling_policy=draw(st.sampled_from(["fcfs", "priority"])),
         enable_chunked_prefill=is_chunked,
         long_prefill_token_threshold=draw(st.integers(0, 8)) if is_chunked else 0,
-        enable_prefix_caching=draw(st.booleans()),
+        enable_prefix_caching=is_caching,
+        has_states=has_states,
+        num_prefix_states=num_states,
         max_plans_in_flight=draw(st.sampled_from([1, 2, 2, 3])),
         max_decode_steps=draw(st.sampled_from([1, 1, 2, 5])),
-        num_host_pages=draw(st.sampled_from([0, 2, 99])),
+        num_host_pages=0 if has_states else draw(st.sampled_from([0, 2, 99])),
         min_swap_tokens=draw(st.sampled_from([0, 1, 7])),
         watermark=draw(st.sampled_from([0, 0, 0.1, 0.5])),
     )

@@ -31,7 +31,7 @@ class History:
         # Plans under way, what the device has made of them, and the tables of the rows that failed.
         self.flights: deque[tuple[StepPlan, StubResult, dict[str, list[int]]]] = deque()
         self.scheduler = Scheduler(self.config)
-        self.runner = StubRunner(self.config.page_size)
+        self.runner = StubRunner(self.config.page_size, has_states=self.config.has_states)
 
     def run(self) -> None:
         """Adds and aborts at the steps that the jobs name, until nothing is left."""
@@ -248,7 +248,7 @@ class History:
         )
         if not branch.is_moved:
             request.forked_from = parent
-        elif parent.status is RequestStatus.RUNNING:
+        elif parent.status is RequestStatus.RUNNING and not self.config.has_states:
             num_saved = min(parent.num_computed_tokens, num_tokens - 1)
             table = self.runner.rows[parent.request_id].table
             pages = [

@@ -82,6 +82,7 @@ class StubRow:
     seed: int
     is_prompt_only: bool
     kvs: list[int] = field(default_factory=list)  # what its pages must hold, token by token
+    state: int = 0  # of a device with states: the K/V of the last token that is computed
 
 
 @dataclass
@@ -92,6 +93,8 @@ class StubRunner:
     rows: dict[str, StubRow] = field(default_factory=dict)
     memory: dict[int, list[int]] = field(default_factory=dict)  # page -> K/V
     host: dict[int, list[list[int]]] = field(default_factory=dict)  # key -> K/V of its pages
+    has_states: bool = False  # K/V depend on the row's state, and not on its pages
+    kept_states: dict[int, int] = field(default_factory=dict)  # by place
     num_copied_pages: int = 0
     num_loaded_pages: int = 0
     num_computed_tokens: int = 0
@@ -100,6 +103,9 @@ class StubRunner:
         """Runs a plan, and checks every page of every row."""
         self.update_rows(plan)
         self.move_pages(plan)
+        for request_id, place in plan.state_loads:
+            if request_id in self.rows:
+                self.rows[request_id].state = self.kept_states[place]
         batch = list(plan.num_scheduled_tokens)
         assert plan.new_page_ids.keys() | {new.request_id for new in plan.new_requests} <= set(
             batch
@@ -113,6 +119,8 @@ class StubRunner:
             for step in range(plan.num_decode_steps):
                 names = [id_ for id_ in batch if plan.num_scheduled_tokens[id_] > step]
                 self.run_step(plan, dict.fromkeys(names, 1), result)
+        for request_id, place in plan.state_saves:
+            self.kept_states[place] = self.rows[request_id].state
         for request_id in plan.sampled_request_ids:
             if request_id not in result.failed:
                 assert len(result.sampled[request_id]) == plan.num_samples(request_id)
@@ -150,6 +158,7 @@ class StubRunner:
                 num_computed=new.num_computed_tokens,
                 seed=new.seed,
                 is_prompt_only=new.is_prompt_only,
+                state=-3,  # what the slot's last owner has left
             )
             for token in row.tokens[: row.num_computed]:
                 row.kvs.append(kv_of(token, row.kvs[-1] if row.kvs else 0))
@@ -184,7 +193,9 @@ class StubRunner:
             before = (
                 self.page(row, position - 1)[(position - 1) % self.page_size] if position else 0
             )
-            kv = kv_of(row.tokens[position], before)
+            if self.has_states:
+                before = row.state if position else 0
+            row.state = kv = kv_of(row.tokens[position], before)
             self.page(row, position)[position % self.page_size] = kv
             row.kvs.append(kv_of(row.tokens[position], row.kvs[-1] if row.kvs else 0))
         row.num_computed += num_tokens

@@ -1,0 +1,176 @@
+"""Laws of a model with recurrent layers: a request's state is its own, and ends with it."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from folojax import LLM, SamplingParams
+from folojax.models.core.recurrence import RecurrentState
+from folojax.models.core.shards import problems_of
+from tests import dense, reference
+from tests.conftest import check_is_empty
+from tests.families import save_family
+from tests.reference import TIGHT, TINY_LIMITS
+
+PARAMS = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
+# Two rows of prompts in a call, so that rows of one prompt follow each other.
+LIMITS = TINY_LIMITS | {"max_num_batched_tokens": 32, "check_integrity": True}
+
+
+@pytest.fixture(scope="module")
+def hybrid(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A model, prompts, and the tokens that transformers finds likeliest behind them."""
+    directory: Path = tmp_path_factory.mktemp("hybrid")
+    theirs = save_family("qwen3.5", directory)
+    model = dense.load(directory)
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(3, 128, n).tolist() for n in (1, 84, 17, 70, 33, 5)]
+    found = generate(LLM(model, **LIMITS | TIGHT), prompts)
+    for prompt, tokens in zip(prompts, found, strict=True):
+        logits = reference.logits(theirs, prompt + tokens)[len(prompt) - 1 : -1]
+        assert tokens == logits.argmax(axis=-1).tolist()
+    return model, prompts, found
+
+
+def generate(llm: LLM, prompts: list[list[int]]) -> list[list[int]]:
+    """Greedily, all at once; nothing is left behind."""
+    outputs = llm.generate(prompts, PARAMS, use_tqdm=False)
+    check_is_empty(llm)
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {"max_num_seqs": 1},
+    {"max_num_batched_tokens": 16},
+    {"max_num_batched_tokens": 29, "prefill_row_len": 3},
+    {"prefill_row_len": 128, "max_num_batched_tokens": 300},
+    {"async_scheduling": False},
+    {"max_decode_steps": 4},
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_options_change_no_token(hybrid: Any, options: dict[str, Any]) -> None:
+    model, prompts, expected = hybrid
+    assert generate(LLM(model, **LIMITS | options), prompts) == expected
+
+
+def test_preemption_forks_and_snapshots_change_no_token(hybrid: Any) -> None:
+    """In an engine whose slots hold the states of others already, and after it has slept."""
+    model, prompts, expected = hybrid
+    llm = LLM(model, **LIMITS | TIGHT)
+    for order in ([3, 0, 5, 1, 4, 2], [1, 2, 3, 4, 5, 0]):
+        found = generate(llm, [prompts[i] for i in order])
+        assert found == [expected[i] for i in order]
+        assert llm.metrics().num_preemptions > 0
+        llm.sleep()
+        llm.wake_up()
+    llm.add_request("a", prompts[2], PARAMS)
+    for _ in range(12):
+        llm.step()
+    llm.fork("a", "b")
+    snapshot = llm.snapshot("a")
+    assert snapshot.kv is None, "without the states it would be of no use"
+    llm.resume(snapshot, "c")
+    found = []
+    while llm.has_unfinished_requests():
+        found += [list(one.outputs[0].token_ids) for one in llm.step() if one.finished]
+    assert found == [expected[2]] * 3
+    sampled = SamplingParams(n=3, temperature=1, top_k=1, max_tokens=30, ignore_eos=True)
+    (output,) = llm.generate([prompts[4]], sampled, use_tqdm=False)
+    assert [list(one.token_ids) for one in output.outputs] == [expected[4]] * 3
+    check_is_empty(llm)
+
+
+def test_what_a_state_was_before_is_never_seen(hybrid: Any) -> None:
+    """NaN in every state, as a request that went wrong leaves it."""
+    model, prompts, expected = hybrid
+    llm = LLM(model, **LIMITS | TIGHT)
+    runner = llm.engine.runner
+    cache = runner.state.cache
+    layers = tuple(
+        jax.tree.map(lambda leaf: leaf * np.nan, one) if isinstance(one, RecurrentState) else one
+        for one in cache.layers
+    )
+    assert layers[0] is not cache.layers[0], "the first layer has a state"
+    runner.state = runner.state._replace(cache=type(cache)(layers, cache.format))
+    assert generate(llm, prompts) == expected
+
+
+def test_states_are_in_the_memory_plan(hybrid: Any) -> None:
+    model, _, _ = hybrid
+    few, more = (LLM(model, **LIMITS | TIGHT | {"max_num_seqs": n}) for n in (2, 8))
+    state = few.engine.runner.state.cache.layers[0]
+    one = sum(leaf.nbytes for leaf in state) // 5  # two that run, two kept, and that of padding
+    assert more.memory_plan.slots_bytes - few.memory_plan.slots_bytes == 12 * one
+    pages = few.engine.runner.state.cache.pages
+    assert len(pages) == 1
+    assert pages[0].nbytes == few.memory_plan.pages_bytes
+
+
+def test_a_prompt_is_found_where_a_state_was_kept(hybrid: Any) -> None:
+    """At its last full page; where prompts part, from the third on; where that of a group ends."""
+    model, prompts, expected = hybrid
+    # In these limits, so that programs are those of the other tests.
+    llm = LLM(model, **LIMITS | TIGHT)
+    prompt, tokens = prompts[3], expected[3]  # 70 tokens, pages of 16
+
+    def cached(given: list[int]) -> tuple[int, list[int]]:
+        (output,) = llm.generate([given], PARAMS, use_tqdm=False)
+        check_is_empty(llm)
+        return output.num_cached_tokens, list(output.outputs[0].token_ids)
+
+    assert cached(prompt) == (0, tokens)
+    assert cached(prompt) == (64, tokens)
+    longer = prompt + tokens[:12]
+    for num_cached in (64, 80):
+        found = cached(longer)
+        assert (found[0], found[1][:18]) == (num_cached, tokens[12:])
+    others = [prompt[:40] + prompts[4][i : i + 20] for i in range(3)]
+    alone = LLM(model, **LIMITS | TIGHT | {"enable_prefix_caching": False})
+    for other, num_cached in zip(others, (0, 32, 32), strict=True):
+        assert cached(other) == (num_cached, generate(alone, [other])[0])
+    sampled = SamplingParams(n=3, temperature=1, top_k=1, max_tokens=30, ignore_eos=True)
+    stats = llm.engine.runner.stats
+    before = stats.num_scheduled_tokens
+    (output,) = llm.generate([prompts[1]], sampled, use_tqdm=False)
+    assert [list(one.token_ids) for one in output.outputs] == [expected[1]] * 3
+    assert stats.num_scheduled_tokens - before < 2 * len(prompts[1]) + 3 * 30
+    # States of other weights are forgotten.
+    llm.update_params(jax.tree.map(lambda leaf: leaf * 1.5, llm.params))
+    changed = cached(prompt)
+    assert changed[0] == 0
+    assert changed[1] != tokens
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_states", [1, 2])
+@pytest.mark.parametrize("options", [{}, TIGHT, {"max_num_batched_tokens": 16}], ids=str)
+def test_few_kept_states_change_no_token(
+    hybrid: Any, options: dict[str, Any], num_states: int
+) -> None:
+    model, prompts, expected = hybrid
+    llm = LLM(model, **LIMITS | options | {"num_prefix_states": num_states})
+    for _ in range(2):
+        assert generate(llm, prompts) == expected
+    longer = [prompt + tokens[:9] for prompt, tokens in zip(prompts, expected, strict=True)]
+    found = generate(llm, longer)
+    assert [one[:21] for one in found] == [tokens[9:] for tokens in expected]
+
+
+def test_what_keeps_pages_alone_is_off_or_refused(hybrid: Any, tiny_model: tuple) -> None:
+    model, _, _ = hybrid
+    with pytest.raises(ValueError, match="num_host_pages is 4; the model has recurrent layers"):
+        LLM(model, **LIMITS | {"num_host_pages": 4})
+    with pytest.raises(ValueError, match="num_prefix_states is 4, and the model has no recurrent"):
+        LLM(tiny_model, **LIMITS | {"num_prefix_states": 4})
+    (problem,) = problems_of(model[0].config, 2)
+    assert problem.startswith("recurrent layers and gated attention are not shared out")
+    for options in ({"num_prefix_states": 0}, {"enable_prefix_caching": False}):
+        config = LLM(model, **LIMITS | TIGHT | options).engine.scheduler.config
+        assert not config.enable_prefix_caching
+        assert config.num_prefix_states == 0
