@@ -244,8 +244,7 @@ class EngineConfig:
             "warm_up": backend.warms_up,
         }
         for name, default in (backend.defaults | left_open).items():
-            if fields[name] is None:
-                fields[name] = default
+            fields[name] = default if fields[name] is None else fields[name]
         fields |= state_options(fields, has_states)
         max_model_len = fields["max_model_len"]
         if self.max_num_batched_tokens is None:  # it gives way to what somebody has chosen

@@ -22,7 +22,7 @@ from folojax.sched.pages import PageAllocator, pages_for
 from folojax.sched.prefix_cache import PrefixCache, PrefixNode
 from folojax.sched.request import Request, RequestStatus
 from folojax.sched.states import KeptStates
-from folojax.sched.step_plan import PageMoves
+from folojax.sched.step_plan import PageMoves, PlanDraft
 
 
 class Start(NamedTuple):
@@ -59,6 +59,7 @@ class KVMemory:
         self.num_hit_tokens = 0
         self._is_caching = config.enable_prefix_caching
         self._is_chunked = config.enable_chunked_prefill
+        self._most_tokens = config.long_prefill_token_threshold
         self._least_saved = max(config.min_swap_tokens, 1)
         self._num_kept_free = int(config.watermark * config.num_pages)
         # Per running request the node of its last full page: its next one belongs under it.
@@ -191,11 +192,17 @@ class KVMemory:
         num_tokens += request.num_planned_tokens
         return pages_for(num_tokens, self.page_size) - len(request.page_ids)
 
-    def cut(self, request: Request, num_planned: int, num_tokens: int) -> int:
-        """How many of so many tokens to compute, so as to end where a state is to be kept."""
+    def chunk_size(self, request: Request, num_left: int, draft: PlanDraft) -> int:
+        """How many of the tokens that a request has left to compute in the plan being made."""
+        num_tokens = min(num_left, draft.budget_left, self._most_tokens or draft.budget_left)
         if self.states is None or not self._is_chunked:
             return num_tokens
-        return self.states.cut(request, num_planned, num_tokens)
+        num_planned = request.num_expected_tokens - num_left
+        num_cut = self.states.cut(request, num_planned, num_tokens)
+        # The rest counts against the budget, too: it is computed in the next step, in which those
+        # behind the request are to find no less.
+        draft.budget_left -= num_tokens - num_cut
+        return num_cut
 
     def extend(self, request: Request, num_tokens: int) -> list[int] | None:
         """Gives a request pages for its next tokens, and returns those; None if too few."""

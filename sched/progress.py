@@ -5,7 +5,6 @@ from collections.abc import Iterable, Sequence
 from folojax.sched.config import SchedulerConfig
 from folojax.sched.memory import KVMemory
 from folojax.sched.request import Request, RequestStatus
-from folojax.sched.step_plan import PlanDraft
 
 
 def num_tokens_left(request: Request, max_model_len: int) -> int:
@@ -24,19 +23,6 @@ def num_samples_left(request: Request, max_model_len: int) -> int:
     """How many tokens a request may get beyond those in flight; an end token may come first."""
     num_outputs = request.num_output_tokens + request.num_samples_in_flight
     return min(request.stop.max_tokens - num_outputs, max_model_len - request.num_expected_tokens)
-
-
-def chunk_size(
-    config: SchedulerConfig, memory: KVMemory, draft: PlanDraft, request: Request, num_left: int
-) -> int:
-    """How many of the tokens that a request has left to compute now."""
-    cap = config.long_prefill_token_threshold or draft.budget_left
-    num_tokens = min(num_left, draft.budget_left, cap)
-    num_cut = memory.cut(request, request.num_expected_tokens - num_left, num_tokens)
-    # The rest counts against the budget, too: it is computed in the next step, in which those
-    # behind the request are to find no less.
-    draft.budget_left -= num_tokens - num_cut
-    return num_cut
 
 
 def num_decode_steps(config: SchedulerConfig, running: Iterable[Request], memory: KVMemory) -> int:

@@ -41,7 +41,6 @@ from folojax.sched.integrity import check_integrity
 from folojax.sched.memory import KVMemory
 from folojax.sched.progress import (
     append_tokens,
-    chunk_size,
     num_decode_steps,
     num_samples_left,
     num_tokens_left,
@@ -302,7 +301,7 @@ class Scheduler:
             if draft.num_decode_steps > 1:
                 num_tokens = min(draft.num_decode_steps, num_samples_left(request, max_model_len))
             else:
-                num_tokens = chunk_size(self.config, self.memory, draft, request, num_left)
+                num_tokens = self.memory.chunk_size(request, num_left, draft)
                 if not num_tokens:
                     continue
             page_ids = self._reserve_or_preempt(request, num_tokens, draft)
@@ -341,7 +340,7 @@ class Scheduler:
             return False  # it was preempted meanwhile; what it is to compute is not known yet
         start = self.memory.find_start(request)
         num_left = request.num_tokens - start.num_tokens
-        num_tokens = chunk_size(self.config, self.memory, draft, request, num_left)
+        num_tokens = self.memory.chunk_size(request, num_left, draft)
         if not self.config.enable_chunked_prefill and num_tokens < num_left:
             return False  # nor may a shorter one jump the head of the queue
         if not self.memory.admit(request, start, num_tokens, has_company=bool(self._running)):

@@ -87,7 +87,8 @@ class Runner:
     def dispatch(self, plan: StepPlan) -> list[Pending]:
         """Has the device compute a plan, after those before; returns what `collect` takes."""
         self._update(plan)
-        self.state = self.kept.load(self.state, plan.state_loads, self.batch.rows)
+        if plan.state_loads:
+            self.state = self.kept.load(self.state, plan.state_loads, self.batch.rows)
         self.stats.num_scheduled_tokens += plan.total_num_scheduled_tokens
         rows = self.batch.longest_first(plan.num_scheduled_tokens)
         if not rows:
@@ -102,7 +103,8 @@ class Runner:
             pending = self._decode(rows, slots)
         else:
             pending = self._mixed(rows, num_tokens, set(sampled))
-        self.state = self.kept.save(self.state, plan.state_saves, self.batch.rows)
+        if plan.state_saves:
+            self.state = self.kept.save(self.state, plan.state_saves, self.batch.rows)
         self.batch.advance(slots, num_tokens)
         if self.batch.num_grammars:
             self._unfollowed += pending

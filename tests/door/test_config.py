@@ -20,6 +20,7 @@ INTEGERS = {
     "prefill_row_len": 1,
     "max_decode_steps": 1,
     "num_host_pages": 0,
+    "num_prefix_states": 0,
     "min_swap_tokens": 0,
     "max_logprobs": -1,
     "tensor_parallel_size": 1,
@@ -34,6 +35,7 @@ NONE_ALLOWED = {
     "page_size",
     "prefill_row_len",
     "min_swap_tokens",
+    "num_prefix_states",
 }
 BAD: list[tuple[str, Any]] = [
     *[(name, low - 1) for name, low in INTEGERS.items()],

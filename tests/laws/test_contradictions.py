@@ -191,7 +191,8 @@ def test_other_contradictions_are_refused_by_name(
 def test_every_family_has_its_model_type() -> None:
     assert len({family.model_type for family in FAMILIES.values()}) == len(FAMILIES)
     for architecture, family in FAMILIES.items():
-        keys = {"architectures": [architecture], "model_type": family.model_type}
+        keys: dict[str, Any] = {"architectures": [architecture], "model_type": family.model_type}
+        keys |= {"full_attention_interval": 2}  # or none of two layers would attend
         assert config_from_hf(LLAMA | keys).architecture == architecture
 
 
