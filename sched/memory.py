@@ -207,14 +207,15 @@ class KVMemory:
     def extend(self, request: Request, num_tokens: int) -> list[int] | None:
         """Gives a request pages for its next tokens, and returns those; None if too few."""
         num_tokens += request.num_computed_tokens + request.num_tokens_in_flight
+        page_ids: list[int] | None = []
+        if num_tokens > len(request.page_ids) * self.page_size:  # few rows in most steps
+            num_missing = pages_for(num_tokens, self.page_size) - len(request.page_ids)
+            page_ids = self.allocator.allocate(num_missing)
+            if page_ids is None:
+                return None
+            request.page_ids.extend(page_ids)
         if self.states is not None:
             self.states.promise(request, num_tokens)
-        if num_tokens <= len(request.page_ids) * self.page_size:  # most rows in most steps
-            return []
-        num_missing = pages_for(num_tokens, self.page_size) - len(request.page_ids)
-        page_ids = self.allocator.allocate(num_missing)
-        if page_ids is not None:
-            request.page_ids.extend(page_ids)
         return page_ids
 
     def advance(self, request: Request, num_tokens: int) -> None:
