@@ -238,11 +238,8 @@ class EngineConfig:
         if (problem := backend.quantization_problem(self.quantization)) is not None:
             raise ValueError(f"quantization is {self.quantization!r}, which is {problem}")
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        left_open = {
-            "max_model_len": max_position,
-            "min_swap_tokens": min_swap_tokens,
-            "warm_up": backend.warms_up,
-        }
+        left_open = {"max_model_len": max_position, "min_swap_tokens": min_swap_tokens}
+        left_open["warm_up"] = backend.warms_up
         for name, default in (backend.defaults | left_open).items():
             fields[name] = default if fields[name] is None else fields[name]
         fields |= state_options(fields, has_states)

@@ -141,4 +141,5 @@ def _read_kv(engine: Engine, request: Request) -> TokenKV | None:
         return engine.runner.host.read(request.saved.key, request.saved.num_tokens)
     if not request.num_computed_tokens:
         return None
-    return engine.runner.read_kv(request.page_ids, request.num_computed_tokens)
+    runner, num_tokens = engine.runner, request.num_computed_tokens
+    return runner.host.read_pages(runner.state.cache, request.page_ids, num_tokens)

@@ -14,7 +14,6 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from folojax.attention import kernels_of
 from folojax.backend import Backend, choose_backend
 from folojax.backend.device_memory import device_memory
 from folojax.backend.devices import check_cut, choose_devices, device_bytes, lies_as
@@ -23,8 +22,8 @@ from folojax.compile.mapped_memory import give_back_memory
 from folojax.compile.memory_plan import MemoryPlan, plan_fraction, plan_pages
 from folojax.config import EngineConfig, ResolvedConfig
 from folojax.engine.engine import Engine
+from folojax.engine.kernels import tell_kernels
 from folojax.engine.weights import checked_pair
-from folojax.kv import KVLayout
 from folojax.models.core.decoder import Llama
 from folojax.models.files.checkpoint import Checkpoint, build_module, load_params, open_checkpoint
 from folojax.models.files.params import param_shapes
@@ -289,7 +288,7 @@ def make_engines(
     num_tokens = min(vocab_size, tokenizer.num_tokens) if tokenizer else vocab_size
     ends = _end_tokens(eos_token_id, model.checkpoint, tokenizer, vocab_size)
     setups = [make_setup(module, config, backend, num_tokens) for backend in model.backends]
-    _tell_kernels(module, setups[0].layout)
+    tell_kernels(module, setups[0].layout)
     give_back_memory()  # of what loading has left, before the pool is allocated
     validator = Validator(
         config.scheduler(),
@@ -314,24 +313,6 @@ def make_engines(
             Engine(scheduler, runner, validator, seed=seeds, is_checked=config.check_integrity)
         )
     return engines
-
-
-def _tell_kernels(module: Llama, layout: KVLayout) -> None:
-    """Logs how the layers attend; a warning where an accelerator's own way does not fit."""
-    layers, reasons = kernels_of(module.config, layout)
-    told = (f"{name} ({len(found)} layers)" for name, found in layers.items())
-    _LOG.info("attention: %s", ", ".join(told))
-    if layout.recurrent_layers:
-        _LOG.info(
-            "%d recurrent layers; room for %d states, %d of them for the prefix cache",
-            len(layout.recurrent_layers),
-            layout.num_states - 1,
-            layout.num_kept_states,
-        )
-    for reason, found in reasons.items():
-        is_slow = layout.format.kernels[0] == "cudnn"
-        level = logging.WARNING if is_slow else logging.INFO
-        _LOG.log(level, "attention of %d layers in plain XLA, slower: %s", len(found), reason)
 
 
 def make_setup(

@@ -88,6 +88,12 @@ class HostStore:
         """The first tokens of what a key holds."""
         return read_tokens(self._taken[key], num_tokens, self._layout)
 
+    def read_pages(self, cache: KVCache, page_ids: Sequence[int], num_tokens: int) -> TokenKV:
+        """Waits for the first tokens in some pages of the cache."""
+        num_pages = -(-num_tokens // self._layout.page_size)
+        taken = self._copies.take(cache, page_ids[:num_pages])
+        return read_tokens(taken, num_tokens, self._layout)
+
     def put(self, key: int, kv: TokenKV) -> None:
         """Keeps tokens as if their pages had been saved.
 

@@ -26,7 +26,7 @@ from folojax.requests.grammars import fill_masks
 from folojax.requests.user_functions import NO_FUNCTIONS, UserFunctions
 from folojax.runner.batch import Chunk, Row, ints, round_up
 from folojax.runner.compile_plan import Gate
-from folojax.runner.host_store import HostStore, TokenKV, read_tokens
+from folojax.runner.host_store import HostStore
 from folojax.runner.kept_states import KeptStates
 from folojax.runner.results import Pending, StepResult, follow, is_scored, read, tokens_after
 from folojax.runner.row_params import exceptional_bans
@@ -135,13 +135,6 @@ class Runner:
             return self._params
         assert self.adapters is not None, "an engine without adapters"
         return self.adapters.adapted(self._params)
-
-    def read_kv(self, page_ids: Sequence[int], num_tokens: int) -> TokenKV:
-        """Waits for the K/V of the first tokens in some pages."""
-        layout = self.setup.layout
-        num_pages = -(-num_tokens // layout.page_size)
-        taken = self.copies.take(self.state.cache, page_ids[:num_pages])
-        return read_tokens(taken, num_tokens, layout)
 
     def reset(self) -> None:
         """Forgets every row; replaces the state if an interrupted step has consumed it."""
