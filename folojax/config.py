@@ -154,8 +154,7 @@ class EngineConfig:
         False,
         """A request's tokens and log-probabilities are the same bits whatever its neighbours, the
         limits above (`page_size` aside), preemptions and cached prefixes; and `LLM.score` gives the
-        bits that sampling gave. It costs time, how much and where it is verified says
-        docs/research.md.""",
+        bits that sampling gave. It costs time (docs/research.md).""",
     )
     seed: int = option(0, "Of the seeds that requests without one are given.", at_least=0)
     warm_up: bool | None = option(

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from folojax.backend import Backend, choose_backend
 from folojax.backend.device_memory import device_memory
 from folojax.backend.devices import check_cut, choose_devices, device_bytes, lies_as
+from folojax.backend.mode import deterministic_backends
 from folojax.backend.swap_cost import min_swap_tokens
 from folojax.compile.mapped_memory import give_back_memory
 from folojax.compile.memory_plan import MemoryPlan, plan_fraction, plan_pages
@@ -159,17 +160,9 @@ def _placed(
 def _in_mode(
     backends: tuple[Backend, ...], config: EngineConfig, module: Llama
 ) -> tuple[Backend, ...]:
-    """The backends in the mode that the config asks for; a slow one is told in the log."""
-    if not config.deterministic:
-        return backends
+    """The backends in the mode that the config asks for."""
     asked = module.config, module.dtype, config.quantization, config.enable_lora
-    found = tuple(backend.deterministic(*asked) for backend in backends)
-    if found[0].steps != backends[0].exact_steps:
-        _LOG.warning(
-            "deterministic mode goes token by token, several times slower: its fast way %s",
-            backends[0].not_ordered(*asked),
-        )
-    return found
+    return deterministic_backends(backends, *asked) if config.deterministic else backends
 
 
 def plan_memory(

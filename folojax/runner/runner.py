@@ -24,6 +24,7 @@ import numpy as np
 from folojax.kv.page_copies import PageCopies
 from folojax.requests.grammars import fill_masks
 from folojax.requests.user_functions import NO_FUNCTIONS, UserFunctions
+from folojax.runner.apart import rows_by_spec
 from folojax.runner.batch import Chunk, Row, ints, round_up
 from folojax.runner.compile_plan import Gate
 from folojax.runner.host_store import HostStore
@@ -338,19 +339,10 @@ class Runner:
 
     def _by_spec(self, drawing: list[Row | None], position: Any) -> dict[SamplingSpec, list[Any]]:
         """The rows that sample, by the sampler that they need: one for all, or one a kind."""
-        place = [i for i, row in enumerate(drawing) if row is not None]
-        if not place:
-            return {}
-        if self.steps.kind not in ("rows", "ordered"):
-            return {self._spec(self._slots_of(drawing, len(position)), position[None]): drawing}
-        slots, positions = self._slots_of(drawing, len(drawing))[place], position[place]
-        found: dict[SamplingSpec, list[Any]] = {}
-        for mine in self.batch.row_table.by_kind(slots, positions):
-            spec = self._spec(slots[mine], positions[mine][None])
-            rows = found.setdefault(spec, [None] * len(drawing))
-            for i in mine.tolist():
-                rows[place[i]] = drawing[place[i]]
-        return found
+        slots = self._slots_of(drawing, len(position))
+        if self.steps.kind in ("rows", "ordered"):
+            return rows_by_spec(drawing, slots, position, self.batch.row_table, self._spec)
+        return {self._spec(slots, position[None]): drawing} if any(drawing) else {}
 
     def _slots_of(self, rows: Sequence[Row | None], count: int) -> Any:
         """Slots of rows, padded; M for what is no row."""

@@ -59,6 +59,8 @@ def refusal(
         return "takes no quantised kernels"
     if config.num_experts or config.kv_rank:
         return "knows no experts and no latent heads"
+    if config.recurrent is not None:
+        return "knows no recurrent layers"
     has_other = config.has_post_norm or not config.has_pre_norm
     if config.norm != "rms" or has_other or (config.qk_norm and not config.is_qk_norm_plain):
         return f"does not have the norms of {config.architecture}"
