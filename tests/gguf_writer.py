@@ -122,3 +122,31 @@ def write(path: Path, architecture: str, metadata: dict[str, Any], tensors: dict
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def pack_q4_k(weights: np.ndarray) -> np.ndarray:
+    """Rows of weights as blocks of Q4_K, byte by byte as ggml's `block_q4_K` says it.
+
+    Codes go from 0 to 13 or so: whoever rounds the weights to sixteen steps again has others.
+    """
+    rows, width = weights.shape
+    groups = weights.reshape(rows, width // 256, 8, 32).astype(np.float64)
+    least = np.minimum(groups.min(axis=-1), 0)
+    step = np.maximum((groups.max(axis=-1) - least) / 13, 1e-8)
+    d = (step.max(axis=-1, keepdims=True) / 63).astype(np.float16)
+    dmin = (-least.min(axis=-1, keepdims=True) / 63).astype(np.float16)
+    scales = np.clip(np.round(step / d), 1, 63).astype(np.uint8)
+    mins = np.clip(np.round(-least / np.maximum(dmin, np.float64(1e-8))), 0, 63).astype(np.uint8)
+    unit = (d.astype(np.float64) * scales)[..., None]
+    bottom = (dmin.astype(np.float64) * mins)[..., None]
+    codes = np.clip(np.round((groups + bottom) / unit), 0, 15).astype(np.uint8)
+    block = np.zeros((rows, width // 256, 144), np.uint8)
+    block[..., 0:2], block[..., 2:4] = d.view(np.uint8), dmin.view(np.uint8)
+    for group in range(4):
+        later = group + 4
+        block[..., 4 + group] = scales[..., group] | (scales[..., later] >> 4) << 6
+        block[..., 8 + group] = mins[..., group] | (mins[..., later] >> 4) << 6
+        block[..., 12 + group] = scales[..., later] & 15 | (mins[..., later] & 15) << 4
+        packed = codes[..., 2 * group, :] | codes[..., 2 * group + 1, :] << 4
+        block[..., 16 + 32 * group : 48 + 32 * group] = packed
+    return block.reshape(rows, -1)

@@ -21,10 +21,10 @@ from folojax.models.quantized.codes import Codes
 from folojax.models.quantized.group_kernels import GROUP
 
 # Part of the artefact's name: raise it when what the conversion writes changes.
-_CONVERTER_VERSION = 6
+_CONVERTER_VERSION = 7
 
-_CODE_BITS = {"Q4_0": 4, "Q8_0": 8}
-"""Of quantisations whose weights are codes in groups of 32 times a scale."""
+_CODE_BITS = {"Q4_0": 4, "Q8_0": 8, "Q4_K": 4}
+"""Of quantisations whose weights are codes in groups of 32 times a scale, Q4_K's plus an offset."""
 
 _TABLES = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 """Tensors that say how frequencies are scaled."""
@@ -35,8 +35,8 @@ def convert_gguf(path: Path) -> Path:
 
     Returns:
         A directory under `cache_root()` with config.json, generation_config.json, safetensors
-        and the tokenizer's files. Kernels of Q4_0 and Q8_0 keep their codes, in the form of
-        compressed-tensors; those of other quantisations are float32.
+        and the tokenizer's files. Kernels of Q4_0, Q4_K and Q8_0 keep their codes, in the form of
+        compressed-tensors, of Q4_K with offsets beside it; others are float32.
 
     Raises:
         ValueError: the file is malformed, or of an architecture, quantisation, rotary scaling or
@@ -96,19 +96,21 @@ def _save_tensors(
         raise ValueError("the tensors do not fit the metadata: " + ", ".join(sorted(problems)))
     writer = ShardWriter(directory)
     for name, tensor in tensors.items():
-        # Codes and their scales, or floats.
+        # Codes, their scales and perhaps offsets, or floats.
         stored = (None if family.is_conv1d else _codes(tensor)) or (_floats(tensor),)
         arrays = [_in_hf_layout(name, array, family, config) for array in stored]
         by_use = arrays if len(uses[name]) > 1 else [array[None] for array in arrays]
-        for (hf_name, shape), part, *scale in zip(uses[name], *by_use, strict=True):
+        for (hf_name, shape), part, *scales in zip(uses[name], *by_use, strict=True):
             if part.shape != shape:
                 raise ValueError(f"{name} has {part.shape}, the metadata asks for {shape}")
-            if not scale:
+            if not scales:
                 writer.add(hf_name, part)
                 continue
+            scale, *offset = scales
             bits = _CODE_BITS[tensor.tensor_type.name]
-            zero = np.full_like(scale[0], 2 ** (bits - 1))
-            for full_name, array in code_tensors(hf_name, Codes(part, scale[0], zero, GROUP, bits)):
+            zero = np.full_like(scale, 0 if offset else 2 ** (bits - 1))
+            codes = Codes(part, scale, zero, GROUP, bits, *offset)
+            for full_name, array in code_tensors(hf_name, codes):
                 writer.add(full_name, array)
     writer.close()
     return quantization_config(writer.shapes)
@@ -149,17 +151,42 @@ def _in_hf_layout(
     return array
 
 
-def _codes(tensor: Any) -> tuple[np.ndarray, np.ndarray] | None:
-    """Codes and scales along the last axis, of quantisations that are nothing else."""
+def _codes(tensor: Any) -> tuple[np.ndarray, ...] | None:
+    """Codes, scales and perhaps offsets along the last axis, of quantisations that are no more."""
     bits = _CODE_BITS.get(tensor.tensor_type.name)
     if bits is None or tensor.data.ndim < 2:
         return None
+    if tensor.tensor_type.name == "Q4_K":
+        return _k_codes(tensor.data)
     # A block: a float16, then 32 codes; of four bits, 0 to 15 in the lower halves.
     blocks = tensor.data.reshape(*tensor.data.shape[:-1], -1, 2 + GROUP * bits // 8)
     scale = np.ascontiguousarray(blocks[..., :2]).view("<f2")[..., 0].astype(np.float32)
     data = blocks[..., 2:]
     codes = np.concatenate((data & 15, data >> 4), axis=-1) if bits == 4 else data ^ 128
     return codes.reshape(*scale.shape[:-1], -1), scale
+
+
+def _k_codes(data: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Codes, scales and offsets of Q4_K: blocks of 256 weights, which are eight groups.
+
+    A block: two float16, of which a group's scale and its negated offset are multiples; these
+    multiples, of six bits, in twelve bytes; then the codes, 32 bytes for two groups each, those of
+    the first one in the lower halves.
+    """
+    blocks = data.reshape(*data.shape[:-1], -1, 144)
+    steps = np.ascontiguousarray(blocks[..., :4]).view("<f2").astype(np.float32)
+    first, second, last = (blocks[..., start : start + 4] for start in (4, 8, 12))
+    # Groups 0 to 3 have six bits in a byte; 4 to 7 four of a byte and the two that these leave.
+    scale = np.concatenate((first & 63, last & 15 | first >> 2 & 48), axis=-1)
+    offset = np.concatenate((second & 63, last >> 4 | second >> 2 & 48), axis=-1)
+    pairs = blocks[..., 16:].reshape(*blocks.shape[:-1], 4, 32)
+    codes = np.stack((pairs & 15, pairs >> 4), axis=-2)
+    rows = data.shape[:-1]
+    return (
+        codes.reshape(*rows, -1),
+        (steps[..., :1] * scale).reshape(*rows, -1),
+        (-steps[..., 1:] * offset).reshape(*rows, -1),
+    )
 
 
 def _floats(tensor: Any) -> np.ndarray:

@@ -131,9 +131,13 @@ def _assemble(
 def _stored_kernel(
     name: str, source: Source, parts: Sequence[Tensor], quantization: str | None
 ) -> QuantizedKernel | None:
-    """A kernel that the checkpoint has in as few bits as it is wanted in, none of which changes."""
+    """A kernel that the checkpoint has in as few bits as it is wanted in, none of which changes.
+
+    Where it has some of the joined parts in these bits, the others are rounded to them.
+    """
     packed = [one for one in parts if isinstance(one, QuantizedTensor)]
-    if quantization is None or len(packed) < len(parts) or source.num_stacked is not None:
+    is_plain = source.num_stacked is not None or source.is_transposed
+    if quantization is None or not packed or is_plain:
         return None
     if kernel_kind(name, source.shape, quantization) == "float8":
         narrow = [found for one in packed if (found := one.read_float8()) is not None]
@@ -141,8 +145,17 @@ def _stored_kernel(
             return None
         values, scale = (np.concatenate(some) for some in zip(*narrow, strict=True))
         return Float8Kernel(jnp.asarray(values), jnp.asarray(scale))
-    codes = [one for tensor in packed if (one := tensor.read_codes()) is not None]
-    return kernel_of_codes(name, codes, quantization) if len(codes) == len(parts) else None
+    codes = {one.name: some for one in packed if (some := one.read_codes()) is not None}
+    if not codes:
+        return None
+    joined = [codes[one.name] if one.name in codes else _floats(one) for one in parts]
+    return kernel_of_codes(name, joined, quantization)
+
+
+def _floats(tensor: Tensor) -> np.ndarray:
+    array = np.empty(tensor.shape, np.float32)
+    tensor.read_into(array)
+    return array
 
 
 def _empty(source: Source, dtype: np.dtype) -> np.ndarray:

@@ -40,6 +40,7 @@ class QuantizedFormat:
     blocks: tuple[Block, ...]  # what may share a scale
     zero_step: int = 0  # added to the zeros as they are stored
     has_zeros: bool = False  # every kernel of integers has them
+    has_offsets: bool = False  # kernels may have them, in place of zeros
 
 
 def quantized_format(mapping: Mapping[str, Any]) -> QuantizedFormat | None:
@@ -133,6 +134,8 @@ def _compressed(stated: Mapping[str, Any]) -> QuantizedFormat:
         blocks=tuple({_block(scheme): None for scheme in schemes}),
         # False is said; a scheme that says nothing has none.
         has_zeros=bool(integers) and all(one.get("symmetric") is False for one in integers),
+        # Not compressed-tensors' own word, which refuses it: conversions of GGUF files have it.
+        has_offsets=any(one.get("offset") is True for one in integers),
     )
 
 

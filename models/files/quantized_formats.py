@@ -25,7 +25,7 @@ _GPTQ_ROLES = frozenset({"qweight", "qzeros", "scales", "g_idx"})
 _SCALED_ROLES = frozenset(
     {
         *("weight", "weight_packed", "weight_shape", "weight_g_idx"),
-        *("weight_scale", "weight_scale_inv", "weight_zero_point"),
+        *("weight_scale", "weight_scale_inv", "weight_zero_point", "weight_offset"),
     }
 )
 
@@ -156,8 +156,17 @@ def _join_scaled(
         _check(zero, ("I8",), scale.shape)
     elif form.has_zeros and layout != "float8":
         raise ValueError("weight_zero_point is missing")
+    offset = parts.get("weight_offset")
+    if offset is not None:
+        if not form.has_offsets or zero is not None or layout == "float8":
+            raise ValueError(
+                "weight_offset is there, but config.json or the codes have no use of it"
+            )
+        _check(offset, _SCALE_DTYPES, (rows, groups))
     group_of = _group_of(parts.get("weight_g_idx"), shape, block)
-    return QuantizedTensor(name, shape, layout, bits, codes, scale, zero, block, group_of)
+    return QuantizedTensor(
+        name, shape, layout, bits, codes, scale, zero, block, group_of, offset=offset
+    )
 
 
 def _packed_shape(

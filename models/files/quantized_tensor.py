@@ -2,6 +2,7 @@
 
 Whatever the format, a weight is `(code - zero) * scale`; a block of outputs and inputs shares scale
 and zero. Codes of four or eight bits are unsigned here, as their zeros are; float8 has no zero.
+Where GGUF has offsets that are no products of scale and zero it is `code * scale + offset`.
 """
 
 import dataclasses
@@ -46,6 +47,7 @@ class QuantizedTensor:
     """The group of each input, where they do not follow each other (GPTQ's `desc_act`)."""
     zero_step: int = 0  # added to the zeros as they are stored
     dtype: str = "F32"  # what it is read as
+    offset: StoredTensor | None = None  # in place of zeros
 
     def read_into(self, target: np.ndarray) -> None:
         """Computes the floats where they are wanted, rounded once, to the dtype of `target`.
@@ -56,12 +58,14 @@ class QuantizedTensor:
             ValueError: the file cannot be read; it is named.
         """
         codes = self._codes()
-        scale, zero = self._scale(), self._zero()
+        scale, zero, offset = self._scale(), self._zero(), self._offset()
         for rows, index in self._row_blocks():
             weights = codes[rows].astype(np.float32)
             if zero is not None:
                 weights -= self._by_input(zero[index])
             weights *= self._by_input(scale[index])
+            if offset is not None:
+                weights += self._by_input(offset[index])
             with np.errstate(over="ignore"):  # float16 of what is too large is infinite
                 target[rows] = weights
 
@@ -71,7 +75,15 @@ class QuantizedTensor:
         if zero is None or self.group_of is not None:
             return None
         row_of = np.arange(self.shape[0]) // self.block[0]
-        return Codes(self._codes(), self._scale()[row_of], zero[row_of], self.block[1], self.bits)
+        offset = self._offset()
+        return Codes(
+            self._codes(),
+            self._scale()[row_of],
+            zero[row_of],
+            self.block[1],
+            self.bits,
+            None if offset is None else offset[row_of],
+        )
 
     def read_float8(self) -> tuple[np.ndarray, np.ndarray] | None:
         """Values in float8 and a scale for each output; None where it has another one for inputs.
@@ -122,6 +134,8 @@ class QuantizedTensor:
         """The same for the zeros; None for float8."""
         if self.layout == "float8":
             return None
+        if self.offset is not None:
+            return np.zeros(self._grid(), np.float32)
         if self.zero is None:
             return np.full(self._grid(), 2 ** (self.bits - 1), np.float32)
         stored = self.zero.read()
@@ -137,6 +151,12 @@ class QuantizedTensor:
             case _:  # signed, as codes of eight bits are
                 return stored.reshape(self._grid()).astype(np.float32) + 2 ** (self.bits - 1)
         return zero.astype(np.float32)
+
+    def _offset(self) -> np.ndarray | None:
+        """The same for the offsets; None where there are none."""
+        if self.offset is None:
+            return None
+        return self.offset.read().astype(np.float32).reshape(self._grid())
 
     def _grid(self) -> tuple[int, int]:
         return grid_of(self.shape, self.block)

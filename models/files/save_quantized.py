@@ -32,6 +32,11 @@ _SCHEMES: dict[str, dict[str, Any]] = {
     "groups": {"format": "int-quantized", "weights": _INT8 | _IN_GROUPS},
     "packed": {"format": "pack-quantized", "weights": _INT4 | {"symmetric": True} | _IN_GROUPS},
     "zeros": {"format": "pack-quantized", "weights": _INT4 | {"symmetric": False} | _IN_GROUPS},
+    # Not compressed-tensors' own: of conversions of GGUF files, in the cache.
+    "offsets": {
+        "format": "pack-quantized",
+        "weights": _INT4 | {"symmetric": True, "offset": True} | _IN_GROUPS,
+    },
     "float8": {
         "format": "float-quantized",
         "weights": _FLOAT8 | {"strategy": "channel"},
@@ -39,7 +44,7 @@ _SCHEMES: dict[str, dict[str, Any]] = {
     },
 }
 """By what a kernel is: eight bits and a scale for each output, or for each group; four bits in
-groups without or with zeros; float8."""
+groups without or with zeros, or with offsets; float8."""
 
 
 def quantized_tensors(
@@ -75,8 +80,12 @@ def code_tensors(name: str, codes: Codes) -> Iterator[tuple[str, np.ndarray]]:
         yield f"{name}_scale", codes.scale
     else:
         yield f"{name}_packed", _packed(codes.values)
-        yield f"{name}_scale", codes.scale.astype(np.float16)
         yield f"{name}_shape", np.array(codes.values.shape)
+        if codes.offset is not None:
+            yield f"{name}_scale", codes.scale
+            yield f"{name}_offset", codes.offset
+            return
+        yield f"{name}_scale", codes.scale.astype(np.float16)
         if (codes.zero != 8).any():
             yield f"{name}_zero_point", _packed(codes.zero.T.astype(np.uint8)).T
 
@@ -108,6 +117,8 @@ def quantization_config(
 
 
 def _kind(module: str, scale: tuple[int, ...], names: Container[str]) -> str:
+    if f"{module}.weight_offset" in names:
+        return "offsets"
     if f"{module}.weight_packed" in names:
         return "zeros" if f"{module}.weight_zero_point" in names else "packed"
     return "outputs" if scale[1] == 1 else "groups"

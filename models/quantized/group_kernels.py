@@ -69,11 +69,19 @@ def fits_groups(shape: tuple[int, ...]) -> bool:
 
 @functools.partial(jax.jit, static_argnames="bits")
 def quantize_groups(kernel: Float[Array, "O I"], *, bits: int) -> GroupKernel:
-    """The kernel in so many bits.
+    """The kernel in so many bits, as `round_to_groups` has it."""
+    return pack_groups(*round_to_groups(kernel, bits=bits), bits=bits)
 
-    Codes of four go from a group's least weight to its largest one, codes of eight as far to either
-    side of zero as its largest magnitude. Scales and offsets are float16: of groups whose largest
-    magnitude is below 0.001 the codes of eight bits are no longer the nearest.
+
+@functools.partial(jax.jit, static_argnames="bits")
+def round_to_groups(
+    kernel: Float[Array, "O I"], *, bits: int
+) -> tuple[UInt8[Array, "O Q 32"], Float16[Array, "O Q"], Float16[Array, "O Q"]]:
+    """Codes, scales and offsets of a kernel with any number of outputs.
+
+    Codes of four bits go from a group's least weight to its largest one, codes of eight as far to
+    either side of zero as its largest magnitude. Scales and offsets are float16: of groups whose
+    largest magnitude is below 0.001 the codes of eight bits are no longer the nearest.
     """
     outputs, inputs = kernel.shape
     weights = kernel.astype(jnp.float32).reshape(outputs, inputs // GROUP, GROUP)
@@ -86,8 +94,7 @@ def quantize_groups(kernel: Float[Array, "O I"], *, bits: int) -> GroupKernel:
         offset = -128 * scale
     step = scale.astype(jnp.float32)[..., None]
     codes = (weights - offset.astype(jnp.float32)[..., None]) / jnp.where(step == 0, 1.0, step)
-    codes = jnp.clip(jnp.round(codes), 0, 2**bits - 1).astype(jnp.uint8)
-    return pack_groups(codes, scale, offset, bits=bits)
+    return jnp.clip(jnp.round(codes), 0, 2**bits - 1).astype(jnp.uint8), scale, offset
 
 
 @functools.partial(jax.jit, static_argnames="bits")

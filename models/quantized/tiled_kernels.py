@@ -58,7 +58,18 @@ def fits_tiles(shape: tuple[int, ...], group: int = GROUP) -> bool:
 
 @functools.partial(jax.jit, static_argnames="group")
 def quantize_tiles(kernel: Float[Array, "O I"], group: int = GROUP) -> TiledKernel:
-    """The kernel in groups; codes go from a group's least weight to its largest one."""
+    """The kernel in groups, as `round_to_tiles` has it."""
+    return pack_tiles(*round_to_tiles(kernel, group))
+
+
+@functools.partial(jax.jit, static_argnames="group")
+def round_to_tiles(
+    kernel: Float[Array, "O I"], group: int = GROUP
+) -> tuple[UInt8[Array, "O I"], BFloat16[Array, "O G"], BFloat16[Array, "O G"]]:
+    """Codes, scales and offsets of a kernel with any number of outputs.
+
+    Codes go from a group's least weight to its largest one; an offset is what code 8 means.
+    """
     outputs, inputs = kernel.shape
     weights = kernel.astype(jnp.float32).reshape(outputs, inputs // group, group)
     least, largest = weights.min(axis=-1), weights.max(axis=-1)
@@ -68,7 +79,7 @@ def quantize_tiles(kernel: Float[Array, "O I"], group: int = GROUP) -> TiledKern
     wide = offset.astype(jnp.float32)[..., None]
     codes = jnp.round((weights - wide) / jnp.where(step == 0, 1, step)[..., None])
     codes = jnp.clip(codes + 8, 0, 15).astype(jnp.uint8)
-    return pack_tiles(codes.reshape(outputs, inputs), scale, offset)
+    return codes.reshape(outputs, inputs), scale, offset
 
 
 @jax.jit
