@@ -1,6 +1,7 @@
 """The adapters that an engine knows, by name."""
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,9 @@ from folojax.models.files.peft_adapter import read_peft_adapter
 from folojax.requests.lora_request import LoRARequest
 from folojax.runner.adapter_slots import AdapterSlots
 from folojax.runner.runner import Runner
+
+_FIRST_OWN = 2**31
+"""Of the numbers of adapters in memory: users count theirs from 1."""
 
 
 @dataclasses.dataclass
@@ -47,6 +51,7 @@ class KnownAdapters:
     def __init__(self, runners: Sequence[Runner]) -> None:
         self._runners = tuple(runners)
         self._known: dict[str, Known] = {}
+        self._numbers = itertools.count(_FIRST_OWN)
 
     @property
     def requests(self) -> list[LoRARequest]:
@@ -85,8 +90,7 @@ class KnownAdapters:
 
     def load(self, name: str, tree: Any, scale: float) -> LoRARequest:
         """Takes in a tree under a new name; see `LLM.load_lora`."""
-        numbers = [one.request.lora_int_id for one in self._known.values()]
-        request = LoRARequest(name, max(numbers, default=0) + 1)
+        request = LoRARequest(name, next(self._numbers))
         if name in self._known:
             raise ValueError(f"adapter {name!r} is known: update_lora replaces it")
         self._check_new(request)

@@ -25,6 +25,7 @@ from folojax.config import EngineConfig, ResolvedConfig
 from folojax.engine.engine import Engine
 from folojax.engine.kernels import tell_kernels
 from folojax.engine.weights import checked_pair
+from folojax.models.core.config import ModelConfig
 from folojax.models.core.decoder import Llama
 from folojax.models.files.checkpoint import Checkpoint, build_module, load_params, open_checkpoint
 from folojax.models.files.params import param_shapes
@@ -292,6 +293,7 @@ def make_engines(
         eos_token_ids=ends,
         functions=functions,
         residual_bytes=functions.residual_bytes(module),
+        routing_bytes=4 * num_routings(module.config),
         is_strict=config.strict,
     )
     seeds = np.random.default_rng(config.seed)  # one, so that it does not matter who draws
@@ -335,6 +337,11 @@ def make_setup(
         max_lora_rank=config.max_lora_rank,
         max_decode_steps=config.max_decode_steps,
     )
+
+
+def num_routings(config: ModelConfig) -> int:
+    """Choices of experts for a token, in all layers together."""
+    return sum(map(config.is_sparse, range(config.num_layers))) * config.num_experts_per_token
 
 
 def _min_swap_tokens(module: Llama, num_weights: int, backend: Backend) -> int:

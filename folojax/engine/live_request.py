@@ -12,6 +12,8 @@ import time
 from collections.abc import Sequence
 from typing import Any, Generic, TypeVar
 
+import numpy as np
+
 from folojax.compile.programs import SPENT
 from folojax.engine.snapshot import Progress
 from folojax.requests.lora_request import LoRARequest
@@ -171,9 +173,14 @@ class Sample(SamplingRequest):
     def completion(self) -> CompletionOutput:
         """What the user gets of it."""
         sampling_params, activations = self.sampling_params, None
-        if sampling_params.activations and self.is_finished and self.activations is not None:
+        routed = None
+        if self.is_finished and self.activations is not None:
             # Of all tokens but the last, which was never computed.
-            activations = self.activations.arrays(self.num_tokens - 1)
+            read = self.activations.arrays(self.num_tokens - 1) or {}
+            if sampling_params.activations:
+                activations = {layer: one for layer, one in read.items() if layer >= 0}
+            if sampling_params.routed_experts:
+                routed = np.stack([read[key] for key in sorted(read, reverse=True) if key < 0], 1)
         return CompletionOutput(
             index=self.index,
             text=self._text(),
@@ -187,6 +194,7 @@ class Sample(SamplingRequest):
             weights_versions=list(self.weights_versions),
             lora_versions=None if self.adapter is None else list(self.lora_versions),
             activations=activations,
+            routed_experts=routed,
         )
 
     def _text(self) -> str:
@@ -330,7 +338,8 @@ def make_generation(
     for index in range(sampling_params.n):
         # One sample tells of the prompt, and so has to compute all of it.
         num_prompt_logprobs = asked.num_prompt_logprobs if index == 0 else None
-        is_reported = num_prompt_logprobs is not None or sampling_params.activations
+        is_read = sampling_params.activations or sampling_params.routed_experts
+        is_reported = num_prompt_logprobs is not None or is_read
         live.samples.append(
             Sample(
                 asked.request_id if sampling_params.n == 1 else f"{asked.request_id}#{index}",

@@ -209,7 +209,7 @@ def _sample(completion: CompletionOutput) -> Entry:
     names = ["index", "text", "token_ids", "finish_reason", "stop_reason", "seed"]
     if completion.logprobs is not None:
         names.append("cumulative_logprob")
-    asked_for = ("logprobs", "record", "activations")
+    asked_for = ("logprobs", "record", "activations", "routed_experts")
     names += [name for name in asked_for if getattr(completion, name) is not None]
     return {name: getattr(completion, name) for name in names}
 

@@ -150,6 +150,8 @@ class CompletionOutput:
             tokens of prompt and output, less the last one, which was sampled and never computed; in
             the model's dtype, fewer after an abort or an error. None if not asked for, while the
             sample goes on, and if nothing was computed.
+        routed_experts: Of the same tokens, the M experts that each was sent to in each of the L
+            layers that have any, [N, L, M]; likewise.
     """
 
     index: int
@@ -164,6 +166,7 @@ class CompletionOutput:
     weights_versions: list[int] = dataclasses.field(default_factory=list)
     lora_versions: list[int] | None = None
     activations: dict[int, np.ndarray] | None = dataclasses.field(default=None, compare=False)
+    routed_experts: np.ndarray | None = dataclasses.field(default=None, compare=False)
 
     @property
     def finished(self) -> bool:

@@ -221,6 +221,11 @@ class SamplingParams:
         """Whether the residual stream behind the layers of `activation_taps` is returned
         (`CompletionOutput.activations`). Such a request computes all of its prompt.""",
     )
+    routed_experts: bool = option(
+        False,
+        """Whether the experts that each token was sent to are returned
+        (`CompletionOutput.routed_experts`). Such a request computes all of its prompt.""",
+    )
     seed: int | None = option(
         None,
         "Of the draws, recorded in the output; None or -1 takes one from the engine's seed.",

@@ -60,6 +60,7 @@ class Validator:
     eos_token_ids: tuple[int, ...] = ()  # the model's, the one first that is no `stop_reason`
     functions: UserFunctions = NO_FUNCTIONS
     residual_bytes: int = 0  # of the residual stream of one token, at all layers read
+    routing_bytes: int = 0  # of what is told of the experts of one token; 0: there are none
     is_strict: bool = False  # whether steps that no compile plan lists are refused
 
     def check(
@@ -228,6 +229,10 @@ class Validator:
                 "activations is True; the engine was built without taps: pass activation_taps= to "
                 "LLM"
             )
+        if sampling_params.routed_experts and not self.routing_bytes:
+            yield "routed_experts is True; the model has no experts: leave it out"
+        if self.is_strict and sampling_params.routed_experts:
+            yield "routed_experts is True, which no compile plan lists: set it, or strict, to False"
 
     def _grammar(self, sampling_params: SamplingParams, given: Sequence[int]) -> Grammar | None:
         """What the outputs follow; ValueError if refused. Last of all checks: it takes longest."""
@@ -253,6 +258,12 @@ class Validator:
                 f"activations is True: those of {num_tokens:,} tokens would take {num_bytes:,} "
                 f"bytes; at most {MAX_TAPPED_BYTES:,} fit a request: lower n or max_tokens, or tap "
                 "fewer layers"
+            )
+        num_bytes = num_tokens * self.routing_bytes
+        if sampling_params.routed_experts and num_bytes > MAX_TAPPED_BYTES:
+            yield (
+                f"routed_experts is True: those of {num_tokens:,} tokens would take {num_bytes:,} "
+                f"bytes; at most {MAX_TAPPED_BYTES:,} fit a request: lower n or max_tokens"
             )
 
     def _nothing_left(

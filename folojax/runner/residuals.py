@@ -9,7 +9,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from folojax.requests.sampling_params import SamplingParams
 from folojax.runner.batch import Chunk
+
+
+def wanted_of(sampling_params: SamplingParams, residuals: Mapping[int, Any]) -> dict[int, Any]:
+    """Of what a call has read, what a request asks for; experts have keys below 0."""
+    has_streams, has_experts = sampling_params.activations, sampling_params.routed_experts
+    return {
+        layer: found
+        for layer, found in residuals.items()
+        if (has_streams if layer >= 0 else has_experts)
+    }
 
 
 class ResidualPiece(NamedTuple):

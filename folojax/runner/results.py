@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from folojax.runner.batch import Chunk, Row
-from folojax.runner.residuals import ResidualPiece
+from folojax.runner.residuals import ResidualPiece, wanted_of
 from folojax.sampling.rows import StepOutput, TokenScores
 from folojax.steps.packing import PackedReport
 
@@ -46,7 +46,7 @@ class StepResult:
     prompt_logprobs: dict[str, PromptLogprobs] = dataclasses.field(default_factory=dict)
     """Of requests that asked. One that was preempted and is computed again reports again."""
     residuals: dict[str, list[ResidualPiece]] = dataclasses.field(default_factory=dict)
-    """Of requests that asked for activations, in the order of their tokens; likewise."""
+    """Of requests that asked for activations or experts, in the order of their tokens; likewise."""
 
 
 class Pending(NamedTuple):
@@ -115,8 +115,9 @@ def read(pending: Sequence[Pending]) -> StepResult:
         if scores is not None:
             _read_scores(item.chunks, scores, result)
         for index, chunk in enumerate(item.chunks if residuals else ()):
-            if chunk.row.request.sampling_params.activations and chunk.end > chunk.start:
-                piece = ResidualPiece.cut(chunk, residuals, index * item.row_len)
+            wanted = wanted_of(chunk.row.request.sampling_params, residuals)
+            if wanted and chunk.end > chunk.start:
+                piece = ResidualPiece.cut(chunk, wanted, index * item.row_len)
                 result.residuals.setdefault(chunk.row.request_id, []).append(piece)
     return result
 

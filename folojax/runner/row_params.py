@@ -59,6 +59,7 @@ class RowTable:
         self._processors = column(False, bool, len(functions.processors))
         self._activation_edits = column(False, bool, len(functions.activation_edits))
         self._reads_residuals = column(False, bool)
+        self._reads_experts = column(False, bool)
         # Below this position a row has bans of a step: 0 for most, never ending for bad words.
         self._banned_until = column(0, np.int32)
         self._row: list[SamplingRequest | None] = [None] * size
@@ -92,6 +93,7 @@ class RowTable:
         self._processors[slot] = [one.name in asked for one in functions.processors]
         self._activation_edits[slot] = [one.name in edited for one in functions.activation_edits]
         self._reads_residuals[slot] = params.activations
+        self._reads_experts[slot] = params.routed_experts
         self._banned_until[slot] = row.banned_until if row.banned_ids else 0
         if any(len(word) > 1 for word in row.bad_word_ids):
             self._banned_until[slot] = np.iinfo(np.int32).max
@@ -168,10 +170,12 @@ class RowTable:
         layers = self.functions.residual_layers
         if not layers or not self._reads_residuals[slot].any():
             layers = ()
+        reads_experts = bool(self._reads_experts[slot].any())
         if not edits:
-            return (StepExtras(residual_layers=layers) if layers else NO_EXTRAS), None
+            is_plain = not layers and not reads_experts
+            return NO_EXTRAS if is_plain else StepExtras((), layers, reads_experts), None
         columns = [self.functions.activation_edits.index(one) for one in edits]
-        return StepExtras(edits, layers), self._activation_edits[slot][:, columns]
+        return StepExtras(edits, layers, reads_experts), self._activation_edits[slot][:, columns]
 
     def _bans(self, slot: Any, positions: Any) -> Any:
         """The bans of K steps, [K, Z, 2 + NUM_RECENT]; positions are [K, B]."""

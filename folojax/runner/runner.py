@@ -247,7 +247,8 @@ class Runner:
         else:
             rows = self.batch.prefill_inputs(num_rows, columns, chunks)
         # What is read of the residual stream is picked by its row.
-        most_tokens = None if extras.residual_layers else self.shapes.prefill_tokens
+        is_read = extras.residual_layers or extras.reads_experts
+        most_tokens = None if is_read else self.shapes.prefill_tokens
         kind = "rows" if is_by_row else "prefill"
         adapters = self.batch.adapters_of(slots, num_rows)
         options: dict[str, Any] = {"most_tokens": most_tokens, "is_adapted": adapters is not None}

@@ -23,7 +23,15 @@ from folojax.models.core.decoder import Llama
 from folojax.models.machine.row_sums import REORDERED
 from folojax.steps.executables import Executable, StepKind
 from folojax.steps.fused import WholeSteps
-from folojax.steps.layers import LAYER, Residuals, head_params, join_layers, layer_of, run_layer
+from folojax.steps.layers import (
+    LAYER,
+    Residuals,
+    experts_key,
+    head_params,
+    join_layers,
+    layer_of,
+    run_layer,
+)
 from folojax.steps.placements import last_and_all, of_tokens, place
 from folojax.steps.state import CallInputs, CallResults, DecodeInputs, EngineState, PrefillInputs
 
@@ -106,7 +114,10 @@ class LayeredSteps:
                 ),
             )
             layers += parts
-            residuals |= {group[place]: stream for place, stream in found.items()}
+            residuals |= {
+                group[place] if place >= 0 else experts_key(group[experts_key(place)]): stream
+                for place, stream in found.items()
+            }
         last, every = run(self._end, (outer, hidden, inputs.rows if is_prefill else None))
         state = state._replace(cache=join_layers(layers))
         return state, CallResults(last, every, residuals=residuals)
@@ -118,7 +129,11 @@ class LayeredSteps:
             blocks = tuple(self._blocks[layer] for layer in group)
             wanted = one.extras.residual_layers
             read = tuple(place for place, layer in enumerate(group) if layer in wanted)
-            found = self._group_programs[key] = _GROUP.of(blocks=blocks, read=read)
+            config, reads = self._model.config, one.extras.reads_experts
+            sparse = [place for place, i in enumerate(group) if config.is_sparse(i)]
+            routed = tuple(sparse) if reads else ()
+            found = _GROUP.of(blocks=blocks, read=read, routed=routed)
+            self._group_programs[key] = found
         return found
 
 
@@ -148,16 +163,20 @@ def _run_group(
     *,
     blocks: tuple[nn.Module, ...],
     read: tuple[int, ...],
+    routed: tuple[int, ...],
 ) -> tuple[Any, list[KVCache], Residuals]:
-    """DONATES `caches`, one of each layer, and `hidden`; `read` are places in the group."""
+    """DONATES `caches`, one of each layer, and `hidden`; the others are places in the group."""
     bound = PagedAttend(placement)
     after: list[Any] = []
     residuals: Residuals = {}
     layers = zip(params, caches, rotaries, blocks, strict=True)
     for number, (own, cache, rotary, block) in enumerate(layers):
         own = with_slots(own, adapters)
-        hidden, new = run_layer(own, hidden, rotary, cache, bound, block=block)
+        options: Any = {"block": block, "reads_experts": number in routed}
+        hidden, new, experts = run_layer(own, hidden, rotary, cache, bound, **options)
         after.append(new)
+        if number in routed:
+            residuals[experts_key(number)] = experts
         if number in read:
             residuals[number] = jnp.copy(hidden)  # the next group takes the array for its own
     return hidden, after, residuals

@@ -42,6 +42,7 @@ class Executable(NamedTuple):
         spec = self.spec
         functions = [one.name for one in self.extras.activation_edits]
         functions += ["activations"] if self.extras.residual_layers else []
+        functions += ["experts"] if self.extras.reads_experts else []
         told: dict[str, object] = {"rows": self.rows or None}
         told["tokens"] = self.tokens if self.tokens > 1 else None
         if spec is not None:

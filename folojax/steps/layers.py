@@ -26,7 +26,13 @@ LAYER = "layers_"
 """What the names of layers begin with, in modules and in their parameters."""
 
 Residuals: TypeAlias = dict[int, Any]
-"""By layer, the residual stream [T, E] behind it, of all tokens of a call, padding included."""
+"""By layer, the residual stream [T, E] behind it, of all tokens of a call, padding included; and by
+`experts_key` of a layer, the experts [T, M] that tokens were sent to."""
+
+
+def experts_key(layer: int) -> int:
+    """Where `Residuals` have the experts of a layer: below 0. It is its own inverse."""
+    return -1 - layer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,22 +75,39 @@ class StepExtras(NamedTuple):
     Attributes:
         activation_edits: In the order in which they apply.
         residual_layers: Behind which layers the residual stream is read.
+        reads_experts: Whether the choice of experts is, in all layers that have any.
     """
 
     activation_edits: tuple[ActivationEdit, ...] = ()
     residual_layers: tuple[int, ...] = ()
+    reads_experts: bool = False
 
 
 NO_EXTRAS = StepExtras()
 
 
-@functools.partial(jax.jit, static_argnames="block")
+@functools.partial(jax.jit, static_argnames=("block", "reads_experts"))
 def run_layer(
-    params: Any, stream: Any, rotary: Any, cache: Any, attend: Any, *, block: nn.Module
-) -> tuple[Any, Any]:
-    """One layer. Jitted, so that equal layers of a program are traced and lowered once."""
-    result: Any = block.apply({"params": params}, stream, rotary, cache, attend)
-    return result
+    params: Any,
+    stream: Any,
+    rotary: Any,
+    cache: Any,
+    attend: Any,
+    *,
+    block: nn.Module,
+    reads_experts: bool = False,
+) -> tuple[Any, Any, Any]:
+    """One layer. Jitted, so that equal layers of a program are traced and lowered once.
+
+    Returns:
+        The residual stream, the cache, and the experts that tokens were sent to, if they are read.
+    """
+    options: dict[str, Any] = {"mutable": ["routing"]} if reads_experts else {}
+    found: Any = block.apply({"params": params}, stream, rotary, cache, attend, **options)
+    if not reads_experts:
+        return *found, None
+    result, kept = found
+    return *result, kept["routing"]["experts"][0]
 
 
 def run_layers(
@@ -119,15 +142,19 @@ def run_layers(
     stream, shared = model.apply({"params": outer}, tokens, positions, method="begin")
     after, found = [], {}
     for layer, cache in enumerate(caches):
-        stream, new = run_layer(
+        is_routed = extras.reads_experts and model.config.is_sparse(layer)
+        stream, new, experts = run_layer(
             with_slots(params[f"{LAYER}{layer}"], adapters),
             stream,
             model.layer_rotary(shared, layer),
             cache,
             attend,
             block=model.alone(layer, leaves_sum=True),
+            reads_experts=is_routed,
         )
         after.append(new)
+        if is_routed:
+            found[experts_key(layer)] = experts
         for index, edit in enumerate(extras.activation_edits):
             if layer in edit.layers:
                 assert is_edited is not None, "edits come with the tokens that they are on for"

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from folojax.models.core.adapted import adapt
 from folojax.models.core.dense_attend import dense_attend
 from folojax.models.core.low_rank import stacks_of_tree
+from folojax.models.core.moe import with_routing
 
 
 def log_likelihood(
@@ -28,6 +29,7 @@ def log_likelihood(
     temperature: float | Float[Array, ""] = 1.0,
     lora: Any = None,
     lora_scale: float = 1.0,
+    routed_experts: Int[Array, "*B N L M"] | None = None,
 ) -> Float[Array, "*B N"]:
     """Log-probability of every masked token, given all tokens before it.
 
@@ -47,12 +49,15 @@ def log_likelihood(
         lora: An adapter, as `init_lora` makes it, which stays beside the parameters: no merged ones
             are made, nor their gradients.
         lora_scale: Of its updates; a number.
+        routed_experts: Which M experts each token is sent to, in each of the L layers that have
+            any, as `OutputArrays` has them; entries below 0 are left to the router. Their weights
+            are those that the router gives them, and differentiable.
 
     Returns:
         float32; 0 where `mask` is False, and for the first token.
 
     Raises:
-        ValueError: the model is no Flax module, or the adapter does not fit it.
+        ValueError: the model is no Flax module, or the adapter or the experts do not fit it.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(
@@ -67,14 +72,21 @@ def log_likelihood(
     *batch, length = tokens.shape
     flat = tokens.reshape(-1, length)
 
-    def hidden_states(sequence: Int[Array, " N"]) -> Float[Array, "N E"]:
+    def hidden_states(given: tuple[Int[Array, " N"], Any]) -> Float[Array, "N E"]:
+        sequence, routing = given
+        own = params if routing is None else with_routing(params, routing, model.config)
         positions = jnp.arange(length)
-        result: Any = model.apply({"params": params}, sequence, positions, None, dense_attend)
+        result: Any = model.apply({"params": own}, sequence, positions, None, dense_attend)
         return result[0]
+
+    routing = None
+    if routed_experts is not None:
+        routing = _routing_of(routed_experts, tokens, model.config)
 
     # JAX cannot vmap the ragged products of experts.
     has_experts = getattr(model.config, "num_experts", 0) > 0
-    hidden = lax.map(hidden_states, flat) if has_experts else jax.vmap(hidden_states)(flat)
+    each = flat, routing
+    hidden = lax.map(hidden_states, each) if has_experts else jax.vmap(hidden_states)(each)
     targets = jnp.roll(flat, -1, axis=1)
 
     @jax.checkpoint
@@ -85,3 +97,15 @@ def log_likelihood(
     following = lax.map(score, (hidden, targets))
     found = jnp.pad(following[:, :-1], ((0, 0), (1, 0))).reshape(*batch, length)
     return jnp.where(mask, found, 0.0)
+
+
+def _routing_of(
+    routed_experts: Any, tokens: Int[Array, "*B N"], config: Any
+) -> Int[Array, "flat N L M"]:
+    """The experts of each sequence; ValueError if they are not of the model and the tokens."""
+    sparse = sum(map(config.is_sparse, range(config.num_layers)))
+    wanted = (*tokens.shape, sparse, config.num_experts_per_token)
+    if routed_experts.shape != wanted or not sparse:
+        told = f"{list(wanted)}" if sparse else "left out: the model has no experts"
+        raise ValueError(f"routed_experts is {list(routed_experts.shape)}; it must be {told}")
+    return jnp.asarray(routed_experts).reshape(-1, *wanted[-3:])

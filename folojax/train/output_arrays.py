@@ -35,6 +35,9 @@ class OutputArrays(NamedTuple):
     length: Int[np.ndarray, " B"]  # tokens of the sample, prompt included
     weights_version: Int[np.ndarray, "B N"]  # of the parameters that sampled a token; -1 elsewhere
     record: RecordArrays | None  # None: some sample has none
+    routed_experts: Int[np.ndarray, "B N L M"] | None = None
+    """As of `CompletionOutput`; -1 for the last token of a sample and for padding, which were never
+    computed. None: some sample has none."""
 
 
 def outputs_to_arrays(
@@ -44,7 +47,7 @@ def outputs_to_arrays(
 
     Args:
         outputs: Of `generate` and the like. Records are there if all of them were asked for with
-            `SamplingParams(record=True)`.
+            `SamplingParams(record=True)`, and experts with `routed_experts=True`.
         pad_token_id: Fills `tokens`.
         length: N; None is that of the longest sample. A fixed one spares a jitted trainer from
             being compiled for every length.
@@ -74,6 +77,12 @@ def outputs_to_arrays(
     if all(one.record is not None for _, _, one in samples):
         dtypes = [np.int32 if name == "rank" else np.float32 for name in RecordArrays._fields]
         record = RecordArrays(*(np.zeros(shape, dtype) for dtype in dtypes))
+    routed = None
+    found = [one.routed_experts for _, _, one in samples if one.routed_experts is not None]
+    if len(found) == len(samples):
+        routed = np.full((*shape, *found[0].shape[1:]), -1, np.int32)
+        for row, experts in enumerate(found):
+            routed[row, : len(experts)] = experts
     for row, (_, prompt, one) in enumerate(samples):
         start, end = len(prompt), lengths[row]
         tokens[row, :end] = [*prompt, *one.token_ids]
@@ -89,4 +98,5 @@ def outputs_to_arrays(
         length=np.array(lengths, np.int32),
         weights_version=versions,
         record=record,
+        routed_experts=routed,
     )

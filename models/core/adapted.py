@@ -56,7 +56,7 @@ def part_widths(name: str, config: ModelConfig, width_out: int) -> tuple[int, ..
     """How the outputs of a kernel are shared out among the linear layers that it joins."""
     if name == "qkv":
         keys = config.num_kv_heads * config.head_dim
-        return config.num_heads * config.head_dim, keys, keys
+        return width_out - 2 * keys, keys, keys  # queries may have gates beside them
     if name in ("gate_up", "shared_gate_up"):
         return width_out // 2, width_out // 2
     return (width_out,)

@@ -20,7 +20,7 @@ from folojax.models.core.layers import (
     project,
     rotate,
 )
-from folojax.models.core.moe import Experts, mix_experts
+from folojax.models.core.moe import Experts, RoutedKernel, mix_experts
 from folojax.models.core.recurrence import l2_normed, split_inputs
 from folojax.models.core.shards import sum_parts
 from folojax.models.quantized.quantize import is_quantized
@@ -44,17 +44,17 @@ def norm_init(config: ModelConfig) -> Any:
 
 
 def kernel_of(module: nn.Module, name: str, *shape: int, init: Any = _KERNEL_INIT) -> Any:
-    """A module's kernel of that name and shape; it may be quantised, adapted or one of parts."""
+    """A module's kernel of that name and shape; it may be one of parts, or more than an array."""
     if module.has_variable("params", name):
         given: Any = module.get_variable("params", name)
-        adapted = given if isinstance(given, AdaptedKernel) else None
-        kernel = given if adapted is None else adapted.kernel
+        around = given if isinstance(given, AdaptedKernel | RoutedKernel) else None
+        kernel = given if around is None else around.kernel
         if kernel.shape == (1, *shape):
             kernel = kernel[0]
-        if adapted is not None or is_quantized(kernel) or kernel is not given:
+        if around is not None or is_quantized(kernel) or kernel is not given:
             if kernel.shape != shape:
                 raise ValueError(f"{name} is {kernel.shape}, the model needs {shape}")
-            return kernel if adapted is None else adapted._replace(kernel=kernel)
+            return kernel if around is None else around._replace(kernel=kernel)
     return module.param(name, init, shape, module.dtype)
 
 
@@ -307,7 +307,9 @@ class Block(nn.Module):
                 gate_up_bias=kernel_of(self, "experts_gate_up_bias", count, 2 * inner_size),
                 down_bias=kernel_of(self, "experts_down_bias", count, width) / config.num_shards,
             )  # of which every device adds its share
-        out = sum_parts(mix_experts(normed, experts, config), config)
+        out, expert = mix_experts(normed, experts, config)
+        self.sow("routing", "experts", expert)  # kept where somebody asks for it
+        out = sum_parts(out, config)
         if not config.shared_expert_size:
             return out
         shared = self._dense("shared_", normed, config.shared_expert_size)

@@ -1,6 +1,7 @@
 """Mixtures of experts: every token's MLP is a weighted sum of few out of many."""
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +12,39 @@ from folojax.models.core.config import ModelConfig
 from folojax.models.core.layers import gated, project
 
 
+class RoutedKernel(NamedTuple):
+    """A router in a parameter tree, in place of the array, and what it is to choose.
+
+    The weights of the experts are those of its own scores.
+    """
+
+    kernel: Any  # [X, E]
+    expert: Int[Array, "N M"]  # of each token; below 0: the router chooses by itself
+
+
+def with_routing(
+    params: Mapping[str, Any], routing: Int[Array, "N L M"], config: ModelConfig
+) -> dict[str, Any]:
+    """Parameters of a model whose routers choose what they are told, for N tokens.
+
+    Args:
+        params: Of the model.
+        routing: Of the L layers that have experts, in their order.
+        config: Of the model.
+    """
+    sparse = [layer for layer in range(config.num_layers) if config.is_sparse(layer)]
+    routed = dict(params)
+    for place, layer in enumerate(sparse):
+        block = params[f"layers_{layer}"]
+        router = RoutedKernel(block["router"], routing[:, place])
+        routed[f"layers_{layer}"] = {**block, "router": router}
+    return routed
+
+
 class Experts(NamedTuple):
     """The parameters of a layer's experts, and of the router that chooses among them."""
 
-    router: Float[Array, "X E"]
+    router: Float[Array, "X E"] | RoutedKernel
     gate_up: Float[Array, "X E FF"]
     down: Float[Array, "X F E"]
     correction: Float[Array, " X"] | None = None
@@ -25,21 +55,28 @@ class Experts(NamedTuple):
 
 def mix_experts(
     x: Float[Array, "N E"], experts: Experts, config: ModelConfig
-) -> Float[Array, "N E"]:
+) -> tuple[Float[Array, "N E"], Int[Array, "N M"]]:
     """Sends every token to its likeliest experts and adds what they return, by their weights.
 
     The (token, expert) pairs are sorted by expert, so each expert multiplies one run of rows:
         pairs   a.2 a.7 b.2 b.5 c.7  ->  a.2 b.2 | b.5 | a.7 c.7
     No loop over tokens or experts, and no capacity that would drop a token for its neighbours.
+
+    Returns:
+        What is to be added to the stream, and which experts each token was sent to.
     """
     num_tokens, width = x.shape
     count, per_token = config.num_experts, config.num_experts_per_token
+    router, forced = experts.router, None
+    if isinstance(router, RoutedKernel):
+        router, forced = router
     with jax.named_scope("route"):
         weight, expert = choose_experts(
-            _plus(project(x, experts.router), experts.router_bias),
+            _plus(project(x, router), experts.router_bias),
             x.dtype,
             config,
             experts.correction,
+            forced,
         )
         pair_expert = expert.reshape(-1)
         order = jnp.argsort(pair_expert)
@@ -50,7 +87,8 @@ def mix_experts(
     inner = _gated(both, config).astype(x.dtype)
     sorted_out = _plus(_by_expert(inner, experts.down, sizes), experts.down_bias, of_row)
     out = jnp.zeros_like(sorted_out).at[order].set(sorted_out, unique_indices=True)
-    return (out.reshape(num_tokens, per_token, width) * weight[:, :, None]).sum(1).astype(x.dtype)
+    mixed = (out.reshape(num_tokens, per_token, width) * weight[:, :, None]).sum(1)
+    return mixed.astype(x.dtype), expert
 
 
 def choose_experts(
@@ -58,11 +96,13 @@ def choose_experts(
     dtype: DTypeLike,
     config: ModelConfig,
     correction: Float[Array, " X"] | None = None,
+    forced: Int[Array, "N M"] | None = None,
 ) -> tuple[Float[Array, "N M"], Int[Array, "N M"]]:
     """The M experts of every token, and what each is multiplied by.
 
     Scores of kind "softmax" are rounded to `dtype` before, like the product of any linear layer.
-    With groups, the best ones are those whose best experts have most together.
+    With groups, the best ones are those whose best experts have most together. Experts that are
+    `forced` are taken in place of the likeliest, where they are not below 0.
     """
     if config.router == "sigmoid":
         weights = jax.nn.sigmoid(scores)
@@ -77,6 +117,8 @@ def choose_experts(
         is_best = (best[:, :, None] == jnp.arange(groups)[None, None, :]).any(axis=1)
         wanted = jnp.where(is_best[:, :, None], grouped, -jnp.inf).reshape(scores.shape)
     _, expert = jax.lax.top_k(wanted, config.num_experts_per_token)
+    if forced is not None:
+        expert = jnp.where(forced >= 0, forced, expert)
     weight = jnp.take_along_axis(weights, expert, axis=-1)
     if config.is_expert_weight_normed:
         tiny = 1e-20 if config.router == "sigmoid" else 0.0

@@ -329,7 +329,7 @@ def test_what_is_refused(llm: LLM, tiny_model: tuple, bed: Bed, tmp_path: Path) 
     with pytest.raises(ValueError, match="have one name"):
         llm.generate(PROMPTS[0], GREEDY, False, LoRARequest("one", 7))
     with pytest.raises(ValueError, match="have one number"):
-        llm.generate(PROMPTS[0], GREEDY, False, LoRARequest("two", 1, "somewhere"))
+        llm.generate(PROMPTS[0], GREEDY, False, LoRARequest("two", one.lora_int_id, "somewhere"))
     with pytest.raises(ValueError, match="'two' is not known, and lora_path is empty"):
         llm.generate(PROMPTS[0], GREEDY, False, LoRARequest("two", 2))
     with pytest.raises(ValueError, match="lora_request has 1 entries for 4 prompts"):

@@ -62,6 +62,7 @@ BAD: list[tuple[str, Any]] = [
             "ignore_eos",
             "record",
             "activations",
+            "routed_experts",
             "include_stop_str_in_output",
             "detokenize",
             "skip_special_tokens",
