@@ -25,6 +25,8 @@ INTEGERS = {
     "max_logprobs": -1,
     "tensor_parallel_size": 1,
     "data_parallel_size": 1,
+    "max_loras": 1,
+    "max_lora_rank": 1,
     "seed": 0,
 }
 NONE_ALLOWED = {
@@ -44,6 +46,7 @@ BAD: list[tuple[str, Any]] = [
     *[("enable_chunked_prefill", bad) for bad in (1, 0, None, "yes")],
     *[("enable_prefix_caching", bad) for bad in (1, 0, None, "yes")],
     *[("memory_fraction", bad) for bad in (0, -0.5, 1.01, True, "0.9", math.nan, [0.5])],
+    *[("enable_lora", bad) for bad in (1, 0, None, "yes")],
     *[("deterministic", bad) for bad in (1, 0, None, "yes")],
     *[("warm_up", bad) for bad in (1, 0, "yes")],
     *[("strict", bad) for bad in (1, 0, None, "yes")],
