@@ -30,6 +30,7 @@ ADAPTED = frozenset(
     {
         *("qkv", "o", "q", "q_a", "q_b", "kv_a", "kv_b"),
         *("gate_up", "up", "down", "shared_gate_up", "shared_down"),
+        *("in_proj", "ba_proj", "out_proj"),
     }
 )
 """Kernels of a layer that may have an update: those of its linear layers, experts and routers
@@ -57,7 +58,11 @@ def part_widths(name: str, config: ModelConfig, width_out: int) -> tuple[int, ..
     if name == "qkv":
         keys = config.num_kv_heads * config.head_dim
         return width_out - 2 * keys, keys, keys  # queries may have gates beside them
-    if name in ("gate_up", "shared_gate_up"):
+    sizes = config.recurrent
+    is_joined = sizes is not None and not sizes.is_by_key_head
+    if sizes is not None and is_joined and name == "in_proj":
+        return sizes.num_channels, sizes.num_values
+    if name in ("gate_up", "shared_gate_up") or (is_joined and name == "ba_proj"):
         return width_out // 2, width_out // 2
     return (width_out,)
 

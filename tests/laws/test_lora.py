@@ -104,7 +104,9 @@ def test_rows_with_adapters_and_none_are_those_of_merged_models(llm: LLM, bed: B
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["gpt2", "phi3", "qwen3-moe", "gemma2", "deepseek-v3", "glm4-moe"])
+@pytest.mark.parametrize(
+    "case", ["gpt2", "phi3", "qwen3-moe", "gemma2", "deepseek-v3", "glm4-moe", "qwen3.5"]
+)
 def test_families(case: str, tmp_path: Path) -> None:
     base = save_family(case, tmp_path / "base")
     bed = make_bed(base, tmp_path / "base", tmp_path)
