@@ -1,5 +1,6 @@
 """Laws of a model with recurrent layers: a request's state is its own, and ends with it."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from folojax import LLM, SamplingParams
+from folojax.backend import backend
 from folojax.models.core.recurrence import RecurrentState
 from folojax.models.core.shards import problems_of
 from tests import dense, reference
@@ -57,6 +59,21 @@ OPTIONS: list[dict[str, Any]] = [
 def test_options_change_no_token(hybrid: Any, options: dict[str, Any]) -> None:
     model, prompts, expected = hybrid
     assert generate(LLM(model, **LIMITS | options), prompts) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"max_decode_steps": 4}], ids=str)
+def test_programs_that_are_whole(
+    hybrid: Any, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: one program a step, and tokens of prompts one behind the other."""
+    whole = dataclasses.replace(backend.CPU, steps="whole")
+    monkeypatch.setattr(backend, "CPU", whole)
+    model, prompts, expected = hybrid
+    llm = LLM(model, **LIMITS | options)
+    assert llm.engine.runner.shapes.prefill_tokens is not None
+    for _ in range(2):
+        assert generate(llm, prompts) == expected
 
 
 def test_preemption_forks_and_snapshots_change_no_token(hybrid: Any) -> None:
