@@ -346,7 +346,7 @@ def test_what_others_hold_of_a_gpu_counts(
     free: int | None,
     expected: tuple[int, int],
 ) -> None:
-    device: Any = types.SimpleNamespace(platform="gpu", memory_stats=lambda: stats)
+    device: Any = types.SimpleNamespace(platform="gpu", process_index=0, memory_stats=lambda: stats)
     monkeypatch.setattr("folojax.backend.device_memory._free_bytes", lambda device: free)
     found = device_memory(10, Devices((device,)))
     assert found is not None
