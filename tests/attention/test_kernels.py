@@ -40,7 +40,9 @@ DIFFERENT_WAYS = pytest.mark.parametrize(
 )
 
 
-@pytest.fixture(params=WAYS, ids=str)
+@pytest.fixture(
+    params=[pytest.param(way, marks=[pytest.mark.slow] * way.is_twin) for way in WAYS], ids=str
+)
 def way(request: pytest.FixtureRequest) -> Way:
     """A kernel that runs on this machine."""
     found: Way = request.param

@@ -40,6 +40,7 @@ def test_the_five_default_prompts(call: Callable, tmp_path: Path) -> None:
     assert report["outputs"][0]["outputs"][0]["finish_reason"] in ("stop", "length")
 
 
+@pytest.mark.slow
 def test_kernels_in_few_bits(
     text_directory: Path, capsys: pytest.CaptureFixture[str], call: Callable
 ) -> None:

@@ -158,6 +158,7 @@ def test_bits_of_deterministic_mode_do_not_depend_on_the_batch(tiny_model: tuple
         LLM(tiny_model, **options).resume(taken, "child")
 
 
+@pytest.mark.slow
 def test_functions_and_taps(tiny_model: tuple) -> None:
     """What a user's function sees is whole on each device."""
     options: dict[str, Any] = MORE_LIMITS | {
@@ -275,6 +276,7 @@ def test_keys_and_values_of_fewer_heads_than_devices_are_those_of_the_model(
     np.testing.assert_allclose(found[0].values, found[1].values, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_nothing_compiles_after_a_warm_up(llm: LLM, counter: Any) -> None:
     llm.warm_up([SamplingClass.GREEDY], logprobs=False)
     llm.sleep()

@@ -36,6 +36,7 @@ def test_an_engine_on_each_device(text_directory: Path) -> None:
     mixed_requests.check_same(names["outputs"], known)
 
 
+@pytest.mark.slow
 def test_the_recipe_of_the_page_runs(text_directory: Path, capsys: Any) -> None:
     names = run_example(2, text_directory)
     assert names["llm"].weights_version == 3

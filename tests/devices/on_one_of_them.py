@@ -68,6 +68,7 @@ def test_requests_of_every_kind_with_copies_and_a_host_store(
     mixed_requests.check_same(found, expected)
 
 
+@pytest.mark.slow
 def test_nothing_compiles_after_a_warm_up_on_the_device(llm: LLM, counter: Any) -> None:
     plan: Any = {"sampling": [SamplingClass.GREEDY], "logprobs": False}
     llm.warm_up(**plan)

@@ -145,6 +145,7 @@ def test_requests_go_where_their_prefix_is(llm: LLM) -> None:
     assert counts(llm) == [0, 0]
 
 
+@pytest.mark.slow
 def test_a_group_computes_its_prompt_once(llm: LLM, alone: LLM) -> None:
     """Scores behind a prompt, samples of one: all of a group are in one engine."""
     prompts = [[first, *LONG] for first in (50, 60, 70, 80)]

@@ -89,6 +89,7 @@ def test_greedy_rows_beside_others() -> None:
     np.testing.assert_array_equal(found.tokens[::2], logits[::2].argmax(axis=1))
 
 
+@pytest.mark.slow
 def test_an_engine_gathers_candidates(tmp_path: Path) -> None:
     """Of greedy rows and of temperature; all else of the vocabulary stays where it is."""
     save_tiny("llama", tmp_path, vocab_size=1000)

@@ -22,7 +22,7 @@ def test_request_output(letters_llm: LLM) -> None:
     (output,) = letters_llm.generate(PROMPT, params, use_tqdm=False)
     assert [field.name for field in dataclasses.fields(output)] == [
         *("request_id", "prompt", "prompt_token_ids", "prompt_logprobs", "outputs", "finished"),
-        *("metrics", "num_cached_tokens"),
+        *("metrics", "num_cached_tokens", "lora_request"),
     ]
     assert isinstance(output.request_id, str)
     assert (output.prompt, output.prompt_token_ids) == (PROMPT, encode(PROMPT))

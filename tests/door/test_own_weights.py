@@ -234,7 +234,7 @@ def test_the_natural_loop_compiles_its_step_once(
     assert tokens(llm) == tokens(LLM((module, llm.params), eos_token_id=2, **TINY_LIMITS))
 
 
-@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("rank", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_grpo_compiles_its_step_once(
     rank: int, tiny_model: tuple, counter: CompileCounter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -367,7 +367,12 @@ def test_wide_numbers_of_the_users_program_change_nothing(llm: LLM, tiny_model: 
 
 
 @pytest.mark.parametrize(
-    "setting", [jax.disable_jit, lambda: jax.numpy_dtype_promotion("strict")], ids=["jit", "strict"]
+    "setting",
+    [
+        pytest.param(jax.disable_jit, marks=pytest.mark.slow),
+        lambda: jax.numpy_dtype_promotion("strict"),
+    ],
+    ids=["jit", "strict"],
 )
 def test_other_settings_of_the_users_program_change_nothing(
     llm: LLM, tiny_model: tuple, setting: Any

@@ -171,6 +171,7 @@ SAMPLING: dict[str, Any] = {
     "spaces_between_special_tokens": False,
     "detokenize": False,
     "record": True,
+    "routed_experts": True,
     "logits_processors": ["ban"],
     "extra_args": {"strength": 2},
     "structured_outputs": {"regex": "a"},

@@ -30,6 +30,20 @@ OTHER_NUMBERS = (
     "mistral-full",
     "qwen3-moe-mixed",
 )
+STEPS_OF_OTHERS = (
+    *("llama-wide-heads", "llama-rope-dynamic", "qwen2-window", "qwen2-moe", "qwen3.5", "hunyuan"),
+    *("qwen3.5-moe", "phi3-longrope", "granite", "glm", "ministral", "ministral3", "exaone4"),
+    *("exaone4-full", "deepseek-v2", "deepseek-v2-groups", "olmo3", "smollm3"),
+)
+"""Whose steps are made of what those of other families are: their logits are enough for a start."""
+
+
+def batched() -> list[Any]:
+    """Cases whose steps differ, and as a longer proof those that they are made of."""
+    cases = [case for case in FAMILIES if case not in OTHER_NUMBERS]
+    return [
+        pytest.param(case, marks=[pytest.mark.slow] * (case in STEPS_OF_OTHERS)) for case in cases
+    ]
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -54,9 +68,7 @@ def test_logits_are_those_of_transformers(family: Any) -> None:
 
 
 # Those apart that are another's step with other numbers in it.
-@pytest.mark.parametrize(
-    "family", [case for case in FAMILIES if case not in OTHER_NUMBERS], indirect=True
-)
+@pytest.mark.parametrize("family", batched(), indirect=True)
 def test_greedy_tokens_in_a_continuous_batch_are_those_of_transformers(family: Any) -> None:
     """Three prompts for two places, one of them longer than a chunk and a window.
 
