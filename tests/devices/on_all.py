@@ -115,12 +115,16 @@ def test_requests_of_every_kind_in_other_ways(tiny_model: tuple, options: dict[s
     check_close(mixed_requests.run(llm), known)
 
 
+RECURRENT = ("qwen3-next", "qwen3.5", "qwen3.5-moe")
+
+
 def cases() -> list[Any]:
     """Not slow are biases, all kinds of experts, a norm over heads that are fewer than devices."""
     few = (("qwen2", 2), ("glm4-moe", 2), ("olmo2", 4))
     return [
         pytest.param(*one, marks=[] if one in few else [pytest.mark.slow])
         for one in itertools.product(FAMILIES, (2, 4))
+        if one[0] not in RECURRENT
     ]
 
 
@@ -136,6 +140,14 @@ def test_every_family(family: str, count: int, tmp_path: Path) -> None:
         for each in (1, count)
     )
     check_close(found, known)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", RECURRENT)
+def test_recurrent_layers_are_refused(family: str, tmp_path: Path) -> None:
+    save_family(family, tmp_path)
+    with pytest.raises(ValueError, match="recurrent layers and gated attention are not shared out"):
+        LLM(dense.load(tmp_path), **MORE_LIMITS, tensor_parallel_size=2)
 
 
 @pytest.mark.slow
