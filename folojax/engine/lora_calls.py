@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from folojax.engine import updates
+from folojax.engine import lora_updates
 from folojax.engine.engine import Engine
 from folojax.engine.replicas import Replicas
 from folojax.engine.request_loop import RequestLoop
@@ -53,7 +53,7 @@ class LoraCalls(RequestLoop):
         Raises:
             ValueError: there is no such adapter, or the tree does not fit; nothing has changed.
         """
-        updates.update_lora(self._engines(), lora_name, tree, scale, running)
+        lora_updates.update_lora(self._engines(), lora_name, tree, scale, running)
 
     @exclusive
     def remove_lora(self, lora_name: str) -> None:
@@ -62,7 +62,7 @@ class LoraCalls(RequestLoop):
         Raises:
             ValueError: there is no such adapter, or unfinished requests have it.
         """
-        updates.remove_lora(self._engines(), lora_name)
+        lora_updates.remove_lora(self._engines(), lora_name)
 
     @exclusive
     def list_loras(self) -> list[LoRARequest]:

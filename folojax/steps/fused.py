@@ -211,10 +211,17 @@ def _decode_steps(
     return cache, slots, CallResults(report=report, residuals=by_row)
 
 
-def _sample(
-    params: Any, cache: None, slots: SlotState, inputs: CallInputs, one: Executable, model: Any
+def run_sampler(
+    params: Any,
+    cache: None,
+    slots: SlotState,
+    inputs: CallInputs,
+    one: Executable,
+    model: Any,
+    sample_hidden: Callable[..., Any] = _sample_hidden,
 ) -> Any:
-    slots, out = _sample_hidden(
+    """A token of each row from its hidden state, by `step.sample_tokens` or in its place."""
+    slots, out = sample_hidden(
         params, slots, inputs.hidden, inputs.sampling, model=model, spec=one.sampler
     )
     return cache, slots, CallResults(report=pack_report(out))
@@ -236,6 +243,6 @@ _PROGRAMS = {
     "prefill": packed(run_model, "prefill", MODEL_OPTIONS),
     "decode": packed(run_model, "decode", MODEL_OPTIONS),
     "decode_steps": packed(_decode_steps, "decode_steps", REORDERED),
-    "sample": packed(_sample, "sample", SAMPLER_OPTIONS),
+    "sample": packed(run_sampler, "sample", SAMPLER_OPTIONS),
     "score": packed(_score, "score"),
 }

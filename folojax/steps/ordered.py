@@ -34,8 +34,14 @@ from folojax.sampling.rows import SampleInputs, SlotState, StepOutput, TokenScor
 from folojax.sampling.sampler import SamplingSpec, log_sum_exp, token_logprobs
 from folojax.steps import step
 from folojax.steps.executables import Executable, StepKind, is_plain_greedy
-from folojax.steps.fused import MODEL_OPTIONS, SAMPLER_OPTIONS, WholeSteps, packed, run_model
-from folojax.steps.packing import pack_report
+from folojax.steps.fused import (
+    MODEL_OPTIONS,
+    SAMPLER_OPTIONS,
+    WholeSteps,
+    packed,
+    run_model,
+    run_sampler,
+)
 from folojax.steps.state import CallInputs, CallResults
 
 KERNEL = "ordered"
@@ -164,10 +170,7 @@ def _decode(
 def _sample(
     params: Any, cache: None, slots: SlotState, inputs: CallInputs, one: Executable, model: Any
 ) -> Any:
-    slots, out = _sample_hidden(
-        params, slots, inputs.hidden, inputs.sampling, model=model, spec=one.sampler
-    )
-    return cache, slots, CallResults(report=pack_report(out))
+    return run_sampler(params, cache, slots, inputs, one, model, _sample_hidden)
 
 
 def _score(
