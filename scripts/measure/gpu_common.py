@@ -2,12 +2,15 @@
 
 import functools
 import json
+import os
+import re
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from folojax.models.core.config import ModelConfig
 from folojax.models.core.decoder import Llama, init_params
@@ -41,19 +44,33 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_heads": 32,
         "tie_embeddings": False,
     },
+    "qwen3-32b": QWEN3
+    | {
+        "hidden_size": 5120,
+        "intermediate_size": 25600,
+        "num_layers": 64,
+        "num_heads": 64,
+        "tie_embeddings": False,
+    },
 }
 
 
-def make_model(name: str, small: bool, **changes: Any) -> tuple[Llama, Any]:
-    """A random model in bfloat16, made on the device; `changes` replace fields of the config."""
+def make_model(
+    name: str, small: bool, mesh: Mesh | None = None, dtype: Any = jnp.bfloat16, **changes: Any
+) -> tuple[Llama, Any]:
+    """A random model, made where it lies; `changes` replace fields of the config.
+
+    With a mesh each array is cut along its first axis that the devices divide, as fully sharded
+    training has it.
+    """
     shape = SHAPES[name]
     if small:
         shape = shape | {"num_layers": 2, "vocab_size": 512, "intermediate_size": 128}
-    module = Llama(ModelConfig(**(shape | changes)), jnp.bfloat16)
-    return module, jax.block_until_ready(random_params(module))
+    module = Llama(ModelConfig(**(shape | changes)), dtype)
+    return module, jax.block_until_ready(random_params(module, mesh=mesh))
 
 
-def random_params(module: Llama, scale: float = 0.02) -> Any:
+def random_params(module: Llama, scale: float = 0.02, mesh: Mesh | None = None) -> Any:
     """Normal matrices and norms of one, array by array.
 
     The module's own initialiser in one program takes XLA most of a minute to compile for a GPU.
@@ -61,18 +78,55 @@ def random_params(module: Llama, scale: float = 0.02) -> Any:
     shapes = jax.eval_shape(functools.partial(init_params, module), jax.random.key(0))
     leaves, tree = jax.tree.flatten(shapes)
     keys = jax.random.split(jax.random.key(0), len(leaves))
-    arrays = [
-        jnp.ones(leaf.shape, leaf.dtype)
-        if leaf.ndim == 1
-        else _normal(key, scale, shape=leaf.shape, dtype=leaf.dtype)
-        for key, leaf in zip(keys, leaves, strict=True)
-    ]
+    arrays = []
+    for key, leaf in zip(keys, leaves, strict=True):
+        place = None if mesh is None else cut(mesh, leaf.shape)
+        if leaf.ndim == 1:
+            arrays.append(jnp.ones(leaf.shape, leaf.dtype, device=place))
+        else:
+            arrays.append(_drawn(leaf.dtype, leaf.shape, place)(key, scale))
     return jax.tree.unflatten(tree, arrays)
 
 
-@functools.partial(jax.jit, static_argnames=("shape", "dtype"))
-def _normal(key: Any, scale: float, *, shape: tuple[int, ...], dtype: Any) -> Any:
-    return (scale * jax.random.normal(key, shape)).astype(dtype)
+def cut(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
+    """Along the first axis that the devices of a mesh of one axis divide."""
+    axis = next((axis for axis, size in enumerate(shape) if size % mesh.size == 0), None)
+    spec = [] if axis is None else [None] * axis + list(mesh.axis_names)
+    return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+@functools.cache
+def _drawn(dtype: Any, shape: tuple[int, ...], place: NamedSharding | None) -> Any:
+    def draw(key: Any, scale: float) -> Any:
+        return (scale * jax.random.normal(key, shape)).astype(dtype)
+
+    return jax.jit(draw, out_shardings=place)
+
+
+def make_tokenizer(num_tokens: int) -> Any:
+    """A transformers tokenizer of so many tokens: ASCII letters, then pieces of Python's sources.
+
+    What checks a grammar against a vocabulary walks its tokens letter by letter, so they should be
+    as alike as those of real ones. Id 0 ends a text.
+    """
+    from tokenizers import AddedToken, decoders, models
+    from tokenizers import Tokenizer as Backend
+    from transformers import PreTrainedTokenizerFast
+
+    tokens = dict.fromkeys(["</s>", "\t", "\n", *map(chr, range(32, 127))])
+    for path in sorted(Path(os.__file__).parent.rglob("*.py")):
+        text = path.read_text(encoding="ascii", errors="ignore")
+        for piece in re.findall(r" ?[A-Za-z]+|[0-9]{1,3}|[^A-Za-z0-9\s]+|\s+", text):
+            tokens.update(dict.fromkeys(piece[:end] for end in range(1, min(len(piece), 16) + 1)))
+        if len(tokens) >= num_tokens:
+            break
+    vocab = {token: id_ for id_, token in zip(range(num_tokens), tokens, strict=False)}
+    backend = Backend(models.BPE(vocab, merges=[]))
+    backend.decoder = decoders.Fuse()
+    backend.add_special_tokens([AddedToken("</s>", normalized=False)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="</s>", clean_up_tokenization_spaces=False
+    )
 
 
 def nano_requests(small: bool, vocab_size: int, seed: int) -> list[tuple[list[int], int]]:

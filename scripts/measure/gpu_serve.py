@@ -3,19 +3,22 @@
     python scripts/measure/gpu_serve.py qwen3-0.6b                     everything below
     python scripts/measure/gpu_serve.py qwen3-8b --parts ready nano rows
     python scripts/measure/gpu_serve.py qwen3-8b --parts rows prompts --quantization int4
+    python scripts/measure/gpu_serve.py qwen3-8b --devices 2 --parts nano rows
+    python scripts/measure/gpu_serve.py qwen3-0.6b --set data_parallel_size 2 --parts nano
 
 Parts: `ready` (seconds until the engine is made, which is warm by then), `nano` (256 requests of
 100-1,024 tokens in and out, three runs), `rows` (1, 8, 64 and 256 requests of 128 tokens in and
 out), `prompts` (32 prompts of 512 tokens, one token out), `sampling` (64 requests of 128 in and out
-for each kind of sampling), `profile` (where a run's time goes: seconds of the host by part of a
-step). Weights are random, prompts too, and no prefix is seen twice. `--small` shrinks everything,
-to try the script on a CPU.
+for each kind of sampling), `structured` (64 requests, plain and each with a JSON schema of its
+own), `profile` (where a run's time goes: seconds of the host by part of a step). Weights are
+random, prompts too, and no prefix is seen twice. `--small` shrinks everything, to try the script
+on a CPU.
 """
 
 import argparse
 import collections
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,9 +26,10 @@ from unittest import mock
 
 import jax
 import numpy as np
-from gpu_common import SHAPES, Report, make_model, nano_requests
+from gpu_common import SHAPES, Report, make_model, make_tokenizer, nano_requests
+from jax.sharding import Mesh
 
-from folojax import LLM, SamplingParams
+from folojax import LLM, SamplingClass, SamplingParams, StructuredOutputsParams
 from folojax.models.quantized.names import QUANTIZATIONS
 
 _COMPILED = "/jax/core/compile/backend_compile_duration"
@@ -40,20 +44,45 @@ KINDS: dict[str, dict[str, Any]] = {
     "log-probabilities": {"temperature": 0, "logprobs": 5},
 }
 
+_NAMES = {"type": "array", "items": {"type": "string"}, "minItems": 2}
+_PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "minLength": 8},
+        "age": {"type": "integer", "minimum": 0, "maximum": 150},
+        "role": {"enum": ["author", "editor", "reader"]},
+        "tags": _NAMES,
+    },
+    "required": ["name", "age", "role", "tags"],
+    "additionalProperties": False,
+}
+
+
+def make_schema(number: int) -> dict[str, Any]:
+    """An array of objects, long enough for 128 tokens, and another one for each number."""
+    field = {f"field_{number}": {"anyOf": [{"type": "number"}, {"type": "boolean"}, _NAMES]}}
+    properties = _PERSON["properties"] | field
+    person = _PERSON | {"properties": properties, "required": list(properties)}
+    return {"type": "array", "items": person, "minItems": 40}
+
 
 class Serving:
     """One engine, and prompts that it has not seen."""
 
-    def __init__(self, name: str, small: bool, report: Report, **options: Any) -> None:
+    def __init__(
+        self, name: str, small: bool, report: Report, structured: bool = False, **options: Any
+    ) -> None:
         self.name, self.small, self.report = name, small, report
         self.compiles: list[float] = []
         self.hits: list[str] = []
         jax.monitoring.register_event_duration_secs_listener(self._on_duration)
         jax.monitoring.register_event_listener(self._on_event)
-        model = make_model(name, small)
+        model = make_model(name, small, options.get("mesh"))
         self.vocab_size = model[0].config.vocab_size
         start = time.perf_counter()
-        limits = {"max_model_len": 128, "max_num_seqs": 16} if small else {}
+        limits: dict[str, Any] = {"max_model_len": 128, "max_num_seqs": 16} if small else {}
+        if structured:
+            limits |= {"tokenizer": make_tokenizer(self.vocab_size)}
         self.llm = LLM(model, **({"max_model_len": 2048, "max_num_seqs": 256} | limits | options))
         self.rng = np.random.default_rng(0)
         self._add(
@@ -76,13 +105,21 @@ class Serving:
     def _add(self, **figures: Any) -> None:
         self.report.add(model=self.name, **figures)
 
-    def run(self, lengths: list[tuple[int, int]], **sampling: Any) -> float:
-        """Seconds to generate for random prompts of these lengths, in and out."""
+    def run(
+        self,
+        lengths: list[tuple[int, int]],
+        each: Sequence[dict[str, Any]] | None = None,
+        **sampling: Any,
+    ) -> float:
+        """Seconds to generate for random prompts of these lengths, in and out.
+
+        `each` has further sampling parameters for every request.
+        """
         prompts = [self.rng.integers(3, self.vocab_size, n).tolist() for n, _ in lengths]
         seeds: dict[str, Any] = {} if sampling.get("temperature") == 0 else {"seed": 1}
         params = [
-            SamplingParams(max_tokens=most, ignore_eos=True, **seeds, **sampling)
-            for _, most in lengths
+            SamplingParams(max_tokens=most, ignore_eos=True, **seeds, **sampling, **more)
+            for (_, most), more in zip(lengths, each or [{}] * len(lengths), strict=True)
         ]
         start = time.perf_counter()
         outputs = self.llm.generate(prompts, params, use_tqdm=False)
@@ -138,6 +175,24 @@ class Serving:
             figures = {"tokens_per_s": rows * size / best, "of_greedy": greedy / best}
             self._add(part="sampling", kind=kind, **figures, first_s=found[0])
 
+    def check_structured(self, runs: int = 3) -> None:
+        """JSON, each request by a schema of its own, and plain; interleaved."""
+        size, rows = (16, 4) if self.small else (128, 64)
+        self.llm.warm_up([SamplingClass.GREEDY], logprobs=False, structured_outputs=True)
+        times = collections.defaultdict(list)
+        for run in range(runs + 1):
+            times["plain"].append(self.run([(size, size)] * rows, temperature=0))
+            asked = [
+                {"structured_outputs": StructuredOutputsParams(json=make_schema(run * rows + row))}
+                for row in range(rows)
+            ]
+            times["json"].append(self.run([(size, size)] * rows, asked, temperature=0))
+        plain = float(np.median(times["plain"][1:]))
+        for kind, found in times.items():
+            best = float(np.median(found[1:]))
+            figures = {"tokens_per_s": rows * size / best, "of_plain": plain / best}
+            self._add(part="structured", kind=kind, **figures, first_s=found[0])
+
     def check_profile(self) -> None:
         """Where the host's time goes in the mix."""
         lengths = [(len(p), n) for p, n in nano_requests(self.small, self.vocab_size, seed=0)]
@@ -188,11 +243,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parts = ["nano", "rows", "prompts", "sampling", "profile"]
+    parts = ["nano", "rows", "prompts", "sampling", "structured", "profile"]
     parser.add_argument("model", choices=list(SHAPES))
     parser.add_argument("--parts", nargs="+", choices=["ready", *parts], default=parts)
     parser.add_argument("--small", action="store_true", help="shrink everything")
     parser.add_argument("--quantization", choices=QUANTIZATIONS, help="of the random weights")
+    parser.add_argument("--devices", type=int, default=1, metavar="N", help="that share the layers")
     parser.add_argument("--set", nargs=2, action="append", default=[], metavar=("FIELD", "VALUE"))
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the figures to this file")
     args = parser.parse_args()
@@ -200,7 +256,10 @@ def main() -> None:
     print(report.about, flush=True)
     options: dict[str, Any] = {field: float(v) if "." in v else int(v) for field, v in args.set}
     options |= {"quantization": args.quantization}
-    serving = Serving(args.model, args.small, report, **options)
+    if args.devices > 1:
+        options["mesh"] = Mesh(np.array(jax.devices()[: args.devices]), ("all",))
+    structured = "structured" in args.parts
+    serving = Serving(args.model, args.small, report, structured, **options)
     for part in args.parts:
         if part != "ready":
             getattr(serving, f"check_{part}")()
