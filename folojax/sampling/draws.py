@@ -16,6 +16,9 @@ the likeliest token is always accepted: in the mean it takes 1 + log(1 / mass of
 rounds, in practice two or three for a whole batch. (FlashInfer samples by such rejections too.)
 
 A row's randomness is its key alone. Rounds that only its neighbours need leave its token alone.
+
+Where several devices share the vocabulary (`folojax.sampling.parts`), each has some of the blocks,
+with the noise that these have on one device.
 """
 
 from typing import Any, NamedTuple
@@ -24,6 +27,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key, UInt
+
+from folojax.sampling.parts import Part, gather, own_columns, total
 
 BLOCK_SIZE = 128
 """W: one pass writes V / W sums, and then W tokens are looked at."""
@@ -50,13 +55,18 @@ class Support(NamedTuple):
     top: Float[Array, " B"]  # the largest logit
     temperature: Float[Array, " B"]
     floor: Float[Array, " B"]  # the smallest logit with a weight; -inf: nothing is cut
+    first: Int[Array, ""] | int = 0  # the first token, where this is a part of the vocabulary
+
+    @property
+    def ids(self) -> Int[Array, "1 U W"]:
+        """The tokens."""
+        _, blocks, size = self.logits.shape
+        return self.first + jnp.arange(blocks * size).reshape(1, blocks, size)
 
     def weights(self, before: Place | None = None) -> Float[Array, "B U W"]:
         """Weights of the tokens that come before a place, 0 for the others; None: of all."""
-        _, blocks, size = self.logits.shape
-        ids = jnp.arange(blocks * size).reshape(1, blocks, size)
         place = self.end if before is None else before
-        return jnp.exp(_log_weights(self, self.logits, ids, place))
+        return jnp.exp(_log_weights(self, self.logits, self.ids, place))
 
     @property
     def end(self) -> Place:
@@ -106,7 +116,7 @@ def kth_largest(x: Float[Array, "B U W"], k: Int[Array, " B"]) -> Float[Array, "
         return _take(values, jnp.minimum(k, values.shape[1]) - 1)
 
     def by_bisection() -> Float[Array, " B"]:
-        return _largest_reaching(x, jnp.ones_like(x), k.astype(jnp.float32))
+        return largest_reaching(x, jnp.ones_like(x), k.astype(jnp.float32))
 
     found = lax.switch(
         jnp.where(is_off, 0, jnp.where(k <= NUM_CANDIDATES, 1, 2)).max(),
@@ -117,27 +127,7 @@ def kth_largest(x: Float[Array, "B U W"], k: Int[Array, " B"]) -> Float[Array, "
 
 def draw(support: Support, keys: Key[Array, " B"]) -> Int[Array, " B"]:
     """Draws a token a row from the whole support."""
-    return _pick(support, _block_sums(support.weights()), support.end, keys, jnp.int32(0))[1].token
-
-
-class PartOfBlocks(NamedTuple):
-    """Which of all blocks a support has."""
-
-    first: Int[Array, ""]
-    num_blocks: int  # U, of the whole; from there on are blocks of padding, without weights
-
-
-def draw_in_part(
-    support: Support, keys: Key[Array, " B"], part: PartOfBlocks
-) -> tuple[Float[Array, " B"], Place]:
-    """Draws from some of the blocks, with their noise.
-
-    Returns:
-        A score relative to `support.top`, whose largest over all parts is that of the token that
-        `draw` would give of the whole; and the token, by its place in the part.
-    """
-    mass = _block_sums(support.weights())
-    return _pick(support, mass, support.end, keys, jnp.int32(0), part)
+    return pick(support, block_sums(support.weights()), support.end, keys, jnp.int32(0))[1].token
 
 
 def draw_from_nucleus(
@@ -153,14 +143,14 @@ def draw_from_nucleus(
     """
 
     def next_round(last: _Round) -> _Round:
-        _, place = _pick(support, last.mass, last.end, keys, last.number)
-        mass = _block_sums(support.weights(before=place))
+        _, place = pick(support, last.mass, last.end, keys, last.number)
+        mass = block_sums(support.weights(before=place))
         # With top_p = 1 everything is inside, also what is too small to change a sum.
         is_inside = (mass.sum(axis=1) < target) | (top_p >= 1)
         token = jnp.where(last.is_settled, last.token, place.token)
         return _Round(last.number + 1, token, last.is_settled | is_inside, place, mass)
 
-    mass = _block_sums(support.weights())
+    mass = block_sums(support.weights())
     # Not 0, for the first token to be inside: a top_p may underflow.
     target = jnp.maximum(top_p * mass.sum(axis=1), jnp.finfo(jnp.float32).tiny)
     token = jnp.zeros(top_p.shape, jnp.int32)
@@ -177,42 +167,58 @@ class _Round(NamedTuple):
 
 
 def nucleus(
-    support: Support, top_p: Float[Array, " B"], drawn: Int[Array, " B"]
+    support: Support, top_p: Float[Array, " B"], drawn: Place, part: Part | None = None
 ) -> Bool[Array, "B U W"]:
     """Which tokens are in the nucleus, by bisection: 33 passes, for who needs to know it.
 
     Some weight of each row is positive. `drawn` are tokens that were drawn from it: a sum that
-    rounds otherwise than the draw's must not leave them out.
+    rounds otherwise than the draw's must not leave them out. With a part of the vocabulary, the
+    same of its tokens, after a sum over devices a pass.
     """
-    rows, blocks, size = support.logits.shape
+    rows = support.logits.shape[0]
     weight = support.weights()
-    target = top_p * weight.sum(axis=2).sum(axis=1)
-    logit = _largest_reaching(support.logits, weight, target)
-    ids = jnp.arange(blocks * size).reshape(1, blocks, size)
+    target = top_p * total(weight.sum(axis=2).sum(axis=1), part)
+    logit = largest_reaching(support.logits, weight, target, part)
     above = jnp.where(support.logits > _wide(logit), weight, 0.0).sum(axis=2).sum(axis=1)
     # Equal logits have equal weights, so the mass before one of them needs no sum.
     is_equal = support.logits == _wide(logit)
     number = jnp.cumsum(is_equal.reshape(rows, -1), axis=1, dtype=jnp.int32).reshape(weight.shape)
     each = jnp.where(is_equal, weight, 0.0).max(axis=(1, 2))
+    if part is not None:
+        counts = number[:, -1, -1]
+        told = gather((above, counts, each), part)
+        above, each = told[0].sum(axis=0), told[2].max(axis=0)
+        is_earlier = jnp.arange(told[1].shape[0])[:, None] < jax.lax.axis_index(part.axis)
+        number += _wide(jnp.where(is_earlier, told[1], 0).sum(axis=0))
     is_reached = _wide(above) + (number - 1) * _wide(each) >= _wide(target)
-    last = jnp.where(is_equal & (~is_reached | (number == 1)), ids, 0).max(axis=(1, 2))
-    flat = support.logits.reshape(rows, -1)
-    drawn_logit = _take(flat, drawn)
-    is_later = (drawn_logit < logit) | ((drawn_logit == logit) & (drawn > last))
-    end = Place(jnp.where(is_later, drawn_logit, logit), jnp.where(is_later, drawn, last) + 1)
-    return _is_before(support.logits, ids, end) | _wide(top_p >= 1.0)
+    is_inside = (support.logits > _wide(logit)) | (is_equal & (~is_reached | (number == 1)))
+    up_to_drawn = _is_before(support.logits, support.ids, drawn._replace(token=drawn.token + 1))
+    return is_inside | up_to_drawn | _wide(top_p >= 1.0)
 
 
-def _pick(
+def pick(
     support: Support,
     mass: Float[Array, "B U"],
     end: Place,
     keys: Key[Array, " B"],
     number: Int[Array, ""],
-    part: PartOfBlocks | None = None,
+    part: Part | None = None,
 ) -> tuple[Float[Array, " B"], Place]:
-    """Draws a block by its mass before a place, and a token in it; tells the score of the block."""
-    blocks = mass.shape[1] if part is None else part.num_blocks
+    """Draws a block by its mass before a place, and a token in it.
+
+    Args:
+        support: Of the whole vocabulary or a part.
+        mass: Of its blocks, of what comes before `end`.
+        end: Where the tokens to draw from end.
+        keys: Of the rows.
+        number: Of the draw, each with its own noise.
+        part: Of the vocabulary; None: all is here.
+
+    Returns:
+        A score, whose largest over all parts is that of the token that would be drawn of the whole;
+        and the token.
+    """
+    blocks = mass.shape[1] if part is None else -(-part.vocab_size // BLOCK_SIZE)
 
     def gumbel(key: Key[Array, ""]) -> Float[Array, " UW"]:
         return jax.random.gumbel(jax.random.fold_in(key, number), (blocks + BLOCK_SIZE,))
@@ -220,15 +226,16 @@ def _pick(
     noise = jax.vmap(gumbel)(keys)
     of_blocks = noise[:, :blocks]
     if part is not None:
-        filled = jnp.pad(of_blocks, ((0, 0), (0, mass.shape[1])))
-        of_blocks = lax.dynamic_slice_in_dim(filled, part.first, mass.shape[1], axis=1)
+        of_blocks = own_columns(of_blocks, support.first // BLOCK_SIZE, mass.shape[1])
     scores = jnp.log(mass) + of_blocks
     block = jnp.argmax(scores, axis=1)
     logits = _take_block(support.logits, block)
-    ids = block[:, None] * BLOCK_SIZE + jnp.arange(BLOCK_SIZE)[None, :]
+    ids = support.first + block[:, None] * BLOCK_SIZE + jnp.arange(BLOCK_SIZE)[None, :]
     inside = _log_weights(support, logits[:, None, :], ids[:, None, :], end)[:, 0]
     place = jnp.argmax(inside + noise[:, blocks:], axis=1)
-    return scores.max(axis=1), Place(_take(logits, place), block * BLOCK_SIZE + place)
+    return scores.max(axis=1), Place(
+        _take(logits, place), support.first + block * BLOCK_SIZE + place
+    )
 
 
 def _log_weights(
@@ -259,8 +266,11 @@ def _take(x: Float[Array, "B N"], index: Int[Array, " B"]) -> Float[Array, " B"]
     return jnp.take_along_axis(x, index[:, None], axis=1)[:, 0]
 
 
-def _largest_reaching(
-    x: Float[Array, "B U W"], weight: Float[Array, "B U W"], target: Float[Array, " B"]
+def largest_reaching(
+    x: Float[Array, "B U W"],
+    weight: Float[Array, "B U W"],
+    target: Float[Array, " B"],
+    part: Part | None = None,
 ) -> Float[Array, " B"]:
     """The largest value t of a row with sum(weight where x >= t) >= target, bit by bit."""
     ordered = _ordered_bits(x)
@@ -268,11 +278,15 @@ def _largest_reaching(
     def set_bit(i: Int[Array, ""], bits: UInt[Array, " B"]) -> UInt[Array, " B"]:
         higher = bits | (jnp.uint32(1) << (31 - i).astype(jnp.uint32))
         inside = jnp.where(ordered >= higher[:, None, None], weight, 0.0)
-        return jnp.where(inside.sum(axis=2).sum(axis=1) >= target, higher, bits)
+        return jnp.where(total(inside.sum(axis=2).sum(axis=1), part) >= target, higher, bits)
 
     bits = lax.fori_loop(0, 32, set_bit, jnp.zeros(x.shape[0], jnp.uint32))
     # A target that rounding has put out of reach, or that underflowed to 0, would give a NaN.
-    bits = jnp.clip(bits, ordered.min(axis=(1, 2)), ordered.max(axis=(1, 2)))
+    least, most = ordered.min(axis=(1, 2)), ordered.max(axis=(1, 2))
+    if part is not None:
+        every = lax.all_gather(jnp.stack([least, most]), part.axis)
+        least, most = every[:, 0].min(axis=0), every[:, 1].max(axis=0)
+    bits = jnp.clip(bits, least, most)
     is_negative = bits < jnp.uint32(1 << 31)
     raw = jnp.where(is_negative, ~bits, bits ^ jnp.uint32(1 << 31))
     return lax.bitcast_convert_type(raw, jnp.float32)
@@ -284,6 +298,7 @@ def _ordered_bits(x: Float[Array, "B U W"]) -> UInt[Array, "B U W"]:
     return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
 
 
-def _block_sums(weights: Float[Array, "B U W"]) -> Float[Array, "B U"]:
+def block_sums(weights: Float[Array, "B U W"]) -> Float[Array, "B U"]:
+    """The mass of each block."""
     # The barrier keeps XLA from turning a sum of these sums into another pass over the whole.
     return lax.optimization_barrier(weights.sum(axis=2))

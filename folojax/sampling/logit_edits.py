@@ -20,6 +20,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt
 
+from folojax.sampling.parts import own_columns
+
 NUM_RECENT = 15
 """K: how many of a request's last tokens are kept."""
 
@@ -89,24 +91,41 @@ def write_slot(edits: EditState, slot: Int[Array, ""], new: SlotEdits) -> EditSt
 
 
 def apply_edits(
-    logits: Float[Array, "B V"], edits: EditState, rows: EditRows
+    logits: Float[Array, "B V"],
+    edits: EditState,
+    rows: EditRows,
+    first: Int[Array, ""] | None = None,
 ) -> Float[Array, "B V"]:
-    """The edited logits; a row with nothing to edit keeps its bits."""
-    num_slots = edits.bias.shape[0]
-    history = edits.history.at[rows.slot].get(mode="clip")
+    """The edited logits; a row with nothing to edit keeps its bits.
+
+    Args:
+        logits: Of all tokens, or of some that follow each other.
+        edits: Of all tokens.
+        rows: Those of the step.
+        first: The first token of the logits; None: they are of all.
+    """
+    num_slots, size = edits.bias.shape[0], logits.shape[1]
+    history = own_columns(edits.history.at[rows.slot].get(mode="clip"), first, size)
     count = (history & (PROMPT_BIT - 1)).astype(logits.dtype)
     repetition = rows.repetition[:, None]
     repeated = jnp.where(logits > 0, logits / repetition, logits * repetition)
     edited = jnp.where(history > 0, repeated, logits)
     edited -= rows.frequency[:, None] * count
     edited -= jnp.where(count > 0, rows.presence[:, None], 0.0)
-    edited += edits.bias.at[rows.slot].get(mode="clip")
+    edited += own_columns(edits.bias.at[rows.slot].get(mode="clip"), first, size)
     edited = jnp.where((rows.slot < num_slots)[:, None], edited, logits)
-    return _ban(edited, edits.recent, rows)
+    return _ban(edited, edits.recent, rows, first)
 
 
-def allow_only(logits: Float[Array, "B V"], mask: UInt[Array, "B _"]) -> Float[Array, "B V"]:
-    """The logits of tokens whose bits are set, the lowest bit of a word first; -inf elsewhere."""
+def allow_only(
+    logits: Float[Array, "B V"], mask: UInt[Array, "B _"], first: Int[Array, ""] | None = None
+) -> Float[Array, "B V"]:
+    """The logits of tokens whose bits are set, the lowest bit of a word first; -inf elsewhere.
+
+    The logits may be those of some tokens, as in `apply_edits`; the first is a multiple of 32.
+    """
+    words = None if first is None else first // 32
+    mask = own_columns(mask, words, -(-logits.shape[1] // 32))
     bits = (mask[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)[None, None, :]) & 1
     is_allowed = bits.reshape(mask.shape[0], -1)[:, : logits.shape[1]] == 1
     return jnp.where(is_allowed, logits, -jnp.inf)
@@ -124,10 +143,16 @@ def note_tokens(edits: EditState, slot: Int[Array, " B"], tokens: Int[Array, " B
 
 
 def _ban(
-    logits: Float[Array, "B V"], recent: Int[Array, "M K"], rows: EditRows
+    logits: Float[Array, "B V"],
+    recent: Int[Array, "M K"],
+    rows: EditRows,
+    first: Int[Array, ""] | None,
 ) -> Float[Array, "B V"]:
     row, token, prefix = rows.bans[:, 0], rows.bans[:, 1], rows.bans[:, 2:]
     last = recent.at[rows.slot.at[row].get(mode="clip")].get(mode="clip")
     is_met = ((prefix == ANY_TOKEN) | (prefix == last)).all(axis=1)
+    if first is not None:  # an index below 0 would count from the end
+        token = token - first
+        is_met &= token >= 0
     row = jnp.where(is_met, row, logits.shape[0])
     return logits.at[row, token].set(-jnp.inf, mode="drop")

@@ -188,7 +188,10 @@ def _kept(
     """Logarithms of the weights that were drawn from; -inf outside."""
     weights = support.weights()
     if spec.needed >= SamplingClass.TRUNCATED:
-        weights = jnp.where(draws.nucleus(support, rows.top_p, tokens), weights, 0.0)
+        flat = support.logits.reshape(tokens.shape[0], -1)
+        logit = jnp.take_along_axis(flat, tokens[:, None], axis=1, mode="clip")[:, 0]
+        is_inside = draws.nucleus(support, rows.top_p, draws.Place(logit, tokens))
+        weights = jnp.where(is_inside, weights, 0.0)
     return jnp.log(weights)
 
 

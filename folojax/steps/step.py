@@ -32,7 +32,9 @@ from folojax.models.core.decoder import Llama
 from folojax.models.core.shards import AXIS, has_whole_blocks
 from folojax.sampling.logit_edits import note_tokens
 from folojax.sampling.logits_processors import apply_processors, note_outputs
-from folojax.sampling.parts import Part, is_drawn_in_parts, sample_part
+from folojax.sampling.part_reports import score_part
+from folojax.sampling.part_sampler import sample_part
+from folojax.sampling.parts import Part
 from folojax.sampling.rows import SampleInputs, SlotState, StepOutput, TokenScores
 from folojax.sampling.sampler import SamplingSpec, sample, token_logprobs
 from folojax.steps.layers import NO_EXTRAS, Residuals, StepExtras, join_layers, layer_of, run_layers
@@ -120,14 +122,18 @@ def sample_tokens(
         The new slots, and a report whose row i is of input row i.
     """
     chex.assert_shape([inputs.slot, inputs.position], (hidden.shape[0],))
-    config = model.config
-    if config.num_shards > 1 and has_whole_blocks(config) and is_drawn_in_parts(spec):
-        own: Any = model.apply({"params": params}, hidden, method="own_logits")
-        part = Part(AXIS, config.vocab_size)
-        out = sample_part(own, part, inputs.rows, inputs.position, spec)
-        return slots._replace(tokens=_note(slots, inputs, out)), out
-    logits: Any = model.apply({"params": params}, hidden, method="logits")
-    return draw_and_note(slots, logits, inputs, spec)
+    if not is_sampled_in_parts(model) or spec.processors:
+        logits: Any = model.apply({"params": params}, hidden, method="logits")
+        return draw_and_note(slots, logits, inputs, spec)
+    own: Any = model.apply({"params": params}, hidden, method="own_logits")
+    edits, pair = slots.edits, None
+    if edits is not None and inputs.edits is not None:
+        pair = edits, inputs.edits
+    part = Part(AXIS, model.config.vocab_size)
+    out = sample_part(own, part, inputs.rows, inputs.position, spec, pair, inputs.mask)
+    if pair is not None:
+        edits = note_tokens(pair[0], pair[1].slot, out.tokens)
+    return slots._replace(tokens=_note(slots, inputs, out), edits=edits), out
 
 
 @functools.partial(jax.jit, static_argnames=("model", "num_logprobs", "num_tokens"))
@@ -155,10 +161,19 @@ def score_tokens(
     chex.assert_shape(targets, hidden.shape[:2])
 
     def score_row(row: tuple[Array, Array]) -> TokenScores:
+        if is_sampled_in_parts(model):
+            own: Any = model.apply({"params": params}, row[0], method="own_logits")
+            part = Part(AXIS, model.config.vocab_size)
+            return TokenScores(*score_part(own, part, row[1], num_logprobs, num_tokens))
         logits: Any = model.apply({"params": params}, row[0], method="logits")
         return TokenScores(*token_logprobs(logits, row[1], num_logprobs, None, num_tokens))
 
     return lax.map(score_row, (hidden, targets))
+
+
+def is_sampled_in_parts(model: Llama) -> bool:
+    """Whether devices share the vocabulary, and each samples from its part."""
+    return model.config.num_shards > 1 and has_whole_blocks(model.config)
 
 
 def forward(

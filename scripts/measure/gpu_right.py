@@ -120,7 +120,7 @@ def _check_engines(small: bool, report: Report) -> None:
 
     In float32 on this device against the CPU, in bfloat16 against float32; all without a cache.
     """
-    size = {"hidden_size": 256, "num_heads": 4, "num_kv_heads": 2, "head_dim": 128}
+    size: dict[str, Any] = {"hidden_size": 256, "num_heads": 4, "num_kv_heads": 2, "head_dim": 128}
     module = make_model("qwen3-0.6b", True, num_layers=2, **size)[0]
     longest = 200 if small else 2048
     pool = longest // _PAGE + 4

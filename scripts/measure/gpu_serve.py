@@ -45,7 +45,7 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 _NAMES = {"type": "array", "items": {"type": "string"}, "minItems": 2}
-_PERSON = {
+_PERSON: dict[str, Any] = {
     "type": "object",
     "properties": {
         "name": {"type": "string", "minLength": 8},

@@ -17,6 +17,7 @@ _WIDTHS = {"pred": 1, "bf16": 2, "f16": 2, "f32": 4, "f64": 8}  # else the digit
 # These name a value and move nothing.
 _FREE = {"parameter", "bitcast", "get-tuple-element", "tuple", "constant"}
 _VIEWS = {"bitcast", "get-tuple-element"}
+_GATHERS = {"all-gather", "all-gather-start"}
 _PICKS = {"gather", "dynamic-slice", "slice"}
 _WRITES = {"scatter", "dynamic-update-slice"}
 
@@ -141,6 +142,11 @@ class Program:
                 if any(name in told.lower() for name in names):
                     found.append(f"{one.name} {told}")
         return found
+
+    def most_gathered(self) -> int:
+        """Numbers that the largest gather from several devices gives, wherever it stands."""
+        every = [one for inside in self.computations.values() for one in inside.values()]
+        return max((one.num_elements for one in every if one.opcode in _GATHERS), default=0)
 
     def bytes_moved(self) -> float:
         """Bytes that the entry's kernels read and write, each array once a kernel.

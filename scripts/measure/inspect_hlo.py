@@ -7,14 +7,16 @@ python scripts/measure/inspect_hlo.py --model qwen3-8b --rows 64 --calls greedy
 python scripts/measure/inspect_hlo.py --check                  also fails if decode breaks a rule
 
 The programs are those that the engine runs: a decode step with greedy sampling and with truncated
-sampling in it, and a call of prefill, over a pool of 100 GB.
+sampling in it (`--calls recorded`: with log-probabilities and records, too), and a call of prefill,
+over a pool of 100 GB.
 
 The rules for decode: one command buffer (CUDA graph) a step, nothing beside it; no copy, transpose
 or conversion of the cache; temporaries of at most 1 % of the pool; at most 12 kernels in a layer
 beside attention's; no call to the host. Of several cards that share each layer (`--devices`), the
-sums of these are two kernels more in a layer, and there is one more sum, of the embedding. Inputs
-in eight bits (`--quantization`) are eight more in a layer. Bytes are those that kernels read and
-write, the pages that attention reads aside; their floor is the weights, read once.
+sums of these are two kernels more in a layer, and there is one more sum, of the embedding; of the
+vocabulary they gather once for greedy sampling, and never more than 128 numbers a row and card.
+Inputs in eight bits (`--quantization`) are eight more in a layer. Bytes are those that kernels read
+and write, the pages that attention reads aside; their floor is the weights, read once.
 
 Exit code: 0; 1 with --check if a rule is broken; 2 after a mistake in the options.
 """
@@ -41,11 +43,17 @@ from folojax.models.quantized.names import QUANTIZATIONS
 from folojax.sampling.sampler import SamplingClass, SamplingSpec
 from folojax.sched.pages import pages_for
 
-_DECODE = {"greedy": SamplingClass.GREEDY, "truncated": SamplingClass.TRUNCATED}
+_DECODE = {
+    "greedy": SamplingSpec(SamplingClass.GREEDY),
+    "truncated": SamplingSpec(SamplingClass.TRUNCATED),
+    "recorded": SamplingSpec(SamplingClass.TRUNCATED, num_logprobs=5, has_record=True),
+}
 _MOST_TEMPORARIES = 0.01
 # Four products, two norms of the stream, one with the rotation of heads, a write of the page, an
 # activation; of three products the sum over parts of theirs may be a kernel of its own.
 _MOST_KERNELS = 12
+# Candidates for top-k and what a card knows of a draw; the whole vocabulary would be thousands.
+_MOST_GATHERED = 128
 # Of four products of eight bits: what rounds the inputs, and what scales the sums.
 _ROUNDING_KERNELS = 8
 _COLUMNS = {
@@ -75,7 +83,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--quantization", choices=QUANTIZATIONS, help="of the kernels")
     add("--devices", type=int, default=1, help="cards that share each layer")
     add("--layers", type=int, help="only the first ones; default: all")
-    add("--calls", nargs="+", choices=calls, default=calls)
+    usual = [call for call in calls if call != "recorded"]
+    add("--calls", nargs="+", choices=calls, default=usual)
     add("--rows", type=int, nargs="+", default=[1, 64, 256], help="of decode")
     add("--longest", type=int, default=2048, help="tokens of the longest row")
     add("--page-size", type=int, default=64)
@@ -93,7 +102,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}; give at least 1")
     if args.deterministic:  # draws are a call of their own there
-        args.calls = [call for call in args.calls if call != "truncated"]
+        args.calls = [call for call in args.calls if call in ("greedy", "prefill")]
     if min(args.rows) < 1:
         parser.error(f"--rows has {min(args.rows)}; give at least 1")
     return args
@@ -117,15 +126,16 @@ def inspect(args: argparse.Namespace, devices: Devices) -> Iterator[dict[str, An
             if call == "prefill":
                 compiled = steps.prefill(rows, args.prefill_columns, args.prefill_tokens)
             else:
-                compiled = steps.decode(rows, SamplingSpec(_DECODE[call]))
+                compiled = steps.decode(rows, _DECODE[call])
             if args.text is not None:
                 lines = [f"{'  ' * one.depth}{one.kind} {one.name}" for one in compiled.thunks]
                 path = args.text / f"{args.model}-{call}-{rows}.txt"
                 path.write_text("\n".join(lines) + "\n")
             told = {
                 "wanted_sums": 0 if devices.count == 1 else 2 * config.num_layers + 1,
-                # Of candidates or, where draws are truncated, of logits; prompts are not sampled.
-                "wanted_gathers": int(devices.count > 1 and call != "prefill"),
+                # Of candidates. A draw that is truncated takes more; prompts are not sampled.
+                "wanted_gathers": int(devices.count > 1) if call == "greedy" else None,
+                "most_gathered": _MOST_GATHERED * rows * devices.count,
                 "rounds_inputs": args.quantization in ("int8", "fp8") and rows > MOST_WIDE_ROWS,
             }
             yield {"call": call, "rows": rows, **told, **figures(compiled)}
@@ -147,6 +157,7 @@ def figures(compiled: Compiled) -> dict[str, Any]:
         "opcodes": dict(opcodes),
         "sums": opcodes["all-reduce"] + opcodes["all-reduce-start"],
         "gathers": opcodes["all-gather"] + opcodes["all-gather-start"],
+        "gathered": compiled.program.most_gathered(),
         "temporary_mb": compiled.temporary_bytes / 1e6,
         "temporary_share": compiled.temporary_bytes / compiled.cache_bytes,
         "cache_mb": compiled.cache_bytes / 1e6,
@@ -177,7 +188,11 @@ def broken_rules(result: dict[str, Any]) -> list[str]:
         broken.append(f"{result['layer_kernels']} kernels in a layer; {most} are enough")
     if result["sums"] != result["wanted_sums"]:
         broken.append(f"{result['sums']} sums over devices, of {result['wanted_sums']}")
-    if result["gathers"] != result["wanted_gathers"]:
+    if result["gathered"] > result["most_gathered"]:
+        broken.append(
+            f"{result['gathered']} numbers gathered; {result['most_gathered']} are enough"
+        )
+    if result["wanted_gathers"] not in (None, result["gathers"]):
         broken.append(f"{result['gathers']} gathers, of {result['wanted_gathers']}")
     if result["host_calls"]:
         broken.append(f"calls to the host: {result['host_calls']}")

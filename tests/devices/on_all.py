@@ -21,7 +21,7 @@ from folojax import (
 from folojax.compile.programs import run as run_program
 from tests import dense, mixed_requests
 from tests.families import FAMILIES, save_family
-from tests.reference import MORE_LIMITS, TIGHT
+from tests.reference import MORE_LIMITS, TIGHT, save_tiny
 from tests.user_functions import EDITS, PROCESSORS
 
 DEVICES = jax.devices()
@@ -45,8 +45,16 @@ def alone(tiny_model: tuple) -> LLM:
 
 
 @pytest.fixture(scope="module")
-def expected(tiny_model: tuple) -> list[RequestOutput]:
-    return mixed_requests.run(mixed_requests.make_llm(tiny_model, **TIGHT))
+def wide_model(tmp_path_factory: pytest.TempPathFactory) -> tuple:
+    """One of whose vocabulary each of four devices has a block of the sampler."""
+    directory = tmp_path_factory.mktemp("wide")
+    save_tiny("llama", directory, vocab_size=512)
+    return dense.load(directory)
+
+
+@pytest.fixture(scope="module")
+def expected(wide_model: tuple) -> list[RequestOutput]:
+    return mixed_requests.run(mixed_requests.make_llm(wide_model, **TIGHT))
 
 
 def tokens(llm: LLM, params: SamplingParams = GREEDY) -> Any:
@@ -88,10 +96,10 @@ def check_close(found: list[RequestOutput], known: list[RequestOutput]) -> None:
 
 @pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_requests_of_every_kind(
-    tiny_model: tuple, expected: list[RequestOutput], count: int
+    wide_model: tuple, expected: list[RequestOutput], count: int
 ) -> None:
     """Penalties, bans, stops, samples; preempted for want of pages, with cached prefixes."""
-    llm = mixed_requests.make_llm(tiny_model, **TIGHT, tensor_parallel_size=count)
+    llm = mixed_requests.make_llm(wide_model, **TIGHT, tensor_parallel_size=count)
     check_close(mixed_requests.run(llm), expected)
     assert llm.metrics().num_preemptions > 0
     assert llm.metrics().num_prefix_hit_tokens > 0
@@ -108,10 +116,10 @@ def test_requests_of_every_kind(
     ],
     ids=lambda options: next(iter(options)),
 )
-def test_requests_of_every_kind_in_other_ways(tiny_model: tuple, options: dict[str, Any]) -> None:
+def test_requests_of_every_kind_in_other_ways(wide_model: tuple, options: dict[str, Any]) -> None:
     options = {**TIGHT, **options}
-    known = mixed_requests.run(mixed_requests.make_llm(tiny_model, **options))
-    llm = mixed_requests.make_llm(tiny_model, **options, tensor_parallel_size=2)
+    known = mixed_requests.run(mixed_requests.make_llm(wide_model, **options))
+    llm = mixed_requests.make_llm(wide_model, **options, tensor_parallel_size=2)
     check_close(mixed_requests.run(llm), known)
 
 
@@ -298,8 +306,8 @@ def test_nothing_compiles_after_a_warm_up(llm: LLM, counter: Any) -> None:
     assert counter.count == before
 
 
-def programs_of(llm: LLM) -> list[Any]:
-    """What a decode step of two rows runs, and in which order."""
+def programs_of(llm: LLM, params: Any = GREEDY) -> list[Any]:
+    """What the steps of two rows run, and in which order."""
     found: list[Any] = []
 
     def listen(program: Any, args: Any, key: Any = None) -> Any:
@@ -309,7 +317,7 @@ def programs_of(llm: LLM) -> list[Any]:
     steps: Any = llm.engine.runner.steps
     call = steps.call
     steps.call = lambda *args: call(*args, listen)
-    llm.generate([PROMPT, PROMPT], GREEDY, use_tqdm=False)
+    llm.generate([PROMPT, PROMPT], params, use_tqdm=False)
     return found
 
 

@@ -153,6 +153,8 @@ def test_pages_that_attention_reads_do_not_count(read: ModuleType) -> None:
         ({"sums": 13, "wanted_sums": 9}, "13 sums over devices, of 9"),
         ({"host_calls": ["callback"]}, "calls to the host"),
         ({"gathers": 2, "wanted_gathers": 1}, "2 gathers, of 1"),
+        ({"gathers": 2, "wanted_gathers": None}, None),
+        ({"gathered": 1000, "most_gathered": 500}, "1000 numbers gathered; 500 are enough"),
         ({"layer_kernels": 20, "rounds_inputs": True}, None),
         ({"layer_kernels": 21, "rounds_inputs": True}, "21 kernels in a layer; 20 are enough"),
     ],
@@ -170,6 +172,8 @@ def test_rules_of_decode(inspect: ModuleType, changes: dict, words: str | None) 
         "wanted_sums": 0,
         "gathers": 0,
         "wanted_gathers": 0,
+        "gathered": 0,
+        "most_gathered": 128,
         "rounds_inputs": False,
     }
     broken = inspect.broken_rules(good | changes)
@@ -194,6 +198,24 @@ def test_two_h200s_sum_twice_a_layer(tmp_path: Path, pytestconfig: pytest.Config
     assert report["broken"] == []
     assert [one["sums"] for one in report["results"]] == [2 * 4 + 1] * 7
     assert all(one["moves"] == [] for one in report["results"])
+
+
+@pytest.mark.gpu_compiler
+@pytest.mark.parametrize("devices", [2, 4])
+def test_h200s_that_share_the_vocabulary_gather_candidates(
+    devices: int, tmp_path: Path, pytestconfig: pytest.Config
+) -> None:
+    """For every kind of draw and report; loops over rounds are in the graph."""
+    options = [f"--devices={devices}", "--layers=1", "--rows=64", "--calls"]
+    report = compile_for_h200(
+        tmp_path / "out.json", pytestconfig, *options, "greedy", "truncated", "recorded"
+    )
+    assert report["broken"] == []
+    greedy, truncated, recorded = report["results"]
+    assert greedy["gathered"] < truncated["gathered"] <= 128 * 64 * devices
+    assert (greedy["gathers"], truncated["gathers"]) == (1, 1)
+    assert recorded["gathers"] > 1
+    assert [one["sums"] for one in report["results"]] == [3] * 3
 
 
 @pytest.mark.gpu_compiler
