@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from folojax.models.core import low_rank_kernels
 from folojax.models.core.config import ModelConfig
 from folojax.models.machine import compiler as native
 
@@ -101,17 +102,23 @@ def add_low_rank(
 ) -> Float[Array, "N O"]:
     """A product of `x`, and what the adapters of its rows add to it, in float32.
 
-    On x86-64 CPUs, where a C++ compiler is found, it is `low_rank_product.cc`, which reads of the
-    adapters only what rows have; elsewhere, and where all rows have slot 0, XLA.
+    On x86-64 CPUs, where a C++ compiler is found, it is `low_rank_product.cc`, on NVIDIA GPUs for
+    few rows two kernels (`low_rank_kernels`), which read of the adapters only what rows have;
+    elsewhere, and where all rows have slot 0, XLA.
     """
     parts, slots, rank, width = stack.a.shape
     shapes = [one.shape for one in stack.b]
     is_fit = x.shape[1] == width and sum(one[2] for one in shapes) == out.shape[1]
     if not is_fit or any(one[:2] != (slots, rank) for one in shapes) or len(shapes) != parts:
         raise ValueError(f"x {x.shape} does not fit adapters of {stack.a.shape} and {shapes}")
-    if slot is None or stack.a.dtype != jnp.float32 or _problem() is not None:
-        return _add_by_xla(x, out, slot, *stack)
-    return jax.lax.platform_dependent(x, out, slot, *stack, cpu=_add_in_cpp, default=_add_by_xla)
+    if slot is None:
+        return _add_by_xla(x, out, slot, stack.a, *stack.b)
+    ways: dict[str, Any] = {}
+    if stack.a.dtype == jnp.float32 and _problem() is None:
+        ways["cpu"] = _add_in_cpp
+    if low_rank_kernels.is_taken(*stack, x.shape[0]):
+        ways["cuda"] = low_rank_kernels.add_by_kernels
+    return jax.lax.platform_dependent(x, out, slot, stack.a, *stack.b, **ways, default=_add_by_xla)
 
 
 @functools.cache
@@ -120,14 +127,14 @@ def _problem() -> str | None:
     return native.register(_SOURCE, _NAME, "LowRankProduct")
 
 
-def _add_in_cpp(x: Any, out: Any, slot: Any, a: Any, b: Any) -> Any:
+def _add_in_cpp(x: Any, out: Any, slot: Any, a: Any, *b: Any) -> Any:
     result = jax.ShapeDtypeStruct(out.shape, jnp.float32)
     aliases = {1: 0}
     call = jax.ffi.ffi_call(_NAME, result, vmap_method="sequential", input_output_aliases=aliases)
     return call(x.astype(jnp.float32), out, slot.astype(jnp.int32), a, *b)
 
 
-def _add_by_xla(x: Any, out: Any, slot: Any, a: Any, b: Any) -> Any:
+def _add_by_xla(x: Any, out: Any, slot: Any, a: Any, *b: Any) -> Any:
     """All adapters' products with all rows, of which each row keeps its own."""
     parts, slots, rank, width = a.shape
     inner = _contract(x.astype(a.dtype), a.reshape(-1, width), 1)

@@ -1,11 +1,15 @@
 """Products of rows with adapters of their own, in C++ and in XLA, against NumPy."""
 
+import functools
+from unittest import mock
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 
-from folojax.models.core import adapted
+from folojax.models.core import adapted, low_rank_kernels
 from folojax.models.core.adapted import Stack, add_low_rank
 
 SHAPES = {
@@ -54,3 +58,34 @@ def test_what_does_not_fit_is_an_error() -> None:
     slot = jnp.zeros(3, jnp.int32)
     with pytest.raises(ValueError, match="does not fit adapters of"):
         add_low_rank(jnp.zeros((3, 9)), jnp.zeros((3, 6)), stack, slot)
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "width", "widths", "slots", "rank", "dtype"),
+    [
+        (9, 1100, (64, 32, 32), 3, 8, "float32"),
+        (80, 300, (96, 96), 2, 16, "bfloat16"),
+        (1, 64, (48,), 2, 32, "bfloat16"),
+    ],
+)
+def test_kernels_of_a_gpu_add_what_xla_adds(
+    num_rows: int, width: int, widths: tuple[int, ...], slots: int, rank: int, dtype: str
+) -> None:
+    rng = np.random.default_rng(0)
+
+    def draw(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
+
+    a, b = draw(len(widths), slots, rank, width), [draw(slots, rank, one) for one in widths]
+    x, out = draw(num_rows, width), draw(num_rows, sum(widths)).astype(dtype)
+    slot = jnp.asarray(rng.integers(0, slots + 1, num_rows), jnp.int32)
+    assert low_rank_kernels.is_taken(a, tuple(b), num_rows)
+    interpreted = functools.partial(pl.pallas_call, interpret=True)
+    with mock.patch.object(pl, "pallas_call", interpreted):
+        found = low_rank_kernels.add_by_kernels(x, out, slot, a, *b)
+        # A row by itself, among no other rows: the same bits.
+        one = low_rank_kernels.add_by_kernels(x[:1], out[:1], slot[:1], a, *b)
+    expected = adapted._add_by_xla(x, out, slot, a, *b)
+    assert found.dtype == out.dtype
+    np.testing.assert_allclose(np.float32(found), np.float32(expected), rtol=2e-2, atol=2.0)
+    np.testing.assert_array_equal(np.float32(one[0]), np.float32(found[0]))
