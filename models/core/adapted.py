@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from folojax.models.core import low_rank_kernels
@@ -99,8 +100,9 @@ def add_low_rank(
     out: Float[Array, "N O"],
     stack: Stack,
     slot: Int[Array, " N"] | None,
+    dtype: DTypeLike = jnp.float32,
 ) -> Float[Array, "N O"]:
-    """A product of `x`, and what the adapters of its rows add to it, in float32.
+    """A product of `x`, and what the adapters of its rows add to it, in `dtype`.
 
     On x86-64 CPUs, where a C++ compiler is found, it is `low_rank_product.cc`, on NVIDIA GPUs for
     few rows two kernels (`low_rank_kernels`), which read of the adapters only what rows have;
@@ -112,13 +114,14 @@ def add_low_rank(
     if not is_fit or any(one[:2] != (slots, rank) for one in shapes) or len(shapes) != parts:
         raise ValueError(f"x {x.shape} does not fit adapters of {stack.a.shape} and {shapes}")
     if slot is None:
-        return _add_by_xla(x, out, slot, stack.a, *stack.b)
+        return _add_by_xla(x, out, slot, stack.a, *stack.b, dtype=dtype)
     ways: dict[str, Any] = {}
     if stack.a.dtype == jnp.float32 and _problem() is None:
-        ways["cpu"] = _add_in_cpp
+        ways["cpu"] = functools.partial(_add_in_cpp, dtype=dtype)
     if low_rank_kernels.is_taken(*stack, x.shape[0]):
-        ways["cuda"] = low_rank_kernels.add_by_kernels
-    return jax.lax.platform_dependent(x, out, slot, stack.a, *stack.b, **ways, default=_add_by_xla)
+        ways["cuda"] = functools.partial(low_rank_kernels.add_by_kernels, dtype=dtype)
+    ways["default"] = functools.partial(_add_by_xla, dtype=dtype)
+    return jax.lax.platform_dependent(x, out, slot, stack.a, *stack.b, **ways)
 
 
 @functools.cache
@@ -127,14 +130,14 @@ def _problem() -> str | None:
     return native.register(_SOURCE, _NAME, "LowRankProduct")
 
 
-def _add_in_cpp(x: Any, out: Any, slot: Any, a: Any, *b: Any) -> Any:
+def _add_in_cpp(x: Any, out: Any, slot: Any, a: Any, *b: Any, dtype: DTypeLike) -> Any:
     result = jax.ShapeDtypeStruct(out.shape, jnp.float32)
     aliases = {1: 0}
     call = jax.ffi.ffi_call(_NAME, result, vmap_method="sequential", input_output_aliases=aliases)
-    return call(x.astype(jnp.float32), out, slot.astype(jnp.int32), a, *b)
+    return call(x.astype(jnp.float32), out, slot.astype(jnp.int32), a, *b).astype(dtype)
 
 
-def _add_by_xla(x: Any, out: Any, slot: Any, a: Any, *b: Any) -> Any:
+def _add_by_xla(x: Any, out: Any, slot: Any, a: Any, *b: Any, dtype: DTypeLike) -> Any:
     """All adapters' products with all rows, of which each row keeps its own."""
     parts, slots, rank, width = a.shape
     inner = _contract(x.astype(a.dtype), a.reshape(-1, width), 1)
@@ -146,7 +149,8 @@ def _add_by_xla(x: Any, out: Any, slot: Any, a: Any, *b: Any) -> Any:
     updates = [
         _contract(inner[:, part], one.reshape(slots * rank, -1), 0) for part, one in enumerate(b)
     ]
-    return out + (updates[0] if parts == 1 else jnp.concatenate(updates, axis=1))
+    update = updates[0] if parts == 1 else jnp.concatenate(updates, axis=1)
+    return (out + update).astype(dtype)
 
 
 def _contract(left: Any, right: Any, axis: int) -> Any:

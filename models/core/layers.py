@@ -109,8 +109,8 @@ def project(
         is_ordered: Whether sums have an order of their own on NVIDIA GPUs (`ordered_product`).
     """
     if isinstance(kernel, AdaptedKernel):
-        out = add_low_rank(x, project(x, kernel.kernel), kernel.stack, kernel.slot)
-        return out.astype(x.dtype) if is_rounded else out
+        dtype = x.dtype if is_rounded else jnp.float32
+        return add_low_rank(x, project(x, kernel.kernel), kernel.stack, kernel.slot, dtype)
     if isinstance(kernel, QuantizedKernel):
         return project_quantized(x, kernel, x.dtype if is_rounded else jnp.float32)
     branches = _ROUNDED if is_rounded else _WIDE

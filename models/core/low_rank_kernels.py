@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from folojax.models.machine.triton import triton
@@ -41,8 +42,12 @@ def add_by_kernels(
     slot: Int[Array, " N"],
     a: Float[Array, "P L R I"],
     *b: Float[Array, "L R _"],
+    dtype: DTypeLike,
 ) -> Float[Array, "N O"]:
-    """`out` and the updates of `x` by the adapters in the rows' slots; none from slot L on."""
+    """`out` and the updates of `x` by the adapters in the rows' slots, in `dtype`.
+
+    Rows have none from slot L on.
+    """
     parts, slots, rank, width = a.shape
     num_rows = x.shape[0]
     rows = min(64, max(_LEAST, _power(num_rows)))
@@ -60,8 +65,8 @@ def add_by_kernels(
     return pl.pallas_call(
         functools.partial(_expand, rows=rows, tile=tile, parts=parts),
         grid=(out.shape[1] // tile, grid_rows),
-        out_shape=jax.ShapeDtypeStruct(out.shape, out.dtype),
-        input_output_aliases={0: 0},
+        out_shape=jax.ShapeDtypeStruct(out.shape, dtype),
+        input_output_aliases={0: 0} if out.dtype == dtype else {},
         compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
         name="low_rank_expand",
     )(out, slot, inner, *b)
@@ -90,7 +95,7 @@ def _reduce(x_ref: Any, slot_ref: Any, a_ref: Any, inner_ref: Any, *, rows: int)
         )
         return total + _contract(x, a, 1)
 
-    @pl.when(jnp.any(is_own))
+    @pl.when(_any(is_own))
     def _() -> None:
         zeros = jnp.zeros((rows, column.size), jnp.float32)
         total = jax.lax.fori_loop(0, _STEPS, add, zeros)
@@ -130,7 +135,7 @@ def _expand(
             b = triton.load(
                 b_refs[part].at[number, column[:, None], own[None, :]],
                 mask=jnp.broadcast_to(
-                    ((column < rank) & jnp.any(is_own))[:, None], (column.size, tile)
+                    ((column < rank) & _any(is_own))[:, None], (column.size, tile)
                 ),
                 other=0.0,
             )
@@ -141,7 +146,7 @@ def _expand(
         is_row = jnp.broadcast_to((row < num_rows)[:, None], total.shape)
         base = triton.load(base_ref.at[place], mask=is_row, other=0.0)
         added = base.astype(jnp.float32) + total
-        triton.store(out_ref.at[place], added.astype(base.dtype), mask=is_row)
+        triton.store(out_ref.at[place], added.astype(out_ref.dtype), mask=is_row)
 
     first = 0
     for part in range(parts):
@@ -154,6 +159,11 @@ def _expand(
 def _loaded(slot_ref: Any, row: Any, num_rows: int, slots: int) -> Any:
     """The slots of rows; L of those that are not there."""
     return triton.load(slot_ref.at[row], mask=row < num_rows, other=slots)
+
+
+def _any(flags: Any) -> Any:
+    """As `jnp.any`, which Triton has no word for."""
+    return jnp.max(flags.astype(jnp.int32)) > 0
 
 
 def _contract(left: Any, right: Any, axis: int) -> Any:

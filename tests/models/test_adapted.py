@@ -77,15 +77,15 @@ def test_kernels_of_a_gpu_add_what_xla_adds(
         return jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
 
     a, b = draw(len(widths), slots, rank, width), [draw(slots, rank, one) for one in widths]
-    x, out = draw(num_rows, width), draw(num_rows, sum(widths)).astype(dtype)
+    x, out = draw(num_rows, width), draw(num_rows, sum(widths)).astype(jnp.float32)
     slot = jnp.asarray(rng.integers(0, slots + 1, num_rows), jnp.int32)
     assert low_rank_kernels.is_taken(a, tuple(b), num_rows)
     interpreted = functools.partial(pl.pallas_call, interpret=True)
     with mock.patch.object(pl, "pallas_call", interpreted):
-        found = low_rank_kernels.add_by_kernels(x, out, slot, a, *b)
+        found = low_rank_kernels.add_by_kernels(x, out, slot, a, *b, dtype=dtype)
         # A row by itself, among no other rows: the same bits.
-        one = low_rank_kernels.add_by_kernels(x[:1], out[:1], slot[:1], a, *b)
-    expected = adapted._add_by_xla(x, out, slot, a, *b)
-    assert found.dtype == out.dtype
+        one = low_rank_kernels.add_by_kernels(x[:1], out[:1], slot[:1], a, *b, dtype=dtype)
+    expected = adapted._add_by_xla(x, out, slot, a, *b, dtype=dtype)
+    assert found.dtype == dtype
     np.testing.assert_allclose(np.float32(found), np.float32(expected), rtol=2e-2, atol=2.0)
     np.testing.assert_array_equal(np.float32(one[0]), np.float32(found[0]))
