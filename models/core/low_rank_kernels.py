@@ -96,7 +96,7 @@ def _reduce(x_ref: Any, slot_ref: Any, a_ref: Any, inner_ref: Any, *, rows: int)
         return total + _contract(x, a, 1)
 
     @pl.when(_any(is_own))
-    def _() -> None:
+    def store() -> None:
         zeros = jnp.zeros((rows, column.size), jnp.float32)
         total = jax.lax.fori_loop(0, _STEPS, add, zeros)
         place = inner_ref.at[cut, row[:, None], (part * rank + column)[None, :]]

@@ -56,7 +56,12 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def make_model(
-    name: str, small: bool, mesh: Mesh | None = None, dtype: Any = jnp.bfloat16, **changes: Any
+    name: str,
+    small: bool,
+    mesh: Mesh | None = None,
+    *,
+    dtype: Any = jnp.bfloat16,
+    **changes: Any,
 ) -> tuple[Llama, Any]:
     """A random model, made where it lies; `changes` replace fields of the config.
 

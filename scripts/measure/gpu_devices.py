@@ -80,8 +80,8 @@ class Check:
             for kind in [KINDS[number % len(KINDS)]]
         ]
         for name, dtype, layers in (("float32", jnp.float32, 4), ("bfloat16", jnp.bfloat16, None)):
-            changes = {"num_layers": layers} if layers and not small else {}
-            model = make_model(self.args.model, small, None, dtype, **changes)
+            changes: dict[str, Any] = {"num_layers": layers} if layers and not small else {}
+            model = make_model(self.args.model, small, dtype=dtype, **changes)
             pages: dict[str, Any] = {"num_pages": 64 if small else 2048}
             tight: dict[str, Any] = {"num_pages": 5 if small else 80}
             ways = {

@@ -44,7 +44,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "log-probabilities": {"temperature": 0, "logprobs": 5},
 }
 
-_NAMES = {"type": "array", "items": {"type": "string"}, "minItems": 2}
+_NAMES: dict[str, Any] = {"type": "array", "items": {"type": "string"}, "minItems": 2}
 _PERSON: dict[str, Any] = {
     "type": "object",
     "properties": {
