@@ -4,7 +4,6 @@ import functools
 from typing import Any, NamedTuple
 from unittest import mock
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,6 +11,7 @@ from jax.experimental import pallas as pl
 
 from folojax.attention import paged_decode
 from folojax.kv import Placement
+from tests.random_numbers import normal
 
 SIZE, PAGES, DIM = 16, 9, 16
 ENDS = [1, 0, 16, 17, 70, 130]
@@ -36,12 +36,10 @@ class Case(NamedTuple):
 
 
 def make(heads: int, kv_heads: int) -> Case:
-    keys = jax.random.split(jax.random.key(0), 4)
     shapes: list[Any] = [(len(ENDS), n, DIM) for n in (heads, kv_heads, kv_heads)]
     shapes.append((PAGES * 2, 2, SIZE, kv_heads, DIM))
     query, key, value, pages = (
-        jax.random.normal(key, shape).astype(jnp.bfloat16)
-        for key, shape in zip(keys, shapes, strict=True)
+        normal(i, *shape, dtype=jnp.bfloat16) for i, shape in enumerate(shapes)
     )
     free = np.random.default_rng(0).permutation(PAGES * 2).tolist()
     table = np.full((len(ENDS), PAGES), 10**6)  # far outside: nothing there is read

@@ -4,7 +4,6 @@ import functools
 from typing import Any
 from unittest import mock
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,6 +11,7 @@ from jax.experimental import pallas as pl
 
 from folojax.attention import paged_ordered
 from folojax.kv import KVCache, PageFormat, place_tokens
+from tests.random_numbers import normal
 
 PAGES, DIM, TABLE = 40, 16, 9
 
@@ -30,9 +30,8 @@ class Requests:
 
     def __init__(self, lengths: list[int], heads: int, kv_heads: int, size: int) -> None:
         self.lengths, self.size = lengths, size
-        keys = iter(jax.random.split(jax.random.key(0), 3 * len(lengths)))
         shapes = [(n, count, DIM) for n in lengths for count in (heads, kv_heads, kv_heads)]
-        found = [jax.random.normal(next(keys), one).astype(jnp.bfloat16) for one in shapes]
+        found = [normal(i, *one, dtype=jnp.bfloat16) for i, one in enumerate(shapes)]
         self.query, self.key, self.value = found[0::3], found[1::3], found[2::3]
         # What earlier owners left: keys of NaN, values of any finite number.
         self.pages = jnp.full((PAGES, 2, size, kv_heads, DIM), jnp.nan, jnp.bfloat16)

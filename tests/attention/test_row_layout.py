@@ -4,7 +4,6 @@ import functools
 from typing import Any
 from unittest import mock
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,6 +12,7 @@ from jax.experimental import pallas as pl
 from folojax.attention import row_layout
 from folojax.attention.row_layout import Part
 from folojax.kv import KVLayout, PageFormat, Placement, init_cache, place_tokens
+from tests.random_numbers import normal
 
 HEADS, KV_HEADS, DIM, COLUMNS, TOKENS = 6, 2, 8, 32, 80
 LENGTHS, FIRST = [32, 0, 7, 20, 1], [0, 0, 5, 64, 1]
@@ -20,7 +20,7 @@ TABLE = [[0, 5, 9, 9, 9, 9], [9] * 6, [3, 9, 9, 9, 9, 9], [1, 2, 4, 6, 7, 8], [9
 
 
 def draw(number: int, *shape: int) -> Any:
-    return jax.random.normal(jax.random.key(number), shape).astype(jnp.bfloat16)
+    return normal(number, *shape, dtype=jnp.bfloat16)
 
 
 def placement(num_tokens: int | None) -> Placement:

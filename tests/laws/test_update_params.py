@@ -1,5 +1,6 @@
 """Weights as an argument: policies for what runs, versions, donation, low-rank updates."""
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +19,7 @@ from folojax import (
     run_for,
 )
 from tests.conftest import check_is_empty
+from tests.random_numbers import normal
 from tests.reference import TINY_LIMITS
 
 PROMPT = list(range(5, 45))  # two full pages and a half
@@ -260,8 +262,8 @@ def test_budgets_must_be_positive(llm: LLM, budget: dict[str, Any]) -> None:
 
 def random_lora(params: Any) -> Any:
     lora = init_lora(jax.random.key(0), params, rank=2)
-    keys = iter(jax.random.split(jax.random.key(1), 1000))
-    return jax.tree.map(lambda leaf: 0.1 * jax.random.normal(next(keys), leaf.shape), lora)
+    seeds = itertools.count()
+    return jax.tree.map(lambda leaf: 0.1 * normal(next(seeds), *leaf.shape), lora)
 
 
 def test_merging_adds_the_product(tiny_model: tuple) -> None:

@@ -3,7 +3,6 @@
 import functools
 from unittest import mock
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,12 +10,13 @@ from jax.experimental import pallas as pl
 
 from folojax.models.core import ordered_mass
 from folojax.sampling.sampler import log_sum_exp
+from tests.random_numbers import normal
 
 
 def test_it_is_the_logarithm_of_the_mass(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not finite where no logit is, or where one is NaN; a row has its bits in any company."""
     monkeypatch.setattr(ordered_mass, "_BLOCK", 64)
-    logits = 5 * jax.random.normal(jax.random.key(0), (6, 300))
+    logits = 5 * normal(0, 6, 300)
     logits = logits.at[1, :64].set(-jnp.inf)  # a block of nothing
     logits = logits.at[2].set(-jnp.inf)
     logits = logits.at[3, 70].set(jnp.nan)

@@ -4,7 +4,6 @@ import functools
 from typing import Any
 from unittest import mock
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,6 +11,7 @@ from jax.experimental import pallas as pl
 
 from folojax.models.core import ordered_product
 from folojax.models.core.layers import project
+from tests.random_numbers import normal
 
 
 @pytest.fixture(autouse=True)
@@ -22,12 +22,8 @@ def interpreted() -> Any:
 
 
 def draw(rows: int, outputs: int, inputs: int) -> Any:
-    keys = jax.random.split(jax.random.key(rows), 2)
     shapes = (rows, inputs), (outputs, inputs)
-    return tuple(
-        jax.random.normal(key, shape).astype(jnp.bfloat16)
-        for key, shape in zip(keys, shapes, strict=True)
-    )
+    return tuple(normal(rows + i, *one, dtype=jnp.bfloat16) for i, one in enumerate(shapes))
 
 
 @pytest.mark.parametrize(

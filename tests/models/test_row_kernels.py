@@ -15,6 +15,7 @@ from folojax.models.core import layers, row_kernels
 from folojax.models.core.config import ModelConfig
 from folojax.models.core.decoder import Llama, init_params
 from folojax.models.core.dense_attend import dense_attend
+from tests.random_numbers import normal
 
 QWEN3 = ModelConfig(
     architecture="Qwen3ForCausalLM",
@@ -36,7 +37,7 @@ QWEN3 = ModelConfig(
 
 
 def _draw(number: int, *shape: int, dtype: Any = jnp.bfloat16) -> Any:
-    return jax.random.normal(jax.random.key(number), shape).astype(dtype)
+    return normal(number, *shape, dtype=dtype)
 
 
 @pytest.fixture

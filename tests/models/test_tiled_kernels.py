@@ -32,10 +32,11 @@ from folojax.models.quantized.tiled_kernels import (
     widened,
 )
 from tests import ptx
+from tests.random_numbers import normal
 
 
 def _draw(number: int, *shape: int) -> Any:
-    return jax.random.normal(jax.random.key(number), shape)
+    return normal(number, *shape)
 
 
 def _kernel(group: int, outputs: int = 64, inputs: int = 512) -> tuple[Any, Any]:
