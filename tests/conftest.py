@@ -49,6 +49,29 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--adapters", action="store_true", help="run what needs others' packages too")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Without the longer proofs, XLA optimises little.
+
+    Optimising takes half of the time of compiling, and that is what tests spend most of theirs on.
+    """
+    if not config.getoption("--slow"):
+        jax.config.update("jax_disable_most_optimizations", True)
+        # Of the processes that tests start.
+        os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
+
+
+@pytest.fixture(scope="module")
+def optimised(pytestconfig: pytest.Config) -> Iterator[None]:
+    """The programs of a module's tests are those that users run."""
+    if pytestconfig.getoption("--slow"):
+        yield
+        return
+    clear_programs()
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     options = {"--slow": "slow", "--gpu-compiler": "gpu_compiler", "--adapters": "adapters"}
     for option, marker in options.items():

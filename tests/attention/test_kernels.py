@@ -31,6 +31,8 @@ from tests.paged_sequences import (
     store,
 )
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 LENGTHS = [1, 4, 5, 17, 30, 16]
 ALL = list(range(len(LENGTHS)))
 HEADS, PAGE_SIZE, NUM_PAGES = Heads(2, 3), 8, 16

@@ -17,6 +17,8 @@ from tests.conftest import CompileCounter
 from tests.families import save_family
 from tests.reference import MORE_LIMITS, TIGHT
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 
 class Case(NamedTuple):
     """A way to run the same requests; `order` shuffles, `arrivals` come before each step."""

@@ -14,6 +14,8 @@ from tests import dense
 from tests.conftest import check_is_empty
 from tests.reference import MORE_LIMITS, TIGHT
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 NUM_REQUESTS = 10
 
 

@@ -20,6 +20,8 @@ from folojax import (
 from folojax.backend import choose_backend
 from tests import reference
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 PARAGRAPH = (
     "The history of the lighthouse is a history of patience. For centuries people lit fires on "
     "hills, then in towers of stone, and later behind lenses as tall as a man, so that others "
