@@ -26,8 +26,10 @@ from folojax.attention import cudnn
 from folojax.backend.backend import GPU
 from folojax.backend.devices import Devices, device_bytes
 from folojax.compile.shapes import slots_for
+from folojax.models.core.adapted import adapt
 from folojax.models.core.decoder import Llama, init_params
 from folojax.models.quantized.quantize import quantize_params
+from folojax.runner.adapter_slots import stack_shapes
 from folojax.runner.batch import Batch
 from folojax.runner.padding import padding
 from folojax.sampling.sampler import SamplingSpec
@@ -93,6 +95,7 @@ class Steps:
         devices: Devices,
         quantization: str | None = None,
         is_deterministic: bool = False,
+        loras: tuple[int, int] | None = None,
     ) -> None:
         """Takes shapes.
 
@@ -104,6 +107,7 @@ class Steps:
             devices: See `target_devices`.
             quantization: Of the kernels.
             is_deterministic: Whether they are those of deterministic mode.
+            loras: Slots of adapters and their rank, of rows that have one each; None: none has.
         """
         backend = dataclasses.replace(GPU, capability=_HOPPER, devices=devices)
         if is_deterministic:
@@ -119,15 +123,25 @@ class Steps:
 
         shapes = jax.eval_shape(make)
         self._params = devices.param_shapes(shapes, module.config)
+        self._num_loras, self._called = 0, self._params
+        if loras is not None:
+            self._num_loras = loras[0]
+            stacks = stack_shapes(shapes, module.config, *loras, module.dtype)
+            self._called = adapt(self._params, devices.shapes(stacks))
         self._layout = backend.kv_layout(module.config, module.dtype, num_pages, page_size)
 
     def decode(self, rows: int, spec: SamplingSpec) -> Compiled:
         """The decode step, with its sampling."""
-        return self._compile(Executable("decode", rows, spec=spec))
+        return self._compile(Executable("decode", rows, spec=spec, is_adapted=self._is_adapted))
 
     def prefill(self, rows: int, columns: int, most_tokens: int) -> Compiled:
         """The prefill step."""
-        return self._compile(Executable("prefill", rows, columns, most_tokens=most_tokens))
+        more: Any = {"most_tokens": most_tokens, "is_adapted": self._is_adapted}
+        return self._compile(Executable("prefill", rows, columns, **more))
+
+    @property
+    def _is_adapted(self) -> bool:
+        return self._num_loras > 0
 
     def _compile(self, one: Executable) -> Compiled:
         lowered: list[Any] = []
@@ -137,11 +151,12 @@ class Steps:
             return lowered[-1].out_info
 
         num_slots, num_pages = slots_for(one.rows), self._layout.num_pages
-        batch = Batch(num_slots, self._table_pages, num_pages, self._vocab_size)
+        sizes = num_slots, self._table_pages, num_pages, self._vocab_size
+        batch = Batch(*sizes, num_adapters=self._num_loras)
         make = functools.partial(init_state, self._layout, num_slots)
         state = self._devices.shapes(jax.eval_shape(make))
         with _pretend_cudnn():
-            self._steps.call(one, self._params, state, padding(one, batch), lower)
+            self._steps.call(one, self._called, state, padding(one, batch), lower)
         with tempfile.TemporaryDirectory() as dump:
             options: Any = {"xla_dump_to": dump, "xla_dump_hlo_as_text": True}
             compiled = lowered[0].compile(compiler_options=options)

@@ -15,8 +15,9 @@ or conversion of the cache; temporaries of at most 1 % of the pool; at most 12 k
 beside attention's; no call to the host. Of several cards that share each layer (`--devices`), the
 sums of these are two kernels more in a layer, and there is one more sum, of the embedding; of the
 vocabulary they gather once for greedy sampling, and never more than 128 numbers a row and card.
-Inputs in eight bits (`--quantization`) are eight more in a layer. Bytes are those that kernels read
-and write, the pages that attention reads aside; their floor is the weights, read once.
+Inputs in eight bits (`--quantization`) are eight more in a layer, adapters (`--loras`) fourteen.
+Bytes are those that kernels read and write, the pages that attention reads aside; their floor is
+the weights, read once.
 
 Exit code: 0; 1 with --check if a rule is broken; 2 after a mistake in the options.
 """
@@ -56,6 +57,10 @@ _MOST_KERNELS = 12
 _MOST_GATHERED = 128
 # Of four products of eight bits: what rounds the inputs, and what scales the sums.
 _ROUNDING_KERNELS = 8
+# Of seven updates beside four products: each has a product of its own (that with the inputs is part
+# of the kernel's), and for a kernel there is what leaves rows their own adapter, and what adds up;
+# a lone row has a sum over parts, and a product, more.
+_LORA_KERNELS = 14
 _COLUMNS = {
     "call": "call",
     "rows": "rows",
@@ -81,6 +86,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", choices=sorted(SHAPES), default="qwen3-0.6b")
     add("--quantization", choices=QUANTIZATIONS, help="of the kernels")
+    add("--loras", type=int, nargs=2, metavar=("L", "R"), help="slots of adapters, and their rank")
     add("--devices", type=int, default=1, help="cards that share each layer")
     add("--layers", type=int, help="only the first ones; default: all")
     usual = [call for call in calls if call != "recorded"]
@@ -120,7 +126,8 @@ def inspect(args: argparse.Namespace, devices: Devices) -> Iterator[dict[str, An
     num_pages = int(args.pool_gb * 1e9 / (elements * jnp.dtype(module.dtype).itemsize))
     table_pages = pages_for(args.longest, args.page_size)
     sizes = num_pages, args.page_size, table_pages
-    steps = Steps(module, *sizes, devices, args.quantization, args.deterministic)
+    loras = None if args.loras is None else tuple(args.loras)
+    steps = Steps(module, *sizes, devices, args.quantization, args.deterministic, loras)
     for call in args.calls:
         for rows in [args.prefill_rows] if call == "prefill" else args.rows:
             if call == "prefill":
@@ -136,6 +143,7 @@ def inspect(args: argparse.Namespace, devices: Devices) -> Iterator[dict[str, An
                 # Of candidates. A draw that is truncated takes more; prompts are not sampled.
                 "wanted_gathers": int(devices.count > 1) if call == "greedy" else None,
                 "most_gathered": _MOST_GATHERED * rows * devices.count,
+                "has_loras": loras is not None,
                 "rounds_inputs": args.quantization in ("int8", "fp8") and rows > MOST_WIDE_ROWS,
             }
             yield {"call": call, "rows": rows, **told, **figures(compiled)}
@@ -184,6 +192,7 @@ def broken_rules(result: dict[str, Any]) -> list[str]:
         )
     most = _MOST_KERNELS + (2 if result["wanted_sums"] else 0)
     most += _ROUNDING_KERNELS if result["rounds_inputs"] else 0
+    most += _LORA_KERNELS if result["has_loras"] else 0
     if result["layer_kernels"] > most:
         broken.append(f"{result['layer_kernels']} kernels in a layer; {most} are enough")
     if result["sums"] != result["wanted_sums"]:

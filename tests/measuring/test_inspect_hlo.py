@@ -156,6 +156,8 @@ def test_pages_that_attention_reads_do_not_count(read: ModuleType) -> None:
         ({"gathers": 2, "wanted_gathers": None}, None),
         ({"gathered": 1000, "most_gathered": 500}, "1000 numbers gathered; 500 are enough"),
         ({"layer_kernels": 20, "rounds_inputs": True}, None),
+        ({"layer_kernels": 26, "has_loras": True}, None),
+        ({"layer_kernels": 27, "has_loras": True}, "27 kernels in a layer; 26 are enough"),
         ({"layer_kernels": 21, "rounds_inputs": True}, "21 kernels in a layer; 20 are enough"),
     ],
 )
@@ -175,6 +177,7 @@ def test_rules_of_decode(inspect: ModuleType, changes: dict, words: str | None) 
         "gathered": 0,
         "most_gathered": 128,
         "rounds_inputs": False,
+        "has_loras": False,
     }
     broken = inspect.broken_rules(good | changes)
     assert [words in line for line in broken if words] == ([True] if words else [])
@@ -233,6 +236,17 @@ def test_decode_in_few_bits_reads_them_once(
     whole = compile_for_h200(tmp_path / "out.json", pytestconfig, *options[:3])
     share = few["weights_mb"] / whole["results"][0]["weights_mb"]
     assert share == pytest.approx({"int4": 0.41, "fp8": 0.5, "int8": 0.5}[quantization], abs=0.02)
+
+
+@pytest.mark.gpu_compiler
+def test_decode_with_adapters_reads_weights_once(
+    tmp_path: Path, pytestconfig: pytest.Config
+) -> None:
+    options = ["--model=qwen3-8b", "--layers=3", "--loras", "8", "16"]
+    report = compile_for_h200(tmp_path / "out.json", pytestconfig, *options)
+    assert report["broken"] == []
+    assert report["results"][0]["moved_to_weights"] < 1.2
+    assert all(one["moves"] == [] for one in report["results"])
 
 
 @pytest.mark.gpu_compiler
