@@ -26,7 +26,11 @@ from folojax.engine.shared_engine import exclusive
 from folojax.models.core.config import ModelConfig
 from folojax.models.files.save import save_pretrained
 from folojax.requests.call_options import ChatOptions, GenerateOptions
-from folojax.requests.continuations import pair_continuations
+from folojax.requests.continuations import (
+    AskedScore,
+    pair_continuations,
+    routing_per_continuation,
+)
 from folojax.requests.lora_request import LoRAs, lora_per_prompt
 from folojax.requests.outputs import RequestOutput, ScoreOutput
 from folojax.requests.prompts import (
@@ -201,6 +205,7 @@ class LLM(ChatPrompts):
         continuations: Prompt | Sequence[Prompt],
         use_tqdm: bool | Callable[..., Any] = True,
         lora_request: LoRAs = None,
+        routed_experts: Sequence[Any] | None = None,
     ) -> list[ScoreOutput]:
         """Log-probabilities of given continuations; no token is generated.
 
@@ -214,6 +219,9 @@ class LLM(ChatPrompts):
                 counts to the prompt. Token ids are taken as they are.
             use_tqdm: As in `generate`.
             lora_request: The adapter of all continuations, or one or None for each.
+            routed_experts: An array or None for each continuation: which experts all tokens but
+                the last are sent to, prompt included, as `CompletionOutput.routed_experts` has
+                them. Entries of -1 are left to the router. Such a prompt is computed by itself.
 
         Returns:
             One output for each continuation, in order.
@@ -225,10 +233,12 @@ class LLM(ChatPrompts):
         with self.lock:
             pairs = pair_continuations(prompts, continuations, self.engine.tokenizer)
             adapters = self._adapters_of(lora_request, len(pairs))
+            routing = routing_per_continuation(routed_experts, len(pairs))
+            each = zip(pairs, adapters, routing, strict=True)
             scores = each_named(
                 "continuation",
-                list(zip(pairs, adapters, strict=True)),
-                lambda one: self.engine.make_score(self._draw_id("score"), *one[0], one[1]),
+                [AskedScore(*pair, *more) for pair, *more in each],
+                lambda one: self.engine.make_score(self._draw_id("score"), one),
             )
         return self._shared.wait(scores, use_tqdm)
 

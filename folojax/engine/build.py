@@ -293,7 +293,7 @@ def make_engines(
         eos_token_ids=ends,
         functions=functions,
         residual_bytes=functions.residual_bytes(module),
-        routing_bytes=4 * num_routings(module.config),
+        num_experts=numbers_of_experts(module.config),
         is_strict=config.strict,
     )
     seeds = np.random.default_rng(config.seed)  # one, so that it does not matter who draws
@@ -339,9 +339,10 @@ def make_setup(
     )
 
 
-def num_routings(config: ModelConfig) -> int:
-    """Choices of experts for a token, in all layers together."""
-    return sum(map(config.is_sparse, range(config.num_layers))) * config.num_experts_per_token
+def numbers_of_experts(config: ModelConfig) -> tuple[int, int, int]:
+    """Layers that have experts, those that a token is sent to in each, and those of a layer."""
+    num_layers = sum(map(config.is_sparse, range(config.num_layers)))
+    return num_layers, config.num_experts_per_token, config.num_experts
 
 
 def _min_swap_tokens(module: Llama, num_weights: int, backend: Backend) -> int:

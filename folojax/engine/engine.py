@@ -28,6 +28,7 @@ from folojax.engine.metrics import EngineMetrics, read_metrics
 from folojax.engine.reports import Live, owner_of, take_reports
 from folojax.engine.snapshot import Progress
 from folojax.engine.weights import check_policy, fingerprint_of, placed_like
+from folojax.requests.continuations import AskedScore
 from folojax.requests.outputs import RequestOutput, ScoreOutput
 from folojax.requests.prompts import ParsedPrompt
 from folojax.requests.sampling_params import SamplingParams, SamplingRequest
@@ -140,16 +141,10 @@ class Engine:
             forked_from=forked_from,
         )
 
-    def make_score(
-        self,
-        request_id: str,
-        prompt: ParsedPrompt,
-        continuation: ParsedPrompt,
-        adapter: str | None = None,
-    ) -> LiveScore:
+    def make_score(self, request_id: str, asked: AskedScore) -> LiveScore:
         """The same for a continuation to be scored; ValueError if it is refused."""
-        self.validator.check_score(prompt, continuation)
-        return make_score(request_id, prompt, continuation, adapter)
+        self.validator.check_score(asked)
+        return make_score(request_id, asked)
 
     def queue(self, requests: Sequence[Live]) -> None:
         """Queues requests; those without a seed are given one.

@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 
 from folojax.engine.live_request import LiveRequest
+from folojax.requests.continuations import AskedScore
 from folojax.requests.outputs import ScoreOutput
 from folojax.requests.prompts import ParsedPrompt
 from folojax.requests.sampling_params import SamplingParams, SamplingRequest
@@ -61,24 +62,24 @@ class LiveScore(LiveRequest[ScoreOutput]):
         )
 
 
-def make_score(
-    request_id: str,
-    prompt: ParsedPrompt,
-    continuation: ParsedPrompt,
-    adapter: str | None = None,
-) -> LiveScore:
+def make_score(request_id: str, asked: AskedScore) -> LiveScore:
     """A checked prompt and continuation, not queued yet."""
+    prompt, continuation, adapter, routing = asked
+    is_alone = routing is not None  # what others have left was computed by other experts
     *computed, last = (int(token) for token in (*prompt.token_ids, *continuation.token_ids))
     request = SamplingRequest(
         request_id,
         tuple(computed),
         StopRule(max_tokens=0),
-        group=(adapter, *map(int, prompt.token_ids)),
+        group=None if is_alone else (adapter, *map(int, prompt.token_ids)),
+        skip_prefix_cache=is_alone,
+        is_private=is_alone,
         adapter=adapter,
         most_found_tokens=len(prompt.token_ids) - 1,
         sampling_params=SamplingParams(temperature=0),
         num_prompt_logprobs=0,
         next_token=last,
+        routing=routing,
     )
     live = LiveScore(
         request_id=request_id, prompt=prompt, continuation=continuation, request=request

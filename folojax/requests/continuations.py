@@ -12,11 +12,69 @@ token lies over the border it counts to the prompt::
 Source: `TemplateLM._encode_pair` in lm-evaluation-harness, for what the cut is.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from folojax.requests.prompts import ParsedPrompt, Prompt, as_list, parse_prompts
 from folojax.text.tokenizer import Tokenizer
+
+
+class AskedScore(NamedTuple):
+    """A continuation to be scored."""
+
+    prompt: ParsedPrompt  # what comes before
+    continuation: ParsedPrompt
+    adapter: str | None = None
+    # The experts of all tokens but the last, [N, L, M]; None: those that the routers choose.
+    routing: np.ndarray | None = None
+
+    def routing_problems(self, num_experts: tuple[int, int, int], is_strict: bool) -> Iterator[str]:
+        """Says why the experts that are asked for do not fit the model, or the engine.
+
+        Args:
+            num_experts: Layers that have any, those of a token, those to choose from.
+            is_strict: Whether steps that no compile plan lists are refused.
+        """
+        if self.routing is None:
+            return
+        *sizes, count = num_experts
+        shape = [len(self.prompt.token_ids) + len(self.continuation.token_ids) - 1, *sizes]
+        if not count:
+            yield "routed_experts is given; the model has no experts: leave it out"
+        elif list(self.routing.shape) != shape:
+            given = list(self.routing.shape)
+            yield f"routed_experts is {given}; it must be {shape}, of all tokens but the last"
+        elif self.routing.max() >= count:
+            highest = self.routing.max()
+            yield f"routed_experts holds {highest}; the model has experts 0 to {count - 1}"
+        if is_strict:
+            yield "routed_experts is given, which no compile plan lists: set strict to False"
+
+
+def routing_per_continuation(routed_experts: Any, count: int) -> list[np.ndarray | None]:
+    """The experts of each continuation; None is those that the routers choose.
+
+    Raises:
+        ValueError: there are not as many as continuations, or one is no array of integers.
+    """
+    if routed_experts is None:
+        return [None] * count
+    given = list(routed_experts)
+    if len(given) != count:
+        raise ValueError(
+            f"routed_experts has {len(given)} entries for {count} continuations: give an array or "
+            "None for each"
+        )
+    found = [None if one is None else np.asarray(one) for one in given]
+    for index, one in enumerate(found):
+        if one is not None and one.dtype.kind not in "iu":
+            raise ValueError(
+                f"routed_experts[{index}] holds {one.dtype}; it must be an array of integers, as "
+                "CompletionOutput.routed_experts is, or None"
+            )
+    return [None if one is None else one.astype(np.int32) for one in found]
 
 
 def pair_continuations(

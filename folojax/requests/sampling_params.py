@@ -21,6 +21,8 @@ from folojax.sched.request import Request
 from folojax.text.plain_numbers import plain
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from folojax.requests.grammars import Grammar
 
 GREEDY_TEMPERATURE = 1e-5
@@ -350,6 +352,9 @@ class SamplingRequest(Request):
     num_prompt_logprobs: int | None = None  # the same for the tokens of the prompt
     next_token: int | None = None  # follows the prompt, and is to be scored with it
     grammar: "Grammar | None" = None  # that its outputs follow
+    # The experts that its tokens are sent to, [N, L, M]; below 0: those that the router chooses.
+    # None: all are.
+    routing: "np.ndarray | None" = None
 
     @property
     def has_penalty(self) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from folojax.requests.continuations import AskedScore
 from folojax.requests.grammars import Grammar, Grammars
 from folojax.requests.prompts import ParsedPrompt
 from folojax.requests.sampling_params import SamplingParams
@@ -60,7 +61,8 @@ class Validator:
     eos_token_ids: tuple[int, ...] = ()  # the model's, the one first that is no `stop_reason`
     functions: UserFunctions = NO_FUNCTIONS
     residual_bytes: int = 0  # of the residual stream of one token, at all layers read
-    routing_bytes: int = 0  # of what is told of the experts of one token; 0: there are none
+    # L layers with experts, M experts of a token in each, and X to choose from; 0: there are none.
+    num_experts: tuple[int, int, int] = (0, 0, 0)
     is_strict: bool = False  # whether steps that no compile plan lists are refused
 
     def check(
@@ -131,12 +133,13 @@ class Validator:
             grammar=grammar,
         )
 
-    def check_score(self, prompt: ParsedPrompt, continuation: ParsedPrompt) -> None:
+    def check_score(self, asked: AskedScore) -> None:
         """Checks a prompt and the continuation to be scored.
 
         Raises:
             ValueError: it is refused.
         """
+        prompt, continuation = asked.prompt, asked.continuation
         problems = [
             *self._prompt_problems(prompt),
             *_token_problems("continuation", continuation.token_ids, self.vocab_size),
@@ -156,6 +159,7 @@ class Validator:
                 # The last token is scored, never computed.
                 problems += self.size_problems(num_tokens - 1, 0)
             problems += _prompt_memory_problems(num_tokens, 0)
+            problems += asked.routing_problems(self.num_experts, self.is_strict)
         _raise(problems)
 
     def size_problems(self, prompt_len: int, max_tokens: int, num_given: int = 0) -> list[str]:
@@ -229,7 +233,7 @@ class Validator:
                 "activations is True; the engine was built without taps: pass activation_taps= to "
                 "LLM"
             )
-        if sampling_params.routed_experts and not self.routing_bytes:
+        if sampling_params.routed_experts and not self.num_experts[-1]:
             yield "routed_experts is True; the model has no experts: leave it out"
         if self.is_strict and sampling_params.routed_experts:
             yield "routed_experts is True, which no compile plan lists: set it, or strict, to False"
@@ -259,7 +263,8 @@ class Validator:
                 f"bytes; at most {MAX_TAPPED_BYTES:,} fit a request: lower n or max_tokens, or tap "
                 "fewer layers"
             )
-        num_bytes = num_tokens * self.routing_bytes
+        num_layers, per_token, _ = self.num_experts
+        num_bytes = num_tokens * num_layers * per_token * np.dtype(np.int32).itemsize
         if sampling_params.routed_experts and num_bytes > MAX_TAPPED_BYTES:
             yield (
                 f"routed_experts is True: those of {num_tokens:,} tokens would take {num_bytes:,} "

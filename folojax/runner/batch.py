@@ -174,6 +174,18 @@ class Batch:
         found = self.adapters[self.pad(slots, num_rows)]
         return found if (found < self._no_adapter).any() else None
 
+    def routing_of(self, chunks: Sequence[Chunk], num_rows: int, columns: int) -> Any:
+        """The experts that the tokens of chunks are to be sent to, padded; None where none are."""
+        given = [chunk.row.request.routing for chunk in chunks]
+        sizes = next((one.shape[1:] for one in given if one is not None), None)
+        if sizes is None:
+            return None
+        found = ints((num_rows, columns, *sizes), -1)
+        for i, (chunk, one) in enumerate(zip(chunks, given, strict=True)):
+            if one is not None:
+                found[i, : chunk.end - chunk.start] = one[chunk.start : chunk.end]
+        return found
+
     def matchers(self, slots: Iterable[int]) -> list[Any]:
         """Of slots, M included; None where there is no grammar."""
         rows = (self._row_at[slot] for slot in slots)

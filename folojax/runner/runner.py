@@ -217,7 +217,8 @@ class Runner:
         columns, is_by_row = self.shapes.prefill_columns, self.steps.kind == "rows"
         for row, count in zip(rows, num_tokens, strict=True):
             start = int(self.batch.num_computed[row.slot])
-            if count == 1 and not is_by_row and not is_scored(row, start):
+            is_plain = not is_scored(row, start) and row.request.routing is None
+            if count == 1 and not is_by_row and is_plain:
                 singles.append(row)
                 continue
             end = start + count
@@ -246,6 +247,9 @@ class Runner:
             rows: Any = self.batch.decode_inputs(num_rows, slots, positions)
         else:
             rows = self.batch.prefill_inputs(num_rows, columns, chunks)
+        routing = self.batch.routing_of(chunks, num_rows, columns)
+        if routing is not None:
+            extras = extras._replace(forces_experts=True)
         # What is read of the residual stream is picked by its row.
         is_read = extras.residual_layers or extras.reads_experts
         most_tokens = None if is_read else self.shapes.prefill_tokens
@@ -253,7 +257,7 @@ class Runner:
         adapters = self.batch.adapters_of(slots, num_rows)
         options: dict[str, Any] = {"most_tokens": most_tokens, "is_adapted": adapters is not None}
         one = Executable(kind, num_rows, columns, None, extras, **options)
-        results = self.call(one, CallInputs(rows, is_edited, adapters))
+        results = self.call(one, CallInputs(rows, is_edited, adapters, routing))
         num_computed = min(num_rows * columns, self.shapes.prefill_tokens or num_rows * columns)
         self.stats.count_chunks(chunks, num_computed, is_by_row)
         position = ints(num_rows)
@@ -320,7 +324,7 @@ class Runner:
             kind = "decode" if num_tokens is None else "decode_steps"
             bans = exceptional_bans(sampling)
             one = Executable(kind, num_rows, most_steps, spec, extras, bans, is_adapted=is_adapted)
-            given = CallInputs(inputs, is_edited, adapters, sampling, num_steps)
+            given = CallInputs(inputs, is_edited, adapters, None, sampling, num_steps)
             results = self.call(one, given)
             pending = [Pending(drawing, results.report, num_tokens, row_len=most_steps)]
         self.stats.num_decode_calls += 1

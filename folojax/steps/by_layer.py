@@ -20,6 +20,7 @@ from folojax.compile.programs import Program, Programs, Run, run
 from folojax.kv.cache import KVCache
 from folojax.models.core.adapted import with_slots
 from folojax.models.core.decoder import Llama
+from folojax.models.core.moe import routed_block
 from folojax.models.machine.row_sums import REORDERED
 from folojax.steps.executables import Executable, StepKind
 from folojax.steps.fused import WholeSteps
@@ -100,8 +101,13 @@ class LayeredSteps:
         placement, adapters, hidden, shared = run(self._begin, known)
         layers: list[KVCache] = []
         residuals: Residuals = {}
+        num_routed = 0
         for group in self._groups[one.kind]:
             program = self._program(group, one)
+            routing, first = inputs.routing, num_routed
+            num_routed += sum(map(self._model.config.is_sparse, group))
+            if routing is not None:
+                routing = routing[:, :, first:num_routed]
             hidden, parts, found = run(
                 program,
                 (
@@ -111,6 +117,7 @@ class LayeredSteps:
                     [self._model.layer_rotary(shared, layer) for layer in group],
                     placement,
                     adapters,
+                    routing,
                 ),
             )
             layers += parts
@@ -132,7 +139,8 @@ class LayeredSteps:
             config, reads = self._model.config, one.extras.reads_experts
             sparse = [place for place, i in enumerate(group) if config.is_sparse(i)]
             routed = tuple(sparse) if reads else ()
-            found = _GROUP.of(blocks=blocks, read=read, routed=routed)
+            forced = tuple(sparse) if one.extras.forces_experts else ()
+            found = _GROUP.of(blocks=blocks, read=read, routed=routed, forced=forced)
             self._group_programs[key] = found
         return found
 
@@ -160,18 +168,24 @@ def _run_group(
     rotaries: list[Any],
     placement: Any,
     adapters: Any,
+    routing: Any,
     *,
     blocks: tuple[nn.Module, ...],
     read: tuple[int, ...],
     routed: tuple[int, ...],
+    forced: tuple[int, ...],
 ) -> tuple[Any, list[KVCache], Residuals]:
     """DONATES `caches`, one of each layer, and `hidden`; the others are places in the group."""
     bound = PagedAttend(placement)
+    experts_of = dict[int, Any]()
+    if routing is not None:
+        by_token = placement.by_token(routing)
+        experts_of = {number: by_token[:, place] for place, number in enumerate(forced)}
     after: list[Any] = []
     residuals: Residuals = {}
     layers = zip(params, caches, rotaries, blocks, strict=True)
     for number, (own, cache, rotary, block) in enumerate(layers):
-        own = with_slots(own, adapters)
+        own = routed_block(with_slots(own, adapters), experts_of.get(number))
         options: Any = {"block": block, "reads_experts": number in routed}
         hidden, new, experts = run_layer(own, hidden, rotary, cache, bound, **options)
         after.append(new)

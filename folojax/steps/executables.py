@@ -43,6 +43,7 @@ class Executable(NamedTuple):
         functions = [one.name for one in self.extras.activation_edits]
         functions += ["activations"] if self.extras.residual_layers else []
         functions += ["experts"] if self.extras.reads_experts else []
+        functions += ["given_experts"] if self.extras.forces_experts else []
         told: dict[str, object] = {"rows": self.rows or None}
         told["tokens"] = self.tokens if self.tokens > 1 else None
         if spec is not None:

@@ -146,7 +146,7 @@ def run_model(
 ) -> Any:
     """The model on chunks, or on a token of every row and with a `spec` the next one's draw."""
     tokens = None if slots is None else slots.tokens
-    options = one.extras, inputs.is_edited, one.most_tokens, inputs.adapters
+    options = one.extras, inputs.is_edited, one.most_tokens, inputs.adapters, inputs.routing
     cache, hidden, placement, residuals = step.forward(
         params, cache, tokens, inputs.rows, model, *options, may_repeat=one.kind == "rows"
     )

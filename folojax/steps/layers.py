@@ -21,6 +21,7 @@ from folojax.models.core.block import summed
 from folojax.models.core.decoder import Llama
 from folojax.models.core.dense_attend import dense_attend
 from folojax.models.core.interface import Attend
+from folojax.models.core.moe import routed_block
 
 LAYER = "layers_"
 """What the names of layers begin with, in modules and in their parameters."""
@@ -76,11 +77,13 @@ class StepExtras(NamedTuple):
         activation_edits: In the order in which they apply.
         residual_layers: Behind which layers the residual stream is read.
         reads_experts: Whether the choice of experts is, in all layers that have any.
+        forces_experts: Whether that choice is given (`CallInputs.routing`).
     """
 
     activation_edits: tuple[ActivationEdit, ...] = ()
     residual_layers: tuple[int, ...] = ()
     reads_experts: bool = False
+    forces_experts: bool = False
 
 
 NO_EXTRAS = StepExtras()
@@ -121,6 +124,7 @@ def run_layers(
     extras: StepExtras = NO_EXTRAS,
     is_edited: Bool[Array, "T Z"] | None = None,
     adapters: Int[Array, " T"] | None = None,
+    routing: Int[Array, "T L M"] | None = None,
 ) -> tuple[Float[Array, "T E"], list[Any], Residuals]:
     """The model layer by layer, as its `__call__`, and what extras ask for between them.
 
@@ -134,17 +138,22 @@ def run_layers(
         extras: With Z edits.
         is_edited: Which tokens each edit is on for; None without edits.
         adapters: The slots of the tokens' adapters, where kernels are `AdaptedKernel`s.
+        routing: The M experts of the tokens, in each of the L layers that have any; below 0: those
+            that the router chooses. None: all are.
 
     Returns:
         The hidden states after the final norm, the new caches, and what was read.
     """
     outer = head_params(params)
     stream, shared = model.apply({"params": outer}, tokens, positions, method="begin")
-    after, found = [], {}
+    after, found, num_sparse = [], {}, 0
     for layer, cache in enumerate(caches):
-        is_routed = extras.reads_experts and model.config.is_sparse(layer)
+        is_sparse = model.config.is_sparse(layer)
+        is_routed = extras.reads_experts and is_sparse
+        forced = routing[:, num_sparse] if routing is not None and is_sparse else None
+        num_sparse += is_sparse
         stream, new, experts = run_layer(
-            with_slots(params[f"{LAYER}{layer}"], adapters),
+            routed_block(with_slots(params[f"{LAYER}{layer}"], adapters), forced),
             stream,
             model.layer_rotary(shared, layer),
             cache,

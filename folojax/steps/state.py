@@ -62,6 +62,9 @@ class CallInputs(NamedTuple):
     rows: Any = None  # `PrefillInputs` or `DecodeInputs`, of R rows
     is_edited: Any = None  # [R, Z], which rows the activation edits are on for; None without edits
     adapters: Any = None  # [R], the slots of the rows' adapters; None: the model has no stacks
+    # [R, C, L, M], the M experts that tokens are sent to in the L layers that have any; below 0:
+    # those that the router chooses. None: all are.
+    routing: Any = None
     sampling: Any = None  # `SampleInputs`
     num_steps: Any = None  # [B], how many each row takes of several decode steps
     hidden: Any = None  # what the model's call gave, for a sampler or a scorer

@@ -186,6 +186,7 @@ def forward(
     is_edited: Bool[Array, "R Z"] | None = None,
     most_tokens: int | None = None,
     adapters: Int[Array, " R"] | None = None,
+    routing: Any = None,
     *,
     may_repeat: bool = False,
 ) -> tuple[KVCache, Float[Array, "T E"], Placement, Residuals]:
@@ -202,6 +203,7 @@ def forward(
         most_tokens: Most tokens that are no padding: only so many go through the model's products.
             None: padding does, too.
         adapters: The slots of the rows' adapters, where kernels are `AdaptedKernel`s.
+        routing: The experts of tokens, as of `CallInputs`.
         may_repeat: Whether several rows of a decode step may be of one request.
 
     Returns:
@@ -219,6 +221,8 @@ def forward(
         is_edited = of_tokens(is_edited, inputs, placement)
     if adapters is not None:
         adapters = of_tokens(adapters, inputs, placement)
+    if routing is not None:
+        routing = placement.by_token(routing)
     hidden, layers, residuals = run_layers(
         params,
         token,
@@ -229,6 +233,7 @@ def forward(
         extras=extras,
         is_edited=is_edited,
         adapters=adapters,
+        routing=routing,
     )
     return join_layers(layers), hidden, placement, residuals
 

@@ -35,10 +35,15 @@ def with_routing(
     sparse = [layer for layer in range(config.num_layers) if config.is_sparse(layer)]
     routed = dict(params)
     for place, layer in enumerate(sparse):
-        block = params[f"layers_{layer}"]
-        router = RoutedKernel(block["router"], routing[:, place])
-        routed[f"layers_{layer}"] = {**block, "router": router}
+        routed[f"layers_{layer}"] = routed_block(params[f"layers_{layer}"], routing[:, place])
     return routed
+
+
+def routed_block(block: Mapping[str, Any], expert: Int[Array, "N M"] | None) -> Mapping[str, Any]:
+    """The parameters of a layer whose router chooses what it is told; None: what it likes."""
+    if expert is None:
+        return block
+    return {**block, "router": RoutedKernel(block["router"], expert)}
 
 
 class Experts(NamedTuple):

@@ -10,11 +10,18 @@ import pytest
 
 from folojax import LLM, SamplingParams, log_likelihood, outputs_to_arrays
 from tests import dense
+from tests.conftest import check_is_empty
 from tests.families import save_family
 from tests.reference import TINY_LIMITS
 
 CASES = {"mixtral": True, "qwen3-moe": True}
 """Families, and whether the weights of a token's experts sum to 1."""
+
+REPLAYED: list[Any] = [
+    {},
+    pytest.param({"deterministic": True}, marks=pytest.mark.slow),
+    pytest.param({"num_pages": 9, "max_num_batched_tokens": 24}, marks=pytest.mark.slow),
+]
 
 PROMPTS = [list(range(5, 45)), [70, 3, 9]]
 PARAMS = SamplingParams(
@@ -117,6 +124,40 @@ def test_a_rollout_tells_its_experts_and_a_trainer_takes_them(case: tuple) -> No
     assert np.abs(other - free).max() > 1e-2
 
 
+@pytest.mark.parametrize("options", REPLAYED, ids=str)
+def test_scores_with_forced_experts_are_those_of_a_trainer(case: tuple, options: Any) -> None:
+    """In chunks, beside rows that choose by themselves, and of a rollout: as these were sampled."""
+    module, params, *_ = case
+    llm = LLM((module, params), **TINY_LIMITS | options, check_integrity=True)
+    outputs = llm.generate(PROMPTS, PARAMS, False)
+    arrays = outputs_to_arrays(outputs)
+    tokens = [one.outputs[0].token_ids for one in outputs]
+    taken = [one.outputs[0].routed_experts for one in outputs]
+    others = [(one + 1) % module.config.num_experts for one in taken if one is not None]
+    free = llm.score(PROMPTS, tokens, False)
+    replayed = llm.score(PROMPTS, tokens, False, routed_experts=taken)
+    mixed = llm.score(PROMPTS, tokens, False, routed_experts=[others[0], None])
+    for one, other, output in zip(free, replayed, outputs, strict=True):
+        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-5)
+        raw = [entry.raw for entry in output.outputs[0].record or []]
+        np.testing.assert_allclose(other.logprobs, raw, atol=1e-4)
+        if options.get("deterministic"):
+            assert one.logprobs == other.logprobs == raw
+    routing = np.full_like(arrays.routed_experts, -1)
+    routing[0, : len(others[0])] = others[0]
+    given = jnp.asarray(arrays.tokens), jnp.asarray(arrays.mask)
+    wanted = log_likelihood(params, *given, model=module, routed_experts=jnp.asarray(routing))
+    for row, (score, one) in enumerate(zip(mixed, free, strict=True)):
+        start = len(PROMPTS[row])
+        np.testing.assert_allclose(score.logprobs, wanted[row, start : start + 8], atol=1e-4)
+        assert (np.abs(np.subtract(score.logprobs, one.logprobs)).max() > 1e-2) == (row == 0)
+    # What was computed by other experts is nobody else's.
+    assert [one.logprobs for one in llm.score(PROMPTS, tokens, False)] == [
+        one.logprobs for one in free
+    ]
+    check_is_empty(llm)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [{"max_decode_steps": 4}, {"deterministic": True}, {"num_pages": 9}], ids=str
@@ -148,3 +189,18 @@ def test_what_is_refused(case: tuple, tiny_model: tuple) -> None:
     llm = LLM(tiny_model, **TINY_LIMITS)
     with pytest.raises(ValueError, match="the model has no experts: leave it out"):
         llm.generate([[5, 6]], SamplingParams(routed_experts=True), False)
+    chosen = np.zeros((4, 2, 2), np.int32)
+    with pytest.raises(ValueError, match="the model has no experts: leave it out"):
+        llm.score([5, 6, 7], [[8, 9]], False, routed_experts=[chosen])
+    llm = LLM((module, params), **TINY_LIMITS)
+    for given, told in (
+        (chosen, "has 4 entries for 1 continuations"),
+        ([chosen[:3]], r"is \[3, 2, 2\]; it must be \[4, 2, 2\], of all tokens but the last"),
+        ([chosen + 99], "routed_experts holds 99; the model has experts 0 to"),
+        ([chosen / 2], "holds float64; it must be an array of integers"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            llm.score([5, 6, 7], [[8, 9]], False, routed_experts=given)
+    strict = LLM((module, params), **TINY_LIMITS, strict=True)
+    with pytest.raises(ValueError, match="which no compile plan lists"):
+        strict.score([5, 6, 7], [[8, 9]], False, routed_experts=[chosen])
