@@ -83,7 +83,7 @@ $(ADAPTERS)/.installed: $(VENV)/.test
 	$(BIN)/python -c 'import sys; print(*[p for p in sys.path if p.endswith("-packages")], sep="\n")' \
 		>$$site/below.pth
 	$(ADAPTERS)/bin/python -m pip install $(QUIET) --editable '.[lm-eval,ray]' \
-		'compressed-tensors>=0.15'
+		'compressed-tensors>=0.15' 'peft>=0.17'
 	touch $@
 
 clean:

@@ -237,7 +237,7 @@ class LLM(ChatPrompts):
             each = zip(pairs, adapters, routing, strict=True)
             scores = each_named(
                 "continuation",
-                [AskedScore(*pair, *more) for pair, *more in each],
+                [AskedScore(*pair, adapter, experts) for pair, adapter, experts in each],
                 lambda one: self.engine.make_score(self._draw_id("score"), one),
             )
         return self._shared.wait(scores, use_tqdm)

@@ -1,7 +1,7 @@
 """Adapters of requests, unmerged: what comes out is what merged models give, whoever is beside."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,10 +71,15 @@ def tree_of(llm: LLM, seed: int, rank: int = 8) -> Any:
     return jax.tree.map(lambda one: rng.normal(0, 0.1, one.shape).astype(np.float32), shapes)
 
 
-def check_rows(bed: Bed, outputs: list[RequestOutput], wanted: list[tuple[Any, Any]]) -> None:
+def check_rows(
+    base: Any,
+    adapters: Mapping[str, Adapted],
+    outputs: list[RequestOutput],
+    wanted: list[tuple[Any, Any]],
+) -> None:
     """Outputs are those of transformers' models, base or merged."""
     for output, (prompt, name) in zip(outputs, wanted, strict=True):
-        model = bed.base if name is None else bed.adapters[name].merged
+        model = base if name is None else adapters[name].merged
         tokens, logprobs, _ = greedy(model, prompt, 10)
         one = output.outputs[0]
         assert one.token_ids == tokens, name
@@ -89,7 +94,7 @@ def run_mixed(llm: LLM, bed: Bed) -> None:
     wanted = [(prompt, name) for prompt in PROMPTS for name in (None, *bed.adapters)]
     several = [None if name is None else bed.requests[name] for _, name in wanted]
     outputs = llm.generate([prompt for prompt, _ in wanted], GREEDY, False, several)
-    check_rows(bed, outputs, wanted)
+    check_rows(bed.base, bed.adapters, outputs, wanted)
 
 
 def test_rows_with_adapters_and_none_are_those_of_merged_models(llm: LLM, bed: Bed) -> None:
@@ -98,7 +103,7 @@ def test_rows_with_adapters_and_none_are_those_of_merged_models(llm: LLM, bed: B
     # Each found what was cached with its own adapter, and no more.
     again = llm.generate(PROMPTS[0], GREEDY, False, bed.requests["a0"])
     assert again[0].num_cached_tokens == 32
-    check_rows(bed, again, [(PROMPTS[0], "a0")])
+    check_rows(bed.base, bed.adapters, again, [(PROMPTS[0], "a0")])
     fresh = llm.load_lora("fresh", tree_of(llm, 0))
     assert llm.generate(PROMPTS[0], GREEDY, False, fresh)[0].num_cached_tokens == 0
 

@@ -193,12 +193,13 @@ def test_what_is_refused(case: tuple, tiny_model: tuple) -> None:
     with pytest.raises(ValueError, match="the model has no experts: leave it out"):
         llm.score([5, 6, 7], [[8, 9]], False, routed_experts=[chosen])
     llm = LLM((module, params), **TINY_LIMITS)
-    for given, told in (
+    cases: list[tuple[Any, str]] = [
         (chosen, "has 4 entries for 1 continuations"),
         ([chosen[:3]], r"is \[3, 2, 2\]; it must be \[4, 2, 2\], of all tokens but the last"),
         ([chosen + 99], "routed_experts holds 99; the model has experts 0 to"),
         ([chosen / 2], "holds float64; it must be an array of integers"),
-    ):
+    ]
+    for given, told in cases:
         with pytest.raises(ValueError, match=told):
             llm.score([5, 6, 7], [[8, 9]], False, routed_experts=given)
     strict = LLM((module, params), **TINY_LIMITS, strict=True)
