@@ -217,8 +217,8 @@ class Runner:
         columns, is_by_row = self.shapes.prefill_columns, self.steps.kind == "rows"
         for row, count in zip(rows, num_tokens, strict=True):
             start = int(self.batch.num_computed[row.slot])
-            is_plain = not is_scored(row, start) and row.request.routing is None
-            if count == 1 and not is_by_row and is_plain:
+            is_single = count == 1 and not is_by_row
+            if is_single and row.request.routing is None and not is_scored(row, start):
                 singles.append(row)
                 continue
             end = start + count

@@ -101,13 +101,8 @@ class LayeredSteps:
         placement, adapters, hidden, shared = run(self._begin, known)
         layers: list[KVCache] = []
         residuals: Residuals = {}
-        num_routed = 0
         for group in self._groups[one.kind]:
             program = self._program(group, one)
-            routing, first = inputs.routing, num_routed
-            num_routed += sum(map(self._model.config.is_sparse, group))
-            if routing is not None:
-                routing = routing[:, :, first:num_routed]
             hidden, parts, found = run(
                 program,
                 (
@@ -117,7 +112,7 @@ class LayeredSteps:
                     [self._model.layer_rotary(shared, layer) for layer in group],
                     placement,
                     adapters,
-                    routing,
+                    self._routing_of(inputs.routing, group),
                 ),
             )
             layers += parts
@@ -128,6 +123,14 @@ class LayeredSteps:
         last, every = run(self._end, (outer, hidden, inputs.rows if is_prefill else None))
         state = state._replace(cache=join_layers(layers))
         return state, CallResults(last, every, residuals=residuals)
+
+    def _routing_of(self, routing: Any, group: range) -> Any:
+        """The part of `CallInputs.routing` that is of a group's layers."""
+        if routing is None:
+            return None
+        is_sparse = self._model.config.is_sparse
+        first = sum(map(is_sparse, range(group.start)))
+        return routing[:, :, first : first + sum(map(is_sparse, group))]
 
     def _program(self, group: range, one: Executable) -> Program:
         key = group.start, one.kind, one.extras

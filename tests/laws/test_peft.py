@@ -39,12 +39,12 @@ def save(base: Any, directory: Path, **config: Any) -> Adapted:
     import peft
     import torch
 
-    # Whole names: by their last parts peft would take experts, too, which are no modules.
     names = [
-        name
-        for name, _ in base.named_modules()
-        if name.rpartition(".")[2] in linear_names(base) and ".experts" not in name
+        name for name, _ in base.named_modules() if name.rpartition(".")[2] in linear_names(base)
     ]
+    if any(name.endswith(".experts") for name, _ in base.named_modules()):
+        # peft would take experts, which are no modules, for modules of such names.
+        names = [name for name in names if ".mlp." not in name]
     options: dict[str, Any] = {"target_modules": names, "init_lora_weights": False}
     with torch.random.fork_rng():
         torch.manual_seed(0)
