@@ -20,8 +20,8 @@ from tests.laws.test_lora import PROMPTS, ROOM, tree_of
 from tests.reference import TINY_LIMITS
 
 SCALE = 0.5
-MEAN_ERROR = {"int8": 0.1, "int4": 0.1, "fp8": 0.1}
-"""Of log-probabilities, by the rounding of inputs alone."""
+MEAN_ERROR = {"int8": 0.1, "int4": 0.15, "fp8": 0.03}
+"""Of log-probabilities, by the rounding of inputs alone; an adapter moves them by 0.3 to 0.6."""
 
 
 @pytest.mark.slow
@@ -110,14 +110,6 @@ def test_over_a_base_in_few_bits(quantization: str, tiny_model: tuple) -> None:
             dense.likelihood(one, *given, model=module)[row, start:] for one in (weights, rounded)
         )
         error = np.abs(arrays.record.raw[row, start:] - merged).mean()
-        print(
-            "FOUND",
-            quantization,
-            row,
-            error,
-            np.abs(plain - merged).mean(),
-            np.abs(arrays.record.raw[row, start:] - beside).max(),
-        )
         assert error < MEAN_ERROR[quantization]
         assert tree is None or np.abs(plain - merged).mean() > 0.3
     check_is_empty(llm)
