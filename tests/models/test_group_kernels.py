@@ -25,6 +25,8 @@ from folojax.models.quantized.int8_kernels import Int8Kernel
 from folojax.models.quantized.quantize import quantize
 from tests.rounded_layers import CASES, check_case
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 
 def normal(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
