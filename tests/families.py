@@ -34,10 +34,10 @@ _LONGROPE = {
 _LOCAL_THEN_FULL = ["sliding_attention", "full_attention"]
 _LATENT = {
     "num_key_value_heads": 4,
-    "kv_lora_rank": 24,
+    "kv_lora_rank": 32,
     "q_lora_rank": 40,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 24,
     "v_head_dim": 12,
     "n_routed_experts": 8,
     "n_shared_experts": 1,

@@ -29,7 +29,7 @@ class Tokens(NamedTuple):
 
     query: Any  # [T, H, D]
     key: Any  # [T, K, D]
-    value: Any  # [T, K, D]
+    value: Any  # [T, K, D]; [T, K, V] if they are the first numbers of the keys
 
     @property
     def size(self) -> int:
@@ -47,6 +47,7 @@ class Heads(NamedTuple):
     kv: int
     groups: int
     dim: int = 8
+    value_dim: int | None = None  # V, if values are the first numbers of keys
 
 
 class Way(NamedTuple):
@@ -57,6 +58,7 @@ class Way(NamedTuple):
     dtype: Any = np.float32
     sizes: tuple[int, ...] = (4, 8, 16)
     caps: bool = True
+    takes_latents: bool = True
     is_twin: bool = False  # of one that is the same code but for the order of the pages
 
     def __str__(self) -> str:
@@ -74,7 +76,7 @@ WAYS = (
     Way("reference", "tokens", is_twin=True),
     Way("alike", "heads", is_twin=True),
     Way("alike", "tokens"),
-    Way("cudnn", "tokens", np.float16, (8, 16), caps=False),
+    Way("cudnn", "tokens", np.float16, (8, 16), caps=False, takes_latents=False),
 )
 
 
@@ -84,18 +86,21 @@ def random_sequences(
     rng = np.random.default_rng(seed)
 
     def one(length: int) -> Tokens:
-        shapes = [(length, heads.kv * heads.groups, heads.dim), *[(length, *heads[::2])] * 2]
-        return Tokens(*(rng.normal(scale=1.5, size=shape).astype(dtype) for shape in shapes))
+        shapes = [(length, heads.kv * heads.groups, heads.dim), *[(length, *heads[:3:2])] * 2]
+        found = [rng.normal(scale=1.5, size=shape).astype(dtype) for shape in shapes]
+        if heads.value_dim is not None:
+            found[2] = found[1][..., : heads.value_dim]
+        return Tokens(*found)
 
     return [one(length) for length in lengths]
 
 
 def reference(sequence: Tokens, scoring: Scoring = PLAIN) -> np.ndarray:
-    """Causal attention in float64, one query at a time: [T, H, D]."""
+    """Causal attention in float64, one query at a time: [T, H, V]."""
     query, key, value = (np.asarray(x, np.float64) for x in sequence)
     groups, dim = query.shape[1] // key.shape[1], query.shape[2]
     scale = dim**-0.5 if scoring.scale is None else scoring.scale
-    out = np.zeros_like(query)
+    out = np.zeros((*query.shape[:2], value.shape[2]))
     for t in range(query.shape[0]):
         first = 0 if scoring.window is None else max(0, t + 1 - scoring.window)
         for head in range(query.shape[1]):
@@ -118,6 +123,7 @@ def make_cache(
         num_layers=LAYER + 1,
         num_kv_heads=heads.kv,
         head_dim=heads.dim,
+        value_dim=heads.value_dim,
         dtype=dtype,
         storage_dtype=dtype,
         format=PageFormat(page_size, way.order, (way.kernel,), choose_backend().capability),
@@ -139,6 +145,7 @@ def place(lengths: Sequence[int], page_size: int, num_pages: int, seed: int = 0)
 def write(cache: KVCache, layer: int, page: Any, offset: Any, key: Any, value: Any) -> KVCache:
     """A cache with tokens stored in one of its layers."""
     layers = list(cache.layers)
+    value = value if layers[layer].shape[1] == 2 else value.shape[-1]
     layers[layer] = kv.cache.write(layers[layer], page, offset, key, value, cache.format.order)
     return KVCache(tuple(layers), cache.format)
 
@@ -152,7 +159,8 @@ def attend_rows(
     cache: KVCache, rows: tuple[Any, Any, Any], tokens: Tokens, columns: int, scoring: Scoring
 ) -> Any:
     placement, _ = place_tokens(cache, *rows, columns)
-    return attend(placement, cache, LAYER, *tokens, scoring)
+    value = tokens.value if scoring.value_dim is None else None
+    return attend(placement, cache, LAYER, tokens.query, tokens.key, value, scoring)
 
 
 def store(cache: KVCache, sequences: list[Tokens], pages: list[list[int]]) -> KVCache:
@@ -236,6 +244,6 @@ def decode(
 def check_stored(cache: KVCache, sequences: list[Tokens], pages: list[list[int]]) -> None:
     stored = np.asarray(cache.format.by_token(cache.layers[LAYER]))
     for (_, key, value), table in zip(sequences, pages, strict=True):
-        for place, expected in enumerate((key, value)):
+        for place, expected in enumerate((key, value)[: stored.shape[1]]):
             found = stored[table, place].reshape(-1, *expected.shape[1:])[: len(expected)]
             np.testing.assert_array_equal(found, expected)

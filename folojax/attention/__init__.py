@@ -2,6 +2,7 @@
 
     attend ──> the first kernel of the cache's format that takes the layer
                  cudnn        NVIDIA GPUs, half precision; single tokens by a kernel of our own
+                 latent       the same for latents, all by kernels of our own
                  native       x86-64 CPUs with a compiler: C++
                  reference    everywhere, everything: a loop over pages in plain XLA
                  alike        the same, rounded alike in any batch

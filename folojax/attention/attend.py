@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from folojax.attention import cudnn, native, ordered, reference
+from folojax.attention import cudnn, latent, native, ordered, reference
 from folojax.attention.interface import AttentionSpec, Kernel
 from folojax.kv.cache import KVCache, KVLayout
 from folojax.kv.placement import Placement
@@ -17,6 +17,7 @@ from folojax.models.core.recurrence import RecurrentState, Rows, convolve_rows, 
 
 KERNELS: dict[str, Kernel] = {
     "cudnn": cudnn.KERNEL,
+    "latent": latent.KERNEL,
     "native": native.KERNEL,
     "ordered": ordered.KERNEL,
     "reference": reference.KERNEL,
@@ -34,7 +35,7 @@ class PagedAttend:
 
     def __call__(
         self, cache: KVCache, layer: int, *args: Any, **options: Any
-    ) -> tuple[KVCache, Float[Array, "T H D"]]:
+    ) -> tuple[KVCache, Float[Array, "T H V"]]:
         """As `attend`."""
         return attend(self.placement, cache, layer, *args, **options)
 
@@ -81,14 +82,14 @@ def attend(
     layer: int,
     query: Float[Array, "T H D"],
     key: Float[Array, "T K D"],
-    value: Float[Array, "T K D"],
+    value: Float[Array, "T K D"] | None,
     scoring: Scoring = PLAIN,
     sinks: Float[Array, " H"] | None = None,
-) -> tuple[KVCache, Float[Array, "T H D"]]:
+) -> tuple[KVCache, Float[Array, "T H V"]]:
     """Attention of every token to all of its request so far, in the shape that models ask for.
 
-    The kernel stores
-    new keys and values, and a chunk sees its own tokens and those of earlier rows of the same call.
+    The kernel stores new keys and values, and a chunk sees its own tokens and those of earlier rows
+    of the same call.
     It is the first of the cache's format that takes the layer.
 
     Returns:
@@ -120,10 +121,11 @@ def kernels_of(
         if config.is_recurrent(layer):
             continue
         scoring = config.scoring(layer)
-        spec = AttentionSpec(dtype, storage, config.head_dim, layout.format, scoring)
+        spec = AttentionSpec(dtype, storage, config.key_dim, layout.format, scoring)
         name, _ = choose_kernel(spec)
         layers.setdefault(name, []).append(layer)
-        preferred = layout.format.kernels[0]
+        given = layout.format.kernels
+        preferred = "latent" if scoring.value_dim and "latent" in given else given[0]
         if name != preferred:
             reason = f"{preferred} {KERNELS[preferred].refusal(spec)}"
             reasons.setdefault(reason, []).append(layer)

@@ -80,6 +80,8 @@ class _CuDNN:
             return "does not cap scores"
         if spec.scoring.has_sinks:
             return "knows no sinks"
+        if spec.scoring.value_dim is not None:
+            return "takes values that lie beside their keys"
         capability = spec.page_format.capability
         if capability < _AMPERE:
             return "needs an NVIDIA GPU of the Ampere generation or later"
@@ -94,7 +96,7 @@ class _CuDNN:
         self,
         query: Float[Array, "T H D"],
         key: Float[Array, "T K D"],
-        value: Float[Array, "T K D"],
+        value: Float[Array, "T K D"] | None,
         pages: Num[Array, "P 2 S K D"],
         placement: Placement,
         spec: AttentionSpec,
@@ -102,6 +104,7 @@ class _CuDNN:
     ) -> tuple[Num[Array, "P 2 S K D"], Float[Array, "T H D"]]:
         """As `Kernel.attend`; one kernel or call for single tokens, two calls for chunks."""
         del sinks  # refused
+        assert value is not None, "values that are a part of keys are refused"
         scale = spec.scoring.scale
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         window = spec.scoring.window

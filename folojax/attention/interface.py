@@ -17,9 +17,14 @@ class AttentionSpec:
 
     dtype: jnp.dtype  # of queries, keys and values
     storage_dtype: jnp.dtype  # of the pages
-    head_dim: int  # D
+    head_dim: int  # D, of a key
     page_format: PageFormat  # how pages lie
     scoring: Scoring  # what becomes of the products of queries and keys
+
+    @property
+    def value_dim(self) -> int:
+        """V, numbers of a value."""
+        return self.head_dim if self.scoring.value_dim is None else self.scoring.value_dim
 
 
 # Checkable at run time, so annotations can be checked under pytest.
@@ -35,18 +40,18 @@ class Kernel(Protocol):
         self,
         query: Float[Array, "T H D"],
         key: Float[Array, "T K D"],
-        value: Float[Array, "T K D"],
-        pages: Num[Array, "P 2 _ _ D"],
+        value: Float[Array, "T K D"] | None,
+        pages: Num[Array, "P N _ _ D"],
         placement: Placement,
         spec: AttentionSpec,
         sinks: Float[Array, " H"] | None = None,
-    ) -> tuple[Num[Array, "P 2 _ _ D"], Float[Array, "T H D"]]:
+    ) -> tuple[Num[Array, "P N _ _ D"], Float[Array, "T H V"]]:
         """Stores the tokens, and causal attention of each to its row, softmax in float32.
 
         Args:
             query: In any dtype, which is that of the result.
             key: Of the tokens themselves, to be stored as `folojax.kv.cache.write` does.
-            value: Likewise.
+            value: Likewise; None where `spec.scoring` says that values are a part of keys.
             pages: One layer of a cache. Behind a row's last token and in pages of padding, keys
                 may be NaN; all values are finite.
             placement: Of the rows.

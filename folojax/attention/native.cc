@@ -1,9 +1,10 @@
 // Attention of rows to the pages of a cache, for processors with AVX2 and FMA; `native.py`
 // says what is computed and how a page lies in memory. XLA calls it as a custom call (jax.ffi).
 //
-// A task is some tokens of a row and a head of keys, with all queries of its group. It goes through
-// the pages that its tokens see, with a running softmax. Numbers of a token are together in a page:
-// scores are sums within registers, eight of them at a time, and values are added in lanes.
+// A task is some tokens of a row and some of the queries of a head of keys. It goes through the pages
+// that its tokens see, with a running softmax. Numbers of a token are together in a page: scores are
+// sums within registers, eight of them at a time, and values are added in lanes. All queries of a
+// task read eight keys, or a strip of the values, while these are in a core's L1 cache.
 
 #include <limits>
 #include <utility>
@@ -16,29 +17,37 @@ namespace ffi = xla::ffi;
 namespace {
 
 constexpr int64_t kLanes = 8;
-constexpr int64_t kTokens = 8;  // of a task: what they need beside a page stays in a core's L1 cache
+constexpr int64_t kTokens = 8;  // of a task: what they need beside a page stays in a core's cache
+constexpr int64_t kHeads = 8;   // likewise, most of a group
 constexpr float kMasked = -1e30f;
 
 struct Job {
   int64_t num_rows, num_tokens, num_heads, num_kv_heads, dim, page_size, num_pages, table_size;
+  int64_t num_arrays;     // of a page: keys and values, or keys whose first numbers are the values
+  int64_t value_dim;      // numbers of a value
   const float* query;     // [row, token, head, dim]
-  const float* pages;     // [page, keys and values, kv head, page size, dim]
+  const float* pages;     // [page, array, kv head, page size, dim]
   const int32_t* table;   // [row, index]
   const int32_t* first;   // [row]: position of its first token
   const int32_t* length;  // [row]: tokens that are no padding
-  float* out;             // as `query`
+  float* out;             // [row, token, head, value dim]
   float scale;
   int64_t window;
   std::atomic<int64_t> next{0}, done{0};
 
   int64_t groups() const { return num_heads / num_kv_heads; }
   int64_t blocks() const { return (num_tokens + kTokens - 1) / kTokens; }
-  int64_t num_tasks() const { return num_rows * blocks() * num_kv_heads; }
+  int64_t parts() const { return (groups() + kHeads - 1) / kHeads; }  // of a group
+  int64_t num_tasks() const { return num_rows * blocks() * num_kv_heads * parts(); }
 };
 
-// A query's softmax so far, and what its earlier part is to be multiplied with.
+// A query, its softmax so far, and what the earlier part of its result is to be multiplied with.
 struct Query {
+  const float* numbers;
+  float* out;
+  int64_t position;
   float maximum, total, kept;
+  int64_t begin, end;  // of a page's tokens, those that it sees
 };
 
 // Sums of eight registers' lanes, one in each lane.
@@ -112,10 +121,10 @@ inline float sum_lane(__m256 v) {
   return _mm_cvtss_f32(_mm_add_ss(m, _mm_movehdup_ps(m)));
 }
 
-// Weights of a page's tokens from `begin` to `end`, eights of them as a whole, for a query.
-void weigh(const Job& job, const float* query, const float* keys, int64_t begin, int64_t end,
-           Query& state, float* weights) {
-  const int64_t first = begin / kLanes * kLanes;
+// Weights of a page's tokens that a query sees, eights of them as a whole; from its products with
+// their keys, whose place they take.
+void weigh(const Job& job, Query& state, float* weights) {
+  const int64_t begin = state.begin, end = state.end, first = begin / kLanes * kLanes;
   const __m256 scale = _mm256_set1_ps(job.scale), masked = _mm256_set1_ps(kMasked);
   const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
   const auto is_seen = [&](int64_t i) {
@@ -126,7 +135,7 @@ void weigh(const Job& job, const float* query, const float* keys, int64_t begin,
   };
   __m256 most = masked;
   for (int64_t i = first; i < end; i += kLanes) {
-    const __m256 products = multiply_eight(query, keys + i * job.dim, job.dim);
+    const __m256 products = _mm256_loadu_ps(weights + i);
     // A token that is not seen may have a NaN of the page's last owner.
     const __m256 scores = _mm256_blendv_ps(masked, _mm256_mul_ps(products, scale), is_seen(i));
     _mm256_storeu_ps(weights + i, scores);
@@ -147,61 +156,74 @@ void weigh(const Job& job, const float* query, const float* keys, int64_t begin,
 }
 
 void attend(const Job& job, int64_t task) {
-  const int64_t head = task % job.num_kv_heads, groups = job.groups(), size = job.page_size;
-  const int64_t block = task / job.num_kv_heads % job.blocks();
-  const int64_t row = task / job.num_kv_heads / job.blocks();
+  const int64_t groups = job.groups(), size = job.page_size, width = job.value_dim;
+  const int64_t part = task % job.parts(), head = task / job.parts() % job.num_kv_heads;
+  const int64_t rest = task / job.parts() / job.num_kv_heads;
+  const int64_t block = rest % job.blocks(), row = rest / job.blocks();
   const int64_t begin = block * kTokens, end = std::min(begin + kTokens, job.num_tokens);
   const int64_t valid = std::min<int64_t>(end, job.length[row]);
+  const int64_t first = job.first[row], first_head = head * groups + part * kHeads;
+  const int64_t num_heads = std::min(kHeads, groups - part * kHeads);
+  // Of a token, its first query among all.
   const auto place = [&](int64_t token) {
-    return ((row * job.num_tokens + token) * job.num_heads + head * groups) * job.dim;
+    return (row * job.num_tokens + token) * job.num_heads + first_head;
   };
   for (int64_t token = begin; token < end; ++token)
-    std::fill_n(job.out + place(token), groups * job.dim, 0.f);
+    std::fill_n(job.out + place(token) * width, num_heads * width, 0.f);
   if (begin >= valid) return;
 
-  const int64_t num_queries = (valid - begin) * groups;  // token by token
   thread_local std::vector<Query> queries;
   thread_local std::vector<float> weights;  // [query, page size]
-  queries.assign(num_queries, {kMasked, 0.f, 1.f});
-  weights.resize(std::max<size_t>(weights.size(), num_queries * size));
-  const auto at = [&](int64_t i) { return place(begin + i / groups) + i % groups * job.dim; };
+  queries.clear();
+  for (int64_t token = begin; token < valid; ++token) {
+    for (int64_t i = place(token); i < place(token) + num_heads; ++i)
+      queries.push_back({job.query + i * job.dim, job.out + i * width, first + token, kMasked});
+  }
+  weights.resize(std::max<size_t>(weights.size(), queries.size() * size));
   // A token sees the positions from `oldest` to its own.
   const auto oldest = [&](int64_t position) {
     return std::max<int64_t>(position - job.window + 1, 0);
   };
-  const int64_t most_pages = std::min(job.table_size, (job.first[row] + valid - 1) / size + 1);
-  for (int64_t index = oldest(job.first[row] + begin) / size; index < most_pages; ++index) {
+  const int64_t most_pages = std::min(job.table_size, (first + valid - 1) / size + 1);
+  for (int64_t index = oldest(first + begin) / size; index < most_pages; ++index) {
     const int64_t page = job.table[row * job.table_size + index];
     if (page < 0 || page >= job.num_pages) continue;
     const int64_t numbers = size * job.dim;
-    const float* keys = job.pages + (2 * page * job.num_kv_heads + head) * numbers;
-    const float* values = keys + job.num_kv_heads * numbers;
-    // Of the page's tokens, those that a query sees.
-    const auto seen = [&](int64_t i) {
-      const int64_t position = job.first[row] + begin + i / groups;
-      return std::pair(std::max<int64_t>(oldest(position) - index * size, 0),
-                       std::min(position + 1 - index * size, size));
-    };
-    // First all keys, then all values: each half of a page fits into L1, and both do not.
-    for (int64_t i = 0; i < num_queries; ++i) {
-      const auto [from, to] = seen(i);
-      if (from < to)
-        weigh(job, job.query + at(i), keys, from, to, queries[i], weights.data() + i * size);
+    const float* keys = job.pages + (job.num_arrays * page * job.num_kv_heads + head) * numbers;
+    const float* values = keys + (job.num_arrays - 1) * job.num_kv_heads * numbers;
+    for (Query& one : queries) {
+      one.begin = std::max<int64_t>(oldest(one.position) - index * size, 0);
+      one.end = std::min(one.position + 1 - index * size, size);
     }
-    for (int64_t i = 0; i < num_queries; ++i) {
-      const auto [from, to] = seen(i);
-      if (from >= to) continue;
-      const float* own = weights.data() + i * size;
-      int64_t d = 0;
-      for (; d + 8 * kLanes <= job.dim; d += 8 * kLanes)
-        add_values<8>(job.out + at(i) + d, queries[i].kept, own, values + d, job.dim, from, to);
-      for (; d < job.dim; d += kLanes)
-        add_values<1>(job.out + at(i) + d, queries[i].kept, own, values + d, job.dim, from, to);
+    // First all keys, then all values: each half of a page may fit into L1, and both do not.
+    for (int64_t key = 0; key < size; key += kLanes) {
+      float* products = weights.data() + key;
+      for (const Query& one : queries) {
+        if (one.begin < key + kLanes && key < one.end)
+          _mm256_storeu_ps(products, multiply_eight(one.numbers, keys + key * job.dim, job.dim));
+        products += size;
+      }
+    }
+    float* own = weights.data();
+    for (Query& one : queries) {
+      if (one.begin < one.end) weigh(job, one, own);
+      own += size;
+    }
+    for (int64_t d = 0; d < width;) {
+      const bool is_wide = d + 8 * kLanes <= width;
+      const float* weight = weights.data();
+      for (const Query& one : queries) {
+        if (one.begin < one.end)
+          (is_wide ? add_values<8> : add_values<1>)(one.out + d, one.kept, weight, values + d,
+                                                    job.dim, one.begin, one.end);
+        weight += size;
+      }
+      d += is_wide ? 8 * kLanes : kLanes;
     }
   }
-  for (int64_t i = 0; i < num_queries; ++i) {
-    const float rate = 1 / std::max(std::numeric_limits<float>::min(), queries[i].total);
-    for (int64_t d = 0; d < job.dim; ++d) job.out[at(i) + d] *= rate;
+  for (const Query& one : queries) {
+    const float rate = 1 / std::max(std::numeric_limits<float>::min(), one.total);
+    for (int64_t d = 0; d < width; ++d) one.out[d] *= rate;
   }
 }
 
@@ -223,9 +245,11 @@ ffi::Future native_attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> query,
   job->num_heads = query.dimensions()[2];
   job->dim = query.dimensions()[3];
   job->num_pages = pages.dimensions()[0];
+  job->num_arrays = pages.dimensions()[1];
   job->num_kv_heads = pages.dimensions()[2];
   job->page_size = pages.dimensions()[3];
   job->table_size = table.dimensions()[1];
+  job->value_dim = out->dimensions()[3];
   job->query = query.typed_data();
   job->pages = pages.typed_data();
   job->table = table.typed_data();

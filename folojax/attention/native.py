@@ -42,7 +42,8 @@ class _Native:
             return "does not cap scores"
         if spec.scoring.has_sinks:
             return "knows no sinks"
-        if spec.page_format.page_size % _LANES or spec.head_dim % _LANES:
+        sizes = spec.page_format.page_size, spec.head_dim, spec.value_dim
+        if any(size % _LANES for size in sizes):
             return f"takes page sizes and head dims that are multiples of {_LANES}"
         reason = problem()
         return None if reason is None else f"cannot be compiled: {reason}"
@@ -51,26 +52,27 @@ class _Native:
         self,
         query: Float[Array, "T H D"],
         key: Float[Array, "T K D"],
-        value: Float[Array, "T K D"],
-        pages: Num[Array, "P 2 K S D"],
+        value: Float[Array, "T K D"] | None,
+        pages: Num[Array, "P N K S D"],
         placement: Placement,
         spec: AttentionSpec,
         sinks: Float[Array, " H"] | None = None,
-    ) -> tuple[Num[Array, "P 2 K S D"], Float[Array, "T H D"]]:
+    ) -> tuple[Num[Array, "P N K S D"], Float[Array, "T H V"]]:
         """As `Kernel.attend`; zeros for tokens of padding."""
         del sinks  # refused
+        given = spec.value_dim if value is None else value
         order = spec.page_format.order
-        pages = write(pages, placement.page, placement.offset, key, value, order)
+        pages = write(pages, placement.page, placement.offset, key, given, order)
         queries = placement.by_row(query)
         rows, _, heads, dim = queries.shape
-        num_pages, _, kv_heads, size, _ = pages.shape
-        chex.assert_shape(pages, (num_pages, 2, kv_heads, size, dim))
+        num_pages, num_arrays, kv_heads, size, _ = pages.shape
+        assert num_arrays == (1 if value is None else 2), f"pages are {pages.shape}"
+        chex.assert_shape(pages, (num_pages, num_arrays, kv_heads, size, dim))
         chex.assert_shape(placement.page_table, (rows, None))
         chex.assert_shape([placement.first, placement.length], (rows,))
         chex.assert_is_divisible(heads, kv_heads)
-        call = jax.ffi.ffi_call(
-            _NAME, jax.ShapeDtypeStruct(queries.shape, jnp.float32), vmap_method="sequential"
-        )
+        result = jax.ShapeDtypeStruct((*queries.shape[:-1], spec.value_dim), jnp.float32)
+        call = jax.ffi.ffi_call(_NAME, result, vmap_method="sequential")
         of_rows = placement.page_table, placement.first, placement.length
         scoring = spec.scoring
         out = call(

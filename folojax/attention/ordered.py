@@ -34,6 +34,8 @@ class _Ordered:
             return "does not cap scores"
         if spec.scoring.has_sinks:
             return "knows no sinks"
+        if spec.scoring.value_dim is not None:
+            return "takes values that lie beside their keys"
         if spec.head_dim not in _HEAD_DIMS:
             return f"takes head dims of {_HEAD_DIMS}"
         return None
@@ -42,7 +44,7 @@ class _Ordered:
         self,
         query: Float[Array, "T H D"],
         key: Float[Array, "T K D"],
-        value: Float[Array, "T K D"],
+        value: Float[Array, "T K D"] | None,
         pages: Num[Array, "P 2 S K D"],
         placement: Placement,
         spec: AttentionSpec,
@@ -50,6 +52,7 @@ class _Ordered:
     ) -> tuple[Num[Array, "P 2 S K D"], Float[Array, "T H D"]]:
         """As `Kernel.attend`; elsewhere than on such a GPU as plain XLA, in any order."""
         del sinks  # refused
+        assert value is not None, "values that are a part of keys are refused"
         scale = query.shape[-1] ** -0.5 if spec.scoring.scale is None else spec.scoring.scale
         kernel = functools.partial(attend_in_order, window=spec.scoring.window, scale=scale)
 

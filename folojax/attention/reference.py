@@ -35,7 +35,7 @@ class _Sums(NamedTuple):
 
     maximum: Float[Array, "RK Q"]
     total: Float[Array, "RK Q"]
-    value: Float[Array, "RK Q D"]
+    value: Float[Array, "RK Q V"]
 
 
 class _Reference:
@@ -54,15 +54,16 @@ class _Reference:
         self,
         query: Float[Array, "T H D"],
         key: Float[Array, "T K D"],
-        value: Float[Array, "T K D"],
-        pages: Num[Array, "P 2 _ _ D"],
+        value: Float[Array, "T K D"] | None,
+        pages: Num[Array, "P N _ _ D"],
         placement: Placement,
         spec: AttentionSpec,
         sinks: Float[Array, " H"] | None = None,
-    ) -> tuple[Num[Array, "P 2 _ _ D"], Float[Array, "T H D"]]:
+    ) -> tuple[Num[Array, "P N _ _ D"], Float[Array, "T H V"]]:
         """As `Kernel.attend`, computed in the dtype of the pages, or of the queries if alike."""
-        order = spec.page_format.order
-        pages = write(pages, placement.page, placement.offset, key, value, order)
+        order, width = spec.page_format.order, spec.value_dim
+        given = width if value is None else value
+        pages = write(pages, placement.page, placement.offset, key, given, order)
         queries = placement.by_row(query)
         rows, columns, heads, dim = queries.shape
         kv_heads, size = key.shape[1], spec.page_format.page_size
@@ -82,9 +83,10 @@ class _Reference:
             page = lax.dynamic_slice_in_dim(table, index * count, count, axis=1)
             # Padding reads some page or other, all of whose positions are masked.
             found = spec.page_format.by_token(pages.at[page].get(mode="clip")).astype(dtype)
-            # [R, n, 2, S, K, D] to keys [R * K, D, n * S] and values [R * K, n * S, D]
+            # [R, n, N, S, K, D] to keys [R * K, D, n * S] and values [R * K, n * S, V]
             keys = found[:, :, 0].transpose(0, 3, 4, 1, 2).reshape(rows * kv_heads, dim, block)
-            values = found[:, :, 1].transpose(0, 3, 1, 2, 4).reshape(rows * kv_heads, block, dim)
+            values = found[:, :, -1, ..., :width].transpose(0, 3, 1, 2, 4)
+            values = values.reshape(rows * kv_heads, block, width)
             key_position = (index * block + jnp.arange(block))[None, None, :]
             visible = spec.scoring.is_visible(position[:, :, None] - key_position)
             # Tokens of padding would see what lies behind their row, which may be NaN.
@@ -104,7 +106,7 @@ class _Reference:
             )
 
         shape = grouped.shape[:-1]
-        nothing = _Sums(jnp.full(shape, MASKED), jnp.zeros(shape), jnp.zeros(grouped.shape))
+        nothing = _Sums(jnp.full(shape, MASKED), jnp.zeros(shape), jnp.zeros((*shape, width)))
         if sinks is not None:  # the softmax begins with their scores, which have no value
             of_head = sinks.astype(jnp.float32).reshape(1, kv_heads, groups, 1)
             of_head = jnp.broadcast_to(of_head, (rows, kv_heads, groups, columns)).reshape(shape)
@@ -112,8 +114,9 @@ class _Reference:
         sums = lax.fori_loop(0, jnp.max(-(-end // block)), read, nothing)
         # Rows of padding see nothing.
         out = sums.value / jnp.maximum(sums.total, jnp.finfo(jnp.float32).tiny)[..., None]
-        out = out.reshape(rows, kv_heads, groups, columns, dim).transpose(0, 3, 1, 2, 4)
-        return pages, placement.by_token(out.reshape(queries.shape).astype(query.dtype))
+        out = out.reshape(rows, kv_heads, groups, columns, width).transpose(0, 3, 1, 2, 4)
+        out = out.reshape(rows, columns, heads, width).astype(query.dtype)
+        return pages, placement.by_token(out)
 
 
 KERNEL = _Reference(is_alike=False)

@@ -190,6 +190,14 @@ def finite_in_kernel(key: Any, value: Any) -> tuple[Any, Any]:
     return key, jnp.where(is_finite, value.astype(jnp.float32), 0.0).astype(value.dtype)
 
 
+def finite_parts(value: Any, rest: Any) -> tuple[Any, Any]:
+    """As `finite_latents`, in a kernel, of one token's key in two parts."""
+    is_finite = value.astype(jnp.float32) * 0.0 == 0.0
+    is_whole = jnp.min(jnp.where(is_finite, 1.0, 0.0)) > 0.5
+    rest = jnp.where(is_whole, rest.astype(jnp.float32), jnp.nan).astype(rest.dtype)
+    return jnp.where(is_finite, value.astype(jnp.float32), 0.0).astype(value.dtype), rest
+
+
 def _join_in_one(own: Part, before: Part, placement: Placement, window: int | None) -> Any:
     heads, dim = own.out.shape[2:]
     num_tokens = placement.page.shape[0]

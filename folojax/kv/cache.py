@@ -1,10 +1,11 @@
 """The cache: an immutable pytree of an array of pages a layer, or of the states of a recurrent one.
 
-A page holds the keys and then the values of S tokens of one request, for one layer. The order of
-the numbers inside of it suits whoever reads pages where they lie (`folojax.attention`):
+A page holds the keys and then the values of S tokens of one request, for one layer: N arrays, two
+of them, or the keys alone where values are a part of these (latent attention). The order of the
+numbers inside of it suits whoever reads pages where they lie (`folojax.attention`):
 
-    order "heads"    [P, 2, K, S, D]    what one head reads lies together: C++ on CPU
-    order "tokens"   [P, 2, S, K, D]    what one token writes lies together: cuDNN
+    order "heads"    [P, N, K, S, D]    what one head reads lies together: C++ on CPU
+    order "tokens"   [P, N, S, K, D]    what one token writes lies together: cuDNN
 
 A recurrent layer (`RecurrentState`) has no pages but an entry for each slot of the batch, the same
 size however long a request is. Whoever begins at position 0 begins with zeros, whatever the slot's
@@ -39,15 +40,17 @@ class PageFormat:
     kernels: tuple[str, ...]  # of `folojax.attention.KERNELS`, the preferred one first
     capability: float = 0.0  # NVIDIA's, of the device that reads them; 0 for any other
 
-    def shape(self, num_pages: int, num_kv_heads: int, head_dim: int) -> tuple[int, ...]:
+    def shape(
+        self, num_pages: int, num_kv_heads: int, head_dim: int, num_arrays: int = 2
+    ) -> tuple[int, ...]:
         """The shape of a layer's array of pages."""
         inner = (num_kv_heads, self.page_size)
         if self.order == "tokens":
             inner = (self.page_size, num_kv_heads)
-        return (num_pages, 2, *inner, head_dim)
+        return (num_pages, num_arrays, *inner, head_dim)
 
     def by_token(self, pages: Any) -> Any:
-        """Pages as they lie, [*, 2, _, _, D], to [*, 2, S, K, D], and the inverse."""
+        """Pages as they lie, [*, N, _, _, D], to [*, N, S, K, D], and the inverse."""
         return pages if self.order == "tokens" else pages.swapaxes(-2, -3)
 
 
@@ -55,7 +58,7 @@ class PageFormat:
 class KVCache:
     """Keys and values, or states, of all layers."""
 
-    # An array [P, 2, _, _, D] each, or a `RecurrentState`; JAX also puts what stands for an array.
+    # An array [P, N, _, _, D] each, or a `RecurrentState`; JAX also puts what stands for an array.
     layers: tuple[Any, ...]
     format: PageFormat  # how pages lie; static
 
@@ -107,10 +110,12 @@ class KVLayout:
     num_pages: int  # P, pages of the pool
     num_layers: int  # L, layers of the model
     num_kv_heads: int  # K, heads of keys and values in a layer of the model
-    head_dim: int  # D, numbers of a key or a value in a head
+    head_dim: int  # D, numbers of a key in a head
     dtype: DTypeLike  # of the keys and values that go in
     storage_dtype: DTypeLike  # of the arrays that keep them
     format: PageFormat  # how a page lies in memory, and who reads it
+    value_dim: int | None = None
+    """V: values are the first V numbers of keys; None: they lie behind these, as many numbers."""
     num_shards: int = 1  # devices, each of which has some of the heads
     recurrent: Recurrent | None = None  # layers that have states instead of pages
     num_slots: int = 0  # requests that have a state at once, where there are such layers
@@ -148,6 +153,11 @@ class KVLayout:
         return self.format.page_size
 
     @property
+    def num_arrays(self) -> int:
+        """N, arrays of a page: keys and values, or keys alone."""
+        return 2 if self.value_dim is None else 1
+
+    @property
     def head_copies(self) -> int:
         """How often each head is there: once, unless there are more devices than heads."""
         return max(1, self.num_shards // self.num_kv_heads)
@@ -156,14 +166,16 @@ class KVLayout:
     def bytes_per_page(self) -> int:
         """Bytes of one page over all layers, keys and values, of a device."""
         num_heads = self.num_kv_heads * self.head_copies // self.num_shards
-        elements = 2 * self.num_paged_layers * num_heads * self.head_dim * self.page_size
+        of_token = self.num_arrays * num_heads * self.head_dim
+        elements = self.num_paged_layers * of_token * self.page_size
         return elements * jnp.dtype(self.storage_dtype).itemsize
 
 
 def init_cache(layout: KVLayout) -> KVCache:
     """Allocates the cache of a layout, full of zeros."""
     num_heads = layout.num_kv_heads * layout.head_copies
-    shape = layout.format.shape(layout.num_pages, num_heads, layout.head_dim)
+    sizes = layout.num_pages, num_heads, layout.head_dim, layout.num_arrays
+    shape = layout.format.shape(*sizes)
     layers = tuple(
         _init_states(layout)
         if layer in layout.recurrent_layers
@@ -197,21 +209,33 @@ def finite_values(
     return jnp.where(is_finite, key, jnp.nan), jnp.where(is_finite, value, 0)
 
 
+def finite_latents(key: Float[Array, "*shape D"], value_dim: int) -> Float[Array, "*shape D"]:
+    """The same where values are the first numbers of keys: all those behind are NaN then."""
+    value, rest = jnp.split(key, (value_dim,), axis=-1)
+    is_finite = jnp.isfinite(value)
+    rest = jnp.where(is_finite.all(axis=-1, keepdims=True), rest, jnp.nan)
+    return jnp.concatenate((jnp.where(is_finite, value, 0), rest), axis=-1)
+
+
 def write(
-    pages: Num[Array, "P 2 _ _ D"],
+    pages: Num[Array, "P N _ _ D"],
     page: Int[Array, " T"],
     offset: Int[Array, " T"],
     key: Float[Array, "T K D"],
-    value: Float[Array, "T K D"],
+    value: Float[Array, "T K D"] | int,
     order: PageOrder,
-) -> Num[Array, "P 2 _ _ D"]:
+) -> Num[Array, "P N _ _ D"]:
     """Stores the keys and values of T tokens in a layer's pages, each at its page and offset.
 
     A page outside of the pool drops its token. In place where the pages are donated to the jitted
-    function that calls this. No value of NaN or infinity is ever stored (`finite_values`).
+    function that calls this. No value of NaN or infinity is ever stored (`finite_values`). A number
+    in place of the values says how many numbers of keys these are.
     """
     num_pages = pages.shape[0]
-    both = jnp.stack(finite_values(key, value), axis=1).astype(pages.dtype)
+    if isinstance(value, int):
+        both = finite_latents(key, value)[:, None].astype(pages.dtype)
+    else:
+        both = jnp.stack(finite_values(key, value), axis=1).astype(pages.dtype)
     if page.shape[0] == 1:
         # Never a single write: XLA on CPU makes it a slice update and copies the array for that.
         page, offset = jnp.append(page, num_pages), jnp.append(offset, offset)

@@ -20,7 +20,7 @@ class TakenPages(NamedTuple):
 
     Attributes:
         place: For each of them its place among the pages that were asked for; -1 is padding.
-        layers: Of every layer that has pages, these, [X, 2, _, _, D], as they lie in the cache.
+        layers: Of every layer that has pages, these, [X, N, _, _, D], as they lie in the cache.
     """
 
     place: np.ndarray
@@ -97,15 +97,15 @@ class PageCopies:
 
 
 @jax.jit
-def _take(arrays: list[Num[Array, "P 2 _ _ D"]], index: Int[Array, " X"]) -> list[Array]:
+def _take(arrays: list[Num[Array, "P N _ _ D"]], index: Int[Array, " X"]) -> list[Array]:
     return [array[index] for array in arrays]
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _put(
-    arrays: list[Num[Array, "P 2 _ _ D"]],
+    arrays: list[Num[Array, "P N _ _ D"]],
     index: Int[Array, " X"],
-    pages: list[Num[Array, "X 2 _ _ D"]],
+    pages: list[Num[Array, "X N _ _ D"]],
 ) -> list[Array]:
     return [
         array.at[index].set(some, mode="drop") for array, some in zip(arrays, pages, strict=True)

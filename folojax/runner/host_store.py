@@ -26,11 +26,11 @@ class TokenKV:
 
     Attributes:
         keys: All layers; bfloat16 where the cache is.
-        values: Likewise.
+        values: Likewise; with V = 0 where they are a part of the keys.
     """
 
     keys: Num[np.ndarray, "L T K D"]
-    values: Num[np.ndarray, "L T K D"]
+    values: Num[np.ndarray, "L T K V"]
 
     @property
     def num_tokens(self) -> int:
@@ -103,7 +103,8 @@ class HostStore:
         layout = self._layout
         wanted = (layout.num_layers, kv.num_tokens, layout.num_kv_heads, layout.head_dim)
         dtype = np.dtype(layout.dtype)
-        if not kv.keys.shape == kv.values.shape == wanted or kv.keys.dtype != dtype:
+        values = wanted if layout.num_arrays == 2 else (*wanted[:3], 0)
+        if kv.keys.shape != wanted or kv.values.shape != values or kv.keys.dtype != dtype:
             raise ValueError(
                 f"the K/V are {kv.keys.dtype}{list(kv.keys.shape)}; those of this engine's model "
                 f"are {dtype}{list(wanted)} [layers, tokens, heads, head dim]: use the engine's "
@@ -127,27 +128,28 @@ def read_tokens(taken: Sequence[TakenPages], num_tokens: int, layout: KVLayout) 
     """Waits for pages, and lays out the first tokens in them one behind the other."""
     num_pages = -(-num_tokens // layout.page_size)
     heads, dim = layout.num_kv_heads * layout.head_copies, layout.head_dim
-    shape = (layout.num_layers, num_pages, 2, layout.page_size, heads, dim)
+    shape = (layout.num_layers, num_pages, layout.num_arrays, layout.page_size, heads, dim)
     pages: np.ndarray = np.zeros(shape, np.dtype(layout.storage_dtype))
     for place, layers in fetch([(one.place, one.layers) for one in taken]):
         is_wanted = (place >= 0) & (place < num_pages)
         for layer, found in enumerate(layers):
             pages[layer, place[is_wanted]] = layout.format.by_token(found)[is_wanted]
-    # [L, N, 2, S, K, D] to [2, L, N * S, K, D]
-    tokens = pages.transpose(2, 0, 1, 3, 4, 5).reshape(2, layout.num_layers, -1, heads, dim)
+    # [L, n, N, S, K, D] to [N, L, n * S, K, D]
+    tokens = pages.transpose(2, 0, 1, 3, 4, 5).reshape(shape[2], layout.num_layers, -1, heads, dim)
     kept = tokens[:, :, :num_tokens, :: layout.head_copies]
-    keys, values = kept.astype(np.dtype(layout.dtype))
-    return TokenKV(keys, values)
+    keys, *values = kept.astype(np.dtype(layout.dtype))
+    return TokenKV(keys, values[0] if values else keys[..., :0])
 
 
 def write_tokens(kv: TokenKV, layout: KVLayout) -> TakenPages:
     """The inverse of `read_tokens`: the pages that hold these tokens."""
     num_pages = -(-kv.num_tokens // layout.page_size)
-    both = np.stack((kv.keys, kv.values)).astype(np.dtype(layout.storage_dtype))
+    arrays = (kv.keys, kv.values)[: layout.num_arrays]
+    both = np.stack(arrays).astype(np.dtype(layout.storage_dtype))
     both = np.repeat(both, layout.head_copies, axis=3)
     missing = num_pages * layout.page_size - kv.num_tokens
     both = np.pad(both, ((0, 0), (0, 0), (0, missing), (0, 0), (0, 0)))
-    shape = (2, layout.num_layers, num_pages, layout.page_size, *both.shape[3:])
+    shape = (len(both), layout.num_layers, num_pages, layout.page_size, *both.shape[3:])
     layers = layout.format.by_token(both.reshape(shape).transpose(1, 2, 0, 3, 4, 5))
     # One group: its size is its own, and so is what `PageCopies.put` compiles for it.
     return TakenPages(np.arange(num_pages), list(layers))

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 from folojax.models.core.adapted import AdaptedKernel
 from folojax.models.core.config import ModelConfig
 from folojax.models.core.interface import Attend
+from folojax.models.core.latent import into_latents, out_of_latents
 from folojax.models.core.layers import (
     activate,
     add_and_norm,
@@ -154,17 +155,18 @@ class Block(nn.Module):
         attend: Attend,
     ) -> tuple[Float[Array, "N E"], Any]:
         config = self.config
-        heads, value_dim = config.num_heads, config.value_dim or config.head_dim
         make = self._heads_of_latents if config.kv_rank else self._heads
-        query, key, value, *gate = make(normed, rotary)
+        query, key, value, *rest = make(normed, rotary)
         place = self.layer if self.cache_layer is None else self.cache_layer
         options: dict[str, Any] = {"scoring": config.scoring(self.layer)}
         if config.has_sinks:
-            options["sinks"] = self.param("sinks", _ZEROS, (heads,), self.dtype)
+            options["sinks"] = self.param("sinks", _ZEROS, (config.num_heads,), self.dtype)
         cache, out = attend(cache, place, query, key, value, **options)
-        if gate:
-            out = out * jax.nn.sigmoid(gate[0])
-        flat = out[..., :value_dim].reshape(-1, heads * value_dim)
+        if config.kv_rank:
+            out = out_of_latents(out, rest[0], config.value_dim)
+        elif rest:
+            out = out * jax.nn.sigmoid(rest[0])
+        flat = out.reshape(out.shape[0], -1)
         update = self._linear("o", flat, config.hidden_size, config.o_bias, is_part=True)
         return update.astype(self.dtype), cache
 
@@ -187,9 +189,9 @@ class Block(nn.Module):
         return *self._norm_and_turn(query, key, rotary), value
 
     def _heads_of_latents(self, normed: Float[Array, "N E"], rotary: Rotary | None) -> Any:
-        """The same where they come from latents; what turns of a head comes first here.
+        """The same in the space of latents, which are the values; and what leads out of it.
 
-        Values are as wide as keys, zeros behind what they have.
+        Latents come first in queries and keys, then what turns; one key is that of all heads.
         """
         config, heads = self.config, self.config.num_heads
         assert config.rotary_dim is not None
@@ -200,14 +202,11 @@ class Block(nn.Module):
         query = self._linear(name, latent, heads * config.head_dim, False).astype(self.dtype)
         query = query.reshape(-1, heads, config.head_dim)
         latent, turning = self._latent("kv", normed, config.kv_rank, config.rotary_dim)
-        both = self._linear("kv_b", latent, heads * (still + config.value_dim), False)
-        both = both.astype(self.dtype).reshape(-1, heads, still + config.value_dim)
+        kernel = kernel_of(self, "kv_b", heads * (still + config.value_dim), config.kv_rank)
         query_turn, key_turn = self._norm_and_turn(query[..., still:], turning[:, None], rotary)
-        key_turn = jnp.broadcast_to(key_turn, query_turn.shape)
-        query = jnp.concatenate((query_turn, query[..., :still]), axis=-1)
-        key = jnp.concatenate((key_turn, both[..., :still]), axis=-1)
-        missing = config.head_dim - config.value_dim
-        return query, key, jnp.pad(both[..., still:], ((0, 0), (0, 0), (0, missing)))
+        absorbed = into_latents(query[..., :still], kernel, config.value_dim)
+        query = jnp.concatenate((absorbed, query_turn), axis=-1)
+        return query, jnp.concatenate((latent[:, None], key_turn), axis=-1), None, kernel
 
     def _latent(self, name: str, x: Float[Array, "N E"], rank: int, rest: int = 0) -> Any:
         """A normed latent, and what a product has beside it."""

@@ -113,7 +113,7 @@ class ModelConfig:
 
     kv_rank: int = 0
     """Keys and values of all heads come from one latent so wide; beside it lies the part of keys
-    that turns, the same for all heads. 0: each head has its own."""
+    that turns, the same for all heads (`folojax.models.core.latent`). 0: each head has its own."""
     query_rank: int = 0  # the width of the latent that queries come from then; 0: there is none
     value_dim: int = 0  # of a value then, up to head_dim
 
@@ -177,7 +177,13 @@ class ModelConfig:
             softcap=self.attention_softcap,
             window=self.windows[layer] if self.windows else None,
             has_sinks=self.has_sinks,
+            value_dim=self.kv_rank or None,
         )
+
+    @property
+    def key_dim(self) -> int:
+        """Numbers of a key as attention sees it: of a head, or of a latent and what turns."""
+        return self.kv_rank + (self.rotary_dim or 0) if self.kv_rank else self.head_dim
 
     def is_recurrent(self, layer: int) -> bool:
         """Whether the layer keeps a state, and no keys and values."""
@@ -247,6 +253,8 @@ class ModelConfig:
             )
         if self.kv_rank and not (0 < self.value_dim <= self.head_dim and self.rotary_dim):
             found.append(f"value_dim is {self.value_dim}; it must be from 1 to {self.head_dim}")
+        if self.kv_rank and self.num_kv_heads != 1:
+            found.append(f"num_kv_heads is {self.num_kv_heads}; heads of one latent share one key")
         size, rest = divmod(self.num_experts, self.num_expert_groups)
         few = self.num_groups_per_token
         is_grouped = self.num_expert_groups > 1

@@ -25,10 +25,10 @@ class DenseAttend:
         layer: int,
         query: Float[Array, "N H D"],
         key: Float[Array, "N K D"],
-        value: Float[Array, "N K D"],
+        value: Float[Array, "N K D"] | None,
         scoring: Scoring = PLAIN,
         sinks: Float[Array, " H"] | None = None,
-    ) -> tuple[Any, Float[Array, "N H D"]]:
+    ) -> tuple[Any, Float[Array, "N H V"]]:
         """Causal attention.
 
         Token n sees tokens 0..n, whatever their positions say. Scores and softmax are float32, and
@@ -36,6 +36,7 @@ class DenseAttend:
         and head h reads kv head h // (H / K). The output is in the query's dtype.
         """
         del layer  # `scoring` says how it differs from others
+        value = key[..., : scoring.value_dim] if value is None else value
         return cache, _attend(query, key, value, scoring, sinks)
 
     def convolve(
@@ -77,15 +78,15 @@ def _one_row(length: int) -> Rows:
 def _attend(
     query: Float[Array, "N H D"],
     key: Float[Array, "N K D"],
-    value: Float[Array, "N K D"],
+    value: Float[Array, "N K V"],
     scoring: Scoring,
     sinks: Float[Array, " H"] | None,
-) -> Float[Array, "N H D"]:
+) -> Float[Array, "N H V"]:
     num_tokens, num_heads, head_dim = query.shape
     num_kv_heads = key.shape[1]
     group = num_heads // num_kv_heads
     # One batch axis and plain matrices: XLA on CPU has no bfloat16 product for the richer forms.
-    #   query [N, K, G, D] -> [K, G*N, D]        key, value [N, K, D] -> [K, N, D]
+    #   query [N, K, G, D] -> [K, G*N, D]     key, value [N, K, D or V] -> [K, N, D or V]
     grouped = query.reshape(num_tokens, num_kv_heads, group, head_dim)
     rows = grouped.transpose(1, 2, 0, 3).reshape(num_kv_heads, group * num_tokens, head_dim)
     scores = jnp.einsum(
@@ -107,5 +108,5 @@ def _attend(
         value.transpose(1, 0, 2),
         preferred_element_type=jnp.float32,
     )
-    out = out.reshape(num_kv_heads, group, num_tokens, head_dim).transpose(2, 0, 1, 3)
-    return out.reshape(num_tokens, num_heads, head_dim).astype(query.dtype)
+    out = out.reshape(num_kv_heads, group, num_tokens, -1).transpose(2, 0, 1, 3)
+    return out.reshape(num_tokens, num_heads, -1).astype(query.dtype)

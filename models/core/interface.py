@@ -15,6 +15,8 @@ class Scoring:
     softcap: float | None = None  # scores become cap * tanh(scores / cap)
     window: int | None = None  # a token sees so many tokens, itself included; None: all before it
     has_sinks: bool = False  # each head has one more score, of a key without a value
+    value_dim: int | None = None
+    """V: values are the first V numbers of keys, and are not given; None: they are."""
 
     def scores(self, products: Float[Array, "*shape"], head_dim: int) -> Float[Array, "*shape"]:
         """Scaled and capped, not masked yet."""
@@ -36,7 +38,8 @@ class Attend(Protocol):
 
     The model knows nothing of sequences, pages or masks: it hands over one layer's query, key and
     value for a flat axis of tokens, already normed and rotated, and threads `cache` through.
-    What is to be done with the scores comes along, as it may differ from layer to layer.
+    What is to be done with the scores comes along, as it may differ from layer to layer. V, numbers
+    of a value, is D, or else what `scoring` says.
     """
 
     def __call__(
@@ -45,13 +48,14 @@ class Attend(Protocol):
         layer: int,
         query: Float[Array, "N H D"],
         key: Float[Array, "N K D"],
-        value: Float[Array, "N K D"],
+        value: Float[Array, "N K D"] | None,
         scoring: Scoring = PLAIN,
         sinks: Float[Array, " H"] | None = None,
-    ) -> tuple[Any, Float[Array, "N H D"]]:
+    ) -> tuple[Any, Float[Array, "N H V"]]:
         """Returns the new cache and each token's attention output, in the query's dtype.
 
-        `sinks` are given only where `scoring` has them: those scores, neither scaled nor capped.
+        `value` is None where values are a part of keys. `sinks` are given only where `scoring` has
+        them: those scores, neither scaled nor capped.
         """
         ...
 

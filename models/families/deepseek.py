@@ -1,4 +1,4 @@
-"""DeepSeek V2 and V3: keys and values from one latent, of which the cache has the full heads."""
+"""DeepSeek V2 and V3: keys and values of all heads come from one latent, which the cache keeps."""
 
 import dataclasses
 import math
@@ -22,7 +22,7 @@ def _latent(mapping: Mapping[str, Any]) -> dict[str, Any]:
     all_dim, factor = rope.get("mscale_all_dim"), rope.get("factor") or 1.0
     growth = 0.1 * all_dim * math.log(factor) + 1 if all_dim and factor > 1 else 1.0
     return {
-        "num_kv_heads": mapping["num_attention_heads"],
+        "num_kv_heads": 1,
         "head_dim": head_dim,
         "rotary_dim": turning,
         "attention_scale": head_dim**-0.5 * growth**2,

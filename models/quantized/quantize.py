@@ -38,7 +38,8 @@ from folojax.models.quantized.tiled_kernels import (
 QuantizedKernel: TypeAlias = Int8Kernel | GroupKernel | TiledKernel | Float8Kernel
 
 
-# Experts are multiplied by `lax.ragged_dot`, and a router's scores decide between experts.
+# Experts are multiplied by `lax.ragged_dot`, a router's scores decide between experts, and "kv_b"
+# is multiplied head by head, from either side (`models/core/latent.py`).
 _LINEAR = frozenset(
     {
         "qkv",
@@ -52,7 +53,6 @@ _LINEAR = frozenset(
         "q_a",
         "q_b",
         "kv_a",
-        "kv_b",
     }
 )
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from folojax.models.core.config import ModelConfig
+from folojax.models.core.config import ModelConfig, Recurrent
 from folojax.models.core.decoder import Llama, init_params
 
 QWEN3: dict[str, Any] = {
@@ -52,7 +52,78 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_heads": 64,
         "tie_embeddings": False,
     },
+    # DeepSeek-V2-Lite: one latent for all heads, experts in all layers but the first.
+    "deepseek-v2-lite": {
+        "architecture": "DeepseekV2ForCausalLM",
+        "vocab_size": 102400,
+        "hidden_size": 2048,
+        "intermediate_size": 10944,
+        "num_layers": 27,
+        "num_heads": 16,
+        "num_kv_heads": 1,
+        "head_dim": 192,
+        "kv_rank": 512,
+        "rotary_dim": 64,
+        "value_dim": 128,
+        "is_rope_interleaved": True,
+        "max_position": 32768,
+        "rope_theta": 1e4,
+        "rope_scaling": None,
+        "rms_norm_eps": 1e-6,
+        "tie_embeddings": False,
+        "qkv_bias": False,
+        "qk_norm": False,
+        "num_experts": 64,
+        "num_experts_per_token": 6,
+        "expert_size": 1408,
+        "shared_expert_size": 2816,
+        "is_expert_weight_normed": False,
+        "dense_layers": (0,),
+    },
+    # Half of the layers of Qwen3-Next-80B: three of four are recurrent.
+    "qwen3-next-24": {
+        "architecture": "Qwen3NextForCausalLM",
+        "vocab_size": 151936,
+        "hidden_size": 2048,
+        "intermediate_size": 5120,
+        "num_layers": 24,
+        "num_heads": 16,
+        "num_kv_heads": 2,
+        "head_dim": 256,
+        "rotary_dim": 64,
+        "max_position": 32768,
+        "rope_theta": 1e7,
+        "rope_scaling": None,
+        "rms_norm_eps": 1e-6,
+        "norm": "rms_offset",
+        "tie_embeddings": False,
+        "qkv_bias": False,
+        "qk_norm": True,
+        "has_attention_gate": True,
+        "recurrent": Recurrent(
+            layers=tuple(layer for layer in range(24) if (layer + 1) % 4),
+            num_key_heads=16,
+            num_value_heads=32,
+            key_dim=128,
+            value_dim=128,
+            conv_width=4,
+            is_by_key_head=True,
+        ),
+        "num_experts": 512,
+        "num_experts_per_token": 10,
+        "expert_size": 512,
+        "shared_expert_size": 512,
+        "has_shared_gate": True,
+    },
 }
+_SMALL: dict[str, Any] = {
+    "num_layers": 4,
+    "num_experts": 8,
+    "num_experts_per_token": 4,
+    "expert_size": 64,
+    "shared_expert_size": 64,
+}
+"""Of those with experts, beside what is small of the others."""
 
 
 def make_model(
@@ -70,7 +141,9 @@ def make_model(
     """
     shape = SHAPES[name]
     if small:
-        shape = shape | {"num_layers": 2, "vocab_size": 512, "intermediate_size": 128}
+        of_experts = _SMALL if "num_experts" in shape else {}
+        small_shape = {"num_layers": 2, "vocab_size": 512, "intermediate_size": 128}
+        shape = shape | small_shape | of_experts
     module = Llama(ModelConfig(**(shape | changes)), dtype)
     return module, jax.block_until_ready(random_params(module, mesh=mesh))
 

@@ -20,7 +20,7 @@ from folojax.kv.cache import KVCache, PageFormat
 from folojax.kv.placement import place_tokens
 from folojax.models.core.decoder import Llama
 from folojax.models.core.dense_attend import dense_attend
-from folojax.models.core.interface import PLAIN, Scoring
+from folojax.models.core.interface import Scoring
 
 _PAGE = 64
 
@@ -42,6 +42,7 @@ class _Case(NamedTuple):
     before: tuple[int, ...]  # cached tokens of each row
     length: tuple[int, ...]  # tokens of each row; 0 is padding
     window: int | None = None
+    value_dim: int | None = None  # of values that are the first numbers of the only key
 
 
 def _cases() -> Iterator[_Case]:
@@ -54,11 +55,15 @@ def _cases() -> Iterator[_Case]:
     yield _Case(128, 2, 64, (0, 64, 65, 1000, 0), (64, 64, 1, 30, 0), window=100)
     yield _Case(128, 8, 256, (0, 256, 1000, 0), (256, 200, 1, 0))
     yield _Case(64, 1, 2048, (0, 320), (2048, 1700))
+    for groups, window in ((16, None), (128, None), (16, 100)):
+        yield _Case(576, groups, 1, decode, one, window, 512)
+        yield _Case(576, groups, 256, (0, 256, 1000, 0), (256, 200, 1, 0), window, 512)
 
 
 def _small_cases() -> Iterator[_Case]:
     yield _Case(64, 1, 1, (0, 70, 0), (1, 1, 0))
     yield _Case(80, 2, 16, (0, 70, 0), (16, 3, 0), window=20)
+    yield _Case(48, 4, 16, (0, 70, 0), (16, 3, 0), None, 32)
 
 
 def _compare_kernels(case: _Case, report: Report) -> None:
@@ -66,8 +71,10 @@ def _compare_kernels(case: _Case, report: Report) -> None:
     backend = choose_backend()
     dtype = jnp.dtype(backend.default_dtype)
     storage = jnp.dtype(jnp.float32) if backend.stores_float32 else dtype
-    scoring = PLAIN if case.window is None else Scoring(window=case.window)
-    heads, rows, kv_heads = 2 * case.groups, len(case.before), 2
+    scale = 192**-0.5 if case.value_dim else None  # of heads, as DeepSeek has them
+    scoring = Scoring(window=case.window, value_dim=case.value_dim, scale=scale)
+    kv_heads = 1 if case.value_dim else 2
+    heads, rows = kv_heads * case.groups, len(case.before)
     counts = -(-np.add(case.before, case.length) // _PAGE)
     num_pages = int(counts.sum()) + 1
     table = np.full((rows, 1 + int(counts.max())), num_pages, np.int32)
@@ -82,7 +89,7 @@ def _compare_kernels(case: _Case, report: Report) -> None:
     keys = jax.random.split(jax.random.key(0), 4)
     format_ = PageFormat(_PAGE, backend.page_order, ("reference",), backend.capability)
     shapes = [
-        format_.shape(num_pages, kv_heads, case.head_dim),
+        format_.shape(num_pages, kv_heads, case.head_dim, 1 if case.value_dim else 2),
         *((tokens, count, case.head_dim) for count in (heads, kv_heads, kv_heads)),
     ]
     arrays = [jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True)]
@@ -92,6 +99,7 @@ def _compare_kernels(case: _Case, report: Report) -> None:
         cache = KVCache((pages,), dataclasses.replace(format_, kernels=(name,)))
         rows = jnp.asarray(table), jnp.asarray(first), jnp.asarray(length)
         placement, _ = place_tokens(cache, rows[0], rows[1], rows[2], case.columns)
+        value = None if case.value_dim else value
         return attend(placement, cache, 0, query, key, value, scoring)[1]
 
     with jax.default_matmul_precision("highest"):

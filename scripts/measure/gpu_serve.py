@@ -8,7 +8,8 @@
 
 Parts: `ready` (seconds until the engine is made, which is warm by then), `nano` (256 requests of
 100-1,024 tokens in and out, three runs), `rows` (1, 8, 64 and 256 requests of 128 tokens in and
-out), `prompts` (32 prompts of 512 tokens, one token out), `sampling` (64 requests of 128 in and out
+out), `floor` (decode steps of 1, 64 and 256 rows against the bytes that they have to move),
+`prompts` (32 prompts of 512 tokens, one token out), `sampling` (64 requests of 128 in and out
 for each kind of sampling), `structured` (64 requests, plain and each with a JSON schema of its
 own), `profile` (where a run's time goes: seconds of the host by part of a step). Weights are
 random, prompts too, and no prefix is seen twice. `--small` shrinks everything, to try the script
@@ -34,6 +35,8 @@ from folojax.models.quantized.names import QUANTIZATIONS
 
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 _CACHE_HIT = "/jax/compilation_cache/cache_hits"
+
+READ_BYTES_PER_S = 4.3e12  # of an H200, in large kernels
 
 KINDS: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0},
@@ -155,6 +158,44 @@ class Serving:
             best = float(np.median(times))
             self._add(part="rows", rows=rows, seconds=best, tokens_per_s=rows * size / best)
 
+    def check_floor(self, runs: int = 3) -> None:
+        """Decode steps behind 128 tokens, as a share of what moving their bytes would take.
+
+        These are the weights, of experts those that so many rows meet by chance, the pages of all
+        rows, and states, which are read and written.
+        """
+        size = 16 if self.small else 128
+        for rows in (1, 8) if self.small else (1, 64, 256):
+            first = [self.run([(size, 1)] * rows, temperature=0) for _ in range(runs + 1)]
+            whole = [self.run([(size, size + 1)] * rows, temperature=0) for _ in range(runs + 1)]
+            step_s = float(np.median(whole[1:]) - np.median(first[1:])) / size
+            num_bytes = self._step_bytes(rows, size + size // 2)
+            floor_s = num_bytes / READ_BYTES_PER_S
+            self._add(
+                part="floor",
+                rows=rows,
+                step_ms=step_s * 1e3,
+                floor_ms=floor_s * 1e3,
+                gigabytes=num_bytes / 1e9,
+                share=floor_s / step_s,
+            )
+
+    def _step_bytes(self, rows: int, num_tokens: int) -> float:
+        """That a decode step has to move, each row behind so many tokens."""
+        setup = self.llm.engine.runner.setup
+        config, layout = setup.model.config, setup.layout
+        met = 1.0
+        if config.num_experts:
+            met -= (1 - config.num_experts_per_token / config.num_experts) ** rows
+        total = 0.0
+        for path, leaf in jax.tree_util.tree_leaves_with_path(self.llm.params):
+            name = str(getattr(path[-1], "key", ""))
+            if name == "embed" and not config.tie_embeddings:
+                continue  # of which rows are looked up
+            total += leaf.nbytes * (met if name.startswith("experts_") else 1.0)
+        total += rows * num_tokens * layout.bytes_per_page / layout.page_size
+        return total + 2 * rows * layout.state_bytes / layout.num_states
+
     def check_prompts(self, runs: int = 3) -> None:
         """Prompts alone."""
         count, size = (2, 32) if self.small else (32, 512)
@@ -243,7 +284,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parts = ["nano", "rows", "prompts", "sampling", "structured", "profile"]
+    parts = ["nano", "rows", "floor", "prompts", "sampling", "structured", "profile"]
     parser.add_argument("model", choices=list(SHAPES))
     parser.add_argument("--parts", nargs="+", choices=["ready", *parts], default=parts)
     parser.add_argument("--small", action="store_true", help="shrink everything")

@@ -23,6 +23,7 @@ Exit code: 0; 1 with --check if a rule is broken; 2 after a mistake in the optio
 """
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Iterator
@@ -36,6 +37,7 @@ from hlo_read import count_kernels, kernels_per_layer, num_command_buffers, outs
 from rich.console import Console
 from rich.table import Table
 
+from folojax.backend.backend import GPU
 from folojax.backend.devices import Devices
 from folojax.models.core.config import ModelConfig
 from folojax.models.core.decoder import Llama
@@ -121,9 +123,10 @@ def inspect(args: argparse.Namespace, devices: Devices) -> Iterator[dict[str, An
         shape = shape | {"num_layers": args.layers}
     module = Llama(ModelConfig(**shape), jnp.bfloat16)
     config = module.config
-    elements = 2 * config.num_layers * config.num_kv_heads * config.head_dim * args.page_size
-    elements //= devices.count
-    num_pages = int(args.pool_gb * 1e9 / (elements * jnp.dtype(module.dtype).itemsize))
+    layout = dataclasses.replace(GPU, devices=devices).kv_layout(
+        config, module.dtype, 1, args.page_size
+    )
+    num_pages = int(args.pool_gb * 1e9 / layout.bytes_per_page)
     table_pages = pages_for(args.longest, args.page_size)
     sizes = num_pages, args.page_size, table_pages
     loras = None if args.loras is None else tuple(args.loras)

@@ -39,7 +39,7 @@ def test_families_attend_as_the_table_says(case: str) -> None:
 
 
 def test_the_table_has_every_architecture() -> None:
-    rows = re.findall(r"^\| `(\w+)` \| (?:cudnn|reference) \|", DOCS.read_text(), re.M)
+    rows = re.findall(r"^\| `(\w+)` \| (?:cudnn|latent|reference) \|", DOCS.read_text(), re.M)
     assert sorted(rows) == sorted(ARCHITECTURES)
 
 

@@ -180,6 +180,40 @@ def test_it_is_plain_attention(way: Way, heads: Heads, page_size: int) -> None:
         check_steps(way, make_case(way, heads, page_size))
 
 
+LATENTS = Heads(1, 11, 24, value_dim=16)
+OF_LATENTS = Scoring(scale=0.3, value_dim=16)
+
+
+@DIFFERENT_WAYS
+def test_values_may_be_the_first_numbers_of_keys(way: Way) -> None:
+    if way.takes_latents:
+        check_steps(way, make_case(way, LATENTS), OF_LATENTS)
+
+
+@DIFFERENT_WAYS
+def test_latents_that_are_broken_are_told_by_the_rest_of_their_key(way: Way) -> None:
+    """The token itself and those behind it see that, and no later owner of the page."""
+    if not way.takes_latents:
+        return
+    case, row, token = make_case(way, LATENTS), 4, 13
+    _, expected = run_calls(case, [whole()], 32, scoring=OF_LATENTS)
+    key = case.sequences[row].key.copy()
+    key[token, 0, 3] = np.inf
+    sequences = [*case.sequences]
+    sequences[row] = Tokens(sequences[row].query, key, key[..., :16])
+    broken_case = case._replace(sequences=sequences)
+    cache, got = run_calls(broken_case, [whole()], 32, scoring=OF_LATENTS)
+    check_same({row: got[row][:token]}, {row: expected[row][:token]})
+    assert np.isnan(got[row][token:]).any(axis=(1, 2)).all()
+    # Of the page's next owner, what lies behind its tokens.
+    pages = [[*case.pages[row]]] * len(ALL)
+    lengths = [token if index == row else 0 for index in ALL]
+    sequences = [case.sequences[row].first(token)] * len(ALL)
+    chunks = [Chunk(row if n else None, 0, n) for n in lengths]
+    _, out = run_rows(cache, sequences, pages, chunks, 32, scoring=OF_LATENTS)
+    check_same({row: out[row]}, {row: expected[row][:token]})
+
+
 # Windows of one token, above a chunk (5) and below a page (8), above both, and above all.
 @DIFFERENT_WAYS
 @pytest.mark.parametrize(
