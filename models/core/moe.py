@@ -9,6 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from folojax.models.core.config import ModelConfig
+from folojax.models.core.expert_product import by_expert
 from folojax.models.core.layers import gated, project
 
 
@@ -88,9 +89,9 @@ def mix_experts(
         sizes = jnp.bincount(pair_expert, length=count)
     rows = x[order // per_token]
     of_row = pair_expert[order]
-    both = _plus(_by_expert(rows, experts.gate_up, sizes), experts.gate_up_bias, of_row)
+    both = _plus(by_expert(rows, experts.gate_up, sizes), experts.gate_up_bias, of_row)
     inner = _gated(both, config).astype(x.dtype)
-    sorted_out = _plus(_by_expert(inner, experts.down, sizes), experts.down_bias, of_row)
+    sorted_out = _plus(by_expert(inner, experts.down, sizes), experts.down_bias, of_row)
     out = jnp.zeros_like(sorted_out).at[order].set(sorted_out, unique_indices=True)
     mixed = (out.reshape(num_tokens, per_token, width) * weight[:, :, None]).sum(1)
     return mixed.astype(x.dtype), expert
@@ -144,10 +145,3 @@ def _gated(both: Float[Array, "M FF"], config: ModelConfig) -> Float[Array, "M F
         return gated(both, config.activation)
     gate, up = jnp.minimum(both[:, 0::2], limit), jnp.clip(both[:, 1::2], -limit, limit)
     return (up + 1.0) * gate * jax.nn.sigmoid(config.swiglu_alpha * gate)
-
-
-def _by_expert(
-    rows: Float[Array, "M I"], kernels: Float[Array, "X I O"], sizes: Int[Array, " X"]
-) -> Float[Array, "M O"]:
-    """Each run of rows times the kernel of its expert, in float32."""
-    return jax.lax.ragged_dot(rows, kernels, sizes, preferred_element_type=jnp.float32)

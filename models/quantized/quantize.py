@@ -38,7 +38,7 @@ from folojax.models.quantized.tiled_kernels import (
 QuantizedKernel: TypeAlias = Int8Kernel | GroupKernel | TiledKernel | Float8Kernel
 
 
-# Experts are multiplied by `lax.ragged_dot`, a router's scores decide between experts, and "kv_b"
+# Experts have products of their own, a router's scores decide between experts, and "kv_b"
 # is multiplied head by head, from either side (`models/core/latent.py`).
 _LINEAR = frozenset(
     {
