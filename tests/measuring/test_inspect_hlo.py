@@ -274,6 +274,25 @@ def test_deterministic_mode_on_an_h200_adds_in_kernels_of_its_own(
 
 
 @pytest.mark.gpu_compiler
+def test_latents_and_experts_on_an_h200_have_kernels_of_their_own(
+    tmp_path: Path, pytestconfig: pytest.Config
+) -> None:
+    """Of two layers, the second has experts."""
+    text = tmp_path / "text"
+    options = ["--model=deepseek-v2-lite", "--layers=2", "--rows=64", "--calls", "greedy"]
+    options += ["prefill", "--pool-gb=20", "--text", str(text)]
+    report = compile_for_h200(tmp_path / "out.json", pytestconfig, *options)
+    for one in report["results"]:
+        assert (one["moves"], one["host_calls"], one["command_buffers"]) == ([], [], 1)
+        assert one["moved_to_weights"] < 1.6
+        lines = next(text.glob(f"*-{one['call']}-*")).read_text().splitlines()
+        names = [re.sub(r"__\d+$", "", line).split()[-1] for line in lines]
+        own = {"greedy": ("read_pieces", "join_pieces"), "prefill": ("attend_latents",)}
+        assert all(names.count(name) == 2 for name in own[one["call"]])
+        assert names.count("multiply_by_expert") == 2
+
+
+@pytest.mark.gpu_compiler
 @pytest.mark.parametrize("model", ["qwen3-0.6b", "qwen3-8b"])
 def test_decode_on_an_h200_keeps_the_rules(
     model: str, tmp_path: Path, pytestconfig: pytest.Config
