@@ -1,14 +1,17 @@
 """The product with a kernel in four bits as one kernel on an NVIDIA GPU, from Ampere on.
 
-A program multiplies some outputs, of few of which a step has rows, so it cuts its inputs into
-shares, each of a warp's own: the rows of its tile are outputs by shares, the columns the tokens'
-rows by shares, and of the products those of one share are kept and added, in a fixed order. What
-the others cost is nothing: a product of 16 columns is the least there is.
+A program multiplies some outputs with some rows of tokens. A step takes a block of inputs: codes
+become bfloat16 in the registers from which the tensor cores take them, tokens lie in shared memory:
 
-    tile [shares * outputs, 32 words]  x  part p of each word  x  tokens [shares * rows, 32 inputs]
+    tile [outputs, 32 words] -> weights [outputs, 64 inputs], twice  x  tokens [rows, 64 inputs]
 
-A word's four codes belong to inputs 32 apart, so each part of a tile of words is a matrix by itself
-and no code changes its thread.
+A word's four codes belong to inputs 32 apart, so each part of a tile of words is a matrix by
+itself, two parts side by side are one of twice its inputs, and no code changes its thread. Scales
+and offsets are read in the step that needs them, as words are: what a loop carries Triton would
+take through shared memory, with all that is made of it.
+
+Where outputs and rows are too few for programs on all processors, inputs are cut into parts, each a
+program's own, whose sums are added afterwards, in a fixed order.
 
 Axes: N tokens, O outputs, I inputs, B blocks of 128 inputs, G groups of them.
 """
@@ -29,29 +32,35 @@ BLOCK = _WORDS * _PARTS
 """Inputs of a block, which an output has one row of words for."""
 
 _WIDENED_OUTPUTS = 64
+_WARPS = 4  # as Hopper's products want them
 
 
 class _Cut(NamedTuple):
-    """How a product is cut into programs."""
+    """How a product is cut into programs, and how many steps of these read ahead."""
 
     outputs: int  # of a program
-    shares: int  # of the inputs
     rows: int  # of a program
+    stages: int
+    parts: int = 1  # of the inputs
+
+
+_ENOUGH, _MOST_PARTS = 264, 8
+"""Programs: two for each processor of an H200."""
 
 
 def _cut(num_rows: int, outputs: int, blocks: int) -> _Cut:
-    """Measured (docs/gpu.md): enough programs for the card, and tiles of 64 rows in all."""
-    is_wide = outputs >= 2**14
-    if num_rows <= 16:
-        wanted = _Cut(32, 2, 8) if is_wide else _Cut(16, 4, 4 if num_rows <= 4 else 8)
-        wanted = wanted if num_rows <= 8 else _Cut(32, 2, 16)
-    elif num_rows <= 32:
-        wanted = _Cut(64, 1, 32) if is_wide else _Cut(32, 2, 32)
+    """Measured on an H200 (docs/gpu.md)."""
+    if num_rows <= 64:
+        rows = max(16, 1 << (num_rows - 1).bit_length())
+        cut, enough = _Cut(128 if outputs % 128 == 0 else 64, rows, 4 if rows <= 32 else 3), _ENOUGH
     else:
-        wanted = _Cut(64, 1, 64) if is_wide or num_rows > 64 else _Cut(32, 2, 64)
-    while blocks % wanted.shares:
-        wanted = _Cut(wanted.outputs, wanted.shares // 2, max(wanted.rows, 16))
-    return wanted
+        # More parts cost more in sums than they gain.
+        cut, enough = _Cut(64, 128, 3), _ENOUGH // 2
+    programs = pl.cdiv(num_rows, cut.rows) * (outputs // cut.outputs)
+    parts = 1
+    while programs * parts < enough and parts < _MOST_PARTS and blocks % (2 * parts) == 0:
+        parts *= 2
+    return cut._replace(parts=parts)
 
 
 def words_of(codes: UInt8[Array, "O I"]) -> Int16[Array, "B O 32"]:
@@ -71,49 +80,73 @@ def multiply_tiles(
     """The product, summed in float32, in `dtype`."""
     blocks, outputs, _ = words.shape
     cut = _cut(x.shape[0], outputs, blocks)
-    return pl.pallas_call(
+    tiles = pl.cdiv(x.shape[0], cut.rows), outputs // cut.outputs
+    sums = pl.pallas_call(
         functools.partial(_multiply, cut=cut),
-        grid=(outputs // cut.outputs, pl.cdiv(x.shape[0], cut.rows)),
-        out_shape=jax.ShapeDtypeStruct((x.shape[0], outputs), dtype),
-        # Two warps: with four, Triton takes Hopper's products, which wait for one another.
-        compiler_params=triton.CompilerParams(num_warps=2, num_stages=4 if cut.rows < 32 else 3),
+        grid=(*tiles, cut.parts),
+        out_shape=jax.ShapeDtypeStruct(
+            (cut.parts, x.shape[0], outputs), dtype if cut.parts == 1 else jnp.float32
+        ),
+        compiler_params=triton.CompilerParams(num_warps=_WARPS, num_stages=cut.stages),
         name="multiply_tiles",
     )(x, words, pairs)
+    return functools.reduce(jnp.add, list(sums)).astype(dtype)
 
 
 def _multiply(x_ref: Any, words_ref: Any, pairs_ref: Any, out_ref: Any, *, cut: _Cut) -> None:
-    """Some outputs of some rows."""
+    """Some outputs of some rows, of one part of the inputs."""
     blocks, num_rows = words_ref.shape[0], x_ref.shape[0]
-    steps = blocks // cut.shares  # blocks of a share
-    row, column = jnp.arange(cut.shares * cut.outputs), jnp.arange(cut.shares * cut.rows)
-    share, own = row // cut.outputs, pl.program_id(0) * cut.outputs + row % cut.outputs
-    token = pl.program_id(1) * cut.rows + column % cut.rows
-    first = column // cut.rows * (steps * BLOCK)
-    within = jnp.arange(_WORDS)
-    masked = _masked((token < num_rows)[:, None], (column.size, _WORDS), num_rows % cut.rows == 0)
+    steps, part = blocks // cut.parts, pl.program_id(2)
+    token = pl.program_id(0) * cut.rows + jnp.arange(cut.rows)
+    own = pl.program_id(1) * cut.outputs + jnp.arange(cut.outputs)
+    within, wide = jnp.arange(_WORDS), jnp.arange(2 * _WORDS)
+    is_whole = num_rows % cut.rows == 0
+    masked = _masked((token < num_rows)[:, None], (cut.rows, wide.size), is_whole)
 
     def add(step: Any, total: Any) -> Any:
-        block = share * steps + step
-        words = triton.load(words_ref.at[block[:, None], own[:, None], within[None, :]])
-        for part in range(_PARTS):
-            given = first[:, None] + step * BLOCK + part * _WORDS + within[None, :]
-            x = triton.load(x_ref.at[token[:, None], given], **masked)
-            group = _group(block, part, pairs_ref.shape[0], blocks)
-            weights = _weights(words, part, triton.load(pairs_ref.at[group, own]))
+        block = part * steps + step
+        words = triton.load(words_ref.at[block, own[:, None], within[None, :]])
+        weights = [
+            _weights(words, p, triton.load(pairs_ref.at[_group(block, p, pairs_ref, blocks), own]))
+            for p in range(_PARTS)
+        ]
+        for half in range(2):
+            both = _side_by_side(*weights[2 * half : 2 * half + 2])
+            given = block * BLOCK + half * wide.size + wide
+            x = triton.load(x_ref.at[token[:, None], given[None, :]], **masked)
             dims = (((1,), (1,)), ((), ()))
-            total += jax.lax.dot_general(weights, x, dims, preferred_element_type=jnp.float32)
-        return total
+            total += jax.lax.dot_general(both, x, dims, preferred_element_type=jnp.float32)
+        return _waited_for(total)
 
-    total = jax.lax.fori_loop(0, steps, add, jnp.zeros((row.size, column.size), jnp.float32))
-    if cut.shares > 1:
-        total = jnp.where(share[:, None] == (column // cut.rows)[None, :], total, 0.0)
-        total = jnp.sum(total.reshape(cut.shares, cut.outputs, column.size), axis=0)
-        total = jnp.sum(total.reshape(cut.outputs, cut.shares, cut.rows), axis=1)
-    own = pl.program_id(0) * cut.outputs + jnp.arange(cut.outputs)
-    token = pl.program_id(1) * cut.rows + jnp.arange(cut.rows)
-    masked = _masked((token < num_rows)[None, :], total.shape, num_rows % cut.rows == 0)
+    total = jax.lax.fori_loop(0, steps, add, jnp.zeros((cut.outputs, cut.rows), jnp.float32))
+    masked = _masked((token < num_rows)[None, :], total.shape, is_whole)
     masked.pop("other", None)
-    triton.store(out_ref.at[token[None, :], own[:, None]], total.astype(out_ref.dtype), **masked)
+    triton.store(
+        out_ref.at[part, token[None, :], own[:, None]], total.astype(out_ref.dtype), **masked
+    )
+
+
+def _waited_for(total: Any) -> Any:
+    """The sums themselves, once they are there.
+
+    A product of Hopper's runs on after it is started and reads weights from their registers until
+    it ends. Triton waits only for sums that something other than a product asks for, and the codes
+    of the next step would take the registers of the last product of this one.
+    """
+    (found,) = triton.elementwise_inline_asm(
+        "mov.b32 $0, $1;",
+        args=[total],
+        constraints="=r,r",
+        pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(total.shape, total.dtype)],
+    )
+    return found
+
+
+def _side_by_side(left: Any, right: Any) -> Any:
+    """Two matrices as one, so that no number changes its thread."""
+    rows, columns = left.shape
+    return jnp.stack([left, right], axis=-1).transpose(0, 2, 1).reshape(rows, 2 * columns)
 
 
 def widen_tiles(
@@ -136,15 +169,18 @@ def _widen(words_ref: Any, pairs_ref: Any, out_ref: Any) -> None:
     own = pl.program_id(1) * _WIDENED_OUTPUTS + jnp.arange(_WIDENED_OUTPUTS)
     words = triton.load(words_ref.at[block, own[:, None], within[None, :]])
     for part in range(_PARTS):
-        group = _group(block, part, pairs_ref.shape[0], words_ref.shape[0])
+        group = _group(block, part, pairs_ref, words_ref.shape[0])
         weights = _weights(words, part, triton.load(pairs_ref.at[group, own]))
         given = block * BLOCK + part * _WORDS + within
         triton.store(out_ref.at[own[:, None], given[None, :]], weights)
 
 
-def _group(block: Any, part: int, groups: int, blocks: int) -> Any:
+def _group(block: Any, part: int, pairs_ref: Any, blocks: int) -> Any:
     """The group of a part of a block."""
-    return (block * _PARTS + part) * groups // (blocks * _PARTS)
+    groups = pairs_ref.shape[0]
+    if groups >= blocks:
+        return block * (groups // blocks) + part * groups // (blocks * _PARTS)
+    return jax.lax.div(block, blocks // groups)
 
 
 def _masked(is_there: Any, shape: tuple[int, int], is_all: bool) -> dict[str, Any]:

@@ -222,7 +222,7 @@ def test_h200s_that_share_the_vocabulary_gather_candidates(
 
 
 @pytest.mark.gpu_compiler
-@pytest.mark.parametrize(("quantization", "most"), [("int4", 8), ("fp8", 16), ("int8", 16)])
+@pytest.mark.parametrize(("quantization", "most"), [("int4", 12), ("fp8", 16), ("int8", 16)])
 def test_decode_in_few_bits_reads_them_once(
     quantization: str, most: int, tmp_path: Path, pytestconfig: pytest.Config
 ) -> None:
@@ -230,12 +230,52 @@ def test_decode_in_few_bits_reads_them_once(
     report = compile_for_h200(tmp_path / "out.json", pytestconfig, *options)
     assert report["broken"] == []
     few, *many = report["results"]
-    # One kernel a product for codes of four bits, with as much company as floats have.
+    # One kernel a product for codes of four bits, and one that adds its parts.
     assert all(one["layer_kernels"] <= most for one in many)
     assert few["moved_to_weights"] < 1.3
     whole = compile_for_h200(tmp_path / "out.json", pytestconfig, *options[:3])
     share = few["weights_mb"] / whole["results"][0]["weights_mb"]
     assert share == pytest.approx({"int4": 0.41, "fp8": 0.5, "int8": 0.5}[quantization], abs=0.02)
+
+
+_PRODUCT = """
+import sys
+import jax, jax.numpy as jnp
+from hlo_compile import target_devices
+from folojax.models.quantized.tiled_product import multiply_tiles
+
+place = target_devices().whole
+shapes = ((256, 4096), jnp.bfloat16), ((32, 4096, 32), jnp.int16), ((128, 4096), jnp.int32)
+args = [jax.ShapeDtypeStruct(*one, sharding=place) for one in shapes]
+traced = jax.jit(lambda *args: multiply_tiles(*args, jnp.bfloat16)).trace(*args)
+options = {"xla_dump_to": sys.argv[1]}
+traced.lower(lowering_platforms=("cuda",)).compile(compiler_options=options)
+"""
+
+
+@pytest.mark.gpu_compiler
+def test_a_product_in_four_bits_ends_before_its_registers_are_taken(
+    tmp_path: Path, pytestconfig: pytest.Config
+) -> None:
+    """Hopper's product reads weights from registers until it is waited for."""
+    measure, compiler = ROOT / "scripts" / "measure", pytestconfig.getoption("--gpu-compiler")
+    paths = os.pathsep.join([str(ROOT), str(measure), compiler])
+    subprocess.run(
+        [sys.executable, "-c", _PRODUCT, tmp_path],
+        env={**os.environ, "PYTHONPATH": paths, "JAX_PLATFORMS": "cpu"},
+        check=True,
+    )
+    texts = [path.read_text() for path in tmp_path.glob("*.ptx")]
+    (text,) = (text for text in texts if "wgmma" in text)
+    steps = re.findall(r"wgmma\.(mma_async|commit_group|wait_group)\S*(?: *(\d+))?|\bbra\b", text)
+    is_running = False
+    for name, count in steps:
+        assert name or not is_running, "the loop goes on while a product runs"
+        if name == "mma_async":
+            is_running = True
+        elif name == "wait_group":
+            is_running = count != "0"
+    assert sum(name == "mma_async" for name, _ in steps) == 8
 
 
 @pytest.mark.gpu_compiler

@@ -85,9 +85,13 @@ def test_quantised_weights_are_within_half_a_step() -> None:
 
 
 @pytest.mark.usefixtures("interpreted")
-@pytest.mark.parametrize(("rows", "group"), [(3, 64), (11, 128), (70, 32)])
-def test_the_kernel_is_the_product_with_what_codes_mean(rows: int, group: int) -> None:
-    kernel, floats = _kernel(group)
+@pytest.mark.parametrize(
+    ("rows", "group", "outputs"), [(3, 64, 64), (11, 128, 128), (70, 32, 64), (40, 512, 192)]
+)
+def test_the_kernel_is_the_product_with_what_codes_mean(
+    rows: int, group: int, outputs: int
+) -> None:
+    kernel, floats = _kernel(group, outputs)
     x = _draw(rows, rows, 512).astype(jnp.bfloat16)
     found = tiled_product.multiply_tiles(x, kernel.words, kernel.pairs, jnp.float32)
     weights = np.asarray(jnp.asarray(floats, jnp.bfloat16), np.float32)
@@ -97,7 +101,7 @@ def test_the_kernel_is_the_product_with_what_codes_mean(rows: int, group: int) -
 
 
 @pytest.mark.usefixtures("interpreted")
-def test_shares_give_way_where_blocks_are_no_multiple_of_them() -> None:
+def test_inputs_that_are_no_multiple_of_parts_have_fewer() -> None:
     kernel, floats = _kernel(32, inputs=384)
     x = _draw(5, 2, 384).astype(jnp.bfloat16)
     found = tiled_product.multiply_tiles(x, kernel.words, kernel.pairs, jnp.bfloat16)
