@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tests.recurrent_families import RECURRENT
 from tests.reference import TINY, randomise
 
 PROMPT_LEN = 64
@@ -44,13 +45,19 @@ _LATENT = {
     "moe_intermediate_size": 24,
     "first_k_dense_replace": 1,
 }
-_HYBRID = {
-    "layer_types": ["linear_attention", "full_attention"],
-    "head_dim": 32,
-    "linear_key_head_dim": 12,
-    "linear_value_head_dim": 16,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
+_GEMMA4 = {
+    "head_dim": 16,
+    "global_head_dim": 32,
+    "sliding_window": 12,
+    "layer_types": _LOCAL_THEN_FULL * 2,
+    "rope_parameters": {
+        "full_attention": {
+            "rope_type": "proportional",
+            "partial_rotary_factor": 0.25,
+            "rope_theta": 1e6,
+        },
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    },
 }
 _EXPERTS = {"num_experts_per_tok": 2, "num_key_value_heads": 4}
 
@@ -69,6 +76,22 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-rope-dynamic": (
         "Llama",
         {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 500.0, "factor": 2.0}},
+    ),
+    "llama4": (
+        "Llama4",
+        {
+            "head_dim": 16,
+            "intermediate_size": 24,
+            "intermediate_size_mlp": 96,
+            "num_hidden_layers": 3,
+            "moe_layers": [0, 2],
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "no_rope_layers": [1, 0, 1],
+            "attention_chunk_size": 24,
+            "floor_scale": 16,
+            "attn_scale": 0.5,
+        },
     ),
     "qwen2-rope-yarn": ("Qwen2", {"rope_parameters": _YARN, "tie_word_embeddings": True}),
     "mistral": ("Mistral", {"sliding_window": 12}),
@@ -94,6 +117,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen3Moe",
         {"num_experts": 8, "moe_intermediate_size": 24, "mlp_only_layers": [0], **_EXPERTS},
     ),
+    "gemma": ("Gemma", {"head_dim": 24}),
     "gemma2": (
         "Gemma2",
         {
@@ -115,6 +139,32 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
                 "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
                 "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
             },
+        },
+    ),
+    "gemma4": (
+        "Gemma4",
+        {
+            **_GEMMA4,
+            "num_hidden_layers": 4,
+            "num_kv_shared_layers": 2,
+            "use_double_wide_mlp": True,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": 128,
+            "final_logit_softcapping": 8.0,
+        },
+    ),
+    "gemma4-moe": (
+        "Gemma4",
+        {
+            **_GEMMA4,
+            "attention_k_eq_v": True,
+            "num_global_key_value_heads": 1,
+            "layer_types": _LOCAL_THEN_FULL,
+            "hidden_size_per_layer_input": 0,
+            "enable_moe_block": True,
+            "num_experts": 8,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 24,
         },
     ),
     "phi3": ("Phi3", {"sliding_window": 20}),
@@ -165,6 +215,15 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "head_dim": 16,
             "attention_bias": True,
             **_EXPERTS,
+        },
+    ),
+    "glm4-moe-lite": (
+        "Glm4MoeLite",
+        {
+            **{key: value for key, value in _LATENT.items() if key != "first_k_dense_replace"},
+            "num_experts_per_tok": 2,
+            "v_head_dim": 24,
+            "mlp_layer_types": ["sparse", "dense"],
         },
     ),
     "qwen2-moe": (
@@ -235,28 +294,6 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_parameters": {**_YARN, "mscale": 1.0, "mscale_all_dim": 1.0},
         },
     ),
-    "qwen3-next": (
-        "Qwen3Next",
-        {
-            **_HYBRID,
-            "num_experts": 8,
-            "moe_intermediate_size": 24,
-            "shared_expert_intermediate_size": 40,
-            "num_experts_per_tok": 2,
-        },
-    ),
-    "qwen3.5": ("Qwen3_5", {**_HYBRID, "linear_num_value_heads": 2, "linear_value_head_dim": 24}),
-    "qwen3.5-moe": (
-        "Qwen3_5Moe",
-        {
-            **_HYBRID,
-            "linear_value_head_dim": 24,
-            "num_experts": 8,
-            "moe_intermediate_size": 24,
-            "shared_expert_intermediate_size": 40,
-            "num_experts_per_tok": 2,
-        },
-    ),
     "hunyuan": (
         "HunYuanDenseV1",
         {
@@ -269,12 +306,15 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
+    **RECURRENT,
 }
 """Transformers' name of the family, and fields of its config."""
 
 _CLASSES = {
     "GPT2": ("GPT2Config", "GPT2LMHeadModel"),
     "Gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM"),
+    "Gemma4": ("Gemma4TextConfig", "Gemma4ForCausalLM"),
+    "Llama4": ("Llama4TextConfig", "Llama4ForCausalLM"),
     "Qwen3_5": ("Qwen3_5TextConfig", "Qwen3_5ForCausalLM"),
     "Qwen3_5Moe": ("Qwen3_5MoeTextConfig", "Qwen3_5MoeForCausalLM"),
 }

@@ -30,6 +30,10 @@ _KEYS = {
     "final_logit_softcapping": "final_logit_softcapping",
     "num_experts_per_tok": "expert_used_count",
     "num_local_experts": "expert_count",
+    "embedding_multiplier": "embedding_scale",
+    "attention_multiplier": "attention.scale",
+    "residual_multiplier": "residual_scale",
+    "logits_scaling": "logit_scale",
     "moe_intermediate_size": "expert_feed_forward_length",
 }
 
@@ -60,6 +64,9 @@ def convert(model: Any, directory: Path, architecture: str, path: Path) -> None:
     rope = rope.get("full_attention", rope)
     if rope:
         metadata[f"{architecture}.rope.freq_base"] = float(rope["rope_theta"])
+    if rope.get("partial_rotary_factor"):
+        turning = int(config["head_dim"] * rope["partial_rotary_factor"])
+        metadata[f"{architecture}.rope.dimension_count"] = turning
     if rope.get("rope_type") == "linear":
         metadata[f"{architecture}.rope.scaling.type"] = "linear"
         metadata[f"{architecture}.rope.scaling.factor"] = float(rope["factor"])
@@ -87,7 +94,10 @@ def convert(model: Any, directory: Path, architecture: str, path: Path) -> None:
 
 def _llama_cpp_layout(name: str, array: np.ndarray, architecture: str, config: Any) -> np.ndarray:
     role = re.sub(r"^blk\.\d+\.", "", name)
-    if architecture == "llama" and role in ("attn_q.weight", "attn_k.weight"):
+    if architecture in ("llama", "granite", "smollm3") and role in (
+        "attn_q.weight",
+        "attn_k.weight",
+    ):
         heads = config["num_attention_heads" if "_q" in role else "num_key_value_heads"]
         halves = array.reshape(heads, 2, array.shape[0] // heads // 2, array.shape[1])
         return halves.swapaxes(1, 2).reshape(array.shape)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -98,10 +99,21 @@ def load_model(directory: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
 
 
+def _token_by_token(model: Any) -> None:
+    """Has the gated delta rule computed as it is written down.
+
+    Transformers' own chunks lose digits where much decay lies before little: 1e-4 of a logit.
+    """
+    module: Any = sys.modules[type(model).__module__]
+    if hasattr(module, "torch_recurrent_gated_delta_rule"):
+        module.torch_chunk_gated_delta_rule = module.torch_recurrent_gated_delta_rule
+
+
 def logits(model: Any, tokens: Sequence[int]) -> np.ndarray:
     """Logits after every token of one sequence: float32 [N, V]."""
     import torch
 
+    _token_by_token(model)
     with torch.no_grad():
         return model(torch.tensor([list(tokens)])).logits[0].float().numpy()
 
@@ -159,7 +171,9 @@ def randomise(model: Any) -> None:
     import torch
 
     with torch.no_grad():
-        corrections = [one for name, one in model.named_buffers() if "correction" in name]
+        kinds = "correction", "layer_scalar"
+        buffers = model.named_buffers()
+        corrections = [one for name, one in buffers if any(kind in name for kind in kinds)]
         biases = [one for name, one in model.named_parameters() if name.endswith("proj_bias")]
         of_one_axis = [one for one in model.parameters() if one.ndim == 1]
         for parameter in (*of_one_axis, *biases, *corrections):

@@ -95,6 +95,11 @@ def attend(
     Returns:
         The cache with the new tokens, and the result for each token in the dtype of `query`.
     """
+    if (
+        scoring.chunk is not None
+        and placement.page_table.shape[1] * cache.page_size <= scoring.chunk
+    ):
+        scoring = dataclasses.replace(scoring, chunk=None)  # all that rows may have lies in one
     spec = AttentionSpec(query.dtype, cache.dtype, query.shape[-1], cache.format, scoring)
     _, kernel = choose_kernel(spec)
     pages, out = kernel.attend(query, key, value, cache.layers[layer], placement, spec, sinks)
@@ -118,10 +123,11 @@ def kernels_of(
     reasons: dict[str, list[int]] = {}
     dtype, storage = jnp.dtype(layout.dtype), jnp.dtype(layout.storage_dtype)
     for layer in range(config.num_layers):
-        if config.is_recurrent(layer):
+        if not config.has_pages(layer):
             continue
         scoring = config.scoring(layer)
-        spec = AttentionSpec(dtype, storage, config.key_dim, layout.format, scoring)
+        dim = layout.heads_of(layer)[1]
+        spec = AttentionSpec(dtype, storage, dim, layout.format, scoring)
         name, _ = choose_kernel(spec)
         layers.setdefault(name, []).append(layer)
         given = layout.format.kernels

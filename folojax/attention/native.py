@@ -40,6 +40,8 @@ class _Native:
             return "reads pages of float32 in the order of heads"
         if spec.scoring.softcap is not None:
             return "does not cap scores"
+        if spec.scoring.chunk is not None:
+            return "knows no chunks"
         if spec.scoring.has_sinks:
             return "knows no sinks"
         sizes = spec.page_format.page_size, spec.head_dim, spec.value_dim

@@ -32,6 +32,8 @@ class _Ordered:
             return "takes bfloat16 and float16"
         if spec.scoring.softcap is not None:
             return "does not cap scores"
+        if spec.scoring.chunk is not None:
+            return "knows no chunks"
         if spec.scoring.has_sinks:
             return "knows no sinks"
         if spec.scoring.value_dim is not None:

@@ -88,7 +88,7 @@ class _Reference:
             values = found[:, :, -1, ..., :width].transpose(0, 3, 1, 2, 4)
             values = values.reshape(rows * kv_heads, block, width)
             key_position = (index * block + jnp.arange(block))[None, None, :]
-            visible = spec.scoring.is_visible(position[:, :, None] - key_position)
+            visible = spec.scoring.is_visible(position[:, :, None], key_position)
             # Tokens of padding would see what lies behind their row, which may be NaN.
             visible = (visible & (key_position < end[:, None, None]))[:, None, None]
             visible = jnp.broadcast_to(visible, (rows, kv_heads, groups, columns, block))

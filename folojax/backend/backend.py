@@ -79,6 +79,11 @@ class Backend:
             num_seqs: Most requests in a plan: of each, recurrent layers have a state.
             num_kept_states: States beside those, for the prefix cache.
         """
+        heads = []
+        for layer in range(config.num_layers):
+            own = config.at(layer)
+            num_heads = 0 if layer in config.mixerless_layers else own.num_kv_heads
+            heads.append((num_heads, own.key_dim))
         return KVLayout(
             num_pages=num_pages,
             num_layers=config.num_layers,
@@ -88,6 +93,7 @@ class Backend:
             recurrent=config.recurrent,
             num_slots=num_seqs if config.recurrent else 0,
             num_kept_states=num_kept_states,
+            heads=tuple(heads) if len(set(heads)) > 1 else (),
             num_shards=self.devices.count,
             dtype=dtype,
             storage_dtype=jnp.float32 if self.stores_float32 else dtype,

@@ -120,6 +120,7 @@ class KVLayout:
     recurrent: Recurrent | None = None  # layers that have states instead of pages
     num_slots: int = 0  # requests that have a state at once, where there are such layers
     num_kept_states: int = 0  # room for states beside theirs
+    heads: tuple[tuple[int, int], ...] = ()  # K and D by layer where these differ; (): they do not
 
     @property
     def recurrent_layers(self) -> tuple[int, ...]:
@@ -131,6 +132,10 @@ class KVLayout:
     def num_paged_layers(self) -> int:
         """The others."""
         return self.num_layers - len(self.recurrent_layers)
+
+    def heads_of(self, layer: int) -> tuple[int, int]:
+        """K and D of a layer."""
+        return self.heads[layer] if self.heads else (self.num_kv_heads, self.head_dim)
 
     @property
     def num_states(self) -> int:
@@ -165,24 +170,27 @@ class KVLayout:
     @property
     def bytes_per_page(self) -> int:
         """Bytes of one page over all layers, keys and values, of a device."""
-        num_heads = self.num_kv_heads * self.head_copies // self.num_shards
-        of_token = self.num_arrays * num_heads * self.head_dim
-        elements = self.num_paged_layers * of_token * self.page_size
+        paged = [one for one in range(self.num_layers) if one not in self.recurrent_layers]
+        width = sum(heads * dim for heads, dim in map(self.heads_of, paged))
+        of_token = self.num_arrays * (width * self.head_copies // self.num_shards)
+        elements = of_token * self.page_size
         return elements * jnp.dtype(self.storage_dtype).itemsize
 
 
 def init_cache(layout: KVLayout) -> KVCache:
     """Allocates the cache of a layout, full of zeros."""
-    num_heads = layout.num_kv_heads * layout.head_copies
-    sizes = layout.num_pages, num_heads, layout.head_dim, layout.num_arrays
-    shape = layout.format.shape(*sizes)
     layers = tuple(
-        _init_states(layout)
-        if layer in layout.recurrent_layers
-        else jnp.zeros(shape, layout.storage_dtype)
+        _init_states(layout) if layer in layout.recurrent_layers else _init_pages(layout, layer)
         for layer in range(layout.num_layers)
     )
     return KVCache(layers, layout.format)
+
+
+def _init_pages(layout: KVLayout, layer: int) -> Array:
+    heads, dim = layout.heads_of(layer)
+    copies, arrays = layout.head_copies, layout.num_arrays
+    shape = layout.format.shape(layout.num_pages, heads * copies, dim, arrays)
+    return jnp.zeros(shape, layout.storage_dtype)
 
 
 def _init_states(layout: KVLayout) -> RecurrentState:

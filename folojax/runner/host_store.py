@@ -25,7 +25,8 @@ class TokenKV:
     """K/V of the first T tokens of a request.
 
     Attributes:
-        keys: All layers; bfloat16 where the cache is.
+        keys: All layers; bfloat16 where the cache is. Where these differ in K or D, they are one
+            layer of one head, as wide as all heads together.
         values: Likewise; with V = 0 where they are a part of the keys.
     """
 
@@ -102,6 +103,8 @@ class HostStore:
         """
         layout = self._layout
         wanted = (layout.num_layers, kv.num_tokens, layout.num_kv_heads, layout.head_dim)
+        if layout.heads:
+            wanted = (1, kv.num_tokens, 1, sum(heads * dim for heads, dim in layout.heads))
         dtype = np.dtype(layout.dtype)
         values = wanted if layout.num_arrays == 2 else (*wanted[:3], 0)
         if kv.keys.shape != wanted or kv.values.shape != values or kv.keys.dtype != dtype:
@@ -127,17 +130,30 @@ class HostStore:
 def read_tokens(taken: Sequence[TakenPages], num_tokens: int, layout: KVLayout) -> TokenKV:
     """Waits for pages, and lays out the first tokens in them one behind the other."""
     num_pages = -(-num_tokens // layout.page_size)
-    heads, dim = layout.num_kv_heads * layout.head_copies, layout.head_dim
-    shape = (layout.num_layers, num_pages, layout.num_arrays, layout.page_size, heads, dim)
-    pages: np.ndarray = np.zeros(shape, np.dtype(layout.storage_dtype))
+    sizes = [layout.heads_of(layer) for layer in range(layout.num_layers)]
+    count = layout.num_arrays
+    by_layer: list[np.ndarray] = [
+        np.zeros(
+            (num_pages, count, layout.page_size, heads * layout.head_copies, dim),
+            np.dtype(layout.storage_dtype),
+        )
+        for heads, dim in sizes
+    ]
     for place, layers in fetch([(one.place, one.layers) for one in taken]):
         is_wanted = (place >= 0) & (place < num_pages)
-        for layer, found in enumerate(layers):
-            pages[layer, place[is_wanted]] = layout.format.by_token(found)[is_wanted]
-    # [L, n, N, S, K, D] to [N, L, n * S, K, D]
-    tokens = pages.transpose(2, 0, 1, 3, 4, 5).reshape(shape[2], layout.num_layers, -1, heads, dim)
-    kept = tokens[:, :, :num_tokens, :: layout.head_copies]
-    keys, *values = kept.astype(np.dtype(layout.dtype))
+        for pages, found in zip(by_layer, layers, strict=True):
+            pages[place[is_wanted]] = layout.format.by_token(found)[is_wanted]
+    # [n, N, S, K, D] to [N, n * S, K, D]
+    tokens = [
+        pages.swapaxes(0, 1).reshape(count, -1, *pages.shape[3:])[
+            :, :num_tokens, :: layout.head_copies
+        ]
+        for pages in by_layer
+    ]
+    if layout.heads:  # side by side
+        flat = [one.reshape(count, num_tokens, 1, -1) for one in tokens]
+        tokens = [np.concatenate(flat, axis=-1)]
+    keys, *values = np.stack(tokens, axis=1).astype(np.dtype(layout.dtype))
     return TokenKV(keys, values[0] if values else keys[..., :0])
 
 
@@ -145,11 +161,19 @@ def write_tokens(kv: TokenKV, layout: KVLayout) -> TakenPages:
     """The inverse of `read_tokens`: the pages that hold these tokens."""
     num_pages = -(-kv.num_tokens // layout.page_size)
     arrays = (kv.keys, kv.values)[: layout.num_arrays]
-    both = np.stack(arrays).astype(np.dtype(layout.storage_dtype))
-    both = np.repeat(both, layout.head_copies, axis=3)
+    both = np.stack(arrays, axis=1).astype(np.dtype(layout.storage_dtype))
+    sizes = [layout.heads_of(layer) for layer in range(layout.num_layers)]
+    parts = list(both)
+    if layout.heads:
+        borders = np.cumsum([heads * dim for heads, dim in sizes])[:-1]
+        cut = np.split(both[0], borders, axis=-1)
+        parts = [one.reshape(*one.shape[:2], *size) for one, size in zip(cut, sizes, strict=True)]
     missing = num_pages * layout.page_size - kv.num_tokens
-    both = np.pad(both, ((0, 0), (0, 0), (0, missing), (0, 0), (0, 0)))
-    shape = (len(both), layout.num_layers, num_pages, layout.page_size, *both.shape[3:])
-    layers = layout.format.by_token(both.reshape(shape).transpose(1, 2, 0, 3, 4, 5))
+    layers = []
+    for part in parts:  # [N, T, K, D]
+        padded = np.pad(part, ((0, 0), (0, missing), (0, 0), (0, 0)))
+        padded = np.repeat(padded, layout.head_copies, axis=2)
+        pages = padded.reshape(len(part), num_pages, layout.page_size, *padded.shape[2:])
+        layers.append(layout.format.by_token(pages.swapaxes(0, 1)))
     # One group: its size is its own, and so is what `PageCopies.put` compiles for it.
-    return TakenPages(np.arange(num_pages), list(layers))
+    return TakenPages(np.arange(num_pages), layers)

@@ -45,11 +45,16 @@ def measure(setup: Setup, quantization: str | None = None) -> int:
     """
     module, backend = setup.model, setup.backend
     # As many as have one of every kind, where two do not.
-    kinds = [module.config.is_recurrent(layer) for layer in range(module.config.num_layers)]
-    num_layers = min(max(_NUM_LAYERS, kinds.index(False) + 1), len(kinds))
+    config = module.config
+    kinds = [
+        (config.is_recurrent(i), config.has_pages(i), config.is_sparse(i), config.at(i).head_dim)
+        for i in range(config.num_layers)
+    ]
+    of_each = max(map(kinds.index, set(kinds))) + 1
+    num_layers = min(max(_NUM_LAYERS, of_each), len(kinds))
     setup = dataclasses.replace(
         setup,
-        model=module.clone(config=dataclasses.replace(module.config, num_layers=num_layers)),
+        model=module.clone(config=dataclasses.replace(config, num_layers=num_layers)),
         layout=dataclasses.replace(setup.layout, num_layers=num_layers),
     )
 
@@ -101,8 +106,11 @@ def estimate(setup: Setup) -> int:
         setup.layout,
         setup.shapes,
     )
-    heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
-    inner = 2 * config.intermediate_size + 3 * config.hidden_size + (heads + 2 * kv_heads) * dim
+    heads = config.num_heads
+    inner = 3 * config.hidden_size + max(
+        2 * one.intermediate_size + (heads + 2 * one.num_kv_heads) * one.head_dim
+        for one in map(config.at, range(config.num_layers))
+    )
     page = layout.bytes_per_page // layout.num_paged_layers
     # The MLP of all tokens of a call; and attention, which in plain XLA has a few pages and the
     # scores of them for each row.

@@ -21,6 +21,7 @@ from folojax.kv.cache import KVCache
 from folojax.models.core.adapted import with_slots
 from folojax.models.core.decoder import Llama
 from folojax.models.core.moe import routed_block
+from folojax.models.core.stream import summed
 from folojax.models.machine.row_sums import REORDERED
 from folojax.steps.executables import Executable, StepKind
 from folojax.steps.fused import WholeSteps
@@ -195,7 +196,9 @@ def _run_group(
         if number in routed:
             residuals[experts_key(number)] = experts
         if number in read:
-            residuals[number] = jnp.copy(hidden)  # the next group takes the array for its own
+            residuals[number] = jnp.copy(
+                summed(hidden)
+            )  # the next group takes the array for its own
     return hidden, after, residuals
 
 

@@ -17,11 +17,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from folojax.kv.cache import KVCache
 from folojax.models.core.adapted import with_slots
-from folojax.models.core.block import summed
 from folojax.models.core.decoder import Llama
 from folojax.models.core.dense_attend import dense_attend
 from folojax.models.core.interface import Attend
 from folojax.models.core.moe import routed_block
+from folojax.models.core.stream import summed, with_stream
 
 LAYER = "layers_"
 """What the names of layers begin with, in modules and in their parameters."""
@@ -167,12 +167,14 @@ def run_layers(
         for index, edit in enumerate(extras.activation_edits):
             if layer in edit.layers:
                 assert is_edited is not None, "edits come with the tokens that they are on for"
-                stream = summed(stream)
-                changed = jax.vmap(lambda x, edit=edit, layer=layer: edit.apply(x, layer))(stream)
+                plain = summed(stream)
+                changed = jax.vmap(lambda x, edit=edit, layer=layer: edit.apply(x, layer))(plain)
                 is_on = is_edited[:, index][:, None]
-                stream = jnp.where(is_on, changed.astype(stream.dtype), stream)
+                edited = jnp.where(is_on, changed.astype(plain.dtype), plain)
+                stream = with_stream(stream, edited)
         if layer in extras.residual_layers:
-            found[layer] = stream = summed(stream)
+            found[layer] = plain = summed(stream)
+            stream = with_stream(stream, plain)
     hidden: Any = model.apply({"params": outer}, stream, method="end")
     return hidden, after, found
 

@@ -30,8 +30,8 @@ _NAME = "folojax_low_rank_product"
 
 ADAPTED = frozenset(
     {
-        *("qkv", "o", "q", "q_a", "q_b", "kv_a", "kv_b"),
-        *("gate_up", "up", "down", "shared_gate_up", "shared_down"),
+        *("qkv", "qk", "o", "q", "q_a", "q_b", "kv_a", "kv_b"),
+        *("gate_up", "up", "down", "shared_gate_up", "shared_up", "shared_down"),
         *("in_proj", "ba_proj", "out_proj"),
     }
 )
@@ -61,7 +61,7 @@ def part_widths(name: str, config: ModelConfig, width_out: int) -> tuple[int, ..
         keys = config.num_kv_heads * config.head_dim
         return width_out - 2 * keys, keys, keys  # queries may have gates beside them
     sizes = config.recurrent
-    is_joined = sizes is not None and not sizes.is_by_key_head
+    is_joined = sizes is not None and not sizes.is_by_key_head and sizes.kind == "delta"
     if sizes is not None and is_joined and name == "in_proj":
         return sizes.num_channels, sizes.num_values
     if name in ("gate_up", "shared_gate_up") or (is_joined and name == "ba_proj"):

@@ -10,13 +10,17 @@ from folojax.models.core.rope import RopeScaling
 # No model comes near these; a config beyond them is a mistake or malice, and its shapes alone
 # would fill the memory.
 _MOST_WIDTH, _MOST_LAYERS = 2**26, 2**10
-_OPTIONAL = ("shared_expert_size", "kv_rank", "query_rank", "value_dim")
+_OPTIONAL = (
+    *("shared_expert_size", "kv_rank", "query_rank", "value_dim"),
+    *("full_head_dim", "full_kv_heads", "layer_embed_size", "layer_embed_vocab", "expert_latent"),
+)
 _COUNTED_LIKE_LAYERS = ("num_layers", "num_experts", "num_experts_per_token")
 
-Activation = Literal["silu", "gelu", "gelu_tanh"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu2"]
 Norm = Literal["rms", "rms_wide", "rms_offset", "layer", "layer_plain"]
 
-Router = Literal["softmax", "sigmoid"]
+Router = Literal["softmax", "sigmoid", "sigmoid_of_input"]
+Recurrence = Literal["delta", "space"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,7 +37,12 @@ class Recurrent:
     key_dim: int
     value_dim: int
     conv_width: int  # inputs of the convolution before it, the token's own included
+    kind: Recurrence = "delta"
+    """"delta": the gated delta rule; "space": the state space of Mamba-2."""
     is_by_key_head: bool = False  # input projections lie key head by key head
+    has_conv_bias: bool = False
+    has_bias: bool = False  # of the projections into it and out of it
+    step_limits: tuple[float, float] = (0.0, math.inf)  # of a state space's steps
 
     @property
     def num_keys(self) -> int:
@@ -63,6 +72,11 @@ class Recurrent:
             found.append(
                 f"num_value_heads of recurrent layers is {self.num_value_heads}, not a multiple of "
                 f"num_key_heads {self.num_key_heads}"
+            )
+        least, most = self.step_limits
+        if not 0 <= least <= most:
+            found.append(
+                f"step_limits are {self.step_limits}; they must not be below 0, and in order"
             )
         if found:
             raise ValueError("model config: " + "; ".join(found))
@@ -117,11 +131,22 @@ class ModelConfig:
     query_rank: int = 0  # the width of the latent that queries come from then; 0: there is none
     value_dim: int = 0  # of a value then, up to head_dim
 
+    full_head_dim: int = 0  # of layers without a window; 0: as the others
+    full_kv_heads: int = 0  # likewise
+    has_keys_as_values: bool = False
+    """In layers without a window values are what keys are before their norm."""
+    has_value_norm: bool = False  # values pass an RMS norm without a weight
+    kv_layers: tuple[int, ...] = ()
+    """By layer: whose keys and values it attends to, its own or those of the last layer of its kind
+    (with or without a window) that has some; () is its own, everywhere."""
+
     has_learned_positions: bool = False
     """A table of positions is added to the embedding; there is no rotary embedding."""
     rotary_dim: int | None = None  # leading dimensions of a head that rotate; None: all
     is_rope_interleaved: bool = False  # dimension 2r turns with 2r + 1, not r with r + D/2
     ropeless_layers: tuple[int, ...] = ()  # layers without rotary embedding
+    mixerless_layers: tuple[int, ...] = ()  # without attention and recurrence: an MLP alone
+    mlpless_layers: tuple[int, ...] = ()  # without an MLP
     windows: tuple[int | None, ...] = ()
     """By layer: how many tokens it sees, its own included; None: all. () is all, everywhere."""
     local_rope_theta: float | None = None
@@ -131,6 +156,13 @@ class ModelConfig:
     query_growth: float | None = None
     """Queries at position p are multiplied by 1 + growth * log(1 + p // query_growth_length)."""
     query_growth_length: int = 1
+    is_growth_ropeless: bool = False
+    """Only in layers without rotary embedding, and by p + 1."""
+    has_bare_qk_norm: bool = False
+    """Where queries and keys turn, they pass an RMS norm without a weight afterwards."""
+    attention_chunk: int | None = None
+    """Tokens see those of their chunk of so many positions in `chunked_layers`, counted from 0."""
+    chunked_layers: tuple[int, ...] = ()
     attention_softcap: float | None = None  # scores become cap * tanh(scores / cap)
     has_sinks: bool = False  # each head has a score beside those of its keys, for nothing
     has_attention_gate: bool = False
@@ -140,14 +172,21 @@ class ModelConfig:
     embed_scale: float = 1.0
     residual_scale: float = 1.0  # multiplies what attention and MLP add to the residual stream
     logits_divisor: float = 1.0
+    layer_embed_size: int = 0
+    """Width of an embedding that each layer has of its own, which gates what the layer adds last;
+    0: there is none."""
+    layer_embed_vocab: int = 0  # tokens that it tells apart
+    has_layer_scale: bool = False  # a layer's stream is multiplied by a number of its own
 
     num_experts: int = 0  # 0: every MLP is dense
     num_experts_per_token: int = 0
+    expert_latent: int = 0  # width of what experts read and return; 0: that of the stream
     expert_size: int = 0  # inner width of an expert, as `intermediate_size` is of a dense MLP
     is_expert_weight_normed: bool = True  # the weights of a token's experts sum to 1
     expert_scale: float = 1.0  # multiplies these weights
     router: Router = "softmax"
-    """"sigmoid": of each score, plus a correction where experts are chosen and not in weights."""
+    """"sigmoid": of each score, plus a correction where experts are chosen and not in weights;
+    "sigmoid_of_input": without one, and it multiplies what an expert reads, not what it returns."""
     num_expert_groups: int = 1  # equal ones, of which a token's experts come from the best few:
     num_groups_per_token: int = 1
     num_best_of_group: int = 2  # experts whose sum says how good a group is
@@ -159,6 +198,10 @@ class ModelConfig:
     swiglu_alpha: float = 1.0
     has_shared_gate: bool = False  # it is multiplied by the sigmoid of a score of its own
     dense_layers: tuple[int, ...] = ()  # layers with a dense MLP in a model of experts
+    has_dense_beside: bool = False
+    """Beside its experts a layer has the dense MLP; both read and return by norms of their own, and
+    the router reads the stream itself, normed and scaled."""
+    double_layers: tuple[int, ...] = ()  # layers whose dense MLP is twice as wide
 
     num_shards: int = 1
     """Of how many devices this is one: heads, inner widths and kernels are its part of the model
@@ -178,6 +221,7 @@ class ModelConfig:
             window=self.windows[layer] if self.windows else None,
             has_sinks=self.has_sinks,
             value_dim=self.kv_rank or None,
+            chunk=self.attention_chunk if layer in self.chunked_layers else None,
         )
 
     @property
@@ -189,11 +233,49 @@ class ModelConfig:
         """Whether the layer keeps a state, and no keys and values."""
         return self.recurrent is not None and layer in self.recurrent.layers
 
+    def has_pages(self, layer: int) -> bool:
+        """Whether the layer has attention."""
+        return not self.is_recurrent(layer) and layer not in self.mixerless_layers
+
+    def at(self, layer: int) -> "ModelConfig":
+        """The same with the sizes that the layer has, where layers differ in these."""
+        is_full = not self.windows or self.windows[layer] is None
+        changes: dict[str, Any] = {}
+        if is_full:
+            changes |= {"head_dim": self.full_head_dim, "num_kv_heads": self.full_kv_heads}
+        elif self.has_keys_as_values:
+            changes["has_keys_as_values"] = False
+        if layer in self.double_layers:
+            changes["intermediate_size"] = 2 * self.intermediate_size
+        changes = {
+            name: value for name, value in changes.items() if value or name.startswith("has_")
+        }
+        return dataclasses.replace(self, **changes, double_layers=()) if changes else self
+
+    def kv_layer(self, layer: int) -> int:
+        """Whose keys and values a layer attends to."""
+        return self.kv_layers[layer] if self.kv_layers else layer
+
+    def lends(self, layer: int) -> bool:
+        """Whether later layers attend to a layer's keys and values."""
+        return layer in self.kv_layers[layer + 1 :]
+
+    def kind(self, layer: int) -> tuple[Any, ...]:
+        """All that tells a layer from others of the model."""
+        return (
+            *(self.scoring(layer), self.is_sparse(layer), self.is_recurrent(layer)),
+            *(self.at(layer), self.kv_layer(layer) == layer, self.lends(layer)),
+            *(layer in self.mixerless_layers, layer in self.mlpless_layers),
+        )
+
     @property
     def is_qk_norm_plain(self) -> bool:
         """Whether queries and keys are normed and then rotated in the way of most families."""
         is_normed = self.qk_norm and self.norm == "rms"
         is_other = self.is_qk_norm_joint or self.is_qk_norm_late or self.query_growth is not None
+        is_other = (
+            is_other or self.has_bare_qk_norm or self.has_value_norm or self.has_keys_as_values
+        )
         return is_normed and not (is_other or self.rotary_dim or self.is_rope_interleaved)
 
     def is_sparse(self, layer: int) -> bool:
@@ -241,12 +323,18 @@ class ModelConfig:
             found.append(f"rotary_dim is {turning}; it must be even, and at most {self.head_dim}")
         if self.windows and len(self.windows) < self.num_layers:
             found.append(f"windows are given for {len(self.windows)} of {self.num_layers} layers")
-        for window in self.windows:
+        for window in (*self.windows, self.attention_chunk):
             if window is not None and (not isinstance(window, int) or window < 1):
-                found.append(f"a layer's window is {window!r}; it must be an integer of at least 1")
+                found.append(
+                    f"a layer's window or chunk is {window!r}; it must be an integer of at least 1"
+                )
                 break
-        if all(map(self.is_recurrent, range(self.num_layers))):
-            found.append("all layers are recurrent; at least one must have attention")
+        if self.kv_layers and any(self.kv_layers[i] > i for i in range(self.num_layers)):
+            found.append(f"kv_layers are {self.kv_layers}; none may be behind the layer itself")
+        if not any(map(self.has_pages, range(self.num_layers))):
+            found.append("no layer has attention; at least one must")
+        if set(self.mixerless_layers) & set(self.mlpless_layers):
+            found.append("layers have neither attention nor an MLP")
         if self.num_experts_per_token > self.num_experts:
             found.append(
                 f"num_experts_per_token is {self.num_experts_per_token}, of {self.num_experts}"

@@ -7,17 +7,19 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int, Key, UInt32
 
-from folojax.models.core.block import Block, Rotary, Unsummed, kernel_of, norm_init, normed
+from folojax.models.core.block import Block, Rotary, kernel_of, norm_init
 from folojax.models.core.config import ModelConfig
 from folojax.models.core.dense_attend import dense_attend
 from folojax.models.core.interface import Attend
 from folojax.models.core.layers import (
     embed_rows,
+    norm,
     project,
     rotary_tables,
     softcap,
 )
 from folojax.models.core.shards import join_scores, vocab_rows
+from folojax.models.core.stream import Unsummed, normed
 
 
 @jax.tree_util.register_static  # as an argument of a jitted function it need not be named static
@@ -56,6 +58,12 @@ class Llama(nn.Module):
         if config.has_learned_positions:
             shape = (config.max_position, width)
             self.position_embed = kernel_of(self, "position_embed", *shape)
+        if config.layer_embed_size:
+            size = config.num_layers * config.layer_embed_size
+            self.layer_embed = kernel_of(self, "layer_embed", config.layer_embed_vocab, size)
+            self.layer_proj = kernel_of(self, "layer_proj", size, width)
+            of_norm = norm_init(config), (config.layer_embed_size,), self.dtype
+            self.layer_proj_norm = self.param("layer_proj_norm", *of_norm)
         if not config.tie_embeddings:
             self.lm_head = kernel_of(self, "lm_head", vocab, width)
 
@@ -86,8 +94,11 @@ class Llama(nn.Module):
 
     def begin(
         self, tokens: Int[Array, " N"], positions: Int[Array, " N"]
-    ) -> tuple[Float[Array, "N E"], tuple[Rotary | None, Rotary | None]]:
-        """What comes before the layers: the residual stream, and rotations of either kind."""
+    ) -> tuple[Float[Array, "N E"], tuple[Any, ...]]:
+        """What comes before the layers: the residual stream, and what these are told of tokens.
+
+        That is rotations of either kind, and by layer its own embedding, where there are any.
+        """
         config = self.config
         with jax.named_scope("embed"):
             hidden = embed_rows(self.embed, tokens, config).astype(self.dtype)
@@ -96,15 +107,30 @@ class Llama(nn.Module):
                 hidden = hidden * jnp.asarray(config.embed_scale, self.dtype)
             if config.has_learned_positions:
                 places = jnp.take(self.position_embed, positions, axis=0, mode="clip")
-                return hidden + places, (None, None)
+                return hidden + places, (None, None, ())
         everywhere, local = Rotary(*rotary_tables(positions, config)), None
         if config.query_growth is not None:
-            steps = positions // config.query_growth_length
+            places = positions + 1 if config.is_growth_ropeless else positions
+            steps = places // config.query_growth_length
             growth = 1 + config.query_growth * jnp.log1p(steps.astype(jnp.float32))
             everywhere = everywhere._replace(growth=growth.astype(self.dtype)[:, None, None])
         if config.local_rope_theta is not None:
             local = Rotary(*rotary_tables(positions, config, is_local=True))
-        return hidden, (everywhere, local)
+        return hidden, (everywhere, local, self._layer_embeddings(tokens, hidden))
+
+    def _layer_embeddings(
+        self, tokens: Int[Array, " N"], hidden: Float[Array, "N E"]
+    ) -> tuple[Float[Array, "N P"], ...]:
+        """Of each layer, if it has one of its own: by tokens, and by what is embedded of them."""
+        config, size = self.config, self.config.layer_embed_size
+        if not size:
+            return ()
+        found = embed_rows(self.layer_embed, tokens, config).astype(self.dtype)
+        found = found * jnp.asarray(size**0.5, self.dtype)
+        own = project(hidden, self.layer_proj, is_rounded=True) * config.hidden_size**-0.5
+        own = norm(own.reshape(len(own), -1, size), self.layer_proj_norm, None, config)
+        both = (own + found.reshape(own.shape)) * 2.0**-0.5
+        return tuple(both[:, layer] for layer in range(config.num_layers))
 
     def end(self, hidden: Float[Array, "N E"] | Unsummed) -> Float[Array, "N E"]:
         """What comes after the layers."""
@@ -112,21 +138,23 @@ class Llama(nn.Module):
 
     @nn.nowrap
     def layer_rotary(self, shared: Any, layer: int) -> Any:
-        """Of what `begin` gave, or of its shapes: the rotation of a layer, None for one without."""
-        everywhere, local = shared
-        if layer in self.config.ropeless_layers:
-            return None
+        """Of what `begin` gave, or of its shapes: the a layer's part, None if it has none."""
+        everywhere, local, embeddings = shared
+        config = self.config
+        if layer in config.ropeless_layers:
+            is_growing = config.is_growth_ropeless and everywhere.growth is not None
+            return Rotary(None, None, everywhere.growth) if is_growing else None
+        if config.is_growth_ropeless:
+            everywhere = everywhere._replace(growth=None)
         is_local = local is not None and self.config.scoring(layer).window is not None
-        return local if is_local else everywhere
+        rotary = local if is_local else everywhere
+        return rotary._replace(embedding=embeddings[layer]) if embeddings else rotary
 
     @nn.nowrap
     def alone(self, layer: int, leaves_sum: bool = False) -> Block:
         """A layer as a module of its own; layers that compute the same are equal modules."""
         config = self.config
-        kinds = [
-            (config.scoring(i), config.is_sparse(i), config.is_recurrent(i))
-            for i in range(layer + 1)
-        ]
+        kinds = [config.kind(i) for i in range(layer + 1)]
         first = kinds.index(kinds[layer])
         return Block(config, self.dtype, first, 0, leaves_sum, parent=None)
 

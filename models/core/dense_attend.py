@@ -95,7 +95,7 @@ def _attend(
     scores = scores.reshape(num_kv_heads, group, num_tokens, num_tokens)
     scores = scoring.scores(scores, head_dim)
     place = jnp.arange(num_tokens)
-    is_visible = scoring.is_visible(place[:, None] - place[None, :])
+    is_visible = scoring.is_visible(place[:, None], place[None, :])
     scores = jnp.where(is_visible[None, None], scores, -jnp.inf)
     if sinks is not None:
         sink = sinks.astype(jnp.float32).reshape(num_kv_heads, group, 1, 1)

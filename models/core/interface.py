@@ -14,6 +14,7 @@ class Scoring:
     scale: float | None = None  # multiplies them; None: 1 / sqrt(D)
     softcap: float | None = None  # scores become cap * tanh(scores / cap)
     window: int | None = None  # a token sees so many tokens, itself included; None: all before it
+    chunk: int | None = None  # a token sees those of its chunk of so many positions; None: all
     has_sinks: bool = False  # each head has one more score, of a key without a value
     value_dim: int | None = None
     """V: values are the first V numbers of keys, and are not given; None: they are."""
@@ -23,9 +24,13 @@ class Scoring:
         scores = products * (head_dim**-0.5 if self.scale is None else self.scale)
         return scores if self.softcap is None else self.softcap * jnp.tanh(scores / self.softcap)
 
-    def is_visible(self, age: Int[Array, "*shape"]) -> Bool[Array, "*shape"]:
-        """Whether a key is seen, by how many positions it lies before the query."""
-        return age >= 0 if self.window is None else (age >= 0) & (age < self.window)
+    def is_visible(
+        self, query: Int[Array, "*shape"], key: Int[Array, "*others"]
+    ) -> Bool[Array, "*both"]:
+        """Whether a token sees another, by their positions."""
+        age = query - key
+        is_seen = age >= 0 if self.window is None else (age >= 0) & (age < self.window)
+        return is_seen if self.chunk is None else is_seen & (age <= query % self.chunk)
 
 
 PLAIN = Scoring()

@@ -173,6 +173,8 @@ def activate(x: Float[Array, "*batch F"], kind: Activation) -> Float[Array, "*ba
             return jax.nn.gelu(x, approximate=False)
         case "gelu_tanh":
             return jax.nn.gelu(x, approximate=True)
+        case "relu2":
+            return jnp.square(jax.nn.relu(x))
 
 
 def gated(
@@ -215,9 +217,10 @@ def rotary_tables(
         is_local: For the layers with a window, where these turn at a rate of their own.
     """
     theta, scaling = config.rope_theta, config.rope_scaling
+    dim = config.rotary_dim or config.full_head_dim or config.head_dim
     if is_local and config.local_rope_theta is not None:
-        theta, scaling = config.local_rope_theta, None
-    rates, factor = plain_rates(config.rotary_dim or config.head_dim, theta), 1.0
+        theta, scaling, dim = config.local_rope_theta, None, config.rotary_dim or config.head_dim
+    rates, factor = plain_rates(dim, theta), 1.0
     if scaling is not None:
         rates, factor = np.asarray(scaling.rates, np.float32), scaling.attention_factor
     angles = positions.astype(jnp.float32)[:, None, None] * jnp.asarray(rates)[None, None, :]

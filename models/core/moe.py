@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from folojax.models.core.config import ModelConfig
 from folojax.models.core.expert_product import by_expert
-from folojax.models.core.layers import gated, project
+from folojax.models.core.layers import activate, gated, project
 
 
 class RoutedKernel(NamedTuple):
@@ -51,22 +51,32 @@ class Experts(NamedTuple):
     """The parameters of a layer's experts, and of the router that chooses among them."""
 
     router: Float[Array, "X E"] | RoutedKernel
-    gate_up: Float[Array, "X E FF"]
+    gate_up: Float[Array, "X E FF"]  # [X, E, F] of those without gates
     down: Float[Array, "X F E"]
     correction: Float[Array, " X"] | None = None
     router_bias: Float[Array, " X"] | None = None
     gate_up_bias: Float[Array, "X FF"] | None = None
     down_bias: Float[Array, "X E"] | None = None
+    scale: Float[Array, " X"] | None = None  # multiplies the weight of each
 
 
 def mix_experts(
-    x: Float[Array, "N E"], experts: Experts, config: ModelConfig
+    x: Float[Array, "N E"],
+    experts: Experts,
+    config: ModelConfig,
+    routed: Float[Array, "N _"] | None = None,
 ) -> tuple[Float[Array, "N E"], Int[Array, "N M"]]:
     """Sends every token to its likeliest experts and adds what they return, by their weights.
 
     The (token, expert) pairs are sorted by expert, so each expert multiplies one run of rows:
         pairs   a.2 a.7 b.2 b.5 c.7  ->  a.2 b.2 | b.5 | a.7 c.7
     No loop over tokens or experts, and no capacity that would drop a token for its neighbours.
+
+    Args:
+        x: What experts read.
+        experts: Of the layer.
+        config: Of the model.
+        routed: What the router reads; None: what experts do.
 
     Returns:
         What is to be added to the stream, and which experts each token was sent to.
@@ -78,16 +88,21 @@ def mix_experts(
         router, forced = router
     with jax.named_scope("route"):
         weight, expert = choose_experts(
-            _plus(project(x, router), experts.router_bias),
+            _plus(project(x if routed is None else routed, router), experts.router_bias),
             x.dtype,
             config,
             experts.correction,
             forced,
         )
+        if experts.scale is not None:
+            weight = weight * experts.scale[expert].astype(weight.dtype)
         pair_expert = expert.reshape(-1)
         order = jnp.argsort(pair_expert)
         sizes = jnp.bincount(pair_expert, length=count)
     rows = x[order // per_token]
+    if config.router == "sigmoid_of_input":
+        rows = rows * weight.reshape(-1)[order][:, None].astype(x.dtype)
+        weight = jnp.ones_like(weight)
     of_row = pair_expert[order]
     both = _plus(by_expert(rows, experts.gate_up, sizes), experts.gate_up_bias, of_row)
     inner = _gated(both, config).astype(x.dtype)
@@ -110,7 +125,7 @@ def choose_experts(
     With groups, the best ones are those whose best experts have most together. Experts that are
     `forced` are taken in place of the likeliest, where they are not below 0.
     """
-    if config.router == "sigmoid":
+    if config.router != "softmax":
         weights = jax.nn.sigmoid(scores)
     else:
         weights = jax.nn.softmax(scores.astype(dtype).astype(jnp.float32), axis=-1)
@@ -141,6 +156,8 @@ def _plus(x: Array, bias: Array | None, of_row: Array | None = None) -> Array:
 
 def _gated(both: Float[Array, "M FF"], config: ModelConfig) -> Float[Array, "M F"]:
     limit = config.swiglu_limit
+    if not config.is_gated:
+        return activate(both, config.activation)
     if limit is None:
         return gated(both, config.activation)
     gate, up = jnp.minimum(both[:, 0::2], limit), jnp.clip(both[:, 1::2], -limit, limit)

@@ -205,12 +205,16 @@ class _Chunk(NamedTuple):
 def _prepare(query: Array, key: Array, value: Array, decay: Array, beta: Array | None) -> _Chunk:
     """All that does not depend on a state: products for all rows and heads at once."""
     query, key, value = (jnp.swapaxes(one, 1, 2) for one in (query, key, value))
-    total = jnp.cumsum(jnp.swapaxes(decay, 1, 2), axis=-1)  # [R, H, C]
-    columns = total.shape[-1]
+    decay = jnp.swapaxes(decay, 1, 2)  # [R, H, C]
+    columns = decay.shape[-1]
     is_past = jnp.tri(columns, dtype=bool)[None, None]
-    between = total[..., :, None] - total[..., None, :]
+    # Sums of what lies between two tokens, not differences of sums: those would lose all digits
+    # of little decay behind much.
+    later = jnp.tri(columns, k=-1)[None, None] * decay[..., :, None]
+    between = jnp.einsum("ik,rhkj->rhij", jnp.tri(columns), later, **_EXACT)
+    to_last = between[..., -1, :, None]
     between = jnp.exp(jnp.where(is_past, between, -jnp.inf))
-    grown = jnp.exp(total)[..., None]
+    grown = jnp.exp(jnp.cumsum(decay, axis=-1))[..., None]
     erased = None
     if beta is not None:
         rate = jnp.swapaxes(beta, 1, 2)[..., None]
@@ -220,14 +224,13 @@ def _prepare(query: Array, key: Array, value: Array, decay: Array, beta: Array |
             products, both, left_side=True, lower=True, unit_diagonal=True
         )
         value, erased = solved[..., : value.shape[-1]], solved[..., value.shape[-1] :]
-    last = total[..., -1:]
     return _Chunk(
         value=value,
         erased=erased,
         among=jnp.einsum("rhid,rhjd->rhij", query, key, **_EXACT) * between,
         query=query * grown,
-        key=key * jnp.exp(last - total)[..., None],
-        kept=jnp.exp(last)[..., None],
+        key=key * jnp.exp(to_last),
+        kept=grown[..., -1:, :],
     )
 
 

@@ -148,12 +148,24 @@ def _longrope(rope: Settings, wavelengths: Rates, theta: float, max_position: in
     return rates, _attention_factor(rope, "longrope", scale)
 
 
+def _proportional(rope: Settings, wavelengths: Rates, theta: float, max_position: int) -> Scaled:
+    """The first of all pairs turn, at the rates that they have among all; the others do not."""
+    given = {"factor": 1.0, "partial_rotary_factor": 1.0} | {
+        name: rope[name] for name in ("factor", "partial_rotary_factor") if name in rope
+    }
+    factor, part = _numbers(given, "proportional", *given)
+    rates = np.float32(1.0) / wavelengths / np.float32(factor)
+    rates[int(part * len(wavelengths)) :] = 0
+    return rates, 1.0
+
+
 _SCALINGS = {
     "linear": _linear,
     "llama3": _llama3,
     "yarn": _yarn,
     "longrope": _longrope,
     "su": _longrope,
+    "proportional": _proportional,
 }
 
 

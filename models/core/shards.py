@@ -79,6 +79,8 @@ def problems_of(config: ModelConfig, count: int) -> list[str]:
         found.append(f"num_kv_heads is {config.num_kv_heads}, neither a multiple nor a part of it")
     if (config.recurrent or config.has_attention_gate) and count > 1:
         found.append("recurrent layers and gated attention are not shared out among devices")
+    if (config.full_head_dim or config.has_value_norm or config.layer_embed_size) and count > 1:
+        found.append("heads of two sizes and embeddings by layer are not shared out among devices")
     return found
 
 

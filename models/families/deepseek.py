@@ -1,4 +1,4 @@
-"""DeepSeek V2 and V3: keys and values of all heads come from one latent, which the cache keeps."""
+"""DeepSeek V2 and V3, GLM-4.7-Flash: keys and values come from one latent, kept in the cache."""
 
 import dataclasses
 import math
@@ -103,4 +103,36 @@ DEEPSEEK_V2 = dataclasses.replace(
     },
     fixed={"is_rope_interleaved": True},
     derive=_second,
+)
+
+
+def _by_kind(mapping: Mapping[str, Any]) -> dict[str, Any]:
+    """Layers with a dense MLP are named, and not counted."""
+    kinds, count = mapping.get("mlp_layer_types"), mapping["num_hidden_layers"]
+    kinds = kinds or ["dense"] + ["sparse"] * (count - 1)
+    if len(kinds) != count or set(kinds) - {"dense", "sparse"}:
+        raise ValueError(f"mlp_layer_types must be {count} of 'dense' and 'sparse': {kinds}")
+    dense = tuple(layer for layer in range(count) if kinds[layer] == "dense")
+    return {**_latent(mapping), "dense_layers": dense}
+
+
+# GLM-4.7-Flash.
+GLM4_MOE_LITE = dataclasses.replace(
+    DEEPSEEK_V3,
+    model_type="glm4_moe_lite",
+    defaults={
+        **DEEPSEEK_V3.defaults,
+        "rms_norm_eps": 1e-5,
+        "n_routed_experts": 64,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 1536,
+        "routed_scaling_factor": 1.8,
+        "n_group": 1,
+        "topk_group": 1,
+        "q_lora_rank": 768,
+        "qk_nope_head_dim": 192,
+        "v_head_dim": 256,
+    },
+    derive=_by_kind,
+    ignorable=r"model\.layers\.47\..*",
 )

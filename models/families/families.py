@@ -8,17 +8,28 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from folojax.models.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
+from folojax.models.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3, GLM4_MOE_LITE
 from folojax.models.families.experts import GLM4_MOE, QWEN2_MOE, dense_layers
 from folojax.models.families.family import BLOCK_NAMES, POST_NORM_NAMES, Family, renamed
+from folojax.models.families.gemma4 import GEMMA4
 from folojax.models.families.glm import GLM, GLM4
 from folojax.models.families.gpt2 import GPT2
 from folojax.models.families.gpt_oss import GPT_OSS
 from folojax.models.families.hunyuan import HUNYUAN
+from folojax.models.families.llama4 import LLAMA4
+from folojax.models.families.mamba import (
+    BAMBA,
+    NEMOTRON_H,
+    RECURRENT,
+    SPACE_DEFAULTS,
+    plain_kinds,
+    space_names,
+    spaces_by_type,
+)
 from folojax.models.families.mistral import MINISTRAL, MINISTRAL3, MISTRAL
 from folojax.models.families.pictures import PICTURES
 from folojax.models.families.qwen_hybrid import QWEN3_5, QWEN3_5_MOE, QWEN3_NEXT
-from folojax.models.families.ropeless import COHERE2, EXAONE4
+from folojax.models.families.ropeless import COHERE2, EXAONE4, ropeless_layers
 
 # SmolLM, SmolLM2 and TinyLlama call themselves Llama too.
 _LLAMA = Family(model_type="llama")
@@ -88,6 +99,21 @@ _QWEN3_MOE = Family(
     derive=dense_layers,
     is_local=lambda mapping, layer: True,
     has_window_switch=True,
+)
+
+
+_GEMMA = Family(
+    model_type="gemma",
+    defaults={
+        "tie_word_embeddings": True,
+        "num_key_value_heads": 16,
+        "head_dim": 256,
+        "hidden_act": "gelu_pytorch_tanh",
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 8192,
+    },
+    fixed={"norm": "rms_offset"},
+    derive=lambda mapping: {"embed_scale": math.sqrt(mapping["hidden_size"])},
 )
 
 
@@ -191,14 +217,6 @@ _OLMO3 = dataclasses.replace(
 )
 
 
-def _ropeless_layers(mapping: Mapping[str, Any]) -> dict[str, Any]:
-    """Of SmolLM3, whose `no_rope_layers` says 1 for a layer that has rotary embedding."""
-    layers, has_rope = range(mapping["num_hidden_layers"]), mapping.get("no_rope_layers")
-    if has_rope is None:
-        has_rope = [(layer + 1) % mapping["no_rope_layer_interval"] for layer in layers]
-    return {"ropeless_layers": tuple(layer for layer in layers if not has_rope[layer])}
-
-
 _SMOLLM3 = Family(
     model_type="smollm3",
     defaults={
@@ -207,8 +225,8 @@ _SMOLLM3 = Family(
         "rope_theta": 2e6,
         "no_rope_layer_interval": 4,
     },
-    derive=_ropeless_layers,
-    is_local=lambda mapping, layer: layer in _ropeless_layers(mapping)["ropeless_layers"],
+    derive=ropeless_layers,
+    is_local=lambda mapping, layer: layer in ropeless_layers(mapping)["ropeless_layers"],
     has_window_switch=True,
     has_layer_types=True,
 )
@@ -224,21 +242,77 @@ _GRANITE = Family(
     model_type="granite", defaults=dict.fromkeys(_GRANITE_KEYS, 1.0), keys=_GRANITE_KEYS
 )
 
+
+def _granite_hybrid(mapping: Mapping[str, Any]) -> dict[str, Any]:
+    """Positions are learned of the order of states alone, unless rotary embedding is asked for."""
+    positions, count = mapping["position_embedding_type"], mapping["num_hidden_layers"]
+    if positions not in (None, "nope", "rope"):
+        raise ValueError(f"position_embedding_type {positions!r}: only 'rope' and 'nope' are known")
+    fields = spaces_by_type(mapping)
+    fields["ropeless_layers"] = () if positions == "rope" else tuple(range(count))
+    shared = mapping["shared_intermediate_size"]
+    if not mapping["num_local_experts"]:
+        return fields | {"intermediate_size": shared}
+    return fields | {
+        "num_experts": mapping["num_local_experts"],
+        "num_experts_per_token": mapping["num_experts_per_tok"],
+        "expert_size": mapping["intermediate_size"],
+        "shared_expert_size": shared,
+    }
+
+
+# Granite 4, of which some have attention alone.
+_GRANITE_HYBRID = dataclasses.replace(
+    _GRANITE,
+    model_type="granitemoehybrid",
+    defaults={
+        **_GRANITE.defaults,
+        **SPACE_DEFAULTS,
+        "position_embedding_type": None,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "shared_intermediate_size": 1024,
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 2048,
+    },
+    normalize=plain_kinds,
+    derive=_granite_hybrid,
+    recurrent_type=RECURRENT,
+    block_names={
+        **BLOCK_NAMES,
+        **space_names("mamba"),
+        "gate_up": ("shared_mlp.input_linear.weight",),
+        "down": ("shared_mlp.output_linear.weight",),
+        "shared_gate_up": ("shared_mlp.input_linear.weight",),
+        "shared_down": ("shared_mlp.output_linear.weight",),
+        "router": ("block_sparse_moe.router.layer.weight",),
+        "experts_gate_up": ("block_sparse_moe.input_linear.weight",),
+        "experts_down": ("block_sparse_moe.output_linear.weight",),
+    },
+    is_expert_out_in=True,
+)
+
 FAMILIES: dict[str, Family] = {
     "LlamaForCausalLM": _LLAMA,
+    "Llama4ForCausalLM": LLAMA4,
     "MistralForCausalLM": MISTRAL,
     "MixtralForCausalLM": _MIXTRAL,
     "Qwen2ForCausalLM": _QWEN2,
     "Qwen3ForCausalLM": _QWEN3,
     "Qwen3MoeForCausalLM": _QWEN3_MOE,
+    "GemmaForCausalLM": _GEMMA,
     "Gemma2ForCausalLM": _GEMMA2,
     "Gemma3ForCausalLM": _GEMMA3,
+    "Gemma4ForCausalLM": GEMMA4,
     "Phi3ForCausalLM": _PHI3,
     "Olmo2ForCausalLM": _OLMO2,
     "Olmo3ForCausalLM": _OLMO3,
     "SmolLM3ForCausalLM": _SMOLLM3,
     "GPT2LMHeadModel": GPT2,
     "GraniteForCausalLM": _GRANITE,
+    "GraniteMoeHybridForCausalLM": _GRANITE_HYBRID,
+    "BambaForCausalLM": BAMBA,
+    "NemotronHForCausalLM": NEMOTRON_H,
     "GlmForCausalLM": GLM,
     "Glm4ForCausalLM": GLM4,
     "Glm4MoeForCausalLM": GLM4_MOE,
@@ -249,6 +323,7 @@ FAMILIES: dict[str, Family] = {
     "Cohere2ForCausalLM": COHERE2,
     "HunYuanDenseV1ForCausalLM": HUNYUAN,
     "GptOssForCausalLM": GPT_OSS,
+    "Glm4MoeLiteForCausalLM": GLM4_MOE_LITE,
     "DeepseekV2ForCausalLM": DEEPSEEK_V2,
     "DeepseekV3ForCausalLM": DEEPSEEK_V3,
     "Qwen3NextForCausalLM": QWEN3_NEXT,

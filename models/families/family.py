@@ -73,8 +73,12 @@ class Family:
     """Tensors of each parameter of a layer, behind `block_prefix`."""
     block_prefix: str = "model.layers.{}."
     """What stands before the names of a layer's tensors; {} is its number."""
+    other_prefix: str = ""
+    """What files may have in the place of the first part of all names; "": nothing."""
     is_kernel_in_out: bool = False
     """Kernels lie as [in, out] in the checkpoint (Conv1D), not as [out, in] (Linear)."""
+    is_expert_out_in: bool = False
+    """Each lies as [out, in] where the kernels of all experts are one tensor, not as [in, out]."""
     ignorable: str = r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
     """Regular expression of tensors that old exports have and that mean nothing."""
     module: Callable[[ModelConfig, Any], Llama] = Llama

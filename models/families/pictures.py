@@ -28,6 +28,12 @@ _PARTS = {
             {"vocab_size": 262_208, "num_attention_heads": 8},
         )
     },
+    "Gemma4ForConditionalGeneration": {
+        "gemma4_text": _Text("Gemma4ForCausalLM", "gemma4_text", True)
+    },
+    "Llama4ForConditionalGeneration": {
+        "llama4_text": _Text("Llama4ForCausalLM", "llama4_text", False)
+    },
     "Mistral3ForConditionalGeneration": {
         "mistral": _Text("MistralForCausalLM", "mistral", True),
         "ministral3": _Text("Ministral3ForCausalLM", "ministral3", True),
@@ -52,7 +58,12 @@ PICTURES = tuple(_PARTS)
 # What the whole says, and transformers reads of the whole.
 _OF_THE_WHOLE = ("quantization_config", "dtype", "torch_dtype", "eos_token_id", "bos_token_id")
 
-_TOWERS = re.compile(r"(model\.)?(visual|vision_tower|vision_model|multi_modal_projector)\.")
+_PARTS_OF_THE_WHOLE = ("text_config", "vision_config", "audio_config")
+
+_TOWERS = re.compile(
+    r"(model\.)?"
+    r"(visual|vision_tower|vision_model|multi_modal_projector|audio_tower|embed_vision|embed_audio)\."
+)
 _TEXT = re.compile(r"(model\.language_model\.(model\.)?|language_model\.model\.)")
 
 
@@ -82,7 +93,11 @@ def text_config(mapping: Mapping[str, Any]) -> Mapping[str, Any]:
     for key in ("rope_parameters", "rope_scaling"):
         if found.get(key):
             found[key] = _of_text(found[key])
-    return {key: found[key] for key in found if key not in ("text_config", "vision_config")}
+    return {
+        key: found[key]
+        for key in found
+        if key not in ("text_config", "vision_config", "audio_config")
+    }
 
 
 def _of_text(rope: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,10 +1,18 @@
-"""Families whose layers have a window and rotary embedding, or neither: EXAONE 4, Command R7B."""
+"""Families some of whose layers have no rotary embedding: EXAONE 4, Command R7B, and others."""
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 from folojax.models.families.family import BLOCK_NAMES, POST_NORM_NAMES, Family, renamed
+
+
+def ropeless_layers(mapping: Mapping[str, Any]) -> dict[str, Any]:
+    """Of SmolLM3 and Llama 4: `no_rope_layers` says 1 for a layer that has rotary embedding."""
+    layers, has_rope = range(mapping["num_hidden_layers"]), mapping.get("no_rope_layers")
+    if not has_rope:
+        has_rope = [(layer + 1) % mapping["no_rope_layer_interval"] for layer in layers]
+    return {"ropeless_layers": tuple(layer for layer in layers if not has_rope[layer])}
 
 
 def _is_local(mapping: Mapping[str, Any], layer: int) -> bool:

@@ -80,16 +80,39 @@ def _gpt2(read: Read) -> dict[str, Any]:
     return {"hidden_act": "gelu_new", "layer_norm_epsilon": read("attention.layer_norm_epsilon")}
 
 
+def _granite(read: Read) -> dict[str, Any]:
+    return {
+        "embedding_multiplier": read("embedding_scale"),
+        "attention_multiplier": read("attention.scale"),
+        "residual_multiplier": read("residual_scale"),
+        "logits_scaling": read("logit_scale"),
+    }
+
+
+def _olmo2(read: Read) -> dict[str, Any]:
+    """OLMo 3 calls itself so too, and says nothing of the rates of its layers with a window."""
+    if read("attention.sliding_window", None):
+        raise ValueError("olmo2 with a sliding window: use the model's safetensors version")
+    return {}
+
+
 GGUF_FAMILIES: dict[str, GgufFamily] = {
     "llama": GgufFamily("LlamaForCausalLM", is_permuted=True),
     "qwen2": GgufFamily("Qwen2ForCausalLM"),
     "qwen3": GgufFamily("Qwen3ForCausalLM"),
     "qwen3moe": GgufFamily("Qwen3MoeForCausalLM", _qwen3_moe),
+    "gemma": GgufFamily(
+        "GemmaForCausalLM", lambda read: {"hidden_act": "gelu_pytorch_tanh"}, norm_offset=1.0
+    ),
     "gemma2": GgufFamily("Gemma2ForCausalLM", _gemma2, norm_offset=1.0),
     "gemma3": GgufFamily("Gemma3ForCausalLM", _gemma3, norm_offset=1.0),
     "phi3": GgufFamily("Phi3ForCausalLM", _window),
     # The rates of the file are stretched already.
     "hunyuan-dense": GgufFamily("HunYuanDenseV1ForCausalLM"),
+    "granite": GgufFamily("GraniteForCausalLM", _granite, is_permuted=True),
+    "smollm3": GgufFamily("SmolLM3ForCausalLM", is_permuted=True),
+    "olmo2": GgufFamily("Olmo2ForCausalLM", _olmo2),
+    "glm4": GgufFamily("Glm4ForCausalLM"),
     "gpt2": GgufFamily("GPT2LMHeadModel", _gpt2, is_conv1d=True),
 }
 """By `general.architecture`."""
@@ -124,11 +147,12 @@ def gguf_family(metadata: Metadata) -> GgufFamily:
 
 
 def hf_config(
-    metadata: Metadata, family: GgufFamily, tables: Tables, is_tied: bool
+    metadata: Metadata, family: GgufFamily, tables: Tables, is_tied: bool, has_bias: bool = False
 ) -> dict[str, Any]:
     """The config.json that says what the metadata of a GGUF file of a family says.
 
-    `tables` are its tensors that hold rotary factors; without an output projection it is tied.
+    `tables` are its tensors that hold rotary factors; without an output projection it is tied, and
+    `has_bias` says whether queries have one.
 
     Raises:
         ValueError: a key is missing, or a rotary scaling is not supported.
@@ -178,6 +202,7 @@ def hf_config(
         "num_key_value_heads": read("attention.head_count_kv", num_heads),
         "head_dim": head_dim,
         "hidden_act": "silu",
+        "attention_bias": has_bias,
         "tie_word_embeddings": is_tied,
         "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": eos[0] if len(eos) == 1 else eos or None,

@@ -60,7 +60,8 @@ def _convert(path: Path, directory: Path) -> None:
         family = gguf_family(metadata)
         tensors = {tensor.name: tensor for tensor in reader.tensors}
         tables = {name: _dequantised(tensors.pop(name)) for name in _TABLES if name in tensors}
-        config = hf_config(metadata, family, tables, is_tied="output.weight" not in tensors)
+        is_tied, has_bias = "output.weight" not in tensors, "blk.0.attn_q.bias" in tensors
+        config = hf_config(metadata, family, tables, is_tied=is_tied, has_bias=has_bias)
         save_tokenizer(metadata, directory)
         quantized = _save_tensors(
             tensors, metadata["general.architecture"], family, config, directory

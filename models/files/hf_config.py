@@ -29,6 +29,7 @@ _ACTIVATIONS = {
     "gelu_new": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
+    "relu2": "relu2",
 }
 _FULL, _LOCAL = _LAYER_TYPES = ("full_attention", "sliding_attention")
 
@@ -75,6 +76,7 @@ def _fields(architecture: str, family: Family, stated: Mapping[str, Any]) -> dic
     num_kv_heads = mapping.get("num_key_value_heads")
     head_dim = _head_dim(mapping)
     fields = {ours: mapping[theirs] for theirs, ours in _SIZES.items()}
+    derived = family.derive(mapping)
     fields |= {
         "num_kv_heads": fields["num_heads"] if num_kv_heads is None else num_kv_heads,
         "head_dim": head_dim,
@@ -88,10 +90,10 @@ def _fields(architecture: str, family: Family, stated: Mapping[str, Any]) -> dic
         "activation": _ACTIVATIONS[mapping.get("hidden_act", "silu")],
         "windows": _windows(mapping, family),
         "hf_config": json.dumps(dict(stated)),
-        **_rope_fields(mapping, family, head_dim),
+        **_rope_fields(mapping, family, derived.get("full_head_dim") or head_dim),
         **{ours: mapping.get(theirs) for theirs, ours in family.keys.items()},
         **family.fixed,
-        **family.derive(mapping),
+        **derived,
     }
     # "factor": 8 means 8.0; true means a mistake, and stays for ModelConfig to find.
     for field in dataclasses.fields(ModelConfig):
@@ -216,7 +218,10 @@ def _rope(mapping: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _partial_rotary(mapping: Mapping[str, Any]) -> float:
-    stated = _rope(mapping).get("partial_rotary_factor") or mapping.get("partial_rotary_factor")
+    rope = _rope(mapping)
+    if rope.get("rope_type") == "proportional":
+        return 1.0  # what turns is said by the rates
+    stated = rope.get("partial_rotary_factor") or mapping.get("partial_rotary_factor")
     return 1.0 if stated is None else stated
 
 

@@ -12,7 +12,7 @@ from folojax.models.families.families import family_of
 from folojax.models.families.family import Family, Names
 
 Shape: TypeAlias = tuple[int, ...]
-_WIDE = ("router_correction", "a_log", "dt_bias")
+_WIDE = ("router_correction", "a_log", "dt_bias", "state_skip")
 """Parameters that are of float32 in whatever dtype a model computes."""
 
 Parts: TypeAlias = tuple[list[Shape], bool]
@@ -40,7 +40,7 @@ class Source:
         """The shape of the parameter."""
         group = self.tensors[: len(self.tensors) // (self.num_stacked or 1)]
         joined = (sum(shape[0] for _, shape in group), *group[0][1][1:])
-        one = joined[::-1] if self.is_transposed else joined
+        one = (*joined[:-2], *joined[:-3:-1]) if self.is_transposed else joined
         return one if self.num_stacked is None else (self.num_stacked, *one)
 
     def dtype(self, wanted: Any) -> np.dtype:
@@ -55,7 +55,7 @@ class Source:
         stacked = array if self.num_stacked is not None else array[None]
         per_group = len(self.tensors) // len(stacked)
         for index, one in enumerate(stacked):
-            rows, start = one.T if self.is_transposed else one, 0
+            rows, start = one.swapaxes(-1, -2) if self.is_transposed else one, 0
             for name, shape in self.tensors[index * per_group : (index + 1) * per_group]:
                 yield name, rows[start : start + shape[0]]
                 start += shape[0]
@@ -69,6 +69,11 @@ def parameter_sources(config: ModelConfig) -> dict[str, Any]:
         "embed": ([(vocab, width)], False),
         "final_norm": ([(width,)], config.norm == "layer"),
     }
+    if config.layer_embed_size:
+        of_layers = config.num_layers * config.layer_embed_size
+        parts["layer_embed"] = ([(config.layer_embed_vocab, of_layers)], False)
+        parts["layer_proj"] = ([(of_layers, width)], False)
+        parts["layer_proj_norm"] = ([(config.layer_embed_size,)], False)
     if config.has_learned_positions:
         parts["position_embed"] = ([(config.max_position, width)], False)
     if not config.tie_embeddings:
@@ -98,13 +103,19 @@ def is_ignorable(name: str, config: ModelConfig) -> bool:
 
 def _block_parts(config: ModelConfig, layer: int) -> dict[str, Parts]:
     """What each parameter of a layer joins, kernels as [out, in]; experts apart."""
+    config = config.at(layer)
     width, inner = config.hidden_size, config.intermediate_size
     queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     has_norm_bias = config.norm == "layer"
     of_queries = queries * (2 if config.has_attention_gate else 1)
+    is_borrowing = config.kv_layer(layer) != layer
     parts: dict[str, Parts] = {
         "qkv": ([(of_queries, width), (keys, width), (keys, width)], config.qkv_bias)
     }
+    if is_borrowing:
+        parts = {"q": ([(queries, width)], config.qkv_bias)}
+    elif config.has_keys_as_values:
+        parts = {"qk": ([(queries, width), (keys, width)], config.qkv_bias)}
     is_recurrent = config.is_recurrent(layer)
     if config.kv_rank:
         parts = _latent_parts(config)
@@ -113,31 +124,55 @@ def _block_parts(config: ModelConfig, layer: int) -> dict[str, Parts]:
     else:
         of_values = config.num_heads * (config.value_dim or config.head_dim)
         parts["o"] = ([(width, of_values)], config.o_bias)
-    for part in ("attn", "mlp"):
+    has_mlp = layer not in config.mlpless_layers
+    if layer in config.mixerless_layers:
+        parts = {}
+    for part in ("attn",) * (layer not in config.mixerless_layers) + ("mlp",) * has_mlp:
         if config.has_pre_norm and not (config.is_parallel and part == "mlp"):
             parts[f"{part}_norm"] = ([(width,)], has_norm_bias)
         if config.has_post_norm:
             parts[f"{part}_post_norm"] = ([(width,)], has_norm_bias)
-    if config.has_sinks and not is_recurrent:
+    has_attention = config.has_pages(layer)
+    if config.has_sinks and has_attention:
         parts["sinks"] = ([(config.num_heads,)], False)
-    if config.qk_norm and not is_recurrent:
+    if config.qk_norm and has_attention:
         is_joint, head_dim = config.is_qk_norm_joint, config.head_dim
         parts["q_norm"] = ([(queries if is_joint else head_dim,)], has_norm_bias)
-        parts["k_norm"] = ([(keys if is_joint else head_dim,)], has_norm_bias)
+        if not is_borrowing:
+            parts["k_norm"] = ([(keys if is_joint else head_dim,)], has_norm_bias)
+    if config.layer_embed_size:
+        parts["layer_gate"] = ([(config.layer_embed_size, width)], False)
+        parts["layer_up"] = ([(width, config.layer_embed_size)], False)
+        parts["layer_post_norm"] = ([(width,)], False)
+    if config.has_layer_scale:
+        parts["layer_scale"] = ([(1,)], False)
     if config.is_sparse(layer):
         count = config.num_experts
         parts["router"] = ([(count, width)], config.has_expert_bias)
         if config.has_expert_bias:
             parts["experts_gate_up_bias"] = ([(count, 2 * config.expert_size)], False)
             parts["experts_down_bias"] = ([(count, width)], False)
+        if config.expert_latent:
+            latent = config.expert_latent
+            parts["experts_in"] = ([(latent, width)], config.mlp_bias)
+            parts["experts_out"] = ([(width, latent)], config.mlp_bias)
         if config.router == "sigmoid":
             parts["router_correction"] = ([(count,)], False)
         if config.has_shared_gate:
             parts["shared_gate"] = ([(1, width)], False)
         if config.shared_expert_size:
             shared = config.shared_expert_size
-            parts["shared_gate_up"] = ([(shared, width), (shared, width)], False)
+            if config.is_gated:
+                parts["shared_gate_up"] = ([(shared, width), (shared, width)], False)
+            else:
+                parts["shared_up"] = ([(shared, width)], False)
             parts["shared_down"] = ([(width, shared)], False)
+        if not config.has_dense_beside:
+            return parts
+        for name in ("experts_norm", "experts_post_norm", "dense_post_norm", "router_scale"):
+            parts[name] = ([(width,)], False)
+        parts["experts_scale"] = ([(count,)], False)
+    if not has_mlp:
         return parts
     if config.is_gated:
         parts["gate_up"] = ([(inner, width), (inner, width)], config.mlp_bias)
@@ -170,6 +205,16 @@ def _recurrent_parts(config: ModelConfig) -> dict[str, Parts]:
     sizes, width = config.recurrent, config.hidden_size
     assert sizes is not None, "the layer is recurrent"
     heads, channels, values = sizes.num_value_heads, sizes.num_channels, sizes.num_values
+    if sizes.kind == "space":
+        return {
+            "in_proj": ([(values + channels + heads, width)], sizes.has_bias),
+            "conv": ([(channels, 1, sizes.conv_width)], sizes.has_conv_bias),
+            "a_log": ([(heads,)], False),
+            "dt_bias": ([(heads,)], False),
+            "state_skip": ([(heads,)], False),
+            "state_norm": ([(values,)], False),
+            "out_proj": ([(width, values)], sizes.has_bias),
+        }
     return {
         "in_proj": ([(channels, width), (values, width)], False),
         "ba_proj": ([(heads, width), (heads, width)], False),
@@ -208,14 +253,19 @@ def _sources(
 def _expert_sources(config: ModelConfig, family: Family, prefix: str) -> dict[str, Source]:
     """The kernels of all experts, in one array each; some checkpoints have them so."""
     width, inner, count = config.hidden_size, config.expert_size, config.num_experts
+    width = config.expert_latent or width
     if "{}" not in family.block_names["experts_down"][0]:
         wholes = {"experts_gate_up": (count, width, 2 * inner)}
         wholes["experts_down"] = (count, inner, width)
+        is_turned = family.is_expert_out_in
+        if is_turned:
+            wholes = {name: (count, *shape[:0:-1]) for name, shape in wholes.items()}
         return {
-            parameter: Source(((prefix + family.block_names[parameter][0], shape),))
+            parameter: Source(((prefix + family.block_names[parameter][0], shape),), is_turned)
             for parameter, shape in wholes.items()
         }
-    shapes = {"experts_gate_up": (inner, width), "experts_down": (width, inner)}
+    up = "experts_gate_up" if config.is_gated else "experts_up"
+    shapes = {up: (inner, width), "experts_down": (width, inner)}
     return {
         parameter: Source(
             tuple(

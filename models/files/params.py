@@ -13,7 +13,9 @@ from tqdm import tqdm
 
 from folojax.models.core.config import ModelConfig
 from folojax.models.core.param_tree import listed
+from folojax.models.families.families import family_of
 from folojax.models.files.hf_names import Source, is_ignorable, parameter_sources
+from folojax.models.files.joined_experts import part_experts
 from folojax.models.files.quantized_formats import open_weights
 from folojax.models.files.quantized_tensor import QuantizedTensor
 from folojax.models.files.safetensors_files import DTYPES, HeldTensor, Tensor
@@ -99,7 +101,8 @@ def _assemble(
     takes seconds and somebody sits at a terminal.
     """
     sources = parameter_sources(config)
-    found = _find(config, sources, tensors, what)
+    wanted = {name for source in jax.tree.leaves(sources) for name, _ in source.tensors}
+    found = _find(config, sources, part_experts(tensors, wanted), what)
     named, tree, shapes = _named(sources), jax.tree.structure(sources), param_shapes(config, dtype)
     arrays: list[Any] = [None] * len(named)
     with tqdm(
@@ -187,7 +190,7 @@ def _find(
     """The wanted tensors, by the names that the sources have for them.
 
     Where a model was saved without its head, as the first GPT-2 was, the files leave out the first
-    part of every name.
+    part of every name; in those of some families it is another.
 
     Raises:
         ValueError: says at once all there is to say against the tensors.
@@ -195,9 +198,10 @@ def _find(
     wanted = dict(pair for source in jax.tree.leaves(sources) for pair in source.tensors)
     missing: list[str] = []
     found: dict[str, Tensor] = {}
+    other = family_of(config.architecture)[1].other_prefix
     for name, shape in wanted.items():
         short = name.partition(".")[2]
-        tensor = tensors.get(name) or tensors.get(short)
+        tensor = tensors.get(name) or tensors.get(short) or tensors.get(other + short)
         if tensor is None:
             missing.append(f"missing: {name} {shape}")
         else:

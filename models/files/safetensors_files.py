@@ -91,6 +91,12 @@ class StoredTensor(NamedTuple):
                 f"{self.path}: tensor {self.name!r} cannot be read: {error}"
             ) from error
 
+    def cut(self, name: str, place: int, shape: tuple[int, ...]) -> "StoredTensor":
+        """One of the parts of that shape that lie in it one behind the other."""
+        dtype = (DTYPES | _PACKED_DTYPES).get(self.dtype)
+        size = 0 if dtype is None else dtype.itemsize * math.prod(shape)
+        return self._replace(name=name, start=self.start + place * size, shape=shape)
+
     def read(self) -> np.ndarray:
         """The whole of it, as it is stored; it may be a scalar."""
         flat = self._replace(shape=(math.prod(self.shape),))
@@ -118,6 +124,10 @@ class HeldTensor:
         self.shape = self._array.shape
         names = {dtype: one for one, dtype in DTYPES.items()}
         self.dtype = names.get(self._array.dtype, str(self._array.dtype))
+
+    def cut(self, name: str, place: int, shape: tuple[int, ...]) -> "HeldTensor":
+        """As `StoredTensor.cut`."""
+        return HeldTensor(name, self._array.reshape(-1, *shape)[place])
 
     def read_into(self, target: np.ndarray) -> None:
         """Copies it to where it is wanted, converted as `StoredTensor.read_into` does."""

@@ -43,11 +43,13 @@ QuantizedKernel: TypeAlias = Int8Kernel | GroupKernel | TiledKernel | Float8Kern
 _LINEAR = frozenset(
     {
         "qkv",
+        "qk",
         "o",
         "gate_up",
         "up",
         "down",
         "shared_gate_up",
+        "shared_up",
         "shared_down",
         "q",
         "q_a",

@@ -1,5 +1,6 @@
 """The paged cache: what is written is read back, and nothing else moves."""
 
+import dataclasses
 import functools
 from typing import Any, get_args
 
@@ -283,3 +284,19 @@ def test_pages_become_tokens_and_pages_again(order: str) -> None:
         for new, old in zip(read(fresh, 1), (keys, values), strict=True):
             np.testing.assert_array_equal(new[[2, 7]], old[[9, 0]])
             np.testing.assert_array_equal(new[5, :1], old[4, :1])
+
+
+def test_layers_of_other_heads_become_tokens_side_by_side() -> None:
+    layout = dataclasses.replace(make_layout(), heads=((2, 8), (1, 24)))
+    assert layout.bytes_per_page == 4 * S * 2 * (2 * 8 + 24)
+    cache = kv.init_cache(layout)
+    rng = np.random.default_rng(0)
+    layers = tuple(jnp.asarray(rng.normal(size=one.shape), one.dtype) for one in cache.layers)
+    cache, copies = dataclasses.replace(cache, layers=layers), PageCopies(1)
+    tokens = read_tokens(copies.take(cache, [3, 8]), S + 3, layout)
+    assert tokens.keys.shape == (1, S + 3, 1, 2 * 8 + 24)
+    written = write_tokens(tokens, layout)
+    for layer, pages in zip(layers, written.layers, strict=True):
+        expected = layout.format.by_token(layer)
+        np.testing.assert_array_equal(layout.format.by_token(pages)[0], expected[3])
+        np.testing.assert_array_equal(layout.format.by_token(pages)[1, :, :3], expected[8, :, :3])

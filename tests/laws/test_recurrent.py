@@ -22,11 +22,13 @@ PARAMS = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
 LIMITS = TINY_LIMITS | {"max_num_batched_tokens": 32, "check_integrity": True}
 
 
-@pytest.fixture(scope="module")
-def hybrid(tmp_path_factory: pytest.TempPathFactory) -> Any:
+@pytest.fixture(
+    scope="module", params=["qwen3.5", pytest.param("nemotron-h", marks=pytest.mark.slow)]
+)
+def hybrid(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A model, prompts, and the tokens that transformers finds likeliest behind them."""
     directory: Path = tmp_path_factory.mktemp("hybrid")
-    theirs = save_family("qwen3.5", directory)
+    theirs = save_family(request.param, directory)
     model = dense.load(directory)
     rng = np.random.default_rng(0)
     prompts = [rng.integers(3, 128, n).tolist() for n in (1, 84, 17, 70, 33, 5)]
@@ -125,8 +127,8 @@ def test_states_are_in_the_memory_plan(hybrid: Any) -> None:
     one = sum(leaf.nbytes for leaf in state) // 5  # two that run, two kept, and that of padding
     assert more.memory_plan.slots_bytes - few.memory_plan.slots_bytes == 12 * one
     pages = few.engine.runner.state.cache.pages
-    assert len(pages) == 1
-    assert pages[0].nbytes == few.memory_plan.pages_bytes
+    assert sum(one.nbytes > 0 for one in pages) == 1
+    assert sum(one.nbytes for one in pages) == few.memory_plan.pages_bytes
 
 
 def test_a_prompt_is_found_where_a_state_was_kept(hybrid: Any) -> None:

@@ -26,6 +26,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("qwen2", {}),
     "qwen3": ("qwen3", {}),
     "qwen3moe": ("qwen3-moe", {}),
+    "gemma": ("gemma", {}),
     "gemma2": ("gemma2", {"query_pre_attn_scalar": 24}),
     # Six layers: the last one is global.
     "gemma3": (
@@ -37,6 +38,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "hunyuan",
         {"rope_parameters": {"rope_type": "default", "rope_theta": 5e4}},
     ),
+    "granite": ("granite", {}),
+    # Five layers: every fourth is without rotary embedding, and the file does not say so.
+    "smollm3": ("smollm3", {"num_hidden_layers": 5, "no_rope_layers": [1, 1, 1, 0, 1]}),
+    "olmo2": ("olmo2", {}),
+    "glm4": ("glm4", {"attention_bias": True}),
     "gpt2": ("gpt2", {}),
 }
 

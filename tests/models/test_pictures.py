@@ -76,6 +76,18 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         },
         {**QWEN_EYE, "out_hidden_size": 64, "num_position_embeddings": 16},
     ),
+    "gemma4": (
+        "Gemma4",
+        {**FAMILIES["gemma4"][1], "model_type": "gemma4_text"},
+        {
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+        },
+    ),
     "qwen3_5_moe": (
         "Qwen3_5Moe",
         FAMILIES["qwen3.5-moe"][1],
@@ -92,7 +104,7 @@ def save_model(case: str, directory: Path) -> Any:
     config = getattr(transformers, f"{name}Config")(
         text_config={"vocab_size": 128, **TEXT, **text},
         vision_config=eye,
-        tie_word_embeddings=case == "gemma3",
+        tie_word_embeddings=case in ("gemma3", "gemma4"),
     )
     torch.manual_seed(0)
     model = getattr(transformers, f"{name}ForConditionalGeneration")(config).eval()
@@ -103,7 +115,10 @@ def save_model(case: str, directory: Path) -> Any:
 
 @pytest.mark.parametrize(
     "case",
-    [*list(MODELS)[:-1], pytest.param(list(MODELS)[-1], marks=pytest.mark.slow)],
+    [
+        pytest.param(case, marks=[pytest.mark.slow] * (case in ("gemma4", "qwen3_5_moe")))
+        for case in MODELS
+    ],
 )
 def test_the_text_part_is_that_of_transformers(
     case: str, tmp_path: Path, caplog: pytest.LogCaptureFixture

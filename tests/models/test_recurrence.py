@@ -178,3 +178,21 @@ def test_gradients_go_through_chunks() -> None:
     slope = jax.jit(jax.grad(read))(1.0)
     difference = (read(1.01) - read(0.99)) / 0.02
     np.testing.assert_allclose(slope, difference, rtol=1e-2)
+
+
+def test_little_decay_behind_much_keeps_its_digits() -> None:
+    """As with rates of trained state spaces: a thousand in a chunk, and hundredths among them."""
+    rng = np.random.default_rng(0)
+    sequence = {
+        "query": rng.normal(size=(CHUNK, K, D)),
+        "key": rng.normal(size=(CHUNK, K, D)),
+        "value": rng.normal(size=(CHUNK, H, Z)),
+        "decay": -np.exp(rng.uniform(-6, 5, size=(CHUNK, H))),
+        "x": np.zeros(CHUNK),
+    }
+    expected, state = by_token(sequence, is_delta=False)
+    where = Rows(*(jnp.array([number]) for number in (0, 0, CHUNK)))
+    given = [sequence[name].astype(np.float32)[None] for name in ("query", "key", "value", "decay")]
+    memory, out = recur(jnp.zeros((2, H, D, Z)), where, *given)
+    np.testing.assert_allclose(out[0], expected, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(memory[0], state, rtol=0, atol=1e-5)

@@ -1,0 +1,120 @@
+"""What stands in the place of attention in layers that keep a state of each sequence."""
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from folojax.models.core.layers import norm
+from folojax.models.core.recurrence import l2_normed, split_inputs
+
+if TYPE_CHECKING:
+    from folojax.models.core.block import Block
+
+KERNEL_INIT = nn.initializers.normal(0.02)
+"""As transformers initialises: a fresh model is only ever a stand-in of the right shapes."""
+ONES, ZEROS = nn.initializers.ones, nn.initializers.zeros
+
+
+def delta_rule(
+    block: "Block", normed: Float[Array, "N E"], cache: Any, attend: Any
+) -> tuple[Float[Array, "N E"], Any]:
+    """The gated delta rule (`folojax.models.core.recurrence`).
+
+    Its kernels, of K heads of keys and H of values:
+        in_proj  [2K*D + 2H*Z, E]    queries | keys | values | gate of what is read
+        ba_proj  [2H, E]             rate | decay, before their nonlinearities
+        conv     [2K*D + H*Z, 1, W]  of queries, keys and values
+    """
+    config, sizes = block.config, block.config.recurrent
+    assert sizes is not None, "the layer is recurrent"
+    place = block.place
+    heads, keys, values = sizes.num_value_heads, sizes.num_keys, sizes.num_values
+    mixed = block.linear("in_proj", normed, sizes.num_channels + values, False)
+    rates = block.linear("ba_proj", normed, 2 * heads, False)
+    mixed, gate, rate, step = split_inputs(
+        mixed.astype(block.dtype), rates.astype(block.dtype), sizes
+    )
+    kernel = block.param(
+        "conv", KERNEL_INIT, (sizes.num_channels, 1, sizes.conv_width), block.dtype
+    )
+    cache, mixed = attend.convolve(cache, place, mixed, kernel[:, 0])
+    mixed = jax.nn.silu(mixed.astype(block.dtype))
+    query, key, value = jnp.split(mixed, (keys, 2 * keys), axis=1)
+    by_key = (-1, sizes.num_key_heads, sizes.key_dim)
+    log_rate = block.param("a_log", ZEROS, (heads,), jnp.float32)
+    bias = block.param("dt_bias", ONES, (heads,), jnp.float32)
+    step = jax.nn.softplus(step.astype(jnp.float32) + bias[None, :])
+    cache, out = attend.recur(
+        cache,
+        place,
+        l2_normed(query.reshape(by_key)) * sizes.key_dim**-0.5,
+        l2_normed(key.reshape(by_key)),
+        value.reshape(-1, heads, sizes.value_dim),
+        decay=-jnp.exp(log_rate)[None, :] * step,
+        beta=jax.nn.sigmoid(rate.astype(jnp.float32)),
+    )
+    weight = block.param("state_norm", ONES, (sizes.value_dim,), block.dtype)
+    # Its weight has no offset, whatever the other norms have.
+    out = norm(out.astype(block.dtype), weight, None, dataclasses.replace(config, norm="rms"))
+    gate = jax.nn.silu(gate.astype(jnp.float32)).reshape(out.shape)
+    flat = (out * gate).astype(block.dtype).reshape(-1, values)
+    return block.linear("out_proj", flat, config.hidden_size, False).astype(block.dtype), cache
+
+
+def state_space(
+    block: "Block", normed: Float[Array, "N E"], cache: Any, attend: Any
+) -> tuple[Float[Array, "N E"], Any]:
+    """The state space of Mamba-2: gated linear attention whose gates and values have a step.
+
+    Its kernels, of K heads of keys and H of values:
+        in_proj  [2H*Z + 2K*D + H, E]  gate of what is read | values | keys | queries | steps
+        conv     [H*Z + 2K*D, 1, W]    of values, keys and queries
+    What is read is normed in K groups. Dao and Gu (arXiv:2405.21060).
+    """
+    config, sizes = block.config, block.config.recurrent
+    assert sizes is not None, "the layer is recurrent"
+    heads, keys, values = sizes.num_value_heads, sizes.num_keys, sizes.num_values
+    channels = sizes.num_channels
+    mixed = block.linear("in_proj", normed, values + channels + heads, sizes.has_bias)
+    mixed = mixed.astype(block.dtype)
+    gate, mixed, step = jnp.split(mixed, (values, values + channels), axis=1)
+    kernel = block.param("conv", KERNEL_INIT, (channels, 1, sizes.conv_width), block.dtype)
+    cache, mixed = attend.convolve(cache, block.place, mixed, kernel[:, 0])
+    if sizes.has_conv_bias:
+        bias = block.param("conv_bias", ZEROS, (channels,), block.dtype)
+        mixed = mixed + bias.astype(jnp.float32)[None, :]
+    mixed = jax.nn.silu(mixed.astype(block.dtype)).astype(jnp.float32)
+    value, key, query = jnp.split(mixed, (values, values + keys), axis=1)
+    value = value.reshape(-1, heads, sizes.value_dim)
+    by_key = (-1, sizes.num_key_heads, sizes.key_dim)
+    log_rate, skip, bias = (
+        block.param(name, init, (heads,), jnp.float32)
+        for name, init in (("a_log", ZEROS), ("state_skip", ONES), ("dt_bias", ONES))
+    )
+    step = jax.nn.softplus(step.astype(jnp.float32) + bias[None, :])
+    step = jnp.clip(step, *sizes.step_limits)
+    cache, out = attend.recur(
+        cache,
+        block.place,
+        query.reshape(by_key),
+        key.reshape(by_key),
+        value * step[:, :, None],
+        decay=-jnp.exp(log_rate)[None, :] * step,
+    )
+    out = (out + skip[None, :, None] * value).reshape(-1, values)
+    out = out * jax.nn.silu(gate.astype(jnp.float32))
+    groups = out.reshape(-1, sizes.num_key_heads, values // sizes.num_key_heads)
+    plain = jnp.ones(groups.shape[-1], jnp.float32)
+    groups = norm(groups, plain, None, dataclasses.replace(config, norm="rms"))
+    weight = block.param("state_norm", ONES, (values,), block.dtype)
+    flat = groups.reshape(-1, values).astype(block.dtype) * weight[None, :]
+    out = block.linear("out_proj", flat, config.hidden_size, sizes.has_bias)
+    return out.astype(block.dtype), cache
+
+
+MIXERS = {"delta": delta_rule, "space": state_space}
+"""By `Recurrent.kind`."""

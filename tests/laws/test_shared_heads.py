@@ -1,0 +1,89 @@
+"""Laws of a model whose layers have heads of two sizes and share keys and values: Gemma 4."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from folojax import LLM, SamplingParams
+from folojax.backend import backend
+from tests import dense, reference
+from tests.conftest import check_is_empty
+from tests.families import save_family
+from tests.reference import TIGHT, TINY_LIMITS
+
+pytestmark = pytest.mark.slow
+
+PARAMS = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
+LIMITS = TINY_LIMITS | {"max_num_batched_tokens": 32, "check_integrity": True}
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A model, prompts, and the tokens that transformers finds likeliest behind them."""
+    directory: Path = tmp_path_factory.mktemp("shared")
+    theirs = save_family("gemma4", directory)
+    model = dense.load(directory)
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(3, 128, n).tolist() for n in (1, 84, 17, 70, 33, 5)]
+    found = generate(LLM(model, **LIMITS | TIGHT), prompts)
+    for prompt, tokens in zip(prompts, found, strict=True):
+        logits = reference.logits(theirs, prompt + tokens)[len(prompt) - 1 : -1]
+        assert tokens == logits.argmax(axis=-1).tolist()
+    return model, prompts, found
+
+
+def generate(llm: LLM, prompts: list[list[int]]) -> list[list[int]]:
+    """Greedily, all at once; nothing is left behind."""
+    outputs = llm.generate(prompts, PARAMS, use_tqdm=False)
+    check_is_empty(llm)
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+@pytest.mark.parametrize(
+    "options", [{"max_num_batched_tokens": 16}, {"max_decode_steps": 4}], ids=str
+)
+def test_options_and_whole_programs_change_no_token(
+    shared: Any, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, prompts, expected = shared
+    assert generate(LLM(model, **LIMITS | options), prompts) == expected
+    monkeypatch.setattr(backend, "CPU", dataclasses.replace(backend.CPU, steps="whole"))
+    assert generate(LLM(model, **LIMITS | options), prompts) == expected
+
+
+def test_swaps_forks_and_snapshots_change_no_token(shared: Any) -> None:
+    """Pages of all layers leave for the host and come back, as pages and as tokens."""
+    model, prompts, expected = shared
+    llm = LLM(model, **LIMITS | TIGHT | {"num_host_pages": 32, "min_swap_tokens": 1})
+    assert generate(llm, prompts) == expected
+    assert llm.metrics().num_preemptions > 0
+    llm.add_request("a", prompts[2], PARAMS)
+    for _ in range(12):
+        llm.step()
+    llm.fork("a", "b")
+    snapshot = llm.snapshot("a")
+    assert snapshot.kv is not None
+    assert snapshot.kv.keys.shape[::2] == (1, 1), "layers differ, and lie side by side"
+    assert snapshot.kv.keys.shape[3] == 2 * (2 * 16 + 2 * 32)
+    llm.resume(snapshot, "c")
+    found = []
+    while llm.has_unfinished_requests():
+        found += [list(one.outputs[0].token_ids) for one in llm.step() if one.finished]
+    assert found == [expected[2]] * 3
+    check_is_empty(llm)
+
+
+def test_streams_are_read_behind_layers(shared: Any) -> None:
+    """What lies beside the stream is none of it."""
+    (module, params), prompts, _ = shared
+    llm = LLM((module, params), **LIMITS, activation_taps=(0, 2))
+    wanted = dataclasses.replace(PARAMS, activations=True, max_tokens=1)
+    (output,) = llm.generate([prompts[4]], wanted, use_tqdm=False)
+    streams = dense.residuals(params, np.asarray(prompts[4]), layers=(0, 2), model=module)
+    found = output.outputs[0].activations
+    assert found is not None
+    for layer, expected in zip((0, 2), streams, strict=True):
+        np.testing.assert_allclose(np.asarray(found[layer]), expected, atol=1e-4)
