@@ -22,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDev
 from folojax.kv.cache import KVCache
 from folojax.models.core.config import ModelConfig
 from folojax.models.core.decoder import Llama
+from folojax.models.core.peer_sum import open_peers
 from folojax.models.core.shards import (
     AXIS,
     cut,
@@ -76,7 +77,7 @@ class Devices:
         """The module that each device runs."""
         if self.count == 1:
             return model
-        return model.clone(config=part_of(model.config, self.count))
+        return model.clone(config=part_of(model.config, self.count, open_peers(self.given)))
 
     def place(self, arrays: _T) -> _T:
         """Commits arrays to every device; one that is there already is shared, not copied.

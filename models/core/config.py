@@ -206,6 +206,9 @@ class ModelConfig:
     num_shards: int = 1
     """Of how many devices this is one: heads, inner widths and kernels are its part of the model
     (`folojax.models.core.shards`)."""
+    peers: int = 0
+    """GPUs, a bit each by their number in the process, that read each other's parts of a sum
+    (`folojax.models.core.peer_sum`); 0: XLA sums."""
 
     is_ordered: bool = False
     """Sums over a row's numbers have an order of their own on NVIDIA GPUs, whatever the batch."""

@@ -23,6 +23,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
+from folojax.models.core import peer_sum
 from folojax.models.core.config import ModelConfig
 
 AXIS = "tensor"
@@ -84,8 +85,11 @@ def problems_of(config: ModelConfig, count: int) -> list[str]:
     return found
 
 
-def part_of(config: ModelConfig, count: int) -> ModelConfig:
-    """The config of what one of `count` devices runs; `problems_of` are none."""
+def part_of(config: ModelConfig, count: int, peers: int = 0) -> ModelConfig:
+    """The config of what one of `count` devices runs; `problems_of` are none.
+
+    `peers` is that of the config.
+    """
     return dataclasses.replace(
         config,
         num_heads=config.num_heads // count,
@@ -94,6 +98,7 @@ def part_of(config: ModelConfig, count: int) -> ModelConfig:
         expert_size=config.expert_size // count,
         shared_expert_size=config.shared_expert_size // count,
         num_shards=count,
+        peers=peers,
     )
 
 
@@ -104,7 +109,11 @@ def kv_copies(config: ModelConfig, count: int) -> int:
 
 def sum_parts(x: Any, config: ModelConfig) -> Any:
     """The sum of what each device has computed; of a model that is not cut, `x` itself."""
-    return x if config.num_shards == 1 else jax.lax.psum(x, AXIS)
+    if config.num_shards == 1:
+        return x
+    if peer_sum.is_taken(x, config.peers):
+        return peer_sum.sum_over_peers(x, config.peers)
+    return jax.lax.psum(x, AXIS)
 
 
 def spec_of(name: str, config: ModelConfig) -> PartitionSpec:

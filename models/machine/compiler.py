@@ -25,24 +25,29 @@ _COMPILER_TIMEOUT_S = 120
 
 
 @functools.cache
-def register(source: Path, name: str, handler: str) -> str | None:
-    """Lets programs on CPU call a handler of a C++ source, by the name of a custom call.
+def register(source: Path, name: str, handler: str, platform: str = "cpu") -> str | None:
+    """Lets programs call a handler of a C++ source, by the name of a custom call.
 
-    The source is compiled if nobody has done so before. Returns None, or why programs have to do
-    without.
+    `platform` says which programs, as `jax.ffi.register_ffi_target` has it. The source is compiled
+    if nobody has done so before. Returns None, or why programs have to do without.
     """
     try:
-        library = _load(source)
+        library = load(source)
         if not library.has_instructions():
             raise OSError("this processor lacks AVX2, FMA or F16C")
     except OSError as error:
         return str(error)
     target = jax.ffi.pycapsule(getattr(library, handler))
-    jax.ffi.register_ffi_target(name, target, platform="cpu")
+    jax.ffi.register_ffi_target(name, target, platform=platform)
     return None
 
 
-def _load(source: Path) -> ctypes.CDLL:
+def load(source: Path) -> ctypes.CDLL:
+    """The library of a source, compiled if nobody has done so before.
+
+    Raises:
+        OSError: there is no compiler, or it does not take the source.
+    """
     path = build_library(source)
     try:
         return ctypes.CDLL(str(path))

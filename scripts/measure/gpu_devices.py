@@ -3,23 +3,26 @@
     python scripts/measure/gpu_devices.py qwen3-8b                       everything below
     python scripts/measure/gpu_devices.py qwen3-8b --parts steps sums --devices 2
 
-Parts: `right` (tokens and log-probabilities against one device, in float32 with four layers and in
-bfloat16 with all; a tight pool that preempts, and the prefix cache), `params` (whose arrays an
-engine shares with a trainer, and what each device holds), `steps` (milliseconds a step of 1, 8 and
-64 rows), `sums` (kernels of a step from a trace, those of sums between devices by themselves),
-`long` (some thousand steps with the same tokens each time). Weights are random, shapes are the true
-ones; `--small` shrinks everything, to try the script on forced devices of a CPU.
+Parts: `alone` (the kernel that sums over devices, against what it should give, and NCCL beside it,
+microseconds), `right` (tokens and log-probabilities against one device, in float32 with four layers
+and in bfloat16 with all; a tight pool that preempts, and the prefix cache), `params` (whose arrays
+an engine shares with a trainer, and what each device holds), `steps` (tokens a second of 1, 8 and
+64 rows), `sums` (kernels of a step from a trace), `long` (some thousand steps with the same tokens
+each time). Weights are random, shapes are the true ones; `--small` shrinks everything, to try the
+script on forced devices of a CPU.
 
 Exit code: 0; 1 if something is not right.
 """
 
 import argparse
 import collections
+import functools
 import gzip
 import json
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +30,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from gpu_common import SHAPES, Report, make_model
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from folojax import LLM, RequestOutput, SamplingParams
+from folojax.compile.programs import IN_GRAPH
+from folojax.models.core import peer_sum
 
 KINDS: list[dict[str, Any]] = [
     {"temperature": 0},
@@ -68,6 +73,43 @@ class Check:
             found.append(common + tokens if number % 2 else tokens)
         return found
 
+    def check_alone(self) -> None:
+        """Sums of 1 to 256 rows, many in one program."""
+        group = peer_sum.open_peers(tuple(self.mesh.devices.flat))
+        self.report.add(part="alone", group=group)
+        count, width, repeats = self.mesh.size, 4096, 4 if self.args.small else 64
+        spec = PartitionSpec("all")
+
+        @functools.partial(jax.jit, static_argnames="way", compiler_options=IN_GRAPH)
+        def run(x: jax.Array, way: Callable[..., Any]) -> jax.Array:
+            def each(x: jax.Array) -> jax.Array:
+                for _ in range(repeats):
+                    x = way(x) * jnp.asarray(1 / count, x.dtype)
+                return x
+
+            return jax.shard_map(
+                each, mesh=self.mesh, in_specs=spec, out_specs=spec, check_vma=False
+            )(x)
+
+        ways: dict[str, Callable[..., Any]] = {"nccl": _psum}
+        if group:
+            ways["kernel"] = lambda x: peer_sum.sum_over_peers(x, group)
+        for rows in (1, 8) if self.args.small else (1, 8, 64, 128):
+            given = self.rng.normal(size=(count * rows, width)).astype(np.float32)
+            x = jax.device_put(jnp.asarray(given, jnp.bfloat16), NamedSharding(self.mesh, spec))
+            for name, way in ways.items():
+                times = []
+                for _ in range(6):
+                    start = time.perf_counter()
+                    found = jax.block_until_ready(run(x, way))
+                    times.append(time.perf_counter() - start)
+                parts = np.asarray(x, np.float32).reshape(count, rows, width)
+                wanted = np.broadcast_to(parts.mean(axis=0), parts.shape).reshape(found.shape)
+                gap = float(np.abs(np.asarray(found, np.float32) - wanted).max())
+                us = 1e6 * float(np.median(times[1:])) / repeats
+                self.report.add(part="alone", rows=rows, way=name, us=us, largest_gap=gap)
+                self.is_right &= gap < 0.05
+
     def check_right(self) -> None:
         """Against one device."""
         small = self.args.small
@@ -79,7 +121,9 @@ class Check:
             for number in range(len(prompts))
             for kind in [KINDS[number % len(KINDS)]]
         ]
-        for name, dtype, layers in (("float32", jnp.float32, 4), ("bfloat16", jnp.bfloat16, None)):
+        # Float32 is multiplied with ten bits of each number on a GPU unless JAX is told otherwise.
+        jax.config.update("jax_default_matmul_precision", "highest")
+        for name, dtype, layers in (("bfloat16", jnp.bfloat16, None), ("float32", jnp.float32, 4)):
             changes: dict[str, Any] = {"num_layers": layers} if layers and not small else {}
             model = make_model(self.args.model, small, dtype=dtype, **changes)
             pages: dict[str, Any] = {"num_pages": 64 if small else 2048}
@@ -260,6 +304,10 @@ def _logprob(sample: Any, at: int) -> float:
     return sample.logprobs[at][sample.token_ids[at]].logprob
 
 
+def _psum(x: jax.Array) -> jax.Array:
+    return jax.lax.psum(x, "all")
+
+
 def _pieces(leaf: jax.Array) -> list[tuple[int, int]]:
     return [(one.device.id, one.data.unsafe_buffer_pointer()) for one in leaf.addressable_shards]
 
@@ -275,7 +323,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parts = ["right", "params", "steps", "sums", "long"]
+    parts = ["alone", "right", "params", "steps", "sums", "long"]
     parser.add_argument("model", choices=list(SHAPES))
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     parser.add_argument("--devices", type=int, default=2, metavar="N", help="2 if not given")

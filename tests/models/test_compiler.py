@@ -31,7 +31,7 @@ def test_it_is_compiled_once_and_again_if_damaged(
     assert native.build_library(source) == library
     assert len(calls.read_text()) == 1
     library.write_bytes(b"damaged")
-    native._load(source)
+    native.load(source)
     assert len(calls.read_text()) == 2
     assert library.read_bytes() == Path(_ctypes.__file__).read_bytes()
     source.write_text("// Another one.\n")
