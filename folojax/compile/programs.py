@@ -19,18 +19,18 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+_BUFFERS = "xla_gpu_enable_command_buffer"
+_STRAIGHT = "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,COLLECTIVES"
 IN_GRAPH: dict[str, Any] = {
-    "xla_gpu_enable_command_buffer": (
-        "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE,"
-        "COLLECTIVES"
-    ),
+    _BUFFERS: _STRAIGHT + ",CONDITIONAL,WHILE",
     "xla_gpu_experimental_enable_fusion_autotuner": False,
 }
 """`compiler_options` of programs with loops and sums over devices: XLA on a GPU then keeps these in
 the CUDA graph.
 
-By default a loop ends the graph, and the host waits for the device to learn whether to go on.
-Autotuning of fusions takes longer than it gains. Other platforms pass over both.
+By default a loop ends the graph, and the host waits for the device to learn whether to go on. Over
+several devices it does so here too: with NCCL's calls in a loop CUDA refuses the graph. Autotuning
+of fusions takes longer than it gains. Other platforms pass over both.
 """
 
 _NO_MESH = Mesh(np.empty((), object), ())
@@ -52,6 +52,12 @@ def own_settings() -> Iterator[None]:
         jax.numpy_dtype_promotion("standard"),
     ):
         yield
+
+
+def _mesh_of(args: tuple[Any, ...]) -> Any:
+    """The mesh that arguments lie over, if they do."""
+    shardings = (getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(args))
+    return next((one.mesh for one in shardings if isinstance(one, NamedSharding)), None)
 
 
 class Spent:
@@ -153,8 +159,11 @@ class Program:
 
     def lower(self, *args: Any) -> jax.stages.Lowered:
         """What there is to be compiled; nothing of it is kept. Arrays may be shapes."""
+        options, given = self.options, self.options["compiler_options"]
+        if given is not None and _BUFFERS in given and _mesh_of(args) is not None:
+            options = options | {"compiler_options": given | {_BUFFERS: _STRAIGHT}}
         with own_settings():
-            return jax.jit(self._anew(args), **self.options).lower(*args)
+            return jax.jit(self._anew(args), **options).lower(*args)
 
     def _anew(self, args: tuple[Any, ...]) -> Callable[..., Any]:
         """A function of its own: JAX's caches forget with it what was traced."""
@@ -173,10 +182,10 @@ class Program:
 
     def _over_mesh(self, args: tuple[Any, ...]) -> Callable[..., Any]:
         """The function, on each device of the mesh that arguments lie over, if they do."""
-        shardings = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(args)]
-        named = [one for one in shardings if isinstance(one, NamedSharding)]
-        if not named:
+        mesh = _mesh_of(args)
+        if mesh is None:
             return self._function
+        shardings = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(args)]
         specs = [PartitionSpec() if one is None else one.spec for one in shardings]
         in_specs = jax.tree.unflatten(jax.tree.structure(args), specs)
 
@@ -186,7 +195,7 @@ class Program:
 
         return jax.shard_map(
             self._function,
-            mesh=named[0].mesh,
+            mesh=mesh,
             in_specs=in_specs,
             out_specs=out_spec(None)
             if self._lies_as is None

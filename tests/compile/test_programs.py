@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from folojax.compile.programs import Compiling, Programs, clear_programs, run
+from folojax.compile.programs import IN_GRAPH, Compiling, Programs, clear_programs, run
 
 
 class Counted:
@@ -96,6 +96,24 @@ def test_arguments_keep_their_names(counted: Any) -> None:
     _, programs = counted
     text = programs.of(factor=1).lower(np.ones(1), np.ones(1)).as_text("hlo")
     assert "add(x.1, y.1)" in text
+
+
+def test_loops_are_in_the_graph_on_one_device_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = list[str]()
+
+    def jit(function: Any, **options: Any) -> Any:
+        given.append(options["compiler_options"]["xla_gpu_enable_command_buffer"])
+        return real(function)
+
+    real = jax.jit
+    monkeypatch.setattr(jax, "jit", jit)
+    program = Programs(lambda x: x + 1, compiler_options=IN_GRAPH).of()
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("x",))
+    over = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    for x in (jnp.ones(8), jax.device_put(jnp.ones(8), over)):
+        program.lower(x)
+    assert ["WHILE" in one for one in given] == [True, False]
+    assert all("COLLECTIVES" in one for one in given)
 
 
 def test_donated_arguments_are_gone() -> None:
