@@ -27,6 +27,7 @@ MOST_ROWS = 256
 _LEAST = 16  # the smallest side of a product of Triton
 _INPUTS = 128  # of a step of a program
 _STEPS = 4  # of a cut
+_TOGETHER = 128  # numbers of `inner` that are multiplied at once
 
 
 def is_taken(a: Any, b: tuple[Any, ...], num_rows: int) -> bool:
@@ -80,25 +81,21 @@ def _reduce(x_ref: Any, slot_ref: Any, a_ref: Any, inner_ref: Any, *, rows: int)
     row, column = pl.program_id(2) * rows + jnp.arange(rows), jnp.arange(max(rank, _LEAST))
     is_own = _loaded(slot_ref, row, num_rows, slots) == own
 
-    def add(step: Any, total: Any) -> Any:
-        given = (cut * _STEPS + step) * _INPUTS + jnp.arange(_INPUTS)
-        is_there = (given < width)[None, :]
-        x = triton.load(
-            x_ref.at[row[:, None], given[None, :]],
-            mask=(is_own[:, None] & is_there),
-            other=0.0,
-        )
-        a = triton.load(
-            a_ref.at[part, own, column[:, None], given[None, :]],
-            mask=((column < rank)[:, None] & is_there),
-            other=0.0,
-        )
-        return total + _contract(x, a, 1)
-
     @pl.when(_any(is_own))
     def store() -> None:
-        zeros = jnp.zeros((rows, column.size), jnp.float32)
-        total = jax.lax.fori_loop(0, _STEPS, add, zeros)
+        total = jnp.zeros((rows, column.size), jnp.float32)
+        for step in range(_STEPS):  # unrolled, so that all loads are on their way at once
+            given = (cut * _STEPS + step) * _INPUTS + jnp.arange(_INPUTS)
+            is_there = (given < width)[None, :]
+            x = triton.load(
+                x_ref.at[row[:, None], given[None, :]], mask=is_own[:, None] & is_there, other=0.0
+            )
+            a = triton.load(
+                a_ref.at[part, own, column[:, None], given[None, :]],
+                mask=(column < rank)[:, None] & is_there,
+                other=0.0,
+            )
+            total += _contract(x, a, 1)
         place = inner_ref.at[cut, row[:, None], (part * rank + column)[None, :]]
         triton.store(place, total, mask=is_own[:, None] & (column < rank)[None, :])
 
@@ -115,33 +112,28 @@ def _expand(
     """Some outputs, which one part has, of some rows."""
     *b_refs, out_ref = refs
     (cuts, num_rows, _), (slots, rank, _) = inner_ref.shape, b_refs[0].shape
-    block = pl.program_id(0)
-    row, column = pl.program_id(1) * rows + jnp.arange(rows), jnp.arange(max(rank, _LEAST))
+    block, row = pl.program_id(0), pl.program_id(1) * rows + jnp.arange(rows)
     slot = _loaded(slot_ref, row, num_rows, slots)
-    is_there = (slot < slots)[:, None] & (column < rank)[None, :]
+    # Some slots beside each other are one product, of which a row has its own columns alone.
+    step = max(_LEAST, min(_TOGETHER, _power(slots * rank)))
 
     def add_part(part: int, first: int) -> None:
         own = block * tile - first + jnp.arange(tile)
-
-        def sum_cuts(cut: Any, total: Any) -> Any:
-            place = inner_ref.at[cut, row[:, None], (part * rank + column)[None, :]]
-            return total + triton.load(place, mask=is_there, other=0.0)
-
-        zeros = jnp.zeros((rows, column.size), jnp.float32)
-        inner = jax.lax.fori_loop(0, cuts, sum_cuts, zeros).astype(b_refs[part].dtype)
-
-        def add(number: Any, total: Any) -> Any:
-            is_own = slot == number
+        total = jnp.zeros((rows, tile), jnp.float32)
+        for start in range(0, slots * rank, step):
+            column = start + jnp.arange(step)
+            is_there = column < slots * rank  # rows without an adapter have a slot behind the last
+            is_own = (slot[:, None] == (column // rank)[None, :]) & is_there[None, :]
+            inner = jnp.zeros((rows, step), jnp.float32)
+            for cut in range(cuts):
+                place = cut, row[:, None], (part * rank + column % rank)[None, :]
+                inner += triton.load(inner_ref.at[place], mask=is_own, other=0.0)
             b = triton.load(
-                b_refs[part].at[number, column[:, None], own[None, :]],
-                mask=jnp.broadcast_to(
-                    ((column < rank) & _any(is_own))[:, None], (column.size, tile)
-                ),
+                b_refs[part].at[(column // rank)[:, None], (column % rank)[:, None], own[None, :]],
+                mask=jnp.broadcast_to(is_there[:, None], (step, tile)),
                 other=0.0,
             )
-            return total + _contract(jnp.where(is_own[:, None], inner, 0.0), b, 0)
-
-        total = jax.lax.fori_loop(0, slots, add, jnp.zeros((rows, tile), jnp.float32))
+            total += _contract(inner.astype(b.dtype), b, 0)
         place = row[:, None], (first + own)[None, :]
         is_row = jnp.broadcast_to((row < num_rows)[:, None], total.shape)
         base = triton.load(base_ref.at[place], mask=is_row, other=0.0)
