@@ -11,6 +11,7 @@ from folojax.models.core.rope import RopeScaling
 # would fill the memory.
 _MOST_WIDTH, _MOST_LAYERS = 2**26, 2**10
 _OPTIONAL = (
+    "peers",
     *("shared_expert_size", "kv_rank", "query_rank", "value_dim"),
     *("full_head_dim", "full_kv_heads", "layer_embed_size", "layer_embed_vocab", "expert_latent"),
 )

@@ -134,11 +134,11 @@ def _expand(
                 other=0.0,
             )
             total += _contract(inner.astype(b.dtype), b, 0)
-        place = row[:, None], (first + own)[None, :]
+        at = row[:, None], (first + own)[None, :]
         is_row = jnp.broadcast_to((row < num_rows)[:, None], total.shape)
-        base = triton.load(base_ref.at[place], mask=is_row, other=0.0)
+        base = triton.load(base_ref.at[at], mask=is_row, other=0.0)
         added = base.astype(jnp.float32) + total
-        triton.store(out_ref.at[place], added.astype(out_ref.dtype), mask=is_row)
+        triton.store(out_ref.at[at], added.astype(out_ref.dtype), mask=is_row)
 
     first = 0
     for part in range(parts):
