@@ -77,7 +77,8 @@ class Devices:
         """The module that each device runs."""
         if self.count == 1:
             return model
-        return model.clone(config=part_of(model.config, self.count, open_peers(self.given)))
+        peers = open_peers(self.given) if self.first.platform == "gpu" else 0
+        return model.clone(config=part_of(model.config, self.count, peers))
 
     def place(self, arrays: _T) -> _T:
         """Commits arrays to every device; one that is there already is shared, not copied.
