@@ -191,11 +191,6 @@ class EngineConfig:
                 f"num_pages is {self.num_pages!r} and memory_fraction is {self.memory_fraction!r}; "
                 "both size the pool: give one of them"
             )
-        if self.enable_lora and self.tensor_parallel_size != 1:
-            problems.append(
-                f"enable_lora is True and tensor_parallel_size is {self.tensor_parallel_size!r}; "
-                "adapters are not cut for several devices: set it to 1, or merge_lora the adapter"
-            )
         if self.deterministic is True and self.max_decode_steps != 1:
             problems.append(
                 f"deterministic is True and max_decode_steps is {self.max_decode_steps!r}; "

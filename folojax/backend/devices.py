@@ -60,7 +60,7 @@ class Devices:
     @property
     def whole(self) -> Sharding:
         """That of what every device has in full."""
-        return self._over(PartitionSpec()) if self.count > 1 else SingleDeviceSharding(self.first)
+        return self.over(PartitionSpec()) if self.count > 1 else SingleDeviceSharding(self.first)
 
     @property
     def is_local(self) -> bool:
@@ -95,12 +95,13 @@ class Devices:
         host = np.asarray(leaf)
         return jax.make_array_from_callback(host.shape, sharding, lambda part: host[part])
 
-    def make(self, function: Callable[[], _T]) -> _T:
-        """Commits what a function makes of nothing; it is made where it lies afterwards."""
+    def make(self, function: Callable[[], _T], shardings: Any = None) -> _T:
+        """Commits what a function makes of nothing, where it is made; None: where `shapes` lie."""
         if self.count == 1:
             with jax.default_device(self.first):
                 return self.place(function())
-        return jax.jit(function, out_shardings=self._shardings(jax.eval_shape(function)))()
+        shardings = shardings or self._shardings(jax.eval_shape(function))
+        return jax.jit(function, out_shardings=shardings)()
 
     def shapes(self, shapes: Any) -> Any:
         """Shapes of arrays that lie where those of the engine do; other than parameters."""
@@ -157,7 +158,7 @@ class Devices:
             is_even = leaf.ndim >= len(spec) and not any(
                 size % self.count for size, axis in zip(leaf.shape, spec, strict=False) if axis
             )
-            return jax.device_put(leaf, self._over(spec) if is_even else self.whole)
+            return jax.device_put(leaf, self.over(spec) if is_even else self.whole)
 
         return jax.tree_util.tree_map_with_path(copied, params)
 
@@ -224,9 +225,10 @@ class Devices:
         return tuple(leaf.sharding.mesh.devices.flat) == self.given
 
     def _param(self, name: str, config: ModelConfig) -> NamedSharding:
-        return self._over(spec_of(name, config))
+        return self.over(spec_of(name, config))
 
-    def _over(self, spec: PartitionSpec) -> NamedSharding:
+    def over(self, spec: PartitionSpec) -> NamedSharding:
+        """Over the mesh of several."""
         return NamedSharding(Mesh(np.array(self.given), (AXIS,)), spec)
 
     def _shardings(self, tree: Any) -> Any:
@@ -236,7 +238,7 @@ class Devices:
             if self.count == 1 or not isinstance(node, KVCache):
                 return self.whole
             before = 2 if node.format.order == "heads" else 3
-            return self._over(PartitionSpec(*[None] * before, AXIS))
+            return self.over(PartitionSpec(*[None] * before, AXIS))
 
         return jax.tree.map(sharding, tree, is_leaf=lambda node: isinstance(node, KVCache))
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from folojax.engine.weights import fingerprint
 from folojax.models.core.low_rank import Adapter, adapter_of_tree
+from folojax.models.core.shards import whole_shapes
 from folojax.models.files.peft_adapter import read_peft_adapter
 from folojax.requests.lora_request import LoRARequest
 from folojax.runner.adapter_slots import AdapterSlots
@@ -100,7 +101,8 @@ class KnownAdapters:
     def checked(self, tree: Any, scale: float) -> Adapter:
         """A tree as an adapter of the model; ValueError if it does not fit."""
         runner, rank = self._runners[0], self._slots()[0].rank
-        return adapter_of_tree(tree, runner.params, runner.model.config, rank, scale)
+        config = runner.model.config
+        return adapter_of_tree(tree, whole_shapes(runner.params, config), config, rank, scale)
 
     def update(self, name: str, adapter: Adapter) -> None:
         """Replaces an adapter; nothing is under way with it."""

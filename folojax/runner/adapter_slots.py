@@ -8,41 +8,51 @@ Slots are written by programs that do not depend on the adapter: none is compile
 
 import functools
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from folojax.backend.devices import Devices
+from folojax.backend.devices import Devices, device_bytes, fetch
 from folojax.models.core.adapted import ADAPTED, Stack, adapt, part_widths
 from folojax.models.core.config import ModelConfig
 from folojax.models.core.low_rank import Adapter, LowRank
+from folojax.models.core.shards import kv_copies, stack_specs, whole_shapes
 
 
-def stack_shapes(params: Any, config: ModelConfig, slots: int, rank: int, dtype: Any) -> Any:
-    """Shapes of the stacks for a model's parameters, which may be shapes."""
+def stack_shapes(
+    params: Any, config: ModelConfig, slots: int, rank: int, dtype: Any, devices: Devices
+) -> Any:
+    """Shapes of the stacks for a model's parameters, which may be shapes, as they lie."""
     shape_of: Any = jax.ShapeDtypeStruct
+    copies = kv_copies(config, devices.count)
 
     def shape(name: str, kernel: Any) -> Stack:
+        of_a, of_b = (
+            map(devices.over, stack_specs(name)) if devices.count > 1 else [devices.whole] * 2
+        )
         width_out, width_in = kernel.shape[-2:]
         widths = part_widths(name, config, width_out)
+        if name == "qkv":
+            query, key, value = widths
+            widths = query, key * copies, value * copies
         return Stack(
-            shape_of((len(widths), slots, rank, width_in), dtype),
-            tuple(shape_of((slots, rank, width), dtype) for width in widths),
+            shape_of((len(widths), slots, rank, width_in), dtype, sharding=of_a),
+            tuple(shape_of((slots, rank, width), dtype, sharding=of_b) for width in widths),
         )
 
     return {
         layer: {name: shape(name, block[name]) for name in sorted(ADAPTED & block.keys())}
-        for layer, block in params.items()
+        for layer, block in whole_shapes(params, config).items()
         if isinstance(block, Mapping)
     }
 
 
 def stack_bytes(shapes: Any) -> int:
-    """What stacks of these shapes take."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
+    """What stacks of these shapes take of each device."""
+    return sum(map(device_bytes, jax.tree.leaves(shapes)))
 
 
 class AdapterSlots:
@@ -53,15 +63,19 @@ class AdapterSlots:
         rank: R.
     """
 
-    def __init__(self, shapes: Any, devices: Devices) -> None:
+    def __init__(self, shapes: Any, devices: Devices, config: ModelConfig) -> None:
         """Allocates the stacks; `shapes` are of `stack_shapes`."""
+        heads = _Heads(config.head_dim, kv_copies(config, devices.count))
         first = next(iter(next(iter(shapes.values())).values())).a
         _, self.count, self.rank, _ = first.shape
         self._known: dict[str, Adapter] = {}
         self._slots: dict[str, int] = {}  # the least recently used first
         self._zeros = {name: _nothing(block) for name, block in shapes.items()}
+        self._shardings = jax.tree.map(lambda one: one.sharding, shapes)
+        self._is_cut, self._heads = devices.count > 1, heads
         self._stacks = devices.make(
-            lambda: jax.tree.map(lambda one: jnp.zeros(one.shape, one.dtype), shapes)
+            lambda: jax.tree.map(lambda one: jnp.zeros(one.shape, one.dtype), shapes),
+            self._shardings,
         )
         self._adapted: tuple[Any, Any] | None = None  # what it was made of, and what became of it
         self._write(0, {})  # compiles it
@@ -108,20 +122,40 @@ class AdapterSlots:
         for layer, block in self._stacks.items():
             new = dict(self._zeros[layer])
             for name, parts in adapter.get(layer, {}).items():
-                new[name] = _padded(parts, new[name])
-            self._stacks[layer] = _write_block(block, where, new)
+                new[name] = _padded(parts, new[name], self._heads if name == "qkv" else None)
+            lies = tuple(jax.tree.leaves(self._shardings[layer])) if self._is_cut else None
+            self._stacks[layer] = _write_block(block, where, new, lies)
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _write_block(stacks: Any, slot: Array, new: Any) -> Any:
-    """DONATES `stacks`."""
-    return {
+@functools.partial(jax.jit, donate_argnums=0, static_argnames="shardings")
+def _write_block(stacks: Any, slot: Array, new: Any, shardings: tuple[Any, ...] | None) -> Any:
+    """DONATES `stacks`; they lie as before, over several devices by `shardings`."""
+    written = {
         name: Stack(
             stack.a.at[:, slot].set(new[name].a[:, 0]),
             tuple(old.at[slot].set(one[0]) for old, one in zip(stack.b, new[name].b, strict=True)),
         )
         for name, stack in stacks.items()
     }
+    if shardings is None:
+        return written
+    leaves, tree = jax.tree.flatten(written)
+    kept = map(jax.lax.with_sharding_constraint, leaves, shardings)
+    return jax.tree.unflatten(tree, kept)
+
+
+class _Heads(NamedTuple):
+    """How keys and values lie over devices that are more than their heads."""
+
+    dim: int
+    copies: int  # of each head
+
+    def repeat(self, part: int, b: np.ndarray) -> np.ndarray:
+        """The outputs [r, _] of a part of `qkv`, each head of keys and values as often as it is."""
+        if part == 0 or self.copies == 1:
+            return b
+        heads = b.reshape(len(b), -1, self.dim)
+        return np.repeat(heads, self.copies, axis=1).reshape(len(b), -1)
 
 
 def _nothing(block: Mapping[str, Stack]) -> dict[str, Stack]:
@@ -136,13 +170,18 @@ def _nothing(block: Mapping[str, Stack]) -> dict[str, Stack]:
     }
 
 
-def _padded(parts: tuple[LowRank | None, ...], zeros: Stack) -> Stack:
-    """Updates as a slot has them: of full rank, scaled, and of the model's dtype."""
+def _padded(parts: tuple[LowRank | None, ...], zeros: Stack, heads: _Heads | None) -> Stack:
+    """Updates as a slot has them: of full rank, scaled, and of the model's dtype.
+
+    With heads, they are those of a `qkv`.
+    """
     a: Any = zeros.a.copy()
     b: Any = tuple(one.copy() for one in zeros.b)
     for part, update in enumerate(parts):
         if update is not None:
             rank = update.a.shape[0]
-            a[part, 0, :rank] = np.asarray(update.a)
-            b[part][0, :rank] = np.asarray(update.b, np.float32).T * np.float32(update.scale)
+            given_a, given_b = fetch((update.a, update.b))
+            a[part, 0, :rank] = given_a
+            scaled = np.asarray(given_b, np.float32).T * np.float32(update.scale)
+            b[part][0, :rank] = heads.repeat(part, scaled) if heads else scaled
     return Stack(a, b)

@@ -54,16 +54,16 @@ class Setup:
         """Room for adapters of a model with these parameters; None where there are none."""
         if not self.max_loras:
             return None
-        return AdapterSlots(self.stack_shapes(params), self.backend.devices)
+        return AdapterSlots(self.stack_shapes(params), self.backend.devices, self.model.config)
 
     def stack_shapes(self, params: Any) -> Any:
         """Shapes of the stacks of adapters, for parameters that may be shapes."""
         dtype = jnp.float32 if self.backend.stores_float32 else self.model.dtype
         sizes = self.max_loras, self.max_lora_rank
-        return stack_shapes(params, self.model.config, *sizes, dtype)
+        return stack_shapes(params, self.model.config, *sizes, dtype, self.backend.devices)
 
     def stack_bytes(self, params: Any) -> int:
-        """What the stacks of adapters take."""
+        """What the stacks of adapters take of each device."""
         return stack_bytes(self.stack_shapes(params)) if self.max_loras else 0
 
     def spec(

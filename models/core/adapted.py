@@ -56,7 +56,7 @@ class AdaptedKernel(NamedTuple):
 
 
 def part_widths(name: str, config: ModelConfig, width_out: int) -> tuple[int, ...]:
-    """How the outputs of a kernel are shared out among the linear layers that it joins."""
+    """How the outputs of a whole kernel are shared out among the linear layers that it joins."""
     if name == "qkv":
         keys = config.num_kv_heads * config.head_dim
         return width_out - 2 * keys, keys, keys  # queries may have gates beside them

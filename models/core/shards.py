@@ -124,6 +124,19 @@ def spec_of(name: str, config: ModelConfig) -> PartitionSpec:
     return PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, AXIS)
 
 
+def stack_specs(name: str) -> tuple[PartitionSpec, PartitionSpec]:
+    """How the low-rank updates of a kernel lie (`adapted.Stack`): each `a`, and each `b`.
+
+    Where a kernel is cut by its outputs, `b` is; where by its inputs, `a` is: then each device adds
+    its part of the update to its part of the product, before these are summed.
+    """
+    if name in _RANKS or _AXES.get(name) == 0:
+        return PartitionSpec(), PartitionSpec(None, None, AXIS)
+    if _AXES.get(name) == 1:
+        return PartitionSpec(None, None, None, AXIS), PartitionSpec()
+    return PartitionSpec(), PartitionSpec()
+
+
 def is_cut(name: str, leaf: Any) -> bool:
     """Whether a parameter lies in parts."""
     return name in _RANKS and len(np.shape(leaf)) == _RANKS[name] + 1
@@ -207,6 +220,11 @@ def join_params(params: Any, config: ModelConfig) -> Any:
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: join(_name(path), leaf, config, count), params
     )
+
+
+def whole_shapes(params: Any, config: ModelConfig) -> Any:
+    """Shapes of parameters as the module has them, of those of an engine, or of shapes."""
+    return jax.eval_shape(lambda params: join_params(params, config), params)
 
 
 def _name(path: Any) -> str:

@@ -306,7 +306,7 @@ def test_nothing_compiles_after_a_warm_up(llm: LLM, counter: Any) -> None:
     assert counter.count == before
 
 
-def programs_of(llm: LLM, params: Any = GREEDY) -> list[Any]:
+def programs_of(llm: LLM, params: Any = GREEDY, adapter: Any = None) -> list[Any]:
     """What the steps of two rows run, and in which order."""
     found: list[Any] = []
 
@@ -317,7 +317,7 @@ def programs_of(llm: LLM, params: Any = GREEDY) -> list[Any]:
     steps: Any = llm.engine.runner.steps
     call = steps.call
     steps.call = lambda *args: call(*args, listen)
-    llm.generate([PROMPT, PROMPT], params, use_tqdm=False)
+    llm.generate([PROMPT, PROMPT], params, False, adapter)
     return found
 
 

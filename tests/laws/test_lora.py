@@ -372,5 +372,3 @@ def test_what_is_refused(llm: LLM, tiny_model: tuple, bed: Bed, tmp_path: Path) 
     plain = LLM(tiny_model, **TINY_LIMITS)
     with pytest.raises(ValueError, match="pass enable_lora=True to LLM"):
         plain.generate(PROMPTS, GREEDY, False, bed.requests["a0"])
-    with pytest.raises(ValueError, match="tensor_parallel_size is 2"):
-        LLM(tiny_model, **TINY_LIMITS, **ROOM, tensor_parallel_size=2)
