@@ -65,7 +65,8 @@ def convert(model: Any, directory: Path, architecture: str, path: Path) -> None:
     if rope:
         metadata[f"{architecture}.rope.freq_base"] = float(rope["rope_theta"])
     if rope.get("partial_rotary_factor"):
-        turning = int(config["head_dim"] * rope["partial_rotary_factor"])
+        head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+        turning = int(head_dim * rope["partial_rotary_factor"])
         metadata[f"{architecture}.rope.dimension_count"] = turning
     if rope.get("rope_type") == "linear":
         metadata[f"{architecture}.rope.scaling.type"] = "linear"

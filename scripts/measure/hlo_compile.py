@@ -126,8 +126,8 @@ class Steps:
         self._num_loras, self._called = 0, self._params
         if loras is not None:
             self._num_loras = loras[0]
-            stacks = stack_shapes(shapes, module.config, *loras, module.dtype)
-            self._called = adapt(self._params, devices.shapes(stacks))
+            stacks = stack_shapes(shapes, module.config, *loras, module.dtype, devices)
+            self._called = adapt(self._params, stacks)
         self._layout = backend.kv_layout(module.config, module.dtype, num_pages, page_size)
 
     def decode(self, rows: int, spec: SamplingSpec) -> Compiled:

@@ -23,7 +23,7 @@ from folojax.text.tokenizer_files import load_tokenizer
 from tests import dense
 from tests.families import FAMILIES as TINY_FAMILIES
 from tests.families import save_family
-from tests.models.test_config import LLAMA
+from tests.models.test_config import LLAMA, keys_of
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 TOKENS = np.arange(40) * 7 % 120 + 3
@@ -191,8 +191,7 @@ def test_other_contradictions_are_refused_by_name(
 def test_every_family_has_its_model_type() -> None:
     assert len({family.model_type for family in FAMILIES.values()}) == len(FAMILIES)
     for architecture, family in FAMILIES.items():
-        keys: dict[str, Any] = {"architectures": [architecture], "model_type": family.model_type}
-        keys |= {"full_attention_interval": 2}  # or none of two layers would attend
+        keys = keys_of(architecture) | {"model_type": family.model_type}
         assert config_from_hf(LLAMA | keys).architecture == architecture
 
 

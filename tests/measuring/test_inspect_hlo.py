@@ -299,8 +299,9 @@ def test_deterministic_mode_adds_in_kernels_of_its_own(
     model: str, card: str, tmp_path: Path, pytestconfig: pytest.Config
 ) -> None:
     """Of the A100 that they compile: in that mode it goes another way, as nobody has run it."""
-    options = f"--model={model}", "--layers=3", "--deterministic", "--calls", "greedy", "prefill"
-    options = *options, f"--target=scripts/measure/data/{card}_target.textproto"
+    target = f"--target=scripts/measure/data/{card}_target.textproto"
+    options = [f"--model={model}", "--layers=3", target, "--deterministic"]
+    options += ["--calls", "greedy", "prefill"]
     text = tmp_path / "text"
     report = compile_for_h200(
         tmp_path / "out.json", pytestconfig, *options, "--pool-gb=20", "--text", str(text)

@@ -24,6 +24,22 @@ LLAMA = {
     "max_position_embeddings": 512,
     "rms_norm_eps": 1e-5,
 }
+# By which one of two layers attends, in families that are hybrid.
+ATTENDING: dict[str, dict[str, Any]] = {
+    "Qwen": {"full_attention_interval": 2},
+    "Granite": {"layer_types": ["mamba", "attention"]},
+    "Bamba": {"attn_layer_indices": [1]},
+    "Nemotron": {"hybrid_override_pattern": "M*"},
+}
+
+
+def keys_of(architecture: str) -> dict[str, Any]:
+    """What a config.json of an architecture needs beside the keys of Llama."""
+    is_hybrid = "Hybrid" in architecture or not architecture.startswith("Granite")
+    words = [own for name, own in ATTENDING.items() if is_hybrid and architecture.startswith(name)]
+    return {"architectures": [architecture]} | (words[0] if words else {})
+
+
 LLAMA3: dict[str, Any] = {
     "factor": 8.0,
     "low_freq_factor": 1.0,
@@ -80,7 +96,7 @@ def test_rotary_settings_are_read_in_both_spellings(keys, scaling):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"architectures": ["GemmaForCausalLM"]}, r"GemmaForCausalLM.*LlamaForCausalLM, Mis"),
+        ({"architectures": ["FalconForCausalLM"]}, r"FalconForCausalLM.*LlamaForCausalLM, Llama4"),
         ({"architectures": None}, "architectures None"),
         ({"vocab_size": None}, "lacks vocab_size"),
         ({"hidden_act": "relu"}, "hidden_act 'relu'.*silu"),
@@ -133,8 +149,7 @@ def test_an_inactive_sliding_window_is_no_obstacle():
 
 def test_every_family_can_be_a_config():
     for name in FAMILIES:
-        # Of hybrid ones two layers would be recurrent, and none would attend.
-        config = config_from_hf(LLAMA | {"architectures": [name], "full_attention_interval": 2})
+        config = config_from_hf(LLAMA | keys_of(name))
         assert config.architecture == name
     with pytest.raises(ValueError, match="'Other' is not supported; supported: Llama"):
         build_module(dataclasses.replace(config, architecture="Other"), jnp.float32)

@@ -263,7 +263,7 @@ def test_an_untied_file_with_grouped_heads_converts(tmp_path, cache):
         ({"tensors": {}}, "missing: token_embd.weight"),
         ({"llama__embedding_length": 64}, r"token_embd.weight has \(7, 32\)"),
         ({"llama__embedding_length": 0}, "hidden_size is 0"),
-        ({"tensors": {"blk.0.attn_q.bias": np.ones(4, "float32")}}, "blk.0.attn_q.bias"),
+        ({"tensors": {"blk.0.attn_q.bias": np.ones(4, "float32")}}, "missing: blk.0.attn_k.bias"),
     ],
 )
 def test_what_is_not_supported_is_named_and_leaves_nothing(tmp_path, monkeypatch, changes, message):
