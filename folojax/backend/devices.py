@@ -4,7 +4,7 @@
     pages           by heads of keys and values
     all else        whole, on each device
 
-An engine runs where its parameters lie, whatever mesh or default device the caller has set.
+An engine runs where they lie, whatever mesh or default device the caller has set.
 """
 
 import dataclasses
@@ -41,8 +41,7 @@ _T = TypeVar("_T")
 class Devices:
     """Where the arrays of an engine lie.
 
-    Attributes:
-        given: In their order; (): JAX's default device.
+    `given` has them in their order; (): JAX's default device.
     """
 
     given: tuple[jax.Device, ...] = ()
@@ -100,8 +99,8 @@ class Devices:
         if self.count == 1:
             with jax.default_device(self.first):
                 return self.place(function())
-        shardings = shardings or self._shardings(jax.eval_shape(function))
-        return jax.jit(function, out_shardings=shardings)()
+        lies = shardings or self._shardings(jax.eval_shape(function))
+        return jax.jit(function, out_shardings=lies)()
 
     def shapes(self, shapes: Any) -> Any:
         """Shapes of arrays that lie where those of the engine do; other than parameters."""
@@ -237,8 +236,7 @@ class Devices:
         def sharding(node: Any) -> Sharding:
             if self.count == 1 or not isinstance(node, KVCache):
                 return self.whole
-            before = 2 if node.format.order == "heads" else 3
-            return self.over(PartitionSpec(*[None] * before, AXIS))
+            return self.over(PartitionSpec(*[None] * (3 - (node.format.order == "heads")), AXIS))
 
         return jax.tree.map(sharding, tree, is_leaf=lambda node: isinstance(node, KVCache))
 
