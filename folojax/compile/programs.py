@@ -189,9 +189,9 @@ class Program:
         specs = [PartitionSpec() if one is None else one.spec for one in shardings]
         in_specs = jax.tree.unflatten(jax.tree.structure(args), specs)
 
-        def out_spec(place: int | None) -> PartitionSpec:
-            leaves = [] if place is None else jax.tree.leaves(in_specs[place])
-            return leaves[0] if leaves else PartitionSpec()
+        def out_spec(place: int | None) -> Any:
+            is_empty = place is None or not jax.tree.leaves(in_specs[place])
+            return PartitionSpec() if is_empty else in_specs[place]
 
         return jax.shard_map(
             self._function,

@@ -15,8 +15,9 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from folojax.backend import Backend, choose_backend
+from folojax.backend.choose_devices import check_cut, choose_devices
 from folojax.backend.device_memory import device_memory
-from folojax.backend.devices import check_cut, choose_devices, device_bytes, lies_as
+from folojax.backend.devices import device_bytes, lies_as
 from folojax.backend.mode import deterministic_backends
 from folojax.backend.swap_cost import min_swap_tokens
 from folojax.compile.mapped_memory import give_back_memory

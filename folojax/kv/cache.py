@@ -27,6 +27,7 @@ from jaxtyping import Array, Float, Int, Num
 
 from folojax.models.core.config import Recurrent
 from folojax.models.core.recurrence import RecurrentState
+from folojax.models.core.shards import part_of_recurrent
 
 PageOrder: TypeAlias = Literal["heads", "tokens"]
 
@@ -144,10 +145,10 @@ class KVLayout:
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of all states, over all layers."""
+        """Bytes of all states, over all layers, of a device."""
         if self.recurrent is None:
             return 0
-        sizes = self.recurrent
+        sizes = part_of_recurrent(self.recurrent, self.num_shards)
         of_conv = sizes.num_channels * (sizes.conv_width - 1)
         elements = of_conv + sizes.num_values * sizes.key_dim
         return 4 * elements * self.num_states * len(self.recurrent_layers)
@@ -198,8 +199,9 @@ def _init_states(layout: KVLayout) -> RecurrentState:
     sizes, count = layout.recurrent, layout.num_states
     assert sizes is not None, "the layer is recurrent"
     of_head = (sizes.num_value_heads, sizes.key_dim, sizes.value_dim)
+    channels = layout.num_shards * part_of_recurrent(sizes, layout.num_shards).num_channels
     return RecurrentState(
-        jnp.zeros((count, sizes.conv_width - 1, sizes.num_channels), jnp.float32),
+        jnp.zeros((count, sizes.conv_width - 1, channels), jnp.float32),
         jnp.zeros((count, *of_head), jnp.float32),
     )
 

@@ -8,7 +8,7 @@ Slots are written by programs that do not depend on the adapter: none is compile
 
 import functools
 from collections.abc import Collection, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from folojax.backend.devices import Devices, device_bytes, fetch
 from folojax.models.core.adapted import ADAPTED, Stack, adapt, part_widths
 from folojax.models.core.config import ModelConfig
 from folojax.models.core.low_rank import Adapter, LowRank
-from folojax.models.core.shards import kv_copies, stack_specs, whole_shapes
+from folojax.models.core.shards import spread_outputs, stack_specs, whole_shapes
 
 
 def stack_shapes(
@@ -27,17 +27,16 @@ def stack_shapes(
 ) -> Any:
     """Shapes of the stacks for a model's parameters, which may be shapes, as they lie."""
     shape_of: Any = jax.ShapeDtypeStruct
-    copies = kv_copies(config, devices.count)
 
     def shape(name: str, kernel: Any) -> Stack:
         of_a, of_b = (
             map(devices.over, stack_specs(name)) if devices.count > 1 else [devices.whole] * 2
         )
         width_out, width_in = kernel.shape[-2:]
-        widths = part_widths(name, config, width_out)
-        if name == "qkv":
-            query, key, value = widths
-            widths = query, key * copies, value * copies
+        widths = [
+            spread_outputs(name, place, np.zeros((1, width)), config, devices.count).shape[1]
+            for place, width in enumerate(part_widths(name, config, width_out))
+        ]
         return Stack(
             shape_of((len(widths), slots, rank, width_in), dtype, sharding=of_a),
             tuple(shape_of((slots, rank, width), dtype, sharding=of_b) for width in widths),
@@ -65,14 +64,13 @@ class AdapterSlots:
 
     def __init__(self, shapes: Any, devices: Devices, config: ModelConfig) -> None:
         """Allocates the stacks; `shapes` are of `stack_shapes`."""
-        heads = _Heads(config.head_dim, kv_copies(config, devices.count))
         first = next(iter(next(iter(shapes.values())).values())).a
         _, self.count, self.rank, _ = first.shape
         self._known: dict[str, Adapter] = {}
         self._slots: dict[str, int] = {}  # the least recently used first
         self._zeros = {name: _nothing(block) for name, block in shapes.items()}
         self._shardings = jax.tree.map(lambda one: one.sharding, shapes)
-        self._is_cut, self._heads = devices.count > 1, heads
+        self._num_devices, self._config = devices.count, config
         self._stacks = devices.make(
             lambda: jax.tree.map(lambda one: jnp.zeros(one.shape, one.dtype), shapes),
             self._shardings,
@@ -122,9 +120,25 @@ class AdapterSlots:
         for layer, block in self._stacks.items():
             new = dict(self._zeros[layer])
             for name, parts in adapter.get(layer, {}).items():
-                new[name] = _padded(parts, new[name], self._heads if name == "qkv" else None)
-            lies = tuple(jax.tree.leaves(self._shardings[layer])) if self._is_cut else None
+                new[name] = self._padded(name, parts, new[name])
+            is_cut = self._num_devices > 1
+            lies = tuple(jax.tree.leaves(self._shardings[layer])) if is_cut else None
             self._stacks[layer] = _write_block(block, where, new, lies)
+
+    def _padded(self, name: str, parts: tuple[LowRank | None, ...], zeros: Stack) -> Stack:
+        """Updates of a kernel as a slot has them: of full rank, scaled, of the model's dtype."""
+        a: Any = zeros.a.copy()
+        b: Any = tuple(one.copy() for one in zeros.b)
+        for part, update in enumerate(parts):
+            if update is not None:
+                rank = update.a.shape[0]
+                given_a, given_b = fetch((update.a, update.b))
+                a[part, 0, :rank] = given_a
+                scaled = np.asarray(given_b, np.float32).T * np.float32(update.scale)
+                b[part][0, :rank] = spread_outputs(
+                    name, part, scaled, self._config, self._num_devices
+                )
+        return Stack(a, b)
 
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnames="shardings")
@@ -144,20 +158,6 @@ def _write_block(stacks: Any, slot: Array, new: Any, shardings: tuple[Any, ...] 
     return jax.tree.unflatten(tree, kept)
 
 
-class _Heads(NamedTuple):
-    """How keys and values lie over devices that are more than their heads."""
-
-    dim: int
-    copies: int  # of each head
-
-    def repeat(self, part: int, b: np.ndarray) -> np.ndarray:
-        """The outputs [r, _] of a part of `qkv`, each head of keys and values as often as it is."""
-        if part == 0 or self.copies == 1:
-            return b
-        heads = b.reshape(len(b), -1, self.dim)
-        return np.repeat(heads, self.copies, axis=1).reshape(len(b), -1)
-
-
 def _nothing(block: Mapping[str, Stack]) -> dict[str, Stack]:
     """The stacks of a layer with one slot, and nothing in it; on the host."""
     zeros: Any = np.zeros
@@ -168,20 +168,3 @@ def _nothing(block: Mapping[str, Stack]) -> dict[str, Stack]:
         )
         for name, stack in block.items()
     }
-
-
-def _padded(parts: tuple[LowRank | None, ...], zeros: Stack, heads: _Heads | None) -> Stack:
-    """Updates as a slot has them: of full rank, scaled, and of the model's dtype.
-
-    With heads, they are those of a `qkv`.
-    """
-    a: Any = zeros.a.copy()
-    b: Any = tuple(one.copy() for one in zeros.b)
-    for part, update in enumerate(parts):
-        if update is not None:
-            rank = update.a.shape[0]
-            given_a, given_b = fetch((update.a, update.b))
-            a[part, 0, :rank] = given_a
-            scaled = np.asarray(given_b, np.float32).T * np.float32(update.scale)
-            b[part][0, :rank] = heads.repeat(part, scaled) if heads else scaled
-    return Stack(a, b)

@@ -276,7 +276,7 @@ class Block(nn.Module):
             return self._norm(name, x)
         flat = x.reshape(x.shape[0], -1)
         weight, bias = self._norm_params(name, flat.shape[-1])
-        return norm(flat, weight, bias, self.config, is_part=True).reshape(x.shape)
+        return norm(flat, weight, bias, self.config, self.config.num_shards).reshape(x.shape)
 
     def _mlp(self, normed: Float[Array, "N E"], stream: Float[Array, "N E"]) -> Float[Array, "N E"]:
         """What the MLP adds, of the normed stream, and of the stream itself where it is asked."""
@@ -336,9 +336,10 @@ class Block(nn.Module):
             )  # of which every device adds its share
         out, expert = mix_experts(inputs, experts, config, routed)
         self.sow("routing", "experts", expert)  # kept where somebody asks for it
+        out = sum_parts(out, config)
         if latent:
             out = self.linear("experts_out", out, width, config.mlp_bias).astype(self.dtype)
-        return sum_parts(out, config)
+        return out
 
     def _dense(
         self, prefix: str, normed: Float[Array, "N E"], inner_size: int
@@ -376,6 +377,10 @@ class Block(nn.Module):
             bias = kernel_of(self, f"{name}_bias", width_out, init=ZEROS)
             out = out + bias.astype(jnp.float32)[None, :]
         return out
+
+    def kernel(self, name: str, *shape: int, init: Any = KERNEL_INIT) -> Any:
+        """A parameter of that name and shape, as `kernel_of` has it."""
+        return kernel_of(self, name, *shape, init=init)
 
     def _norm(self, name: str, x: Float[Array, "*batch W"]) -> Float[Array, "*batch W"]:
         return norm(x, *self._norm_params(name, x.shape[-1]), self.config)

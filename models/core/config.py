@@ -44,6 +44,8 @@ class Recurrent:
     has_conv_bias: bool = False
     has_bias: bool = False  # of the projections into it and out of it
     step_limits: tuple[float, float] = (0.0, math.inf)  # of a state space's steps
+    key_copies: int = 1
+    """Devices that have the same heads of keys, and some of their values each."""
 
     @property
     def num_keys(self) -> int:

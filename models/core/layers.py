@@ -26,11 +26,11 @@ def norm(
     weight: Float[Array, " W"],
     bias: Float[Array, " W"] | None,
     config: ModelConfig,
-    is_part: bool = False,
+    num_parts: int = 1,
 ) -> Float[Array, "*batch W"]:
     """The norm of a model's kind over the last axis, in float32, returned in the dtype of `x`.
 
-    With `is_part` that axis is one device's part of a longer one.
+    With `num_parts` that axis is one device's part of a longer one, which so many neighbours share.
 
     "rms" rounds the normed value before the weight multiplies it, as transformers' LlamaRMSNorm:
     the other order gives other bits in bfloat16. The others round once; only LayerNorm has a bias.
@@ -39,8 +39,8 @@ def norm(
     if config.norm in ("layer", "layer_plain"):
         wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
     mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
-    if is_part:
-        mean_square = sum_parts(mean_square, config) / config.num_shards
+    if num_parts > 1:
+        mean_square = sum_parts(mean_square, config, num_parts) / num_parts
     normed = wide * jax.lax.rsqrt(mean_square + config.rms_norm_eps)
     ones = (1,) * (x.ndim - 1)
     factor = weight.reshape(*ones, -1)

@@ -38,9 +38,7 @@ def delta_rule(
     mixed, gate, rate, step = split_inputs(
         mixed.astype(block.dtype), rates.astype(block.dtype), sizes
     )
-    kernel = block.param(
-        "conv", KERNEL_INIT, (sizes.num_channels, 1, sizes.conv_width), block.dtype
-    )
+    kernel = block.kernel("conv", sizes.num_channels, 1, sizes.conv_width)
     cache, mixed = attend.convolve(cache, place, mixed, kernel[:, 0])
     mixed = jax.nn.silu(mixed.astype(block.dtype))
     query, key, value = jnp.split(mixed, (keys, 2 * keys), axis=1)
@@ -62,7 +60,8 @@ def delta_rule(
     out = norm(out.astype(block.dtype), weight, None, dataclasses.replace(config, norm="rms"))
     gate = jax.nn.silu(gate.astype(jnp.float32)).reshape(out.shape)
     flat = (out * gate).astype(block.dtype).reshape(-1, values)
-    return block.linear("out_proj", flat, config.hidden_size, False).astype(block.dtype), cache
+    out = block.linear("out_proj", flat, config.hidden_size, False, is_part=True)
+    return out.astype(block.dtype), cache
 
 
 def state_space(
@@ -82,10 +81,10 @@ def state_space(
     mixed = block.linear("in_proj", normed, values + channels + heads, sizes.has_bias)
     mixed = mixed.astype(block.dtype)
     gate, mixed, step = jnp.split(mixed, (values, values + channels), axis=1)
-    kernel = block.param("conv", KERNEL_INIT, (channels, 1, sizes.conv_width), block.dtype)
+    kernel = block.kernel("conv", channels, 1, sizes.conv_width)
     cache, mixed = attend.convolve(cache, block.place, mixed, kernel[:, 0])
     if sizes.has_conv_bias:
-        bias = block.param("conv_bias", ZEROS, (channels,), block.dtype)
+        bias = block.kernel("conv_bias", channels, init=ZEROS)
         mixed = mixed + bias.astype(jnp.float32)[None, :]
     mixed = jax.nn.silu(mixed.astype(block.dtype)).astype(jnp.float32)
     value, key, query = jnp.split(mixed, (values, values + keys), axis=1)
@@ -109,10 +108,10 @@ def state_space(
     out = out * jax.nn.silu(gate.astype(jnp.float32))
     groups = out.reshape(-1, sizes.num_key_heads, values // sizes.num_key_heads)
     plain = jnp.ones(groups.shape[-1], jnp.float32)
-    groups = norm(groups, plain, None, dataclasses.replace(config, norm="rms"))
+    groups = norm(groups, plain, None, dataclasses.replace(config, norm="rms"), sizes.key_copies)
     weight = block.param("state_norm", ONES, (values,), block.dtype)
     flat = groups.reshape(-1, values).astype(block.dtype) * weight[None, :]
-    out = block.linear("out_proj", flat, config.hidden_size, sizes.has_bias)
+    out = block.linear("out_proj", flat, config.hidden_size, sizes.has_bias, is_part=True)
     return out.astype(block.dtype), cache
 
 

@@ -1,8 +1,9 @@
 """A model over several devices: which part of each parameter one of them has.
 
-Attention is cut by heads, MLPs by their inner width, embedding and head by the vocabulary; all else
-each device has whole. A device then runs the module of a smaller config (`part_of`), and what its
-part of a layer adds to the stream is summed over all (`sum_parts`), twice a layer:
+Attention and recurrences are cut by heads, MLPs by their inner width, embedding and head by the
+vocabulary; all else each device has whole. A device then runs the module of a smaller config
+(`part_of`), and what its part of a layer adds to the stream is summed over all (`sum_parts`), twice
+a layer:
 
     stream ─> qkv of some heads ─> attention ─> o ─┐ sum ─> gate and up ─> down ─┐ sum ─> stream
 
@@ -24,10 +25,13 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from folojax.models.core import peer_sum
-from folojax.models.core.config import ModelConfig
+from folojax.models.core.config import ModelConfig, Recurrent
 
 AXIS = "tensor"
 """Of the mesh over which a model is cut."""
+
+STATE_SPECS = PartitionSpec(None, None, AXIS), PartitionSpec(None, AXIS)
+"""How the arrays of a recurrent layer's state lie (`recurrence.RecurrentState`)."""
 
 VOCAB_BLOCK = 128
 """Tokens that a sampler looks at together (`folojax.sampling.draws`)."""
@@ -40,6 +44,9 @@ _AXES = {
     "lm_head": 0,
     "up": 0,
     "up_bias": 0,
+    "shared_up": 0,
+    "shared_up_bias": 0,
+    "experts_up": 2,
     "o": 1,
     "down": 1,
     "experts_down": 1,
@@ -48,6 +55,10 @@ _AXES = {
     "q": 0,
     "q_b": 0,
     "kv_b": 0,
+    "a_log": 0,
+    "dt_bias": 0,
+    "state_skip": 0,
+    "out_proj": 1,
 }
 """The axis along which a parameter is cut, in the order in which it has it anyway."""
 
@@ -59,8 +70,17 @@ _RANKS = {
     "experts_gate_up": 3,
     "experts_gate_up_bias": 2,
     "shared_gate_up": 2,
+    "shared_gate_up_bias": 1,
+    "in_proj": 2,
+    "in_proj_bias": 1,
+    "ba_proj": 2,
+    "conv": 3,
+    "conv_bias": 1,
 }
 """Axes of those that lie in parts, which are one more axis, in front."""
+
+_RECURRENT = ("in_proj", "in_proj_bias", "ba_proj", "conv", "conv_bias")
+"""Those of recurrent layers among them."""
 
 _JOINT = ("q_norm", "k_norm")
 """Cut by heads where one norm is over all of them."""
@@ -69,17 +89,25 @@ _JOINT = ("q_norm", "k_norm")
 def problems_of(config: ModelConfig, count: int) -> list[str]:
     """Why a model cannot be cut for so many devices."""
     sizes = {"num_heads": config.num_heads}
-    if len(config.dense_layers) < config.num_layers or not config.num_experts:
+    layers = set(range(config.num_layers)) - {*config.mlpless_layers}
+    if config.has_dense_beside or not all(map(config.is_sparse, layers)):
         sizes["intermediate_size"] = config.intermediate_size
     if config.num_experts:
         sizes |= {name: getattr(config, name) for name in ("expert_size", "shared_expert_size")}
+    if config.recurrent:
+        sizes["num_value_heads of recurrent layers"] = config.recurrent.num_value_heads
+        if config.recurrent.is_by_key_head:
+            sizes["num_key_heads of recurrent layers"] = config.recurrent.num_key_heads
     found = [
         f"{name} is {size}, not a multiple of it" for name, size in sizes.items() if size % count
     ]
     if config.num_kv_heads % count and count % config.num_kv_heads:
         found.append(f"num_kv_heads is {config.num_kv_heads}, neither a multiple nor a part of it")
-    if (config.recurrent or config.has_attention_gate) and count > 1:
-        found.append("recurrent layers and gated attention are not shared out among devices")
+    keys = config.recurrent.num_key_heads if config.recurrent else count
+    if keys % count and count % keys:
+        found.append(
+            f"num_key_heads of recurrent layers is {keys}, neither a multiple nor a part of it"
+        )
     if (config.full_head_dim or config.has_value_norm or config.layer_embed_size) and count > 1:
         found.append("heads of two sizes and embeddings by layer are not shared out among devices")
     return found
@@ -97,8 +125,19 @@ def part_of(config: ModelConfig, count: int, peers: int = 0) -> ModelConfig:
         intermediate_size=max(config.intermediate_size // count, 1),
         expert_size=config.expert_size // count,
         shared_expert_size=config.shared_expert_size // count,
+        recurrent=config.recurrent and part_of_recurrent(config.recurrent, count),
         num_shards=count,
         peers=peers,
+    )
+
+
+def part_of_recurrent(sizes: Recurrent, count: int) -> Recurrent:
+    """What one of `count` devices has of recurrent layers."""
+    return dataclasses.replace(
+        sizes,
+        num_key_heads=max(sizes.num_key_heads // count, 1),
+        num_value_heads=sizes.num_value_heads // count,
+        key_copies=max(count // sizes.num_key_heads, 1),
     )
 
 
@@ -107,9 +146,18 @@ def kv_copies(config: ModelConfig, count: int) -> int:
     return max(1, count // config.num_kv_heads)
 
 
-def sum_parts(x: Any, config: ModelConfig) -> Any:
-    """The sum of what each device has computed; of a model that is not cut, `x` itself."""
-    if config.num_shards == 1:
+def sum_parts(x: Any, config: ModelConfig, num_parts: int | None = None) -> Any:
+    """The sum of what each device has computed; of a model that is not cut, `x` itself.
+
+    With `num_parts` it is of so many neighbours, which have the same one.
+    """
+    count = config.num_shards
+    if num_parts not in (None, count):
+        if num_parts == 1:
+            return x
+        groups = np.arange(count).reshape(-1, num_parts).tolist()
+        return jax.lax.psum(x, AXIS, axis_index_groups=groups)
+    if count == 1:
         return x
     if peer_sum.is_taken(x, config.peers):
         return peer_sum.sum_over_peers(x, config.peers)
@@ -120,6 +168,8 @@ def spec_of(name: str, config: ModelConfig) -> PartitionSpec:
     """How a parameter lies over the mesh, in the form of `cut`."""
     if name in _RANKS or (name in _JOINT and config.is_qk_norm_joint):
         return PartitionSpec(AXIS)
+    if name == "state_norm" and config.recurrent and config.recurrent.kind == "space":
+        return PartitionSpec(AXIS)  # over all values
     axis = _AXES.get(name)
     return PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, AXIS)
 
@@ -166,6 +216,8 @@ def cut(name: str, leaf: Any, config: ModelConfig, count: int) -> Any:
         halves = leaf.reshape(*leaf.shape[:2], 2, count, -1)
         return xp.moveaxis(halves, 3, 0).reshape(count, *leaf.shape[:2], -1)
     rest = leaf.shape[1:]
+    if name in _RECURRENT and config.recurrent:
+        return _cut_recurrent(name, leaf, config.recurrent, count)
     if "gate_up" in name:
         return leaf.reshape(2, count, -1, *rest).swapaxes(0, 1).reshape(count, -1, *rest)
     query, key, value = xp.split(leaf.reshape(-1, dim, *rest), _borders(config))
@@ -190,6 +242,8 @@ def join(name: str, leaf: Any, config: ModelConfig, count: int) -> Any:
         halves = leaf.reshape(*leaf.shape[:3], 2, -1)
         return xp.moveaxis(halves, 0, 3).reshape(*leaf.shape[1:3], -1)
     rest = leaf.shape[2:]
+    if name in _RECURRENT and config.recurrent:
+        return _join_recurrent(name, leaf, config.recurrent, count)
     if "gate_up" in name:
         return leaf.reshape(count, 2, -1, *rest).swapaxes(0, 1).reshape(-1, *rest)
     part = part_of(config, count)
@@ -234,7 +288,62 @@ def _name(path: Any) -> str:
 
 def _borders(config: ModelConfig) -> tuple[int, int]:
     """Where the keys begin among the heads of `qkv`, and where the values do."""
-    return config.num_heads, config.num_heads + config.num_kv_heads
+    queries = config.num_heads * (2 if config.has_attention_gate else 1)
+    return queries, queries + config.num_kv_heads
+
+
+def _recurrent_rows(name: str, sizes: Recurrent) -> tuple[list[int], list[int]]:
+    """What lies by heads in a kernel of a recurrent layer: rows of each, and which are of keys."""
+    keys, values, heads = sizes.num_keys, sizes.num_values, sizes.num_value_heads
+    is_space, is_mixed = sizes.kind == "space", name.startswith("conv")
+    if is_space and is_mixed:
+        return [values, keys, keys], [1, 2]
+    if is_space:
+        return [values, values, keys, keys, heads], [2, 3]
+    if is_mixed:
+        return [keys, keys, values], [0, 1]
+    if name == "ba_proj":
+        return [heads] if sizes.is_by_key_head else [heads, heads], []
+    if sizes.is_by_key_head:
+        return [2 * (keys + values)], []
+    return [keys, keys, values, values], [0, 1]
+
+
+def _cut_recurrent(name: str, leaf: Any, sizes: Recurrent, count: int) -> Any:
+    xp: Any = np if isinstance(leaf, np.ndarray) else jnp
+    rows, of_keys = _recurrent_rows(name, sizes)
+    copies = part_of_recurrent(sizes, count).key_copies
+    parts = xp.split(leaf, np.cumsum(rows[:-1]).tolist())
+    for place in of_keys:
+        heads = parts[place].reshape(sizes.num_key_heads, -1)
+        parts[place] = xp.repeat(heads, copies, axis=0)
+    return xp.concatenate([one.reshape(count, -1, *leaf.shape[1:]) for one in parts], axis=1)
+
+
+def _join_recurrent(name: str, leaf: Any, sizes: Recurrent, count: int) -> Any:
+    xp: Any = np if isinstance(leaf, np.ndarray) else jnp
+    part = part_of_recurrent(sizes, count)
+    rows, of_keys = _recurrent_rows(name, part)
+    parts = xp.split(leaf, np.cumsum(rows[:-1]).tolist(), axis=1)
+    for place in of_keys:
+        parts[place] = parts[place][:: part.key_copies]
+    return xp.concatenate([one.reshape(-1, *leaf.shape[2:]) for one in parts])
+
+
+def spread_outputs(name: str, part: int, b: Any, config: ModelConfig, count: int) -> Any:
+    """A low-rank update's outputs [r, _] of a part of a kernel, in the order of the devices.
+
+    They are contiguous but for keys and values that several devices have, and for what lies by
+    heads in one part of a recurrent layer's kernel.
+    """
+    copies, sizes = kv_copies(config, count), config.recurrent
+    if name == "qkv" and part > 0 and copies > 1:
+        heads = b.reshape(len(b), -1, config.head_dim)
+        return np.repeat(heads, copies, axis=1).reshape(len(b), -1)
+    if name == "in_proj" and part == 0 and sizes and not sizes.is_by_key_head:
+        whole = "in_proj" if sizes.kind == "space" else "conv"
+        return _cut_recurrent(whole, b.T, sizes, count).reshape(-1, len(b)).T
+    return b
 
 
 def vocab_rows(vocab_size: int, count: int) -> int:

@@ -38,7 +38,7 @@ def trees_of(params: Any) -> list[Any]:
 def run(model: Any, count: int) -> tuple[LLM, list[RequestOutput]]:
     llm = LLM(model, **MORE_LIMITS, **ROOM, tensor_parallel_size=count)
     requests: list[LoRARequest | None] = [
-        llm.load_lora(f"a{number}", tree, scale=2.0)
+        llm.load_lora(f"a{number}", tree, scale=1.0)
         for number, tree in enumerate(trees_of(model[1]))
     ]
     outputs = llm.generate(PROMPTS, ASKED, False, [*requests, None])
@@ -73,7 +73,16 @@ def test_rows_with_adapters_and_none(tiny_model: tuple) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "count"),
-    [("qwen2", 4), ("gpt2", 2), ("phi3", 2), ("deepseek-v3", 4), ("glm4-moe", 2), ("llama", 4)],
+    [
+        ("qwen2", 4),
+        ("gpt2", 2),
+        ("phi3", 2),
+        ("deepseek-v3", 4),
+        ("glm4-moe", 2),
+        ("llama", 4),
+        ("qwen3.5", 2),
+        ("bamba", 4),
+    ],
 )
 def test_families(family: str, count: int, tmp_path: Path) -> None:
     """Fewer heads of keys and values than devices, latents, shared experts, biases."""

@@ -1,7 +1,6 @@
 """Engines whose layers two or four devices share: the tokens of one device."""
 
 import dataclasses
-import itertools
 import re
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from folojax import (
 )
 from folojax.compile.programs import run as run_program
 from tests import dense, mixed_requests
-from tests.families import FAMILIES, save_family
 from tests.reference import MORE_LIMITS, TIGHT, save_tiny
 from tests.user_functions import EDITS, PROCESSORS
 
@@ -121,41 +119,6 @@ def test_requests_of_every_kind_in_other_ways(wide_model: tuple, options: dict[s
     known = mixed_requests.run(mixed_requests.make_llm(wide_model, **options))
     llm = mixed_requests.make_llm(wide_model, **options, tensor_parallel_size=2)
     check_close(mixed_requests.run(llm), known)
-
-
-RECURRENT = ("qwen3-next", "qwen3.5", "qwen3.5-moe")
-
-
-def cases() -> list[Any]:
-    """Not slow are biases, all kinds of experts, a norm over heads that are fewer than devices."""
-    few = (("qwen2", 2), ("glm4-moe", 2), ("olmo2", 4))
-    return [
-        pytest.param(*one, marks=[] if one in few else [pytest.mark.slow])
-        for one in itertools.product(FAMILIES, (2, 4))
-        if one[0] not in RECURRENT
-    ]
-
-
-@pytest.mark.parametrize(("family", "count"), cases())
-def test_every_family(family: str, count: int, tmp_path: Path) -> None:
-    save_family(family, tmp_path)
-    model = dense.load(tmp_path)
-    prompts = [list(range(5, 17)), list(range(7, 22))]  # a row each: few programs
-    known, found = (
-        LLM(model, **MORE_LIMITS, tensor_parallel_size=each).generate(
-            prompts, ASKED, use_tqdm=False
-        )
-        for each in (1, count)
-    )
-    check_close(found, known)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("family", RECURRENT)
-def test_recurrent_layers_are_refused(family: str, tmp_path: Path) -> None:
-    save_family(family, tmp_path)
-    with pytest.raises(ValueError, match="recurrent layers and gated attention are not shared out"):
-        LLM(dense.load(tmp_path), **MORE_LIMITS, tensor_parallel_size=2)
 
 
 @pytest.mark.slow

@@ -1,0 +1,87 @@
+"""Every family whose layers two or four devices share: the tokens of one device."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+
+from folojax import LLM, join_params
+from tests import dense, mixed_requests
+from tests.devices.on_all import ASKED, check_close
+from tests.families import FAMILIES, save_family
+from tests.reference import MORE_LIMITS, TIGHT
+
+REFUSED = ("gemma4", "gemma4-moe")
+
+
+def cases() -> list[Any]:
+    """Not slow are biases, all kinds of experts, norms over what is less than devices, a state."""
+    few = (("qwen2", 2), ("glm4-moe", 2), ("olmo2", 4), ("granite-hybrid-dense", 2))
+    return [
+        pytest.param(*one, marks=[] if one in few else [pytest.mark.slow])
+        for one in itertools.product(FAMILIES, (2, 4))
+        if one[0] not in REFUSED
+    ]
+
+
+@pytest.mark.parametrize(("family", "count"), cases())
+def test_every_family(family: str, count: int, tmp_path: Path) -> None:
+    more = {"linear_num_key_heads": 4, "linear_num_value_heads": 8}
+    save_family(family, tmp_path, more if family.startswith(("qwen3.5", "qwen3-next")) else None)
+    model = dense.load(tmp_path)
+    prompts = [list(range(5, 17)), list(range(7, 22))]  # a row each: few programs
+    known, found = (
+        LLM(model, **MORE_LIMITS, tensor_parallel_size=each).generate(
+            prompts, ASKED, use_tqdm=False
+        )
+        for each in (1, count)
+    )
+    check_close(found, known)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "count", "widths"),
+    [
+        ("qwen3-next", 2, (56, 2)),
+        ("qwen3.5", 2, (48, 1)),
+        ("bamba", 2, (112, 4)),
+        ("nemotron-h", 4, (56, 2)),  # of two heads of keys: neighbours have the same
+    ],
+)
+def test_states_by_heads(family: str, count: int, widths: tuple[int, int], tmp_path: Path) -> None:
+    """Kept for the prefix cache, of requests that are preempted; the parts join to the model's."""
+    save_family(family, tmp_path)
+    model = dense.load(tmp_path)
+    options: dict[str, Any] = {**TIGHT, "num_prefix_states": 4}
+    known, found = (
+        mixed_requests.make_llm(model, **options, tensor_parallel_size=each) for each in (1, count)
+    )
+    check_close(mixed_requests.run(found), mixed_requests.run(known))
+    assert found.metrics().num_preemptions > 0
+    joined = join_params(found.params, model[0].config)
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), joined, model[1]))
+    (state, *_) = found.engine.runner.state.cache.states
+    conv, memory = (one.addressable_shards[1].data.shape for one in state)
+    assert (conv[2], memory[1]) == widths
+    assert found.memory_plan.slots_bytes < known.memory_plan.slots_bytes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "count", "told"),
+    [
+        ("qwen3-next", 4, "num_key_heads of recurrent layers is 2, not a multiple of it"),
+        ("qwen3.5", 4, "num_value_heads of recurrent layers is 2, not a multiple of it"),
+        ("bamba", 3, "num_key_heads of recurrent layers is 2, neither a multiple nor a part of it"),
+        ("gemma4", 2, "heads of two sizes and embeddings by layer are not shared out"),
+    ],
+)
+def test_what_does_not_divide_is_refused(
+    family: str, count: int, told: str, tmp_path: Path
+) -> None:
+    save_family(family, tmp_path)
+    with pytest.raises(ValueError, match=told):
+        LLM(dense.load(tmp_path), **MORE_LIMITS, tensor_parallel_size=count)
