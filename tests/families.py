@@ -141,6 +141,23 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
+    "gemma3n": (
+        "Gemma3n",
+        {
+            "head_dim": 16,
+            "sliding_window": 12,
+            "layer_types": _LOCAL_THEN_FULL * 2,
+            "num_hidden_layers": 4,
+            "intermediate_size": [96, 96, 64, 96],
+            "num_kv_shared_layers": 2,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": 120,
+            "altup_num_inputs": 3,
+            "laurel_rank": 12,
+            "activation_sparsity_pattern": [0.8, 0.5, 0.0, 0.0],
+            "final_logit_softcapping": 8.0,
+        },
+    ),
     "gemma4": (
         "Gemma4",
         {
@@ -313,6 +330,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 _CLASSES = {
     "GPT2": ("GPT2Config", "GPT2LMHeadModel"),
     "Gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM"),
+    "Gemma3n": ("Gemma3nTextConfig", "Gemma3nForCausalLM"),
     "Gemma4": ("Gemma4TextConfig", "Gemma4ForCausalLM"),
     "Llama4": ("Llama4TextConfig", "Llama4ForCausalLM"),
     "Qwen3_5": ("Qwen3_5TextConfig", "Qwen3_5ForCausalLM"),

@@ -1,6 +1,5 @@
 """One layer of a decoder: attention and an MLP, with what the flags of a config change."""
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -8,23 +7,25 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from folojax.models.core.adapted import AdaptedKernel
 from folojax.models.core.config import ModelConfig
+from folojax.models.core.declared import ONES, ZEROS, kernel_of, norm_init
 from folojax.models.core.interface import Attend
-from folojax.models.core.latent import into_latents, out_of_latents
+from folojax.models.core.latent import heads_of_latents, out_of_latents
+from folojax.models.core.layer_embed import embedded_update
 from folojax.models.core.layers import (
     activate,
+    cut_gates,
     gated,
     norm,
     norm_and_rotate,
     project,
     rotate,
 )
-from folojax.models.core.mixers import KERNEL_INIT, MIXERS, ONES, ZEROS
-from folojax.models.core.moe import Experts, RoutedKernel, mix_experts
+from folojax.models.core.mixers import MIXERS
+from folojax.models.core.moe import Experts, mix_experts
 from folojax.models.core.shards import sum_parts
+from folojax.models.core.side_streams import correct, guess, router_of
 from folojax.models.core.stream import Unsummed, normed, summed
-from folojax.models.quantized.quantize import is_quantized
 
 
 class Rotary(NamedTuple):
@@ -34,26 +35,6 @@ class Rotary(NamedTuple):
     sin: Float[Array, "N 1 R"] | None
     growth: Float[Array, "N 1 1"] | None = None
     embedding: Float[Array, "N P"] | None = None
-
-
-def norm_init(config: ModelConfig) -> Any:
-    """Fresh norms change nothing."""
-    return ZEROS if config.norm == "rms_offset" else ONES
-
-
-def kernel_of(module: nn.Module, name: str, *shape: int, init: Any = KERNEL_INIT) -> Any:
-    """A module's kernel of that name and shape; it may be one of parts, or more than an array."""
-    if module.has_variable("params", name):
-        given: Any = module.get_variable("params", name)
-        around = given if isinstance(given, AdaptedKernel | RoutedKernel) else None
-        kernel = given if around is None else around.kernel
-        if kernel.shape == (1, *shape):
-            kernel = kernel[0]
-        if around is not None or is_quantized(kernel) or kernel is not given:
-            if kernel.shape != shape:
-                raise ValueError(f"{name} is {kernel.shape}, the model needs {shape}")
-            return kernel if around is None else around._replace(kernel=kernel)
-    return module.param(name, init, shape, module.dtype)
 
 
 class Block(nn.Module):
@@ -93,14 +74,21 @@ class Block(nn.Module):
         lent = hidden.lent if isinstance(hidden, Unsummed) else ()
         out: Any = hidden
         inputs: Any = None
+        router = router_of(self) if config.side_streams else None
+        guesses: Any = None
+        if router is not None:
+            guesses = guess(self, router, out)
+            out = guesses[:, 0]
         if layer not in config.mixerless_layers:
             with jax.named_scope("attention"):
-                stream, inputs = self._normed("attn", hidden)
+                stream, inputs = self._normed("attn", out)
                 if config.recurrent is not None and config.is_recurrent(layer):
                     update, cache = MIXERS[config.recurrent.kind](self, inputs, cache, attend)
                 else:
                     update, cache, lent = self._attention(inputs, rotary, cache, attend, lent)
                 out = self._after("attn", stream, update)
+                if config.bypass_rank:
+                    out = (summed(out) + self._bypass(inputs)) * 2**-0.5
         if layer not in config.mlpless_layers:
             with jax.named_scope("mlp"):
                 if config.is_parallel:
@@ -108,11 +96,13 @@ class Block(nn.Module):
                 else:
                     stream, inputs = self._normed("mlp", out)
                 out = self._after("mlp", stream, self._mlp(inputs, stream))
-        if self.config.has_layer_scale:
+        if router is not None:
+            out = self._corrected(correct(self, router, guesses, summed(out)), rotary)
+        elif self.config.has_layer_scale:
             out = Unsummed(self._last(summed(out), rotary))
         elif not self.leaves_sum:
             out = Unsummed(summed(out))
-        if lent:
+        if lent or router is not None:
             return out._replace(lent=lent), cache
         return summed(out) if out.update is None else out, cache
 
@@ -128,22 +118,30 @@ class Block(nn.Module):
 
     def _last(self, stream: Float[Array, "N E"], rotary: Rotary | None) -> Float[Array, "N E"]:
         """What a layer adds of its own embedding of the tokens, and its scale of everything."""
-        config, size = self.config, self.config.layer_embed_size
-        if size:
-            assert rotary is not None
-            assert rotary.embedding is not None
-            gate = self.linear("layer_gate", stream, size, False)
-            inner = activate(gate.astype(self.dtype), config.activation) * rotary.embedding
-            update = self.linear("layer_up", inner, config.hidden_size, False)
-            stream = stream + self._norm("layer_post_norm", update.astype(self.dtype))
+        if self.config.layer_embed_size:
+            stream = stream + embedded_update(self, stream, rotary)
         return stream * self.param("layer_scale", ONES, (1,), self.dtype)[None, :]
+
+    def _corrected(self, streams: Float[Array, "N A E"], rotary: Rotary | None) -> Unsummed:
+        """All streams, with what those beside the first get of the layer's embedding."""
+        first, sides = streams[:, 0], streams[:, 1:]
+        if self.config.layer_embed_size:
+            scale = self.param("stream_scale", ONES, first.shape[-1:], self.dtype)
+            sides = sides + embedded_update(self, first * scale[None, :], rotary)[:, None]
+        return Unsummed(first, sides=sides)
+
+    def _bypass(self, inputs: Float[Array, "N E"]) -> Float[Array, "N E"]:
+        """What goes by attention."""
+        low = self.linear("bypass_down", inputs, self.config.bypass_rank, False)
+        update = self.linear("bypass_up", low.astype(self.dtype), inputs.shape[-1], False)
+        return inputs + self.norm_of("bypass_norm", update.astype(self.dtype))
 
     def _after(
         self, part: str, hidden: Float[Array, "N E"], update: Float[Array, "N E"]
     ) -> Unsummed:
         """The residual stream and what a part adds to it."""
         if self.config.has_post_norm:
-            update = self._norm(f"{part}_post_norm", update)
+            update = self.norm_of(f"{part}_post_norm", update)
         if self.config.residual_scale != 1.0:
             scaled = update.astype(jnp.float32) * self.config.residual_scale
             update = scaled.astype(self.dtype)
@@ -177,8 +175,8 @@ class Block(nn.Module):
             query = self._turned("q", query, rotary)
             key, value = lent[kind]
         else:
-            make = self._heads_of_latents if config.kv_rank else self._heads
-            query, key, value, *rest = make(normed, rotary)
+            make = heads_of_latents if config.kv_rank else Block._heads
+            query, key, value, *rest = make(self, normed, rotary)
         if config.lends(self.layer):
             both = [*(lent or (None, None))]
             both[kind] = key, value
@@ -208,7 +206,7 @@ class Block(nn.Module):
         if config.has_attention_gate:
             query, key, value = jnp.split(qkv, (of_queries, of_queries + kv_heads), axis=1)
             query, gate = query[:, 0::2], query[:, 1::2]
-            return *self._norm_and_turn(query, key, rotary), value, gate
+            return *self.norm_and_turn(query, key, rotary), value, gate
         query, key = qkv[:, :heads], qkv[:, heads : heads + kv_heads]
         cos, sin = (None, None) if rotary is None else rotary[:2]
         if cos is not None and sin is not None and config.is_qk_norm_plain:
@@ -217,38 +215,9 @@ class Block(nn.Module):
         value = key if config.has_keys_as_values else qkv[:, heads + kv_heads :]
         if config.has_value_norm:
             value = norm(value, jnp.ones(head_dim, self.dtype), None, config)
-        return *self._norm_and_turn(query, key, rotary), value
+        return *self.norm_and_turn(query, key, rotary), value
 
-    def _heads_of_latents(self, normed: Float[Array, "N E"], rotary: Rotary | None) -> Any:
-        """The same in the space of latents, which are the values; and what leads out of it.
-
-        Latents come first in queries and keys, then what turns; one key is that of all heads.
-        """
-        config, heads = self.config, self.config.num_heads
-        assert config.rotary_dim is not None
-        still = config.head_dim - config.rotary_dim
-        latent, name = normed, "q"
-        if config.query_rank:
-            latent, name = self._latent("q", normed, config.query_rank)[0], "q_b"
-        query = self.linear(name, latent, heads * config.head_dim, False).astype(self.dtype)
-        query = query.reshape(-1, heads, config.head_dim)
-        latent, turning = self._latent("kv", normed, config.kv_rank, config.rotary_dim)
-        kernel = kernel_of(self, "kv_b", heads * (still + config.value_dim), config.kv_rank)
-        query_turn, key_turn = self._norm_and_turn(query[..., still:], turning[:, None], rotary)
-        absorbed = into_latents(query[..., :still], kernel, config.value_dim)
-        query = jnp.concatenate((absorbed, query_turn), axis=-1)
-        return query, jnp.concatenate((latent[:, None], key_turn), axis=-1), None, kernel
-
-    def _latent(self, name: str, x: Float[Array, "N E"], rank: int, rest: int = 0) -> Any:
-        """A normed latent, and what a product has beside it."""
-        config = self.config
-        out = self.linear(f"{name}_a", x, rank + rest, config.qkv_bias).astype(self.dtype)
-        weight = self.param(f"{name}_a_norm", ONES, (rank,), self.dtype)
-        # Whatever the other norms have, as in transformers.
-        small = dataclasses.replace(config, rms_norm_eps=1e-6)
-        return norm(out[:, :rank], weight, None, small), out[:, rank:]
-
-    def _norm_and_turn(
+    def norm_and_turn(
         self, query: Float[Array, "N H D"], key: Float[Array, "N K D"], rotary: Rotary | None
     ) -> tuple[Float[Array, "N H D"], Float[Array, "N K D"]]:
         """Both with their norms and rotary embedding, as far as the layer has them."""
@@ -273,7 +242,7 @@ class Block(nn.Module):
 
     def _head_norm(self, name: str, x: Float[Array, "N heads D"]) -> Float[Array, "N heads D"]:
         if not self.config.is_qk_norm_joint:
-            return self._norm(name, x)
+            return self.norm_of(name, x)
         flat = x.reshape(x.shape[0], -1)
         weight, bias = self._norm_params(name, flat.shape[-1])
         return norm(flat, weight, bias, self.config, self.config.num_shards).reshape(x.shape)
@@ -285,8 +254,8 @@ class Block(nn.Module):
             return self._dense("", normed, config.intermediate_size)
         if config.has_dense_beside:
             dense = self._dense("", normed, config.intermediate_size)
-            normed = self._norm("experts_norm", stream)
-            return self._norm("dense_post_norm", dense) + self._norm(
+            normed = self.norm_of("experts_norm", stream)
+            return self.norm_of("dense_post_norm", dense) + self.norm_of(
                 "experts_post_norm", self._experts(normed, self._scaled(stream))
             )
         out = self._experts(normed)
@@ -348,6 +317,8 @@ class Block(nn.Module):
         config = self.config
         if config.is_gated:
             both = self.linear(f"{prefix}gate_up", normed, 2 * inner_size, config.mlp_bias)
+            cutoff = config.gate_cutoff(self.layer)
+            both = both if cutoff is None else cut_gates(both, cutoff)
             inner = gated(both, config.activation, self.dtype)
         else:
             up = self.linear(f"{prefix}up", normed, inner_size, config.mlp_bias)
@@ -378,11 +349,8 @@ class Block(nn.Module):
             out = out + bias.astype(jnp.float32)[None, :]
         return out
 
-    def kernel(self, name: str, *shape: int, init: Any = KERNEL_INIT) -> Any:
-        """A parameter of that name and shape, as `kernel_of` has it."""
-        return kernel_of(self, name, *shape, init=init)
-
-    def _norm(self, name: str, x: Float[Array, "*batch W"]) -> Float[Array, "*batch W"]:
+    def norm_of(self, name: str, x: Float[Array, "*batch W"]) -> Float[Array, "*batch W"]:
+        """The norm with the weight of that name."""
         return norm(x, *self._norm_params(name, x.shape[-1]), self.config)
 
     def _norm_params(self, name: str, width: int) -> tuple[Any, Any]:

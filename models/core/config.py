@@ -14,6 +14,7 @@ _OPTIONAL = (
     "peers",
     *("shared_expert_size", "kv_rank", "query_rank", "value_dim"),
     *("full_head_dim", "full_kv_heads", "layer_embed_size", "layer_embed_vocab", "expert_latent"),
+    *("side_streams", "bypass_rank"),
 )
 _COUNTED_LIKE_LAYERS = ("num_layers", "num_experts", "num_experts_per_token")
 
@@ -180,6 +181,15 @@ class ModelConfig:
     0: there is none."""
     layer_embed_vocab: int = 0  # tokens that it tells apart
     has_layer_scale: bool = False  # a layer's stream is multiplied by a number of its own
+    side_streams: int = 0
+    """Residual streams beside the one that attention and MLPs read
+    (`folojax.models.core.side_streams`)."""
+    bypass_rank: int = 0
+    """What attention reads is added to what it returns, and so is a product of it of so low a rank
+    (LAuReL); both streams count half. 0: there is none."""
+    gate_cutoffs: tuple[float | None, ...] = ()
+    """By layer: an MLP's gates are counted from their mean and so many standard deviations on, and
+    are 0 below; None: they are what they are. () is that, everywhere."""
 
     num_experts: int = 0  # 0: every MLP is dense
     num_experts_per_token: int = 0
@@ -204,7 +214,7 @@ class ModelConfig:
     has_dense_beside: bool = False
     """Beside its experts a layer has the dense MLP; both read and return by norms of their own, and
     the router reads the stream itself, normed and scaled."""
-    double_layers: tuple[int, ...] = ()  # layers whose dense MLP is twice as wide
+    intermediate_sizes: tuple[int, ...] = ()  # by layer, where dense MLPs differ; (): they do not
 
     num_shards: int = 1
     """Of how many devices this is one: heads, inner widths and kernels are its part of the model
@@ -251,12 +261,12 @@ class ModelConfig:
             changes |= {"head_dim": self.full_head_dim, "num_kv_heads": self.full_kv_heads}
         elif self.has_keys_as_values:
             changes["has_keys_as_values"] = False
-        if layer in self.double_layers:
-            changes["intermediate_size"] = 2 * self.intermediate_size
+        if self.intermediate_sizes:
+            changes["intermediate_size"] = self.intermediate_sizes[layer]
         changes = {
             name: value for name, value in changes.items() if value or name.startswith("has_")
         }
-        return dataclasses.replace(self, **changes, double_layers=()) if changes else self
+        return dataclasses.replace(self, **changes, intermediate_sizes=()) if changes else self
 
     def kv_layer(self, layer: int) -> int:
         """Whose keys and values a layer attends to."""
@@ -272,7 +282,12 @@ class ModelConfig:
             *(self.scoring(layer), self.is_sparse(layer), self.is_recurrent(layer)),
             *(self.at(layer), self.kv_layer(layer) == layer, self.lends(layer)),
             *(layer in self.mixerless_layers, layer in self.mlpless_layers),
+            self.gate_cutoff(layer),
         )
+
+    def gate_cutoff(self, layer: int) -> float | None:
+        """How many standard deviations above their mean a layer's gates begin, if they do."""
+        return self.gate_cutoffs[layer] if self.gate_cutoffs else None
 
     @property
     def is_qk_norm_plain(self) -> bool:
@@ -327,8 +342,10 @@ class ModelConfig:
         turning = self.head_dim if self.rotary_dim is None else self.rotary_dim
         if turning % 2 or not 2 <= turning <= self.head_dim:
             found.append(f"rotary_dim is {turning}; it must be even, and at most {self.head_dim}")
-        if self.windows and len(self.windows) < self.num_layers:
-            found.append(f"windows are given for {len(self.windows)} of {self.num_layers} layers")
+        for name in ("windows", "intermediate_sizes", "gate_cutoffs"):
+            count = len(getattr(self, name))
+            if count and count < self.num_layers:
+                found.append(f"{name} are given for {count} of {self.num_layers} layers")
         for window in (*self.windows, self.attention_chunk):
             if window is not None and (not isinstance(window, int) or window < 1):
                 found.append(

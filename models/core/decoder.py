@@ -7,18 +7,15 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int, Key, UInt32
 
-from folojax.models.core.block import Block, Rotary, kernel_of, norm_init
+from folojax.models.core.block import Block, Rotary
 from folojax.models.core.config import ModelConfig
+from folojax.models.core.declared import kernel_of, norm_init
 from folojax.models.core.dense_attend import dense_attend
 from folojax.models.core.interface import Attend
-from folojax.models.core.layers import (
-    embed_rows,
-    norm,
-    project,
-    rotary_tables,
-    softcap,
-)
+from folojax.models.core.layer_embed import layer_embeddings
+from folojax.models.core.layers import embed_rows, project, rotary_tables, softcap
 from folojax.models.core.shards import join_scores, vocab_rows
+from folojax.models.core.side_streams import narrow, widen
 from folojax.models.core.stream import Unsummed, normed
 
 
@@ -64,6 +61,11 @@ class Llama(nn.Module):
             self.layer_proj = kernel_of(self, "layer_proj", size, width)
             of_norm = norm_init(config), (config.layer_embed_size,), self.dtype
             self.layer_proj_norm = self.param("layer_proj_norm", *of_norm)
+        if config.side_streams:
+            shape = (config.side_streams * width, width)
+            self.streams_in, self.streams_out = (
+                kernel_of(self, name, *shape) for name in ("streams_in", "streams_out")
+            )
         if not config.tie_embeddings:
             self.lm_head = kernel_of(self, "lm_head", vocab, width)
 
@@ -86,7 +88,6 @@ class Llama(nn.Module):
         Returns:
             The hidden states after the final norm, in `dtype`, and the cache of the last call.
         """
-        stream: Float[Array, "N E"] | Unsummed
         stream, shared = self.begin(tokens, positions)
         for layer, block in enumerate(self.layers):
             stream, cache = block(stream, self.layer_rotary(shared, layer), cache, attend)
@@ -94,7 +95,7 @@ class Llama(nn.Module):
 
     def begin(
         self, tokens: Int[Array, " N"], positions: Int[Array, " N"]
-    ) -> tuple[Float[Array, "N E"], tuple[Any, ...]]:
+    ) -> tuple[Float[Array, "N E"] | Unsummed, tuple[Any, ...]]:
         """What comes before the layers: the residual stream, and what these are told of tokens.
 
         That is rotations of either kind, and by layer its own embedding, where there are any.
@@ -116,24 +117,14 @@ class Llama(nn.Module):
             everywhere = everywhere._replace(growth=growth.astype(self.dtype)[:, None, None])
         if config.local_rope_theta is not None:
             local = Rotary(*rotary_tables(positions, config, is_local=True))
-        return hidden, (everywhere, local, self._layer_embeddings(tokens, hidden))
-
-    def _layer_embeddings(
-        self, tokens: Int[Array, " N"], hidden: Float[Array, "N E"]
-    ) -> tuple[Float[Array, "N P"], ...]:
-        """Of each layer, if it has one of its own: by tokens, and by what is embedded of them."""
-        config, size = self.config, self.config.layer_embed_size
-        if not size:
-            return ()
-        found = embed_rows(self.layer_embed, tokens, config).astype(self.dtype)
-        found = found * jnp.asarray(size**0.5, self.dtype)
-        own = project(hidden, self.layer_proj, is_rounded=True) * config.hidden_size**-0.5
-        own = norm(own.reshape(len(own), -1, size), self.layer_proj_norm, None, config)
-        both = (own + found.reshape(own.shape)) * 2.0**-0.5
-        return tuple(both[:, layer] for layer in range(config.num_layers))
+        embeddings = layer_embeddings(self, tokens, hidden) if config.layer_embed_size else ()
+        stream = widen(self, hidden) if config.side_streams else hidden
+        return stream, (everywhere, local, embeddings)
 
     def end(self, hidden: Float[Array, "N E"] | Unsummed) -> Float[Array, "N E"]:
         """What comes after the layers."""
+        if isinstance(hidden, Unsummed) and hidden.sides is not None:
+            hidden = narrow(self, hidden)
         return normed(hidden, self.final_norm, self.final_norm_bias, self.config)[1]
 
     @nn.nowrap

@@ -11,18 +11,55 @@ with its position, which all heads share. That is what the cache keeps of a toke
 Axes: N tokens, H heads, D numbers of a head's key that do not turn, V of a value, r of the latent.
 """
 
+import dataclasses
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from folojax.models.core.adapted import AdaptedKernel
+from folojax.models.core.declared import ONES, kernel_of
+from folojax.models.core.layers import norm
+
+if TYPE_CHECKING:
+    from folojax.models.core.block import Block
 
 _FEW_ROWS = {"cpu": 64, "default": 512}
 """By platform, for which reading the whole kernel takes no longer than copying the part of it that
 is asked for."""
+
+
+def heads_of_latents(block: "Block", normed: Float[Array, "N E"], rotary: Any) -> Any:
+    """Queries and keys in the space of latents, which are the values; and what leads out of it.
+
+    Latents come first in queries and keys, then what turns; one key is that of all heads.
+    """
+    config, heads = block.config, block.config.num_heads
+    assert config.rotary_dim is not None
+    still = config.head_dim - config.rotary_dim
+    latent, name = normed, "q"
+    if config.query_rank:
+        latent, name = _latent(block, "q", normed, config.query_rank)[0], "q_b"
+    query = block.linear(name, latent, heads * config.head_dim, False).astype(block.dtype)
+    query = query.reshape(-1, heads, config.head_dim)
+    latent, turning = _latent(block, "kv", normed, config.kv_rank, config.rotary_dim)
+    kernel = kernel_of(block, "kv_b", heads * (still + config.value_dim), config.kv_rank)
+    query_turn, key_turn = block.norm_and_turn(query[..., still:], turning[:, None], rotary)
+    absorbed = into_latents(query[..., :still], kernel, config.value_dim)
+    query = jnp.concatenate((absorbed, query_turn), axis=-1)
+    return query, jnp.concatenate((latent[:, None], key_turn), axis=-1), None, kernel
+
+
+def _latent(block: "Block", name: str, x: Float[Array, "N E"], rank: int, rest: int = 0) -> Any:
+    """A normed latent, and what a product has beside it."""
+    config = block.config
+    out = block.linear(f"{name}_a", x, rank + rest, config.qkv_bias).astype(block.dtype)
+    weight = block.param(f"{name}_a_norm", ONES, (rank,), block.dtype)
+    # Whatever the other norms have, as in transformers.
+    small = dataclasses.replace(config, rms_norm_eps=1e-6)
+    return norm(out[:, :rank], weight, None, small), out[:, rank:]
 
 
 def into_latents(

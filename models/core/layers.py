@@ -190,6 +190,15 @@ def gated(
     return _gated(gate_up, kind=kind, dtype=dtype)
 
 
+def cut_gates(gate_up: Float[Array, "N FF"], cutoff: float) -> Float[Array, "N FF"]:
+    """Gates and ups in which gates begin so many standard deviations above their mean."""
+    gate, up = jnp.split(gate_up, 2, axis=-1)
+    wide = gate.astype(jnp.float32)
+    mean, spread = (of(wide, axis=-1, keepdims=True) for of in (jnp.mean, jnp.std))
+    above = jax.nn.relu(wide - (mean + cutoff * spread))
+    return jnp.concatenate((above.astype(gate.dtype), up), axis=-1)
+
+
 def _gated(gate_up: Array, *, kind: Activation, dtype: DTypeLike) -> Array:
     gate, up = jnp.split(gate_up.astype(jnp.float32), 2, axis=-1)
     return (activate(gate, kind) * up).astype(dtype)

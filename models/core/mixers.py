@@ -5,18 +5,14 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 from jaxtyping import Array, Float
 
+from folojax.models.core.declared import ONES, ZEROS, kernel_of
 from folojax.models.core.layers import norm
 from folojax.models.core.recurrence import l2_normed, split_inputs
 
 if TYPE_CHECKING:
     from folojax.models.core.block import Block
-
-KERNEL_INIT = nn.initializers.normal(0.02)
-"""As transformers initialises: a fresh model is only ever a stand-in of the right shapes."""
-ONES, ZEROS = nn.initializers.ones, nn.initializers.zeros
 
 
 def delta_rule(
@@ -38,7 +34,7 @@ def delta_rule(
     mixed, gate, rate, step = split_inputs(
         mixed.astype(block.dtype), rates.astype(block.dtype), sizes
     )
-    kernel = block.kernel("conv", sizes.num_channels, 1, sizes.conv_width)
+    kernel = kernel_of(block, "conv", sizes.num_channels, 1, sizes.conv_width)
     cache, mixed = attend.convolve(cache, place, mixed, kernel[:, 0])
     mixed = jax.nn.silu(mixed.astype(block.dtype))
     query, key, value = jnp.split(mixed, (keys, 2 * keys), axis=1)
@@ -81,10 +77,10 @@ def state_space(
     mixed = block.linear("in_proj", normed, values + channels + heads, sizes.has_bias)
     mixed = mixed.astype(block.dtype)
     gate, mixed, step = jnp.split(mixed, (values, values + channels), axis=1)
-    kernel = block.kernel("conv", channels, 1, sizes.conv_width)
+    kernel = kernel_of(block, "conv", channels, 1, sizes.conv_width)
     cache, mixed = attend.convolve(cache, block.place, mixed, kernel[:, 0])
     if sizes.has_conv_bias:
-        bias = block.kernel("conv_bias", channels, init=ZEROS)
+        bias = kernel_of(block, "conv_bias", channels, init=ZEROS)
         mixed = mixed + bias.astype(jnp.float32)[None, :]
     mixed = jax.nn.silu(mixed.astype(block.dtype)).astype(jnp.float32)
     value, key, query = jnp.split(mixed, (values, values + keys), axis=1)

@@ -110,6 +110,8 @@ def problems_of(config: ModelConfig, count: int) -> list[str]:
         )
     if (config.full_head_dim or config.has_value_norm or config.layer_embed_size) and count > 1:
         found.append("heads of two sizes and embeddings by layer are not shared out among devices")
+    if config.side_streams and count > 1:
+        found.append("several residual streams are not shared out among devices")
     return found
 
 

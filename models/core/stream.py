@@ -13,12 +13,14 @@ class Unsummed(NamedTuple):
     """A residual stream and what is still to be added to it, by the norm that comes next.
 
     Beside it, in models whose layers share keys and values, those that later layers read: of the
-    last layer with a window that has some, and of the last without.
+    last layer with a window that has some, and of the last without. In models of several residual
+    streams these lie beside the first.
     """
 
     stream: Float[Array, "N E"]
     update: Float[Array, "N E"] | None = None
     lent: tuple[Any, ...] = ()
+    sides: Float[Array, "N Y E"] | None = None
 
 
 def summed(stream: Float[Array, "N E"] | Unsummed) -> Float[Array, "N E"]:
@@ -32,8 +34,8 @@ def with_stream(
     old: Float[Array, "N E"] | Unsummed, stream: Float[Array, "N E"]
 ) -> Float[Array, "N E"] | Unsummed:
     """Another residual stream, beside what lies beside the old one."""
-    lent = old.lent if isinstance(old, Unsummed) else ()
-    return Unsummed(stream, lent=lent) if lent else stream
+    lent, sides = (old.lent, old.sides) if isinstance(old, Unsummed) else ((), None)
+    return stream if not lent and sides is None else Unsummed(stream, lent=lent, sides=sides)
 
 
 def normed(

@@ -11,6 +11,7 @@ from typing import Any
 from folojax.models.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3, GLM4_MOE_LITE
 from folojax.models.families.experts import GLM4_MOE, QWEN2_MOE, dense_layers
 from folojax.models.families.family import BLOCK_NAMES, POST_NORM_NAMES, Family, renamed
+from folojax.models.families.gemma3n import GEMMA3N
 from folojax.models.families.gemma4 import GEMMA4
 from folojax.models.families.glm import GLM, GLM4
 from folojax.models.families.gpt2 import GPT2
@@ -303,6 +304,7 @@ FAMILIES: dict[str, Family] = {
     "GemmaForCausalLM": _GEMMA,
     "Gemma2ForCausalLM": _GEMMA2,
     "Gemma3ForCausalLM": _GEMMA3,
+    "Gemma3nForCausalLM": GEMMA3N,
     "Gemma4ForCausalLM": GEMMA4,
     "Phi3ForCausalLM": _PHI3,
     "Olmo2ForCausalLM": _OLMO2,

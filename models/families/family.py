@@ -68,7 +68,8 @@ class Family:
     first state no base, it is `rope_local_base_freq`."""
     has_partial_rotary: bool = False  # `partial_rotary_factor` may be other than 1
     head_names: Names = dataclasses.field(default_factory=lambda: HEAD_NAMES)
-    """Tensors of each parameter outside the layers; several are joined in one array."""
+    """Tensors of each parameter outside the layers; several, or those numbered at {}, are joined in
+    one array."""
     block_names: Names = dataclasses.field(default_factory=lambda: BLOCK_NAMES)
     """Tensors of each parameter of a layer, behind `block_prefix`."""
     block_prefix: str = "model.layers.{}."

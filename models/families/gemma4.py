@@ -29,7 +29,7 @@ def _normalize(mapping: Mapping[str, Any]) -> dict[str, Any]:
     return words
 
 
-def _kv_layers(mapping: Mapping[str, Any]) -> tuple[int, ...]:
+def kv_layers(mapping: Mapping[str, Any]) -> tuple[int, ...]:
     """Of the last layers, which read what the last of their kind before them has stored."""
     kinds, count = mapping["layer_types"], mapping["num_hidden_layers"]
     first = count - mapping["num_kv_shared_layers"]
@@ -44,19 +44,23 @@ def _kv_layers(mapping: Mapping[str, Any]) -> tuple[int, ...]:
     return tuple(i if i < first else lenders[kinds[i]] for i in range(count))
 
 
+def _widths(mapping: Mapping[str, Any]) -> tuple[int, ...]:
+    """MLPs of the last layers are twice as wide."""
+    count, shared = mapping["num_hidden_layers"], mapping["num_kv_shared_layers"]
+    width = mapping["intermediate_size"]
+    return (width,) * (count - shared) + (2 * width,) * shared
+
+
 def _derive(mapping: Mapping[str, Any]) -> dict[str, Any]:
     if mapping.get("use_bidirectional_attention") == "all":
         raise ValueError("use_bidirectional_attention 'all': only causal attention is supported")
-    count, shared = mapping["num_hidden_layers"], mapping["num_kv_shared_layers"]
     is_tied = bool(mapping["attention_k_eq_v"])
     fields: dict[str, Any] = {
         "embed_scale": mapping["hidden_size"] ** 0.5,
         "full_head_dim": mapping["global_head_dim"] or 0,
         "full_kv_heads": (mapping["num_global_key_value_heads"] or 0) if is_tied else 0,
-        "kv_layers": _kv_layers(mapping) if shared else (),
-        "double_layers": (
-            tuple(range(count - shared, count)) if mapping["use_double_wide_mlp"] else ()
-        ),
+        "kv_layers": kv_layers(mapping) if mapping["num_kv_shared_layers"] else (),
+        "intermediate_sizes": _widths(mapping) if mapping["use_double_wide_mlp"] else (),
         "layer_embed_size": mapping["hidden_size_per_layer_input"] or 0,
     }
     if fields["layer_embed_size"]:
@@ -70,6 +74,21 @@ def _derive(mapping: Mapping[str, Any]) -> dict[str, Any]:
         }
     return fields
 
+
+EMBEDDING_NAMES = {
+    **HEAD_NAMES,
+    "layer_embed": ("model.embed_tokens_per_layer.weight",),
+    "layer_proj": ("model.per_layer_model_projection.weight",),
+    "layer_proj_norm": ("model.per_layer_projection_norm.weight",),
+}
+LAYER_NAMES = {
+    **BLOCK_NAMES,
+    **POST_NORM_NAMES,
+    "q": ("self_attn.q_proj.weight",),
+    "layer_gate": ("per_layer_input_gate.weight",),
+    "layer_up": ("per_layer_projection.weight",),
+    "layer_post_norm": ("post_per_layer_input_norm.weight",),
+}
 
 GEMMA4 = Family(
     model_type="gemma4_text",
@@ -110,20 +129,10 @@ GEMMA4 = Family(
     derive=_derive,
     has_layer_types=True,
     has_rope_by_kind=True,
-    head_names={
-        **HEAD_NAMES,
-        "layer_embed": ("model.embed_tokens_per_layer.weight",),
-        "layer_proj": ("model.per_layer_model_projection.weight",),
-        "layer_proj_norm": ("model.per_layer_projection_norm.weight",),
-    },
+    head_names=EMBEDDING_NAMES,
     block_names={
-        **BLOCK_NAMES,
-        **POST_NORM_NAMES,
-        "q": ("self_attn.q_proj.weight",),
+        **LAYER_NAMES,
         "qk": ("self_attn.q_proj.weight", "self_attn.k_proj.weight"),
-        "layer_gate": ("per_layer_input_gate.weight",),
-        "layer_up": ("per_layer_projection.weight",),
-        "layer_post_norm": ("post_per_layer_input_norm.weight",),
         "layer_scale": ("layer_scalar",),
         "dense_post_norm": ("post_feedforward_layernorm_1.weight",),
         "experts_norm": ("pre_feedforward_layernorm_2.weight",),

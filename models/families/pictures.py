@@ -28,6 +28,9 @@ _PARTS = {
             {"vocab_size": 262_208, "num_attention_heads": 8},
         )
     },
+    "Gemma3nForConditionalGeneration": {
+        "gemma3n_text": _Text("Gemma3nForCausalLM", "gemma3n_text", True)
+    },
     "Gemma4ForConditionalGeneration": {
         "gemma4_text": _Text("Gemma4ForCausalLM", "gemma4_text", True)
     },

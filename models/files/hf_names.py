@@ -74,6 +74,9 @@ def parameter_sources(config: ModelConfig) -> dict[str, Any]:
         parts["layer_embed"] = ([(config.layer_embed_vocab, of_layers)], False)
         parts["layer_proj"] = ([(of_layers, width)], False)
         parts["layer_proj_norm"] = ([(config.layer_embed_size,)], False)
+    if config.side_streams:
+        squares: list[Shape] = [(width, width)] * config.side_streams
+        parts |= {"streams_in": (squares, False), "streams_out": (squares, False)}
     if config.has_learned_positions:
         parts["position_embed"] = ([(config.max_position, width)], False)
     if not config.tie_embeddings:
@@ -146,6 +149,18 @@ def _block_parts(config: ModelConfig, layer: int) -> dict[str, Parts]:
         parts["layer_post_norm"] = ([(width,)], False)
     if config.has_layer_scale:
         parts["layer_scale"] = ([(1,)], False)
+    if config.side_streams:
+        count = config.side_streams + 1
+        parts["stream_router"] = ([(count, width)], False)
+        parts["stream_router_norm"] = ([(width,)], False)
+        parts["stream_guess"] = ([(count * count, count)], False)
+        parts["stream_correct"] = ([(count, count)], False)
+        if config.layer_embed_size:
+            parts["stream_scale"] = ([(width,)], False)
+    if config.bypass_rank:
+        parts["bypass_down"] = ([(config.bypass_rank, width)], False)
+        parts["bypass_up"] = ([(width, config.bypass_rank)], False)
+        parts["bypass_norm"] = ([(width,)], False)
     if config.is_sparse(layer):
         count = config.num_experts
         parts["router"] = ([(count, width)], config.has_expert_bias)
@@ -229,10 +244,15 @@ def _recurrent_parts(config: ModelConfig) -> dict[str, Parts]:
 def _sources(
     parts: dict[str, Parts], names: Names, prefix: str, is_in_out: bool = False
 ) -> dict[str, Source]:
-    """Parameters with the names of their tensors; one name for several shapes has them joined."""
+    """Parameters with the names of their tensors; one name for several shapes has them joined.
+
+    Where it has {}, they are numbered.
+    """
     sources = {}
     for parameter, (shapes, has_bias) in parts.items():
         tensors = [prefix + name for name in names[parameter]]
+        if "{}" in tensors[0]:
+            tensors = [tensors[0].format(number) for number in range(len(shapes))]
         if len(tensors) == 1:
             shapes = [(sum(shape[0] for shape in shapes), *shapes[0][1:])]
         if has_bias:

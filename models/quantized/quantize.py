@@ -59,7 +59,7 @@ _LINEAR = frozenset(
 )
 
 # Four bits are too few for what tells tokens apart.
-VOCABULARY = frozenset({"embed", "lm_head"})
+VOCABULARY = frozenset({"embed", "lm_head", "layer_embed"})
 """Parameters with a row for each token."""
 
 Kind: TypeAlias = Literal["output", "groups4", "groups8", "tiles", "float8"]

@@ -1,4 +1,7 @@
-"""Laws of a model whose layers have heads of two sizes and share keys and values: Gemma 4."""
+"""Laws of models that carry more than a stream from layer to layer: Gemma 4 and 3n.
+
+Keys and values that layers share; heads of two sizes in one, residual streams in the other.
+"""
 
 import dataclasses
 from pathlib import Path
@@ -7,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from folojax import LLM, SamplingParams
+from folojax import LLM, ActivationEdit, SamplingParams
 from folojax.backend import backend
+from folojax.models.quantized.quantize import is_quantized, quantize
 from tests import dense, reference
 from tests.conftest import check_is_empty
 from tests.families import save_family
@@ -20,11 +24,11 @@ PARAMS = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
 LIMITS = TINY_LIMITS | {"max_num_batched_tokens": 32, "check_integrity": True}
 
 
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Any:
+@pytest.fixture(scope="module", params=["gemma4", "gemma3n"])
+def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A model, prompts, and the tokens that transformers finds likeliest behind them."""
     directory: Path = tmp_path_factory.mktemp("shared")
-    theirs = save_family("gemma4", directory)
+    theirs = save_family(request.param, directory)
     model = dense.load(directory)
     rng = np.random.default_rng(0)
     prompts = [rng.integers(3, 128, n).tolist() for n in (1, 84, 17, 70, 33, 5)]
@@ -66,14 +70,49 @@ def test_swaps_forks_and_snapshots_change_no_token(shared: Any) -> None:
     llm.fork("a", "b")
     snapshot = llm.snapshot("a")
     assert snapshot.kv is not None
-    assert snapshot.kv.keys.shape[::2] == (1, 1), "layers differ, and lie side by side"
-    assert snapshot.kv.keys.shape[3] == 2 * (2 * 16 + 2 * 32)
+    if model[0].config.full_head_dim:
+        assert snapshot.kv.keys.shape[::2] == (1, 1), "layers differ, and lie side by side"
+        assert snapshot.kv.keys.shape[3] == 2 * (2 * 16 + 2 * 32)
     llm.resume(snapshot, "c")
     found = []
     while llm.has_unfinished_requests():
         found += [list(one.outputs[0].token_ids) for one in llm.step() if one.finished]
     assert found == [expected[2]] * 3
     check_is_empty(llm)
+
+
+def test_order_and_cached_pages_change_no_token(shared: Any) -> None:
+    model, prompts, expected = shared
+    llm = LLM(model, **LIMITS)
+    assert generate(llm, prompts[::-1]) == expected[::-1]
+    assert generate(llm, prompts) == expected
+    (output,) = llm.generate([prompts[1]], PARAMS, use_tqdm=False)
+    assert output.num_cached_tokens == 80
+    assert list(output.outputs[0].token_ids) == expected[1]
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_embeddings_by_layer_may_be_of_few_bits(shared: Any, quantization: str) -> None:
+    (module, params), prompts, _ = shared
+    table = quantize("layer_embed", params["layer_embed"], quantization)
+    assert is_quantized(table)
+    small = params | {"layer_embed": table}
+    found, exact = (dense.logits(module, one, prompts[3]) for one in (small, params))
+    assert 0 < np.abs(found - exact).mean() < 0.05
+    llm = LLM((module, params), **LIMITS | {"quantization": quantization})
+    assert len(generate(llm, prompts[:2])) == 2
+
+
+def test_an_edited_stream_is_that_of_the_token_alone(shared: Any) -> None:
+    """Of several streams the first is edited; that of others stays."""
+    model, prompts, expected = shared
+    edit = ActivationEdit(name="flip", layers=(1,), apply=lambda x, layer: -x)
+    llm = LLM(model, **LIMITS, activation_edits=[edit])
+    edited = dataclasses.replace(PARAMS, activation_edits=("flip",))
+    outputs = llm.generate([prompts[2]] * 2, [PARAMS, edited], use_tqdm=False)
+    plain, changed = (list(output.outputs[0].token_ids) for output in outputs)
+    assert plain == expected[2]
+    assert changed != plain
 
 
 def test_streams_are_read_behind_layers(shared: Any) -> None:

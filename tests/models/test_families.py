@@ -33,11 +33,12 @@ OTHER_NUMBERS = (
 STEPS_OF_OTHERS = (
     *("llama-wide-heads", "llama-rope-dynamic", "qwen2-window", "qwen2-moe", "qwen3.5", "hunyuan"),
     *("qwen3.5-moe", "phi3-longrope", "granite", "glm", "ministral", "ministral3", "exaone4"),
-    *("gemma", "glm4-moe-lite"),
+    *("gemma", "gemma3n", "glm4-moe-lite"),
     *("granite-hybrid-dense", "bamba", "nemotron-h-latent", "gemma4-moe"),
     *("exaone4-full", "deepseek-v2", "deepseek-v2-groups", "olmo3", "smollm3"),
 )
-"""Whose steps are made of what those of other families are: their logits are enough for a start."""
+"""Whose steps are made of what those of other families are, or which laws try: their logits are
+enough for a start."""
 
 
 def batched() -> list[Any]:

@@ -5,6 +5,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import chex
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -13,7 +14,7 @@ import transformers
 from folojax.models.files.checkpoint import open_checkpoint
 from folojax.models.files.save import save_pretrained
 from tests import dense, reference
-from tests.families import FAMILIES
+from tests.families import FAMILIES, save_family
 
 TOKENS = np.random.default_rng(0).integers(3, 100, 40).tolist()
 TEXT = {key: value for key, value in reference.TINY.items() if key != "vocab_size"}
@@ -158,6 +159,32 @@ def test_files_of_earlier_versions(tmp_path: Path) -> None:
     safetensors.numpy.save_file(renamed, path)
     found = dense.logits(*dense.load(tmp_path), TOKENS)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+
+
+def test_gemma_3n_is_found_among_its_towers(tmp_path: Path) -> None:
+    """Its names; what looks is a model of another library."""
+    save_family("gemma3n", tmp_path)
+    module, params = dense.load(tmp_path)
+    text = json.loads((tmp_path / "config.json").read_text())
+    whole = {
+        "architectures": ["Gemma3nForConditionalGeneration"],
+        "model_type": "gemma3n",
+        "text_config": text,
+        "vision_config": {},
+        "audio_config": {},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(whole))
+    path = tmp_path / "model.safetensors"
+    tensors = {
+        name.replace("model.", "model.language_model.", 1): tensor
+        for name, tensor in safetensors.numpy.load_file(path).items()
+    }
+    parts = "vision_tower.timm_model", "audio_tower.conformer.0", "embed_vision", "embed_audio"
+    tensors |= {f"model.{part}.norm.weight": np.ones(3, np.float32) for part in parts}
+    safetensors.numpy.save_file(tensors, path)
+    again, found = dense.load(tmp_path)
+    assert again.config == module.config
+    chex.assert_trees_all_equal(found, params)
 
 
 def test_another_text_model_is_refused(tmp_path: Path) -> None:
