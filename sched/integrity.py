@@ -31,6 +31,9 @@ def check_integrity(
         assert request.saved is None, f"in the batch, and saved: {request}"
         num_left = request.num_expected_tokens - request.num_planned_tokens
         assert num_left >= 0, f"more is planned than there will be: {request}"
+        if num_left > 1:
+            is_even = request.num_planned_tokens < request.plans_evenly_until
+            assert not is_even, f"more than a token is left of {request}"
         held = len(request.page_ids)
         least = pages_for(request.num_planned_tokens, config.page_size)
         most = pages_for(request.num_expected_tokens, config.page_size)

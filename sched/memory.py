@@ -57,6 +57,7 @@ class KVMemory:
         self.states = KeptStates(config.num_prefix_states) if config.has_states else None
         self.num_query_tokens = 0
         self.num_hit_tokens = 0
+        self._max_model_len = config.max_model_len
         self._is_caching = config.enable_prefix_caching
         self._is_chunked = config.enable_chunked_prefill
         self._most_tokens = config.long_prefill_token_threshold
@@ -153,7 +154,7 @@ class KVMemory:
                 self.states.load(request, start.state)
             self.states.promise(request, start.num_tokens + num_tokens)
         request.page_ids = start.page_ids + page_ids
-        request.num_computed_tokens = start.num_tokens
+        request.num_computed_tokens = request.num_planned_tokens = start.num_tokens
         request.forked_from = None
         self._tails[request] = start.node
         self.cache.pin(start.node)
@@ -206,7 +207,7 @@ class KVMemory:
 
     def extend(self, request: Request, num_tokens: int) -> list[int] | None:
         """Gives a request pages for its next tokens, and returns those; None if too few."""
-        num_tokens += request.num_computed_tokens + request.num_tokens_in_flight
+        num_tokens += request.num_planned_tokens
         page_ids: list[int] | None = []
         if num_tokens > len(request.page_ids) * self.page_size:  # few rows in most steps
             num_missing = pages_for(num_tokens, self.page_size) - len(request.page_ids)
@@ -221,9 +222,8 @@ class KVMemory:
     def advance(self, request: Request, num_tokens: int) -> None:
         """Notes that the K/V of the next tokens are computed; full pages enter the cache.
 
-        They were in flight until now.
+        They were planned until now.
         """
-        request.num_tokens_in_flight -= num_tokens
         request.num_computed_tokens += num_tokens
         if request.num_computed_tokens % self.page_size >= num_tokens or not self._is_caching:
             return  # no page was filled
@@ -237,6 +237,19 @@ class KVMemory:
         self.cache.unpin(old_tail)
         if self.states is not None:
             self.states.land(request, tail, self.page_size)
+
+    def plans_evenly_until(self, request: Request) -> int:
+        """Up to how many planned tokens its pages last, where it computes one after another."""
+        if self.states is not None and self.states.has_stops(request):
+            return 0
+        # The last token that it may get is never computed.
+        return min(len(request.page_ids) * self.page_size, self._most_tokens_of(request) - 1)
+
+    def lands_evenly_until(self, request: Request) -> int:
+        """Up to how many computed tokens it goes on, and nothing enters the cache."""
+        last_of_page = request.num_computed_tokens // self.page_size * self.page_size
+        last_of_page += self.page_size - 1
+        return min(last_of_page, self._most_tokens_of(request) - 2)
 
     def discard(self, request: Request) -> None:
         """Takes all pages of a request out of the cache, also those that it found there.
@@ -276,7 +289,8 @@ class KVMemory:
         # The last first: the beginning is what others have in common, and is to stay longest.
         self.allocator.free(reversed(request.page_ids))
         request.page_ids = []
-        request.num_computed_tokens = request.num_tokens_in_flight = 0
+        request.num_computed_tokens = request.num_planned_tokens = 0
+        request.plans_evenly_until = request.lands_evenly_until = 0
         self._stop_sharing(request)
         if self.states is not None:
             self.states.release(request)
@@ -285,6 +299,9 @@ class KVMemory:
             request.saved = saved
         if request in self._tails:  # it was admitted
             self.cache.unpin(self._tails.pop(request))
+
+    def _most_tokens_of(self, request: Request) -> int:
+        return min(request.num_prompt_tokens + request.stop.max_tokens, self._max_model_len)
 
     def _find_holder(self, request: Request) -> tuple[Request, int] | None:
         """A running request that has K/V of the same first tokens, and of how many.

@@ -1,10 +1,11 @@
 """How far a request has come, and how far it may go: what plans under way will give included."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from folojax.sched.config import SchedulerConfig
 from folojax.sched.memory import KVMemory
 from folojax.sched.request import Request, RequestStatus
+from folojax.sched.step_plan import RequestUpdate, StepPlan
 
 
 def num_tokens_left(request: Request, max_model_len: int) -> int:
@@ -16,7 +17,7 @@ def num_tokens_left(request: Request, max_model_len: int) -> int:
         num_outputs >= request.stop.max_tokens or num_tokens >= max_model_len
     ):
         return 0
-    return num_tokens - request.num_computed_tokens - request.num_tokens_in_flight
+    return num_tokens - request.num_planned_tokens
 
 
 def num_samples_left(request: Request, max_model_len: int) -> int:
@@ -40,6 +41,31 @@ def num_decode_steps(config: SchedulerConfig, running: Iterable[Request], memory
             num_missing += memory.num_missing_pages(request, num_tokens)
     # Nobody is preempted for the sake of more tokens at once.
     return most if num_missing <= memory.allocator.num_available else 1
+
+
+def uneven(
+    plan: StepPlan,
+    sampled: Mapping[str, Sequence[int]],
+    failed: Collection[str],
+    updates: list[RequestUpdate],
+) -> Iterator[tuple[Request, Sequence[int]]]:
+    """Gives each request that goes on evenly its token, and notes it in `updates`.
+
+    Yields:
+        The others that await something and their tokens, in batch order.
+    """
+    is_single = plan.num_decode_steps == 1 and not failed
+    for request_id, request in plan.awaited.items():
+        tokens = sampled.get(request_id, ())
+        num_computed = request.num_computed_tokens
+        is_even = num_computed < request.lands_evenly_until and is_single
+        if is_even and tokens[0] not in request.stop.end_ids:
+            request.num_computed_tokens = num_computed + 1
+            request.num_samples_in_flight -= 1
+            request.output_token_ids.append(tokens[0])
+            updates.append(RequestUpdate(request, tokens))
+        else:
+            yield request, tokens
 
 
 def append_tokens(

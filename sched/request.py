@@ -22,6 +22,7 @@ A token that was under way when its request was preempted still counts, and can 
 """
 
 import enum
+import functools
 from collections.abc import Hashable
 from dataclasses import KW_ONLY, dataclass, field
 
@@ -75,6 +76,11 @@ class StopRule:
     # `max_tokens` ends it all the same.
     min_tokens: int = 0
 
+    @functools.cached_property
+    def end_ids(self) -> frozenset[int]:
+        """The tokens of either kind."""
+        return self.eos_token_ids | self.stop_token_ids
+
     def check(self, num_output_tokens: int, token: int) -> tuple[RequestStatus | None, int | None]:
         """Says whether the newest token ends the request.
 
@@ -86,11 +92,10 @@ class StopRule:
             The finished status, or None to go on; and the stop id that ended it, or None. EOS
             wins over a stop id (it has no stop reason), and both win over the length.
         """
-        if num_output_tokens >= self.min_tokens:
+        if num_output_tokens >= self.min_tokens and token in self.end_ids:
             if token in self.eos_token_ids:
                 return RequestStatus.FINISHED_STOPPED, None
-            if token in self.stop_token_ids:
-                return RequestStatus.FINISHED_STOPPED, token
+            return RequestStatus.FINISHED_STOPPED, token
         if num_output_tokens >= self.max_tokens:
             return RequestStatus.FINISHED_LENGTH, None
         return None, None
@@ -135,8 +140,12 @@ class Request:
     status: RequestStatus = RequestStatus.WAITING
     output_token_ids: list[int] = field(default_factory=list)  # kept over a preemption
     num_computed_tokens: int = 0  # from the first on, whose K/V are in the cache
-    num_tokens_in_flight: int = 0  # behind them, whose K/V the plans under way compute
+    num_planned_tokens: int = 0  # the same once the plans under way have run
     num_samples_in_flight: int = 0  # output tokens that the plans under way sample
+    # While fewer tokens are planned, each plan has one for it and samples the next, in pages that
+    # it has; and while fewer are computed, taking one in neither fills a page nor ends it.
+    plans_evenly_until: int = 0
+    lands_evenly_until: int = 0
     page_ids: list[int] = field(
         default_factory=list
     )  # of those K/V, in token order; a reference each
@@ -168,11 +177,6 @@ class Request:
     def num_tokens(self) -> int:
         """Prompt and output together: what `num_computed_tokens` is to catch up with."""
         return len(self.prompt_token_ids) + len(self.output_token_ids)
-
-    @property
-    def num_planned_tokens(self) -> int:
-        """Tokens whose K/V are in the cache once the plans under way have run."""
-        return self.num_computed_tokens + self.num_tokens_in_flight
 
     @property
     def num_expected_tokens(self) -> int:

@@ -44,6 +44,7 @@ from folojax.sched.progress import (
     num_decode_steps,
     num_samples_left,
     num_tokens_left,
+    uneven,
 )
 from folojax.sched.queue import WaitingQueue
 from folojax.sched.request import Request, RequestStatus
@@ -123,12 +124,11 @@ class Scheduler:
             self.memory.plan_again()
         else:
             self.memory.plan_next()
-        num_steps = 1
-        if not self._waiting:
-            num_steps = num_decode_steps(self.config, self._running, self.memory)
+        is_alone = not self._waiting
+        num_steps = num_decode_steps(self.config, self._running, self.memory) if is_alone else 1
         draft = PlanDraft(self.config.max_num_batched_tokens, num_steps)
         self._schedule_running(draft)
-        if not draft.is_short_of_pages:
+        if self._waiting and not draft.is_short_of_pages:
             self._admit_waiting(draft)
         is_stuck = not draft.requests and self._requests and not self.in_flight
         assert not is_stuck, "requests are left, and none can run"
@@ -167,13 +167,12 @@ class Scheduler:
             AssertionError: another plan, or samples that don't belong to it; nothing has changed.
         """
         self.in_flight.land(plan, sampled, failed)
-        updates = []
-        num_before = len(self._requests)
-        max_model_len = self.config.max_model_len
+        updates: list[RequestUpdate] = []
+        num_before, max_model_len = len(self._requests), self.config.max_model_len
         is_multiple = plan.num_decode_steps > 1
-        for request_id, request in plan.awaited.items():
+        for request, tokens in uneven(plan, sampled, failed, updates):
+            request_id = request.request_id
             has_pages = request.status is not RequestStatus.PREEMPTED
-            tokens = sampled.get(request_id, ())
             if failed and request_id in failed:
                 if request_id in plan.sampled_request_ids:
                     request.num_samples_in_flight -= plan.num_samples(request_id)
@@ -186,7 +185,7 @@ class Scheduler:
                     self._finish(request, RequestStatus.FINISHED_ERROR, failed[request_id])
                 else:
                     self._finish(request, status, reason)
-                updates.append(RequestUpdate(request, tuple(tokens)))
+                updates.append(RequestUpdate(request, tokens))
                 continue
             status, stop_reason = None, None
             if tokens:
@@ -197,16 +196,18 @@ class Scheduler:
                 num_scheduled = plan.num_scheduled_tokens[request_id]
                 self.memory.advance(request, len(tokens) if is_multiple else num_scheduled)
             if tokens:
-                updates.append(RequestUpdate(request, tuple(tokens)))
+                updates.append(RequestUpdate(request, tokens))
                 if status is not None:
                     self._finish(request, status, stop_reason)
                     if not has_pages:
                         self._waiting.remove([request])
+                elif has_pages:
+                    request.lands_evenly_until = self.memory.lands_evenly_until(request)
             elif request.is_prompt_only and request.num_computed_tokens == request.num_tokens:
                 self._finish(request, RequestStatus.FINISHED_LENGTH, None)
                 updates.append(RequestUpdate(request, ()))
         if len(self._requests) < num_before:
-            self._running = [request for request in self._running if not request.is_finished]
+            self._running = [r for r in self._running if r.status is RequestStatus.RUNNING]
         return updates
 
     def abort_requests(self, request_ids: str | Iterable[str]) -> list[Request]:
@@ -292,7 +293,7 @@ class Scheduler:
 
     def _schedule_running(self, draft: PlanDraft) -> None:
         max_model_len = self.config.max_model_len
-        for request in self._running:
+        for request in draft.put_even(self._running):
             if request.status is not RequestStatus.RUNNING:
                 continue  # a victim of this same step
             num_left = num_tokens_left(request, max_model_len)
@@ -307,6 +308,8 @@ class Scheduler:
             page_ids = self._reserve_or_preempt(request, num_tokens, draft)
             if page_ids is not None:
                 draft.put(request, num_tokens, page_ids)
+                if num_left == 1:
+                    request.plans_evenly_until = self.memory.plans_evenly_until(request)
         if draft.is_short_of_pages:
             self._running = [r for r in self._running if r.status is RequestStatus.RUNNING]
 
@@ -361,14 +364,15 @@ class Scheduler:
         """
         while (page_ids := self.memory.extend(request, num_tokens)) is None:
             most = self.config.max_model_len
-            if any(num_tokens_left(r, most) == 0 for r in self._running if r.page_ids):
+            others = (r for r in self._running if r.page_ids and r.request_id not in draft.requests)
+            if any(num_tokens_left(one, most) == 0 for one in others):
                 draft.is_short_of_pages = True
                 return None
             running = [r for r in self._running if r.status is RequestStatus.RUNNING]
             victim = self._waiting.least_urgent(running)
+            draft.put_victim(victim)
             self.memory.save(victim)
             self._preempt(victim)
-            draft.put_victim(victim)
             if victim is request:
                 return None
         return page_ids

@@ -76,6 +76,10 @@ class KeptStates:
         """Says behind how many tokens of a request states are wanted."""
         self._stops[request] = sorted(set(num_tokens), reverse=True)
 
+    def has_stops(self, request: Request) -> bool:
+        """Whether states of a request are wanted further on."""
+        return bool(self._stops.get(request))
+
     def cut(self, request: Request, num_planned: int, num_tokens: int) -> int:
         """How many of the next tokens to compute, so as to stop where a state is wanted."""
         stops = self._stops.get(request, [])

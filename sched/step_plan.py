@@ -17,7 +17,7 @@ later plan already. That plan's token for it is then no longer awaited, and is d
 """
 
 from collections import deque
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -96,7 +96,7 @@ class RequestUpdate(NamedTuple):
     """
 
     request: Request
-    new_token_ids: tuple[int, ...]
+    new_token_ids: Sequence[int]
 
 
 @dataclass(eq=False)
@@ -111,6 +111,9 @@ class PlanDraft:
         default_factory=dict
     )  # reserved, where there are any
     new_requests: list[Request] = field(default_factory=list)  # the part that joins, in order
+    # The part of the batch of which `publish` is to note what is in flight: not those that go on
+    # evenly, one token each, who are noted when they come in.
+    unnoted: dict[str, Request] = field(default_factory=dict)
     is_short_of_pages: bool = False  # someone was preempted, or waits for pages to come free
 
     def put(self, request: Request, num_tokens: int, page_ids: list[int]) -> None:
@@ -118,10 +121,32 @@ class PlanDraft:
         request_id = request.request_id
         # Of several decode steps each has the whole budget, and takes one token of a request.
         self.budget_left -= num_tokens if self.num_decode_steps == 1 else 1
+        self.unnoted[request_id] = request
         self.requests[request_id] = request
         self.num_scheduled_tokens[request_id] = num_tokens
         if page_ids:
             self.new_page_ids[request_id] = page_ids
+
+    def put_even(self, running: Iterable[Request]) -> Iterator[Request]:
+        """Schedules a token of each request that goes on evenly.
+
+        In most steps these are most rows, and there is nothing else to look at.
+
+        Yields:
+            The others, in order; the caller puts them.
+        """
+        is_single = self.num_decode_steps == 1
+        requests, num_scheduled_tokens = self.requests, self.num_scheduled_tokens
+        for request in running:
+            num_planned = request.num_planned_tokens
+            if num_planned < request.plans_evenly_until and is_single and self.budget_left:
+                request.num_planned_tokens = num_planned + 1
+                request.num_samples_in_flight += 1
+                self.budget_left -= 1
+                requests[request.request_id] = request
+                num_scheduled_tokens[request.request_id] = 1
+            else:
+                yield request
 
     def put_new(self, request: Request, num_tokens: int) -> None:
         """Schedules a request that joins the batch."""
@@ -134,6 +159,9 @@ class PlanDraft:
         if self.requests.pop(request.request_id, None) is not None:
             self.budget_left += self.num_scheduled_tokens.pop(request.request_id)
             self.new_page_ids.pop(request.request_id, None)
+            if self.unnoted.pop(request.request_id, None) is None:
+                request.num_planned_tokens -= 1
+                request.num_samples_in_flight -= 1
 
     def publish(
         self,
@@ -146,29 +174,23 @@ class PlanDraft:
         assert self.budget_left >= 0, f"{-self.budget_left} tokens beyond the budget"
         num_scheduled_tokens = self.num_scheduled_tokens
         is_multiple = self.num_decode_steps > 1
-        total = 0
-        sampled_request_ids = []
-        for request_id, request in self.requests.items():  # one pass: it goes through every row
+        not_sampled = set()
+        for request_id, request in self.unnoted.items():
             num_tokens = num_scheduled_tokens[request_id]
-            total += num_tokens
-            num_samples_in_flight = request.num_samples_in_flight
-            num_expected = (
-                len(request.prompt_token_ids)
-                + len(request.output_token_ids)
-                + num_samples_in_flight
-            )
-            request.num_tokens_in_flight = num_planned = request.num_tokens_in_flight + num_tokens
-            num_planned += request.num_computed_tokens
-            if num_planned >= num_expected and request.stop.max_tokens:
-                request.num_samples_in_flight = num_samples_in_flight + (
-                    num_tokens if is_multiple else 1
-                )
-                sampled_request_ids.append(request_id)
+            num_expected = request.num_expected_tokens
+            request.num_planned_tokens += num_tokens
+            if request.num_planned_tokens >= num_expected and request.stop.max_tokens:
+                request.num_samples_in_flight += num_tokens if is_multiple else 1
+            else:
+                not_sampled.add(request_id)
+        sampled_request_ids: Iterable[str] = self.requests
+        if not_sampled:
+            sampled_request_ids = [id_ for id_ in self.requests if id_ not in not_sampled]
         return StepPlan(
             new_requests=tuple(self.new_requests),
             new_page_ids=self.new_page_ids,
             num_scheduled_tokens=num_scheduled_tokens,
-            total_num_scheduled_tokens=total,
+            total_num_scheduled_tokens=sum(num_scheduled_tokens.values()),
             sampled_request_ids=tuple(sampled_request_ids),
             finished_request_ids=tuple(finished_request_ids),
             preempted_request_ids=tuple(preempted_request_ids),
@@ -204,7 +226,7 @@ class PlansInFlight:
         plan = self._plans.pop()
         sampled = set(plan.sampled_request_ids)
         for request_id, request in plan.awaited.items():
-            request.num_tokens_in_flight -= plan.num_scheduled_tokens[request_id]
+            request.num_planned_tokens -= plan.num_scheduled_tokens[request_id]
             if request_id in sampled:
                 request.num_samples_in_flight -= plan.num_samples(request_id)
 
