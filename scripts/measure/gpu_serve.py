@@ -123,8 +123,9 @@ class Serving:
         return seconds
 
     def check_nano(self, runs: int = 3) -> None:
-        """The mix, as often as is said."""
+        """The mix, as often as is said; for several engines that share requests, so many times."""
         lengths = [(len(p), n) for p, n in nano_requests(self.small, self.vocab_size, seed=0)]
+        lengths *= self.llm.config.data_parallel_size
         for number in range(runs):
             self.compiles.clear()
             before = self.llm.metrics()
