@@ -1,7 +1,7 @@
 """What a step gave: arrays on the device, read and sorted by request."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -59,6 +59,7 @@ class Pending(NamedTuple):
     scores: TokenScores | None = None  # of the tokens behind theirs
     residuals: Mapping[int, Any] | None = None  # by layer, [rows * C, E] of rows of C tokens
     row_len: int = 1  # C
+    draw: Callable[[], PackedReport | None] | None = None  # of rows that are yet to be sampled
 
 
 def arrays_of(pending: Sequence[Pending]) -> list[Any]:

@@ -15,6 +15,7 @@ are sampled in different calls: nothing that decides a bit is shared by rows tha
 they ask. In steps of the kind "rows" all tokens are chunks of one token.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,7 +30,8 @@ from folojax.runner.batch import Chunk, Row, ints, round_up
 from folojax.runner.compile_plan import Gate
 from folojax.runner.host_store import HostStore
 from folojax.runner.kept_states import KeptStates
-from folojax.runner.results import Pending, StepResult, follow, is_scored, read, tokens_after
+from folojax.runner.late_samples import LateSamples
+from folojax.runner.results import Pending, StepResult, is_scored, read, tokens_after
 from folojax.runner.row_params import exceptional_bans
 from folojax.runner.setup import Setup
 from folojax.runner.slot_states import SlotStates
@@ -71,8 +73,7 @@ class Runner:
         self.kept = KeptStates(setup.layout.num_slots, self.gate)
         self._slots = SlotStates(setup, functions)
         self.adapters = setup.adapter_slots(params)
-        # What was dispatched since a mask was last made: tokens that grammars have not followed.
-        self._unfollowed: list[Pending] = []
+        self.late = LateSamples()
         self.params = params
         self.state = self._allocate()
 
@@ -87,6 +88,8 @@ class Runner:
 
     def dispatch(self, plan: StepPlan) -> list[Pending]:
         """Has the device compute a plan, after those before; returns what `collect` takes."""
+        if self.late.pending:
+            self.late.sample()
         self._update(plan)
         if plan.state_loads:
             self.state = self.kept.load(self.state, plan.state_loads, self.batch.rows)
@@ -107,12 +110,14 @@ class Runner:
         if plan.state_saves:
             self.state = self.kept.save(self.state, plan.state_saves, self.batch.rows)
         self.batch.advance(slots, num_tokens)
-        if self.batch.num_grammars:
-            self._unfollowed += pending
+        if any(one.draw is not None for one in pending):
+            self.late.pending = pending
         return pending
 
     def collect(self, pending: list[Pending]) -> StepResult:
         """Waits until a plan is computed, and returns what it gave; may be asked again."""
+        if pending is self.late.pending:
+            self.late.sample()
         return read(pending)
 
     def call(self, one: Executable, inputs: CallInputs) -> CallResults:
@@ -139,7 +144,7 @@ class Runner:
 
     def reset(self) -> None:
         """Forgets every row; replaces the state if an interrupted step has consumed it."""
-        self._unfollowed = []
+        self.late.clear()
         self.batch.clear()
         self._slots.clear()
         self.host.clear()
@@ -291,7 +296,7 @@ class Runner:
             drawing = [row if row.request_id in sampled else None for row in rows]
         table, spec, sizes = self.batch.row_table, None, self.shapes.decode_rows
         most_steps = 1 if num_tokens is None else self.setup.max_decode_steps
-        # Where grammars are followed, the model computes while the host makes their masks.
+        # Rows that follow grammars are sampled later, when the host has made their masks.
         is_joint = self.steps.kind in ("whole", "ordered") and not table.has_grammar(slots)
         if is_joint or num_tokens is not None:
             drawn = np.asarray(slots if sampled is None else self._slots_of(drawing, len(rows)))
@@ -337,10 +342,13 @@ class Runner:
 
     def _sampled(self, hidden: Any, drawing: list[Row | None], position: Any) -> list[Pending]:
         """Calls that sample the next token of rows: one for all, or one for each kind."""
-        return [
-            Pending(rows, self._sample(hidden, self._slots_of(rows, len(position)), position, spec))
-            for spec, rows in self._by_spec(drawing, position).items()
-        ]
+        pending = []
+        for spec, rows in self._by_spec(drawing, position).items():
+            slots = self._slots_of(rows, len(position))
+            draw = functools.partial(self._sample, hidden, slots, position, spec)
+            late = {"draw": draw} if spec.has_mask else {"report": draw()}
+            pending.append(Pending(rows, **late))
+        return pending
 
     def _by_spec(self, drawing: list[Row | None], position: Any) -> dict[SamplingSpec, list[Any]]:
         """The rows that sample, by the sampler that they need: one for all, or one a kind."""
@@ -368,16 +376,11 @@ class Runner:
     def _sample(self, hidden: Any, slot: Any, position: Any, spec: SamplingSpec) -> Any:
         sampling = self.batch.row_table.sample_inputs(slot, position, spec)
         if spec.has_mask:
-            sampling = sampling._replace(mask=self._masks(slot))
+            matchers = self.batch.matchers(slot.tolist())
+            mask: Any = fill_masks(matchers, self.model.config.vocab_size)
+            sampling = sampling._replace(mask=mask)
         one = Executable("sample", len(slot), spec=spec, bans=exceptional_bans(sampling))
         return self.call(one, CallInputs(sampling=sampling, hidden=hidden)).report
-
-    def _masks(self, slot: Any) -> Any:
-        """What grammars allow, behind the tokens of all that was dispatched: waits for these."""
-        for item in self._unfollowed:
-            follow(item)
-        self._unfollowed = []
-        return fill_masks(self.batch.matchers(slot.tolist()), self.model.config.vocab_size)
 
     def _score(self, every: Any, chunks: Sequence[Chunk], num_rows: int) -> TokenScores | None:
         scored = [chunk for chunk in chunks if is_scored(chunk.row, chunk.start)]

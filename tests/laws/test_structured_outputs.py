@@ -243,6 +243,31 @@ def test_rows_without_a_grammar_pay_nothing(
     assert calls == [1, 1, 1, 1]
 
 
+def test_the_host_works_while_the_device_does(
+    letters_llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner, events = letters_llm.engine.runner, list[str]()
+    call, fill_masks, read = runner.call, runner_module.fill_masks, runner_module.read
+
+    def noted(name: Callable[..., str], function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            events.append(name(*args))
+            return function(*args)
+
+        return run
+
+    monkeypatch.setattr(runner, "call", noted(lambda one, inputs: one.kind, call))
+    monkeypatch.setattr(runner_module, "fill_masks", noted(lambda *args: "masks", fill_masks))
+    monkeypatch.setattr(runner_module, "read", noted(lambda *args: "read", read))
+    letters_llm.generate("a", asked(seed=1, max_tokens=12), use_tqdm=False)
+    # Between the sampler and the model of the next step the device waits for nothing.
+    num_steps = events.count("decode")
+    assert num_steps == 12
+    between = ["read", "masks", "sample", "decode"] * (num_steps - 2)
+    assert events == [*events[:4], *between, "read", "masks", "sample", "read"]
+    assert events[:4] == ["decode", "masks", "sample", "decode"]
+
+
 @pytest.mark.parametrize("mode", ["raw", "processed"])
 def test_log_probabilities_before_and_behind_the_mask(
     tiny_model: tuple, letters_llm: LLM, mode: Any
