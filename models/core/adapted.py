@@ -104,9 +104,8 @@ def add_low_rank(
 ) -> Float[Array, "N O"]:
     """A product of `x`, and what the adapters of its rows add to it, in `dtype`.
 
-    On x86-64 CPUs, where a C++ compiler is found, it is `low_rank_product.cc`, on NVIDIA GPUs for
-    few rows two kernels (`low_rank_kernels`), which read of the adapters only what rows have;
-    elsewhere, and where all rows have slot 0, XLA.
+    On x86-64 CPUs, where a C++ compiler is found, it is `low_rank_product.cc`, on NVIDIA GPUs two
+    kernels (`low_rank_kernels`); elsewhere, and where all rows have slot 0, XLA.
     """
     parts, slots, rank, width = stack.a.shape
     shapes = [one.shape for one in stack.b]
@@ -118,7 +117,7 @@ def add_low_rank(
     ways: dict[str, Any] = {}
     if stack.a.dtype == jnp.float32 and _problem() is None:
         ways["cpu"] = functools.partial(_add_in_cpp, dtype=dtype)
-    if low_rank_kernels.is_taken(*stack, x.shape[0]):
+    if low_rank_kernels.is_taken(*stack):
         ways["cuda"] = functools.partial(low_rank_kernels.add_by_kernels, dtype=dtype)
     ways["default"] = functools.partial(_add_by_xla, dtype=dtype)
     return jax.lax.platform_dependent(x, out, slot, stack.a, *stack.b, **ways)

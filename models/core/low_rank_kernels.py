@@ -1,11 +1,12 @@
-"""What adapters add to a product of few rows, as two kernels on an NVIDIA GPU.
+"""What adapters add to a product, as two kernels on an NVIDIA GPU.
 
     reduce   x [N, I] ── a of the row's slot, inputs in cuts ──> inner [C, N, P * R]
     expand   inner, summed over the cuts ── b of the row's slot ──> added to the product [N, O]
 
 XLA makes four to six kernels of it for each product, which take much longer than the bytes would.
-A program reads of the adapters only those that its rows have. Inputs are cut by their number alone
-and cuts are added in one order, so what a row gets depends on no other row.
+A program of the first reads of the adapters only those that its rows have. Inputs are cut by their
+number alone and cuts are added in one order, so what a row gets depends on no other row. Of many
+rows `inner` is one large product with all adapters, which XLA does well.
 
 Axes: N rows, I and O a kernel's sides, P parts, L slots, R rank, C cuts.
 """
@@ -21,20 +22,20 @@ from jaxtyping import Array, Float, Int
 
 from folojax.models.machine.triton import triton
 
-MOST_ROWS = 256
-"""With more, XLA's products are of a size that pays."""
+_FEW_ROWS = 256
+"""With more, `inner` is a product of XLA's."""
 
 _LEAST = 16  # the smallest side of a product of Triton
 _INPUTS = 128  # of a step of a program
-_STEPS = 4  # of a cut
+_LEAST_STEPS, _MOST_CUTS = 4, 8
 _TOGETHER = 128  # numbers of `inner` that are multiplied at once
+_MOST_OUTPUTS, _LEAST_OUTPUTS, _ENOUGH = 128, 32, 132  # of a program, and programs: H200's units
 
 
-def is_taken(a: Any, b: tuple[Any, ...], num_rows: int) -> bool:
+def is_taken(a: Any, b: tuple[Any, ...]) -> bool:
     """Whether there are kernels for adapters of these shapes: in bfloat16 or float16."""
     rank, half = a.shape[2], jnp.dtype(a.dtype).itemsize == 2
-    is_size = rank == _power(rank) and _tile(b) >= _LEAST and num_rows <= MOST_ROWS
-    return triton is not None and half and is_size
+    return triton is not None and half and rank == _power(rank) and _divisor(b) >= _LEAST
 
 
 def add_by_kernels(
@@ -49,22 +50,16 @@ def add_by_kernels(
 
     Rows have none from slot L on.
     """
-    parts, slots, rank, width = a.shape
-    num_rows = x.shape[0]
-    rows = min(64, max(_LEAST, _power(num_rows)))
-    cuts = pl.cdiv(width, _STEPS * _INPUTS)
-    grid_rows = pl.cdiv(num_rows, rows)
+    num_rows, slots = x.shape[0], a.shape[1]
     slot = slot.astype(jnp.int32)
-    inner = pl.pallas_call(
-        functools.partial(_reduce, rows=rows),
-        grid=(parts * slots, cuts, grid_rows),
-        out_shape=jax.ShapeDtypeStruct((cuts, num_rows, parts * rank), jnp.float32),
-        compiler_params=triton.CompilerParams(num_warps=4, num_stages=3),
-        name="low_rank_reduce",
-    )(x.astype(a.dtype), slot, a)
-    tile = _tile(b)
+    inner = (_few if num_rows <= _FEW_ROWS else _many)(x.astype(a.dtype), slot, a)
+    rows = min(64, max(_LEAST, _power(num_rows)))
+    tile = min(_MOST_OUTPUTS, _divisor(b))
+    grid_rows = pl.cdiv(num_rows, rows)
+    while tile > _LEAST_OUTPUTS and grid_rows * (out.shape[1] // tile) < _ENOUGH:
+        tile //= 2
     return pl.pallas_call(
-        functools.partial(_expand, rows=rows, tile=tile, parts=parts),
+        functools.partial(_expand, rows=rows, tile=tile, slots=slots),
         grid=(out.shape[1] // tile, grid_rows),
         out_shape=jax.ShapeDtypeStruct(out.shape, dtype),
         input_output_aliases={0: 0} if out.dtype == dtype else {},
@@ -73,7 +68,33 @@ def add_by_kernels(
     )(out, slot, inner, *b)
 
 
-def _reduce(x_ref: Any, slot_ref: Any, a_ref: Any, inner_ref: Any, *, rows: int) -> None:
+def _few(x: Any, slot: Any, a: Any) -> Any:
+    """What `a` makes of few rows: `inner`, [C, N, P * R]."""
+    parts, slots, rank, width = a.shape
+    num_rows = x.shape[0]
+    rows = min(64, max(_LEAST, _power(num_rows)))
+    steps = max(_LEAST_STEPS, pl.cdiv(width, _MOST_CUTS * _INPUTS))
+    cuts = pl.cdiv(width, steps * _INPUTS)
+    return pl.pallas_call(
+        functools.partial(_reduce, rows=rows, steps=steps),
+        grid=(parts * slots, cuts, pl.cdiv(num_rows, rows)),
+        out_shape=jax.ShapeDtypeStruct((cuts, num_rows, parts * rank), jnp.float32),
+        compiler_params=triton.CompilerParams(num_warps=4, num_stages=3),
+        name="low_rank_reduce",
+    )(x, slot, a)
+
+
+def _many(x: Any, slot: Any, a: Any) -> Any:
+    """The same of many, in one cut."""
+    parts, slots, rank, width = a.shape
+    every = _contract(x, a.reshape(-1, width), 1).reshape(-1, parts, slots, rank)
+    is_own = slot[:, None] == jnp.arange(slots)[None, :]
+    return jnp.where(is_own[:, None, :, None], every, 0.0).sum(axis=2).reshape(1, -1, parts * rank)
+
+
+def _reduce(
+    x_ref: Any, slot_ref: Any, a_ref: Any, inner_ref: Any, *, rows: int, steps: int
+) -> None:
     """One slot's `a` of one part, one cut of the inputs, some rows."""
     (num_rows, width), (_, slots, rank, _) = x_ref.shape, a_ref.shape
     part, own = pl.program_id(0) // slots, pl.program_id(0) % slots
@@ -84,8 +105,8 @@ def _reduce(x_ref: Any, slot_ref: Any, a_ref: Any, inner_ref: Any, *, rows: int)
     @pl.when(_any(is_own))
     def store() -> None:
         total = jnp.zeros((rows, column.size), jnp.float32)
-        for step in range(_STEPS):  # unrolled, so that all loads are on their way at once
-            given = (cut * _STEPS + step) * _INPUTS + jnp.arange(_INPUTS)
+        for step in range(steps):  # unrolled, so that all loads are on their way at once
+            given = (cut * steps + step) * _INPUTS + jnp.arange(_INPUTS)
             is_there = (given < width)[None, :]
             x = triton.load(
                 x_ref.at[row[:, None], given[None, :]], mask=is_own[:, None] & is_there, other=0.0
@@ -107,33 +128,34 @@ def _expand(
     *refs: Any,
     rows: int,
     tile: int,
-    parts: int,
+    slots: int,
 ) -> None:
     """Some outputs, which one part has, of some rows."""
     *b_refs, out_ref = refs
-    (cuts, num_rows, _), (slots, rank, _) = inner_ref.shape, b_refs[0].shape
+    (cuts, num_rows, _), rank = inner_ref.shape, b_refs[0].shape[1]
     block, row = pl.program_id(0), pl.program_id(1) * rows + jnp.arange(rows)
-    slot = _loaded(slot_ref, row, num_rows, slots)
+    slot = _loaded(slot_ref, row, num_rows, slots)  # one behind the last: no adapter
     # Some slots beside each other are one product, of which a row has its own columns alone.
-    step = max(_LEAST, min(_TOGETHER, _power(slots * rank)))
+    together = max(_LEAST, min(_TOGETHER, _power(slots * rank)), rank) // rank
 
     def add_part(part: int, first: int) -> None:
         own = block * tile - first + jnp.arange(tile)
+        mine = jnp.zeros((rows, rank), jnp.float32)
+        for cut in range(cuts):
+            place = cut, row[:, None], (part * rank + jnp.arange(rank))[None, :]
+            has_one = jnp.broadcast_to((slot < slots)[:, None], mine.shape)
+            mine += triton.load(inner_ref.at[place], mask=has_one, other=0.0)
         total = jnp.zeros((rows, tile), jnp.float32)
-        for start in range(0, slots * rank, step):
-            column = start + jnp.arange(step)
-            is_there = column < slots * rank  # rows without an adapter have a slot behind the last
-            is_own = (slot[:, None] == (column // rank)[None, :]) & is_there[None, :]
-            inner = jnp.zeros((rows, step), jnp.float32)
-            for cut in range(cuts):
-                place = cut, row[:, None], (part * rank + column % rank)[None, :]
-                inner += triton.load(inner_ref.at[place], mask=is_own, other=0.0)
+        for start in range(0, slots, together):
+            is_own = slot[:, None] == (start + jnp.arange(together))[None, :]
+            inner = jnp.where(is_own[:, :, None], mine[:, None, :], 0.0)
+            column = start * rank + jnp.arange(together * rank)
             b = triton.load(
                 b_refs[part].at[(column // rank)[:, None], (column % rank)[:, None], own[None, :]],
-                mask=jnp.broadcast_to(is_there[:, None], (step, tile)),
+                mask=jnp.broadcast_to((column < slots * rank)[:, None], (column.size, tile)),
                 other=0.0,
             )
-            total += _contract(inner.astype(b.dtype), b, 0)
+            total += _contract(inner.reshape(rows, column.size).astype(b.dtype), b, 0)
         at = row[:, None], (first + own)[None, :]
         is_row = jnp.broadcast_to((row < num_rows)[:, None], total.shape)
         base = triton.load(base_ref.at[at], mask=is_row, other=0.0)
@@ -141,8 +163,8 @@ def _expand(
         triton.store(out_ref.at[at], added.astype(out_ref.dtype), mask=is_row)
 
     first = 0
-    for part in range(parts):
-        last = first + b_refs[part].shape[2]
+    for part, one in enumerate(b_refs):
+        last = first + one.shape[2]
         is_part = (block >= first // tile) & (block < last // tile)
         pl.when(is_part)(functools.partial(add_part, part, first))
         first = last
@@ -163,9 +185,9 @@ def _contract(left: Any, right: Any, axis: int) -> Any:
     return jax.lax.dot_general(left, right, dims, preferred_element_type=jnp.float32)
 
 
-def _tile(b: tuple[Any, ...]) -> int:
-    """Outputs of a program: a power of two that divides those of every part."""
-    return min(128, *(one.shape[2] & -one.shape[2] for one in b))
+def _divisor(b: tuple[Any, ...]) -> int:
+    """The largest power of two that divides the outputs of every part."""
+    return min(one.shape[2] & -one.shape[2] for one in b)
 
 
 def _power(number: int) -> int:
