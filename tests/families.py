@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tests.more_families import MORE
 from tests.recurrent_families import RECURRENT
 from tests.reference import TINY, randomise
 
@@ -323,6 +324,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
+    **MORE,
     **RECURRENT,
 }
 """Transformers' name of the family, and fields of its config."""

@@ -68,6 +68,26 @@ RECURRENT: dict[str, tuple[str, dict[str, Any]]] = {
             "time_step_limit": [0.2, 1.0],
         },
     ),
+    "lfm2": (
+        "Lfm2",
+        {
+            "layer_types": ["conv", "full_attention"],
+            "conv_bias": True,
+            "block_multiple_of": 40,
+        },
+    ),
+    "lfm2-moe": (
+        "Lfm2Moe",
+        {
+            "layer_types": ["conv", "full_attention", "conv"],
+            "num_hidden_layers": 3,
+            "num_dense_layers": 1,
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "routed_scaling_factor": 1.5,
+        },
+    ),
     "bamba": ("Bamba", {**_SPACE, "attn_layer_indices": [1]}),
     "nemotron-h": (
         "NemotronH",

@@ -171,7 +171,7 @@ def randomise(model: Any) -> None:
     import torch
 
     with torch.no_grad():
-        kinds = "correction", "layer_scalar"
+        kinds = "correction", "layer_scalar", "expert_bias"
         buffers = model.named_buffers()
         corrections = [one for name, one in buffers if any(kind in name for kind in kinds)]
         biases = [one for name, one in model.named_parameters() if name.endswith("proj_bias")]

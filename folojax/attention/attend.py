@@ -62,6 +62,7 @@ class PagedAttend:
         state: RecurrentState = cache.layers[layer]
         given = (query, key, value, decay) if beta is None else (query, key, value, decay, beta)
         by_row = map(self.placement.by_row, given)
+        assert state.memory is not None, "the layer is more than a convolution"
         memory, out = recur_rows(state.memory, self._rows(state), *by_row)
         cache = _with_layer(cache, layer, state._replace(memory=memory))
         return cache, self.placement.by_token(out)
@@ -69,7 +70,7 @@ class PagedAttend:
     def _rows(self, state: RecurrentState) -> Rows:
         """The rows, those of padding at the last entry of a state."""
         rows = self.placement.rows
-        return rows._replace(slot=jnp.minimum(rows.slot, len(state.memory) - 1))
+        return rows._replace(slot=jnp.minimum(rows.slot, len(state.conv) - 1))
 
 
 def _with_layer(cache: KVCache, layer: int, new: Any) -> KVCache:

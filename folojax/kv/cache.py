@@ -25,8 +25,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Num
 
-from folojax.models.core.config import Recurrent
 from folojax.models.core.recurrence import RecurrentState
+from folojax.models.core.recurrent import Recurrent
 from folojax.models.core.shards import part_of_recurrent
 
 PageOrder: TypeAlias = Literal["heads", "tokens"]
@@ -150,7 +150,7 @@ class KVLayout:
             return 0
         sizes = part_of_recurrent(self.recurrent, self.num_shards)
         of_conv = sizes.num_channels * (sizes.conv_width - 1)
-        elements = of_conv + sizes.num_values * sizes.key_dim
+        elements = of_conv + (sizes.num_values * sizes.key_dim if sizes.has_memory else 0)
         return 4 * elements * self.num_states * len(self.recurrent_layers)
 
     @property
@@ -202,7 +202,7 @@ def _init_states(layout: KVLayout) -> RecurrentState:
     channels = layout.num_shards * part_of_recurrent(sizes, layout.num_shards).num_channels
     return RecurrentState(
         jnp.zeros((count, sizes.conv_width - 1, channels), jnp.float32),
-        jnp.zeros((count, *of_head), jnp.float32),
+        jnp.zeros((count, *of_head), jnp.float32) if sizes.has_memory else None,
     )
 
 

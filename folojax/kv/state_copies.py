@@ -32,7 +32,7 @@ def copy_states(cache: KVCache, copies: Sequence[tuple[int, int]]) -> KVCache:
         copies: (source, target) entries; no target is there twice, or a source of another.
     """
     states = cache.states
-    padding = len(states[0].memory) - 1
+    padding = len(states[0].conv) - 1
     for first in range(0, len(copies), _SIZES[-1]):
         some = copies[first : first + _SIZES[-1]]
         size = next(size for size in _SIZES if len(some) <= size)
@@ -45,7 +45,7 @@ def copy_states(cache: KVCache, copies: Sequence[tuple[int, int]]) -> KVCache:
 def compile_copies(cache: KVCache) -> KVCache:
     """Compiles what `copy_states` calls, by runs that copy padding alone. DONATES `cache`."""
     if cache.states:
-        padding = len(cache.states[0].memory) - 1
+        padding = len(cache.states[0].conv) - 1
         for size in _SIZES:
             cache = copy_states(cache, [(padding, padding)] * size)
     return cache
@@ -54,5 +54,4 @@ def compile_copies(cache: KVCache) -> KVCache:
 @functools.partial(jax.jit, donate_argnums=0)
 def _copy(state: RecurrentState, index: Int[Array, "2 X"]) -> RecurrentState:
     source, target = index
-    conv, memory = (one.at[target].set(one[source]) for one in state)
-    return RecurrentState(conv, memory)
+    return jax.tree.map(lambda one: one.at[target].set(one[source]), state)

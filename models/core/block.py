@@ -13,6 +13,7 @@ from folojax.models.core.interface import Attend
 from folojax.models.core.latent import heads_of_latents, out_of_latents
 from folojax.models.core.layer_embed import embedded_update
 from folojax.models.core.layers import (
+    CURVE,
     activate,
     cut_gates,
     gated,
@@ -290,7 +291,7 @@ class Block(nn.Module):
             gate_up=kernel_of(self, f"experts_{name}", count, inputs.shape[1], width_out),
             down=kernel_of(self, "experts_down", count, inner_size, inputs.shape[1]),
         )
-        if config.router == "sigmoid":
+        if config.has_router_correction:
             correction = self.param("router_correction", ZEROS, (count,), jnp.float32)
             experts = experts._replace(correction=correction)
         if config.has_dense_beside:
@@ -322,7 +323,10 @@ class Block(nn.Module):
             inner = gated(both, config.activation, self.dtype)
         else:
             up = self.linear(f"{prefix}up", normed, inner_size, config.mlp_bias)
-            inner = activate(up.astype(jnp.float32), config.activation)
+            curve = None
+            if config.activation == "xielu":
+                curve = [self.param(one, ONES, (1,), self.dtype) for one in CURVE]
+            inner = activate(up.astype(jnp.float32), config.activation, curve)
         inner, width = inner.astype(self.dtype), config.hidden_size
         update = self.linear(f"{prefix}down", inner, width, config.mlp_bias, is_part=True)
         return update.astype(self.dtype)
@@ -356,6 +360,6 @@ class Block(nn.Module):
     def _norm_params(self, name: str, width: int) -> tuple[Any, Any]:
         """The weight and, of a LayerNorm, the bias."""
         weight = self.param(name, norm_init(self.config), (width,), self.dtype)
-        if self.config.norm != "layer":
+        if not self.config.has_norm_bias:
             return weight, None
         return weight, self.param(f"{name}_bias", ZEROS, (width,), self.dtype)

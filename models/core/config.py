@@ -5,6 +5,7 @@ import math
 from typing import Any, Literal, get_args
 
 from folojax.models.core.interface import Scoring
+from folojax.models.core.recurrent import Recurrent
 from folojax.models.core.rope import RopeScaling
 
 # No model comes near these; a config beyond them is a mistake or malice, and its shapes alone
@@ -18,72 +19,10 @@ _OPTIONAL = (
 )
 _COUNTED_LIKE_LAYERS = ("num_layers", "num_experts", "num_experts_per_token")
 
-Activation = Literal["silu", "gelu", "gelu_tanh", "relu2"]
-Norm = Literal["rms", "rms_wide", "rms_offset", "layer", "layer_plain"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu2", "xielu"]
+Norm = Literal["rms", "rms_wide", "rms_offset", "layer", "layer_offset", "layer_plain"]
 
-Router = Literal["softmax", "sigmoid", "sigmoid_of_input"]
-Recurrence = Literal["delta", "space"]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Recurrent:
-    """Layers that keep a state of each sequence instead of keys and values.
-
-    Raises:
-        ValueError: a number is out of range; all are listed.
-    """
-
-    layers: tuple[int, ...]  # which of the model's
-    num_key_heads: int
-    num_value_heads: int  # a multiple of it
-    key_dim: int
-    value_dim: int
-    conv_width: int  # inputs of the convolution before it, the token's own included
-    kind: Recurrence = "delta"
-    """"delta": the gated delta rule; "space": the state space of Mamba-2."""
-    is_by_key_head: bool = False  # input projections lie key head by key head
-    has_conv_bias: bool = False
-    has_bias: bool = False  # of the projections into it and out of it
-    step_limits: tuple[float, float] = (0.0, math.inf)  # of a state space's steps
-    key_copies: int = 1
-    """Devices that have the same heads of keys, and some of their values each."""
-
-    @property
-    def num_keys(self) -> int:
-        """Width of the keys of all heads."""
-        return self.num_key_heads * self.key_dim
-
-    @property
-    def num_values(self) -> int:
-        """Width of the values of all heads."""
-        return self.num_value_heads * self.value_dim
-
-    @property
-    def num_channels(self) -> int:
-        """X, of the convolution: queries, keys and values."""
-        return 2 * self.num_keys + self.num_values
-
-    def __post_init__(self) -> None:
-        sizes = {
-            one.name: getattr(self, one.name) for one in dataclasses.fields(self) if one.type is int
-        }
-        found = [
-            f"{name} of recurrent layers is {size!r}; it must be an integer from 1 to {2**16:,}"
-            for name, size in sizes.items()
-            if type(size) is not int or not 1 <= size <= 2**16
-        ]
-        if not found and self.num_value_heads % self.num_key_heads:
-            found.append(
-                f"num_value_heads of recurrent layers is {self.num_value_heads}, not a multiple of "
-                f"num_key_heads {self.num_key_heads}"
-            )
-        least, most = self.step_limits
-        if not 0 <= least <= most:
-            found.append(
-                f"step_limits are {self.step_limits}; they must not be below 0, and in order"
-            )
-        if found:
-            raise ValueError("model config: " + "; ".join(found))
+Router = Literal["softmax", "softmax_corrected", "sigmoid", "sigmoid_of_input"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -122,7 +61,7 @@ class ModelConfig:
     norm: Norm = "rms"
     """"rms": rounded, then times the weight; "rms_wide": times the weight, then rounded;
     "rms_offset": the same with 1 + weight; "layer": LayerNorm with a bias;
-    "layer_plain": without."""
+    "layer_offset": the same with 1 + weight; "layer_plain": without a bias."""
     has_pre_norm: bool = True  # attention and MLP read a normed residual stream
     has_post_norm: bool = False  # what they return is normed before it is added
     is_parallel: bool = False  # the MLP reads what attention reads, before its sum
@@ -199,7 +138,8 @@ class ModelConfig:
     expert_scale: float = 1.0  # multiplies these weights
     router: Router = "softmax"
     """"sigmoid": of each score, plus a correction where experts are chosen and not in weights;
-    "sigmoid_of_input": without one, and it multiplies what an expert reads, not what it returns."""
+    "softmax_corrected": of all scores, with one; "sigmoid_of_input": without, and it multiplies
+    what an expert reads, not what it returns."""
     num_expert_groups: int = 1  # equal ones, of which a token's experts come from the best few:
     num_groups_per_token: int = 1
     num_best_of_group: int = 2  # experts whose sum says how good a group is
@@ -298,6 +238,16 @@ class ModelConfig:
             is_other or self.has_bare_qk_norm or self.has_value_norm or self.has_keys_as_values
         )
         return is_normed and not (is_other or self.rotary_dim or self.is_rope_interleaved)
+
+    @property
+    def has_router_correction(self) -> bool:
+        """Whether experts are chosen by scores that have a correction."""
+        return self.router in ("sigmoid", "softmax_corrected")
+
+    @property
+    def has_norm_bias(self) -> bool:
+        """Whether norms have biases."""
+        return self.norm in ("layer", "layer_offset")
 
     def is_sparse(self, layer: int) -> bool:
         """Whether the layer's MLP is a mixture of experts."""

@@ -16,7 +16,7 @@ ONES, ZEROS = nn.initializers.ones, nn.initializers.zeros
 
 def norm_init(config: ModelConfig) -> Any:
     """Fresh norms change nothing."""
-    return ZEROS if config.norm == "rms_offset" else ONES
+    return ZEROS if config.norm.endswith("_offset") else ONES
 
 
 def kernel_of(module: nn.Module, name: str, *shape: int, init: Any = KERNEL_INIT) -> Any:

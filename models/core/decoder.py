@@ -48,7 +48,7 @@ class Llama(nn.Module):
         ]
         self.final_norm = self.param("final_norm", norm_init(config), (width,), self.dtype)
         self.final_norm_bias = None
-        if config.norm == "layer":
+        if config.has_norm_bias:
             self.final_norm_bias = self.param(
                 "final_norm_bias", nn.initializers.zeros, (width,), self.dtype
             )

@@ -36,7 +36,7 @@ def norm(
     the other order gives other bits in bfloat16. The others round once; only LayerNorm has a bias.
     """
     wide = x.astype(jnp.float32)
-    if config.norm in ("layer", "layer_plain"):
+    if config.norm.startswith("layer"):
         wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
     mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
     if num_parts > 1:
@@ -47,7 +47,7 @@ def norm(
     if config.norm == "rms":
         return normed.astype(x.dtype) * factor
     factor = factor.astype(jnp.float32)
-    if config.norm == "rms_offset":
+    if config.norm in ("rms_offset", "layer_offset"):
         factor = 1.0 + factor
     scaled = normed * factor
     if bias is not None:
@@ -164,9 +164,23 @@ def embed_rows(
     return sum_parts(jnp.where(is_own[:, None], table[index], 0), config)
 
 
-def activate(x: Float[Array, "*batch F"], kind: Activation) -> Float[Array, "*batch F"]:
-    """The nonlinearity of an MLP."""
+CURVE = ("act_above", "act_below", "act_slope", "act_edge")
+"""Parameters of an activation that is learned."""
+
+
+def activate(
+    x: Float[Array, "*batch F"], kind: Activation, curve: Any = None
+) -> Float[Array, "*batch F"]:
+    """The nonlinearity of an MLP; `curve` are the numbers of one that is learned, [1] each.
+
+    "xielu" is that of Huang and Schlag (arXiv:2411.13010).
+    """
     match kind:
+        case "xielu":
+            above, below, slope, edge = (number[0].astype(x.dtype) for number in curve)
+            rise, fall = jax.nn.softplus(above), slope + jax.nn.softplus(below)
+            under = (jnp.expm1(jnp.minimum(x, edge)) - x) * fall
+            return jnp.where(x > 0, rise * x * x, under) + slope * x
         case "silu":
             return jax.nn.silu(x)
         case "gelu":

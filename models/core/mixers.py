@@ -111,5 +111,29 @@ def state_space(
     return out.astype(block.dtype), cache
 
 
-MIXERS = {"delta": delta_rule, "space": state_space}
+def short_convolution(
+    block: "Block", normed: Float[Array, "N E"], cache: Any, attend: Any
+) -> tuple[Float[Array, "N E"], Any]:
+    """A gate, each channel's sum over its last inputs, and another gate (LFM2).
+
+    Its kernels, of Z channels:
+        in_proj  [3Z, E]    first gate | second gate | inputs
+        conv     [Z, 1, W]
+    """
+    sizes = block.config.recurrent
+    assert sizes is not None, "the layer is recurrent"
+    channels = sizes.num_channels
+    mixed = block.linear("in_proj", normed, 3 * channels, sizes.has_bias).astype(block.dtype)
+    first, second, inputs = jnp.split(mixed, 3, axis=1)
+    kernel = kernel_of(block, "conv", channels, 1, sizes.conv_width)
+    cache, out = attend.convolve(cache, block.place, first * inputs, kernel[:, 0])
+    if sizes.has_conv_bias:
+        bias = kernel_of(block, "conv_bias", channels, init=ZEROS)
+        out = out + bias.astype(jnp.float32)[None, :]
+    flat = second * out.astype(block.dtype)
+    out = block.linear("out_proj", flat, block.config.hidden_size, sizes.has_bias)
+    return out.astype(block.dtype), cache
+
+
+MIXERS = {"delta": delta_rule, "space": state_space, "convolution": short_convolution}
 """By `Recurrent.kind`."""

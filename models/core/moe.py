@@ -125,7 +125,7 @@ def choose_experts(
     With groups, the best ones are those whose best experts have most together. Experts that are
     `forced` are taken in place of the likeliest, where they are not below 0.
     """
-    if config.router != "softmax":
+    if config.router.startswith("sigmoid"):
         weights = jax.nn.sigmoid(scores)
     else:
         weights = jax.nn.softmax(scores.astype(dtype).astype(jnp.float32), axis=-1)

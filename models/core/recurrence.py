@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from folojax.models.core.config import Recurrent
+from folojax.models.core.recurrent import Recurrent
 
 CHUNK = 64
 """Longer rows are cut into chunks of so many tokens, where that divides them."""
@@ -38,7 +38,7 @@ class RecurrentState(NamedTuple):
     """What one layer keeps of M sequences; the last entry is where rows of padding write."""
 
     conv: Float[Array, "M Y X"]  # the last inputs of the convolution, the latest last
-    memory: Float[Array, "M H D Z"]
+    memory: Float[Array, "M H D Z"] | None  # None: there is the convolution alone
 
 
 class Rows(NamedTuple):

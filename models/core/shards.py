@@ -25,7 +25,8 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from folojax.models.core import peer_sum
-from folojax.models.core.config import ModelConfig, Recurrent
+from folojax.models.core.config import ModelConfig
+from folojax.models.core.recurrent import Recurrent
 
 AXIS = "tensor"
 """Of the mesh over which a model is cut."""
@@ -110,6 +111,8 @@ def problems_of(config: ModelConfig, count: int) -> list[str]:
         )
     if (config.full_head_dim or config.has_value_norm or config.layer_embed_size) and count > 1:
         found.append("heads of two sizes and embeddings by layer are not shared out among devices")
+    if config.recurrent and not config.recurrent.has_memory and count > 1:
+        found.append("short convolutions are not shared out among devices")
     if config.side_streams and count > 1:
         found.append("several residual streams are not shared out among devices")
     return found

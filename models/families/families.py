@@ -9,7 +9,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from folojax.models.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3, GLM4_MOE_LITE
-from folojax.models.families.experts import GLM4_MOE, QWEN2_MOE, dense_layers
+from folojax.models.families.dense import APERTUS, ARCEE, CWM, ERNIE4_5, NEMOTRON, SEED_OSS
+from folojax.models.families.experts import (
+    DOTS1,
+    ERNIE4_5_MOE,
+    GLM4_MOE,
+    MINIMAX_M2,
+    OLMOE,
+    QWEN2_MOE,
+    dense_layers,
+)
 from folojax.models.families.family import BLOCK_NAMES, POST_NORM_NAMES, Family, renamed
 from folojax.models.families.gemma3n import GEMMA3N
 from folojax.models.families.gemma4 import GEMMA4
@@ -17,6 +26,7 @@ from folojax.models.families.glm import GLM, GLM4
 from folojax.models.families.gpt2 import GPT2
 from folojax.models.families.gpt_oss import GPT_OSS
 from folojax.models.families.hunyuan import HUNYUAN
+from folojax.models.families.lfm2 import LFM2, LFM2_MOE
 from folojax.models.families.llama4 import LLAMA4
 from folojax.models.families.mamba import (
     BAMBA,
@@ -324,7 +334,19 @@ FAMILIES: dict[str, Family] = {
     "Exaone4ForCausalLM": EXAONE4,
     "Cohere2ForCausalLM": COHERE2,
     "HunYuanDenseV1ForCausalLM": HUNYUAN,
+    "Lfm2ForCausalLM": LFM2,
+    "Lfm2MoeForCausalLM": LFM2_MOE,
     "GptOssForCausalLM": GPT_OSS,
+    "SeedOssForCausalLM": SEED_OSS,
+    "Ernie4_5ForCausalLM": ERNIE4_5,
+    "Ernie4_5_MoeForCausalLM": ERNIE4_5_MOE,
+    "ArceeForCausalLM": ARCEE,
+    "ApertusForCausalLM": APERTUS,
+    "NemotronForCausalLM": NEMOTRON,
+    "CwmForCausalLM": CWM,
+    "Dots1ForCausalLM": DOTS1,
+    "MiniMaxM2ForCausalLM": MINIMAX_M2,
+    "OlmoeForCausalLM": OLMOE,
     "Glm4MoeLiteForCausalLM": GLM4_MOE_LITE,
     "DeepseekV2ForCausalLM": DEEPSEEK_V2,
     "DeepseekV3ForCausalLM": DEEPSEEK_V3,

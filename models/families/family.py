@@ -80,6 +80,10 @@ class Family:
     """Kernels lie as [in, out] in the checkpoint (Conv1D), not as [out, in] (Linear)."""
     is_expert_out_in: bool = False
     """Each lies as [out, in] where the kernels of all experts are one tensor, not as [in, out]."""
+    vectors: Mapping[str, Callable[[tuple[int, ...]], tuple[int, ...]]] = dataclasses.field(
+        default_factory=dict
+    )
+    """Parameters of one axis whose tensors have others: from the shape here to the one there."""
     ignorable: str = r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
     """Regular expression of tensors that old exports have and that mean nothing."""
     module: Callable[[ModelConfig, Any], Llama] = Llama

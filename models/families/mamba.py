@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from folojax.models.core.config import Recurrent
+from folojax.models.core.recurrent import Recurrent
 from folojax.models.families.experts import SIGMOID_KEYS
 from folojax.models.families.family import BLOCK_NAMES, HEAD_NAMES, Family, renamed
 

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from folojax.models.core.config import Recurrent
+from folojax.models.core.recurrent import Recurrent
 from folojax.models.families.experts import QWEN2_MOE, dense_layers
 from folojax.models.families.family import BLOCK_NAMES, Family, renamed
 

@@ -30,6 +30,7 @@ _ACTIVATIONS = {
     "gelu_fast": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
     "relu2": "relu2",
+    "xielu": "xielu",
 }
 _FULL, _LOCAL = _LAYER_TYPES = ("full_attention", "sliding_attention")
 

@@ -1,6 +1,7 @@
 """Where each parameter of a decoder lies in a Hugging Face checkpoint, under which names."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterator
 from typing import Any, TypeAlias
@@ -8,6 +9,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from folojax.models.core.config import ModelConfig
+from folojax.models.core.layers import CURVE
 from folojax.models.families.families import family_of
 from folojax.models.families.family import Family, Names
 
@@ -34,10 +36,13 @@ class Source:
     """The tensors are so many equal groups, one for each expert: each is joined and transposed on
     its own, and they are stacked."""
     is_wide: bool = False  # float32, in whatever dtype a model computes
+    is_vector: bool = False  # the parameter has one axis, whatever shape its one tensor has
 
     @property
     def shape(self) -> Shape:
         """The shape of the parameter."""
+        if self.is_vector:
+            return (math.prod(self.tensors[0][1]),)
         group = self.tensors[: len(self.tensors) // (self.num_stacked or 1)]
         joined = (sum(shape[0] for _, shape in group), *group[0][1][1:])
         one = (*joined[:-2], *joined[:-3:-1]) if self.is_transposed else joined
@@ -52,6 +57,10 @@ class Source:
 
         Views, so a tensor may be read from the parameter or written into it.
         """
+        if self.is_vector:
+            name, shape = self.tensors[0]
+            yield name, array.reshape(shape)
+            return
         stacked = array if self.num_stacked is not None else array[None]
         per_group = len(self.tensors) // len(stacked)
         for index, one in enumerate(stacked):
@@ -67,7 +76,7 @@ def parameter_sources(config: ModelConfig) -> dict[str, Any]:
     width, vocab = config.hidden_size, config.vocab_size
     parts: dict[str, Parts] = {
         "embed": ([(vocab, width)], False),
-        "final_norm": ([(width,)], config.norm == "layer"),
+        "final_norm": ([(width,)], config.has_norm_bias),
     }
     if config.layer_embed_size:
         of_layers = config.num_layers * config.layer_embed_size
@@ -81,11 +90,11 @@ def parameter_sources(config: ModelConfig) -> dict[str, Any]:
         parts["position_embed"] = ([(config.max_position, width)], False)
     if not config.tie_embeddings:
         parts["lm_head"] = ([(vocab, width)], False)
-    sources: dict[str, Any] = _sources(parts, family.head_names, "")
+    sources: dict[str, Any] = _sources(parts, family, family.head_names, "")
     for layer in range(config.num_layers):
         prefix = family.block_prefix.format(layer)
         parts = _block_parts(config, layer)
-        block = _sources(parts, family.block_names, prefix, family.is_kernel_in_out)
+        block = _sources(parts, family, family.block_names, prefix)
         if config.is_sparse(layer):
             block |= _expert_sources(config, family, prefix)
         sources[f"layers_{layer}"] = block
@@ -109,7 +118,7 @@ def _block_parts(config: ModelConfig, layer: int) -> dict[str, Parts]:
     config = config.at(layer)
     width, inner = config.hidden_size, config.intermediate_size
     queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    has_norm_bias = config.norm == "layer"
+    has_norm_bias = config.has_norm_bias
     of_queries = queries * (2 if config.has_attention_gate else 1)
     is_borrowing = config.kv_layer(layer) != layer
     parts: dict[str, Parts] = {
@@ -171,7 +180,7 @@ def _block_parts(config: ModelConfig, layer: int) -> dict[str, Parts]:
             latent = config.expert_latent
             parts["experts_in"] = ([(latent, width)], config.mlp_bias)
             parts["experts_out"] = ([(width, latent)], config.mlp_bias)
-        if config.router == "sigmoid":
+        if config.has_router_correction:
             parts["router_correction"] = ([(count,)], False)
         if config.has_shared_gate:
             parts["shared_gate"] = ([(1, width)], False)
@@ -193,6 +202,8 @@ def _block_parts(config: ModelConfig, layer: int) -> dict[str, Parts]:
         parts["gate_up"] = ([(inner, width), (inner, width)], config.mlp_bias)
     else:
         parts["up"] = ([(inner, width)], config.mlp_bias)
+    if config.activation == "xielu":
+        parts |= {name: ([(1,)], False) for name in CURVE}
     return parts | {"down": ([(width, inner)], config.mlp_bias)}
 
 
@@ -220,6 +231,12 @@ def _recurrent_parts(config: ModelConfig) -> dict[str, Parts]:
     sizes, width = config.recurrent, config.hidden_size
     assert sizes is not None, "the layer is recurrent"
     heads, channels, values = sizes.num_value_heads, sizes.num_channels, sizes.num_values
+    if sizes.kind == "convolution":
+        return {
+            "in_proj": ([(3 * channels, width)], sizes.has_bias),
+            "conv": ([(channels, 1, sizes.conv_width)], sizes.has_conv_bias),
+            "out_proj": ([(width, channels)], sizes.has_bias),
+        }
     if sizes.kind == "space":
         return {
             "in_proj": ([(values + channels + heads, width)], sizes.has_bias),
@@ -242,7 +259,7 @@ def _recurrent_parts(config: ModelConfig) -> dict[str, Parts]:
 
 
 def _sources(
-    parts: dict[str, Parts], names: Names, prefix: str, is_in_out: bool = False
+    parts: dict[str, Parts], family: Family, names: Names, prefix: str
 ) -> dict[str, Source]:
     """Parameters with the names of their tensors; one name for several shapes has them joined.
 
@@ -259,13 +276,18 @@ def _sources(
             biases = [name.removesuffix("weight") + "bias" for name in tensors]
             rows = [shape[:1] for shape in shapes]
             sources[f"{parameter}_bias"] = Source(tuple(zip(biases, rows, strict=True)))
+        is_in_out = family.is_kernel_in_out and names is family.block_names
         is_transposed = is_in_out and len(shapes[0]) == 2
+        is_vector = parameter in family.vectors
+        if is_vector:
+            shapes = [family.vectors[parameter](shapes[0])]
         if is_transposed:
             shapes = [shape[::-1] for shape in shapes]
         sources[parameter] = Source(
             tuple(zip(tensors, shapes, strict=True)),
             is_transposed,
             is_wide=parameter in _WIDE,
+            is_vector=is_vector,
         )
     return sources
 

@@ -70,6 +70,9 @@ class StoredTensor(NamedTuple):
         Raises:
             ValueError: the file cannot be read; it is named.
         """
+        if not self.shape:
+            self._replace(shape=(1,)).read_into(target[None])
+            return
         dtype = (DTYPES | _PACKED_DTYPES)[self.dtype]
         row_bytes = dtype.itemsize * math.prod(self.shape[1:])
         num_rows = max(1, _BLOCK_BYTES // max(1, row_bytes))
@@ -256,7 +259,7 @@ class ShardWriter:
         held = sum(one.nbytes for one in self._pending.values())
         if self._pending and held + array.nbytes > self._shard_bytes:
             self._flush()
-        self._pending[name] = np.ascontiguousarray(array)
+        self._pending[name] = np.asarray(array, order="C")  # a scalar stays one
         self._total_bytes += array.nbytes
         self.shapes[name] = array.shape
         if array.dtype == _PACKED_DTYPES["F8_E4M3"]:

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from folojax.models.core.config import ModelConfig, Recurrent
+from folojax.models.core.config import ModelConfig
 from folojax.models.core.decoder import Llama, init_params
+from folojax.models.core.recurrent import Recurrent
 
 QWEN3: dict[str, Any] = {
     "architecture": "Qwen3ForCausalLM",

@@ -64,7 +64,7 @@ def test_states_by_heads(family: str, count: int, widths: tuple[int, int], tmp_p
     joined = join_params(found.params, model[0].config)
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), joined, model[1]))
     (state, *_) = found.engine.runner.state.cache.states
-    conv, memory = (one.addressable_shards[1].data.shape for one in state)
+    conv, memory = (one.addressable_shards[1].data.shape for one in jax.tree.leaves(state))
     assert (conv[2], memory[1]) == widths
     assert found.memory_plan.slots_bytes < known.memory_plan.slots_bytes
 

@@ -22,7 +22,11 @@ LIMITS = TINY_LIMITS | {"max_num_batched_tokens": 32, "check_integrity": True}
 
 
 @pytest.fixture(
-    scope="module", params=["qwen3.5", pytest.param("nemotron-h", marks=pytest.mark.slow)]
+    scope="module",
+    params=[
+        "qwen3.5",
+        *(pytest.param(one, marks=pytest.mark.slow) for one in ("nemotron-h", "lfm2")),
+    ],
 )
 def hybrid(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A model, prompts, and the tokens that transformers finds likeliest behind them."""
@@ -123,7 +127,9 @@ def test_states_are_in_the_memory_plan(hybrid: Any) -> None:
     model, _, _ = hybrid
     few, more = (LLM(model, **LIMITS | TIGHT | {"max_num_seqs": n}) for n in (2, 8))
     state = few.engine.runner.state.cache.layers[0]
-    one = sum(leaf.nbytes for leaf in state) // 5  # two that run, two kept, and that of padding
+    one = (
+        sum(leaf.nbytes for leaf in jax.tree.leaves(state)) // 5
+    )  # two that run, two kept, and that of padding
     assert more.memory_plan.slots_bytes - few.memory_plan.slots_bytes == 12 * one
     pages = few.engine.runner.state.cache.pages
     assert sum(one.nbytes > 0 for one in pages) == 1

@@ -20,6 +20,7 @@ from folojax.models.files.hf_config import config_from_hf
 from folojax.models.files.save import save_pretrained
 from tests import dense, reference
 from tests.families import FAMILIES, PROMPT_LEN, config_of, save_family
+from tests.more_families import MORE
 from tests.reference import TINY_LIMITS
 
 OTHER_NUMBERS = (
@@ -35,6 +36,7 @@ STEPS_OF_OTHERS = (
     *("qwen3.5-moe", "phi3-longrope", "granite", "glm", "ministral", "ministral3", "exaone4"),
     *("gemma", "gemma3n", "glm4-moe-lite"),
     *("granite-hybrid-dense", "bamba", "nemotron-h-latent", "gemma4-moe"),
+    *(*MORE, "lfm2-moe"),
     *("exaone4-full", "deepseek-v2", "deepseek-v2-groups", "olmo3", "smollm3"),
 )
 """Whose steps are made of what those of other families are, or which laws try: their logits are
