@@ -24,10 +24,11 @@ LLAMA = {
     "max_position_embeddings": 512,
     "rms_norm_eps": 1e-5,
 }
-# By which one of two layers attends, in families that are hybrid.
+# By which one of two layers attends, in families that are hybrid, or none reads another's keys.
 ATTENDING: dict[str, dict[str, Any]] = {
     "Qwen": {"full_attention_interval": 2},
     "Granite": {"layer_types": ["mamba", "attention"]},
+    "Gemma3n": {"num_kv_shared_layers": 0},
     "Bamba": {"attn_layer_indices": [1]},
     "Nemotron": {"hybrid_override_pattern": "M*"},
 }
