@@ -363,31 +363,34 @@ class Engine:
     def _commit(self, plan: StepPlan, result: StepResult) -> list[Output]:
         """Hands out what a step gave, to the scheduler first, and ends what has ended."""
         failed = take_reports(result, plan.awaited)
-        sampled = result.sampled
-        tokens = {
-            request_id: [entry.token for entry in entries]
-            for request_id, entries in sampled.items()
-        }
-        now = time.perf_counter()
+        logprobs, now, running = result.logprobs, time.perf_counter(), RequestStatus.RUNNING
+        updates: Any = self.scheduler.update_from_output(plan, result.tokens, failed)
         told: dict[str, Live] = {}  # and perhaps finished
-        for request, new_token_ids in self.scheduler.update_from_output(plan, tokens, failed):
-            live = owner_of(request)
-            if new_token_ids and isinstance(request, Sample):
+        for request, new_token_ids in updates:
+            live: Live = request.owner
+            if new_token_ids:
+                num_new = len(new_token_ids)
                 if live.first_token_time_s is None:
                     live.first_token_time_s = now
                     live.compiled_at_first_token_s = SPENT.seconds
-                entries = sampled[request.request_id][: len(new_token_ids)]
-                version = self.adapters[request.adapter].version if request.adapter else 0
-                stop = request.take(entries, self.weights_version, version)
-                if stop is not None:
-                    self.scheduler.stop_at(request, *stop)
-            if live.is_streamed or request.is_finished:
+                request.token_logprobs += logprobs[request.request_id][:num_new]
+                request.weights_versions += [self.weights_version] * num_new
+                if request.is_watched:
+                    self._take(request, num_new, result)
+            if live.is_streamed or (request.status is not running and request.is_finished):
                 told[live.request_id] = live
         return [
             self._close(live) if live.is_finished else live.output()
             for live in told.values()
             if live.is_finished or live.is_streamed
         ]
+
+    def _take(self, sample: Sample, num_new: int, result: StepResult) -> None:
+        """Gives a sample what it has asked for beside tokens, and ends it with a stop string."""
+        entries = result.reports.get(sample.request_id, ())[:num_new]
+        version = self.adapters[sample.adapter].version if sample.adapter else 0
+        if (stop := sample.take(entries, num_new, version)) is not None:
+            self.scheduler.stop_at(sample, *stop)
 
     def _close(self, live: Live) -> Output:
         del self.live[live.request_id]

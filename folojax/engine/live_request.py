@@ -113,24 +113,33 @@ class Sample(SamplingRequest):
     logprobs: list[dict[int, Logprob]] = dataclasses.field(default_factory=list)
     records: list[LogprobRecord] = dataclasses.field(default_factory=list)
     weights_versions: list[int] = dataclasses.field(default_factory=list)
-    lora_versions: list[int] = dataclasses.field(default_factory=list)
+    lora_versions: list[int] = dataclasses.field(default_factory=list)  # if it has an adapter
+    is_watched: bool = dataclasses.field(init=False)  # whether `take` is to see its tokens
     activations: SampleResiduals | None = None  # of its tokens, where they are asked for
     detokenizer: Detokenizer | None = None  # made when text is first wanted
 
+    def __post_init__(self) -> None:
+        """Notes whether it is to `take` its tokens."""
+        has_stop = self.sampling_params.stop and self.tokenizer is not None
+        self.is_watched = bool(has_stop or self.is_reported or self.adapter is not None)
+
     def take(
-        self, entries: Sequence[TokenLogprob], weights_version: int, lora_version: int = 0
+        self, entries: Sequence[TokenLogprob], num_tokens: int, lora_version: int
     ) -> tuple[int, str] | None:
-        """Takes in tokens that the scheduler has appended, and the weights that they came from.
+        """Takes in what was asked for of tokens that the scheduler has appended.
+
+        Args:
+            entries: Of each, if the sample is reported; else none.
+            num_tokens: How many they are.
+            lora_version: Of the adapter that they came from.
 
         Returns:
             Where one of them completes a stop string, how many output tokens there are up to it,
             and the string. What is known of tokens behind it is gone.
         """
         sampling_params = self.sampling_params
+        self.lora_versions += [lora_version] * num_tokens
         for entry in entries:
-            self.token_logprobs.append(entry.logprob)
-            self.weights_versions.append(weights_version)
-            self.lora_versions.append(lora_version)
             if entry.record is not None:
                 raw, tempered, processed, log_kept, entropy, rank = entry.record
                 self.records.append(
@@ -139,9 +148,7 @@ class Sample(SamplingRequest):
             if sampling_params.logprobs is not None:
                 self.logprobs.append(as_logprobs(entry, self.tokenizer))
         if sampling_params.stop and self.tokenizer is not None:
-            for count in range(
-                self.num_output_tokens - len(entries) + 1, self.num_output_tokens + 1
-            ):
+            for count in range(self.num_output_tokens - num_tokens + 1, self.num_output_tokens + 1):
                 stop = self._reader(self.tokenizer).read(self._text_tokens()[:count])
                 if stop is not None:
                     self._cut(count)

@@ -35,7 +35,7 @@ def take_reports(result: StepResult, awaited: Mapping[str, Request]) -> dict[str
     for request_id, chunk in result.prompt_logprobs.items():
         if any(math.isnan(entry.logprob) for entry in chunk.entries):
             failed[request_id] = NO_DISTRIBUTION
-            result.sampled.pop(request_id, None)
+            result.tokens.pop(request_id, None)
         elif request_id in awaited:
             owner_of(awaited[request_id]).add_prompt_logprobs(chunk)
     for request_id, pieces in result.residuals.items():

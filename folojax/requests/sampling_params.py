@@ -357,6 +357,11 @@ class SamplingRequest(Request):
     routing: "np.ndarray | None" = None
 
     @property
+    def is_reported(self) -> bool:
+        """Whether more is told of its tokens than how likely each was."""
+        return self.num_logprobs is not None or self.sampling_params.record
+
+    @property
     def has_penalty(self) -> bool:
         """Whether a token's logit depends on what was sampled or prompted before."""
         params = self.sampling_params

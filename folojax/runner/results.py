@@ -40,7 +40,12 @@ class PromptLogprobs(NamedTuple):
 class StepResult:
     """What a step gave, by request id."""
 
-    sampled: dict[str, Sequence[TokenLogprob]] = dataclasses.field(default_factory=dict)
+    tokens: dict[str, list[int]] = dataclasses.field(default_factory=dict)
+    """Those that were sampled."""
+    logprobs: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    """Of them; of whoever sampled."""
+    reports: dict[str, list[TokenLogprob]] = dataclasses.field(default_factory=dict)
+    """Of them, all that was asked for, of requests that asked for more."""
     failed: set[str] = dataclasses.field(default_factory=set)
     """Those for which the model then gave no usable distribution (NaN, or all -inf)."""
     prompt_logprobs: dict[str, PromptLogprobs] = dataclasses.field(default_factory=dict)
@@ -124,27 +129,47 @@ def read(pending: Sequence[Pending]) -> StepResult:
 
 
 def _read_step(rows: Sequence[Row | None], out: StepOutput, result: StepResult) -> None:
-    logprobs, ranks = out.logprobs.tolist(), out.ranks.tolist()
-    is_valid = out.is_valid.tolist()
-    tops = out.top_tokens.tolist(), out.top_logprobs.tolist()
-    # Spelled out: it goes through every row in every step.
-    sampled, failed, make = result.sampled, result.failed, TokenLogprob
-    for i, (row, token) in enumerate(zip(rows, out.tokens.tolist(), strict=False)):
-        if row is None or row.request_id in failed:
-            continue
-        if not is_valid[i]:
-            failed.add(row.request_id)
-            continue
-        count = row.request.num_logprobs
-        if count:
-            top_tokens, top_logprobs = (tuple(top[i][:count]) for top in tops)
-            entry = make(token, logprobs[i], ranks[i], top_tokens, top_logprobs)
-        else:
-            entry = make(token, logprobs[i], ranks[i])
-        if out.record is not None and row.request.sampling_params.record:
-            entry = entry._replace(record=tuple(field[i].item() for field in out.record))
-        before = sampled.get(row.request_id)
-        sampled[row.request_id] = (entry,) if before is None else (*before, entry)
+    """Sorts a step by request: by whole columns, as most rows ask for nothing but a token."""
+    places: Any = np.arange(len(rows))
+    is_valid = out.is_valid[: len(rows)]
+    if not is_valid.all():
+        failed = (rows[i] for i in np.flatnonzero(~is_valid).tolist())
+        result.failed.update(row.request_id for row in failed if row is not None)
+    if result.failed or None in rows:
+        failed_ids = result.failed
+        pairs = enumerate(rows)
+        places = [i for i, row in pairs if row is not None and row.request_id not in failed_ids]
+    drawing: Sequence[Any] = [rows[i] for i in places] if len(places) < len(rows) else rows
+    ids = [row.request_id for row in drawing]
+    tokens, logprobs = out.tokens[places, None].tolist(), out.logprobs[places, None].tolist()
+    if result.tokens.keys().isdisjoint(ids):
+        result.tokens.update(zip(ids, tokens, strict=True))
+        result.logprobs.update(zip(ids, logprobs, strict=True))
+    else:  # of several steps, one behind the other
+        for request_id, token, logprob in zip(ids, tokens, logprobs, strict=True):
+            result.tokens.setdefault(request_id, []).extend(token)
+            result.logprobs.setdefault(request_id, []).extend(logprob)
+    if out.record is not None or out.ranks.any():
+        for i, row in zip(places, drawing, strict=True):
+            if row.request.is_reported:
+                entry = _entry(int(i), row, out)
+                result.reports.setdefault(row.request_id, []).append(entry)
+
+
+def _entry(i: int, row: Row, out: StepOutput) -> TokenLogprob:
+    """All that a row asks for."""
+    count = row.request.num_logprobs or 0
+    record = None
+    if out.record is not None and row.request.sampling_params.record:
+        record = tuple(field[i].item() for field in out.record)
+    return TokenLogprob(
+        out.tokens[i].item(),
+        out.logprobs[i].item(),
+        out.ranks[i].item(),
+        tuple(out.top_tokens[i, :count].tolist()),
+        tuple(out.top_logprobs[i, :count].tolist()),
+        record,
+    )
 
 
 def _read_scores(chunks: Sequence[Chunk], scores: TokenScores, result: StepResult) -> None:
