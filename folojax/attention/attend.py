@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from folojax.attention import cudnn, latent, native, ordered, reference
 from folojax.attention.interface import AttentionSpec, Kernel
-from folojax.kv.cache import KVCache, KVLayout
+from folojax.kv.cache import KVCache, KVLayout, pages_of, state_of, with_part
 from folojax.kv.placement import Placement
 from folojax.models.core.config import ModelConfig
 from folojax.models.core.interface import PLAIN, Scoring
@@ -43,7 +43,7 @@ class PagedAttend:
         self, cache: KVCache, layer: int, x: Float[Array, "T X"], kernel: Float[Array, "X W"]
     ) -> tuple[KVCache, Float[Array, "T X"]]:
         """As `Recur.convolve`."""
-        state: RecurrentState = cache.layers[layer]
+        state = state_of(cache.layers[layer])
         by_row = self.placement.by_row(x)
         conv, out = convolve_rows(state.conv, self._rows(state), by_row, kernel)
         return _with_layer(cache, layer, state._replace(conv=conv)), self.placement.by_token(out)
@@ -59,7 +59,7 @@ class PagedAttend:
         beta: Float[Array, "T H"] | None = None,
     ) -> tuple[KVCache, Float[Array, "T H Z"]]:
         """As `Recur.recur`."""
-        state: RecurrentState = cache.layers[layer]
+        state = state_of(cache.layers[layer])
         given = (query, key, value, decay) if beta is None else (query, key, value, decay, beta)
         by_row = map(self.placement.by_row, given)
         assert state.memory is not None, "the layer is more than a convolution"
@@ -74,7 +74,8 @@ class PagedAttend:
 
 
 def _with_layer(cache: KVCache, layer: int, new: Any) -> KVCache:
-    return KVCache((*cache.layers[:layer], new, *cache.layers[layer + 1 :]), cache.format)
+    kept = with_part(cache.layers[layer], new)
+    return KVCache((*cache.layers[:layer], kept, *cache.layers[layer + 1 :]), cache.format)
 
 
 def attend(
@@ -103,7 +104,9 @@ def attend(
         scoring = dataclasses.replace(scoring, chunk=None)  # all that rows may have lies in one
     spec = AttentionSpec(query.dtype, cache.dtype, query.shape[-1], cache.format, scoring)
     _, kernel = choose_kernel(spec)
-    pages, out = kernel.attend(query, key, value, cache.layers[layer], placement, spec, sinks)
+    pages, out = kernel.attend(
+        query, key, value, pages_of(cache.layers[layer]), placement, spec, sinks
+    )
     return _with_layer(cache, layer, pages), out
 
 

@@ -7,10 +7,10 @@ numbers inside of it suits whoever reads pages where they lie (`folojax.attentio
     order "heads"    [P, N, K, S, D]    what one head reads lies together: C++ on CPU
     order "tokens"   [P, N, S, K, D]    what one token writes lies together: cuDNN
 
-A recurrent layer (`RecurrentState`) has no pages but an entry for each slot of the batch, the same
-size however long a request is. Whoever begins at position 0 begins with zeros, whatever the slot's
-last owner has left. Behind the slots lie states that are kept for the prefix cache
-(`folojax.kv.state_copies`), and last an entry where rows of padding write.
+A recurrent layer (`RecurrentState`) has no pages, unless it attends too (`Both`), but an entry for
+each slot of the batch, the same size however long a request is. Whoever begins at position 0 begins
+with zeros, whatever the slot's last owner has left. Behind the slots lie states that are kept for
+the prefix cache (`folojax.kv.state_copies`), and last an entry where rows of padding write.
 
 A page is handed on with its old content, which nobody may see: positions behind a request's last
 token are masked, and no value is ever NaN, which a weight of zero would not hide (`write`).
@@ -18,7 +18,7 @@ token are masked, and no value is ever NaN, which a weight of zero would not hid
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -55,34 +55,66 @@ class PageFormat:
         return pages if self.order == "tokens" else pages.swapaxes(-2, -3)
 
 
+class Both(NamedTuple):
+    """What a layer keeps that has attention and, beside it, a recurrence."""
+
+    pages: Any
+    state: RecurrentState
+
+
+def pages_of(kept: Any) -> Any:
+    """The array of pages of a layer that has one."""
+    return kept.pages if isinstance(kept, Both) else kept
+
+
+def state_of(kept: Any) -> RecurrentState:
+    """The state of a layer that has one."""
+    return kept.state if isinstance(kept, Both) else kept
+
+
+def with_part(kept: Any, new: Any) -> Any:
+    """What a layer keeps, with other pages or another state, whichever `new` is."""
+    if not isinstance(kept, Both):
+        return new
+    name = "state" if isinstance(new, RecurrentState) else "pages"
+    return kept._replace(**{name: new})
+
+
 @dataclasses.dataclass(frozen=True)
 class KVCache:
     """Keys and values, or states, of all layers."""
 
-    # An array [P, N, _, _, D] each, or a `RecurrentState`; JAX also puts what stands for an array.
+    # An array [P, N, _, _, D] each, a `RecurrentState`, or `Both`; JAX also puts what stands for an
+    # array.
     layers: tuple[Any, ...]
     format: PageFormat  # how pages lie; static
 
     @property
     def pages(self) -> list[Any]:
         """The arrays of the layers that have pages, in order."""
-        return [one for one in self.layers if not isinstance(one, RecurrentState)]
+        return [pages_of(one) for one in self.layers if not isinstance(one, RecurrentState)]
 
     def with_pages(self, pages: Sequence[Any]) -> "KVCache":
         """The same with other arrays in the place of `pages`."""
         left = iter(pages)
-        layers = [one if isinstance(one, RecurrentState) else next(left) for one in self.layers]
+        layers = [
+            one if isinstance(one, RecurrentState) else with_part(one, next(left))
+            for one in self.layers
+        ]
         return KVCache(tuple(layers), self.format)
 
     @property
     def states(self) -> list[RecurrentState]:
-        """Those of the other layers."""
-        return [one for one in self.layers if isinstance(one, RecurrentState)]
+        """Those of the layers that have one."""
+        return [state_of(one) for one in self.layers if isinstance(one, RecurrentState | Both)]
 
     def with_states(self, states: Sequence[RecurrentState]) -> "KVCache":
         """The same with others in the place of `states`."""
         left = iter(states)
-        layers = [next(left) if isinstance(one, RecurrentState) else one for one in self.layers]
+        layers = [
+            with_part(one, next(left)) if isinstance(one, RecurrentState | Both) else one
+            for one in self.layers
+        ]
         return KVCache(tuple(layers), self.format)
 
     @property
@@ -130,9 +162,12 @@ class KVLayout:
         return tuple(layer for layer in layers if layer < self.num_layers)
 
     @property
-    def num_paged_layers(self) -> int:
-        """The others."""
-        return self.num_layers - len(self.recurrent_layers)
+    def paged_layers(self) -> tuple[int, ...]:
+        """The others, or all if they have both."""
+        layers = tuple(range(self.num_layers))
+        if self.recurrent is not None and self.recurrent.is_beside:
+            return layers
+        return tuple(layer for layer in layers if layer not in self.recurrent_layers)
 
     def heads_of(self, layer: int) -> tuple[int, int]:
         """K and D of a layer."""
@@ -171,8 +206,7 @@ class KVLayout:
     @property
     def bytes_per_page(self) -> int:
         """Bytes of one page over all layers, keys and values, of a device."""
-        paged = [one for one in range(self.num_layers) if one not in self.recurrent_layers]
-        width = sum(heads * dim for heads, dim in map(self.heads_of, paged))
+        width = sum(heads * dim for heads, dim in map(self.heads_of, self.paged_layers))
         of_token = self.num_arrays * (width * self.head_copies // self.num_shards)
         elements = of_token * self.page_size
         return elements * jnp.dtype(self.storage_dtype).itemsize
@@ -180,11 +214,15 @@ class KVLayout:
 
 def init_cache(layout: KVLayout) -> KVCache:
     """Allocates the cache of a layout, full of zeros."""
-    layers = tuple(
-        _init_states(layout) if layer in layout.recurrent_layers else _init_pages(layout, layer)
-        for layer in range(layout.num_layers)
-    )
-    return KVCache(layers, layout.format)
+    recurrent, paged = layout.recurrent_layers, layout.paged_layers
+
+    def init(layer: int) -> Any:
+        if layer not in recurrent:
+            return _init_pages(layout, layer)
+        state = _init_states(layout)
+        return Both(_init_pages(layout, layer), state) if layer in paged else state
+
+    return KVCache(tuple(map(init, range(layout.num_layers))), layout.format)
 
 
 def _init_pages(layout: KVLayout, layer: int) -> Array:

@@ -111,7 +111,7 @@ def estimate(setup: Setup) -> int:
         2 * one.intermediate_size + (heads + 2 * one.num_kv_heads) * one.head_dim
         for one in map(config.at, range(config.num_layers))
     )
-    page = layout.bytes_per_page // layout.num_paged_layers
+    page = layout.bytes_per_page // len(layout.paged_layers)
     # The MLP of all tokens of a call; and attention, which in plain XLA has a few pages and the
     # scores of them for each row.
     rows, columns = shapes.prefill_rows[-1], shapes.prefill_columns

@@ -78,7 +78,7 @@ class LayeredSteps:
         """Compiles nothing."""
         self._model = model
         self._blocks = [model.alone(layer) for layer in range(model.config.num_layers)]
-        is_paged = [not model.config.is_recurrent(layer) for layer in range(len(self._blocks))]
+        is_paged = [model.config.has_pages(layer) for layer in range(len(self._blocks))]
         self._paged = is_paged.index(True)  # a layer whose pages say how many there are
         self._groups = {kind: split_layers(self._blocks, size) for kind, size in _LAYERS.items()}
         self._whole = WholeSteps(model)

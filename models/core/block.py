@@ -21,6 +21,8 @@ from folojax.models.core.layers import (
     norm_and_rotate,
     project,
     rotate,
+    scaled,
+    scaled_parts,
 )
 from folojax.models.core.mixers import MIXERS
 from folojax.models.core.moe import Experts, mix_experts
@@ -83,10 +85,14 @@ class Block(nn.Module):
         if layer not in config.mixerless_layers:
             with jax.named_scope("attention"):
                 stream, inputs = self._normed("attn", out)
+                updates = []
                 if config.recurrent is not None and config.is_recurrent(layer):
                     update, cache = MIXERS[config.recurrent.kind](self, inputs, cache, attend)
-                else:
+                    updates.append(update)
+                if config.has_pages(layer):
                     update, cache, lent = self._attention(inputs, rotary, cache, attend, lent)
+                    updates.append(update)
+                update = sum(updates[1:], updates[0])
                 out = self._after("attn", stream, update)
                 if config.bypass_rank:
                     out = (summed(out) + self._bypass(inputs)) * 2**-0.5
@@ -143,10 +149,7 @@ class Block(nn.Module):
         """The residual stream and what a part adds to it."""
         if self.config.has_post_norm:
             update = self.norm_of(f"{part}_post_norm", update)
-        if self.config.residual_scale != 1.0:
-            scaled = update.astype(jnp.float32) * self.config.residual_scale
-            update = scaled.astype(self.dtype)
-        return Unsummed(hidden, update)
+        return Unsummed(hidden, scaled(update, self.config.residual_scale).astype(self.dtype))
 
     def _normed(
         self, part: str, stream: Float[Array, "N E"] | Unsummed
@@ -192,7 +195,7 @@ class Block(nn.Module):
             out = out * jax.nn.sigmoid(rest[0])
         flat = out.reshape(out.shape[0], -1)
         update = self.linear("o", flat, config.hidden_size, config.o_bias, is_part=True)
-        return update.astype(self.dtype), cache, lent
+        return scaled(update, config.attention_out_scale).astype(self.dtype), cache, lent
 
     def _heads(self, normed: Float[Array, "N E"], rotary: Rotary | None) -> Any:
         """Queries, keys and values, ready to attend; and the gate of gated attention."""
@@ -320,6 +323,8 @@ class Block(nn.Module):
             both = self.linear(f"{prefix}gate_up", normed, 2 * inner_size, config.mlp_bias)
             cutoff = config.gate_cutoff(self.layer)
             both = both if cutoff is None else cut_gates(both, cutoff)
+            if config.gate_scale != 1.0:
+                both = scaled_parts(both, (inner_size, inner_size), (config.gate_scale, 1.0))
             inner = gated(both, config.activation, self.dtype)
         else:
             up = self.linear(f"{prefix}up", normed, inner_size, config.mlp_bias)
@@ -329,7 +334,7 @@ class Block(nn.Module):
             inner = activate(up.astype(jnp.float32), config.activation, curve)
         inner, width = inner.astype(self.dtype), config.hidden_size
         update = self.linear(f"{prefix}down", inner, width, config.mlp_bias, is_part=True)
-        return update.astype(self.dtype)
+        return scaled(update, config.mlp_scale).astype(self.dtype)
 
     def linear(
         self,

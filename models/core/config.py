@@ -114,6 +114,9 @@ class ModelConfig:
     logits_softcap: float | None = None
     embed_scale: float = 1.0
     residual_scale: float = 1.0  # multiplies what attention and MLP add to the residual stream
+    attention_out_scale: float = 1.0  # multiplies what attention alone adds,
+    mlp_scale: float = 1.0  # and what an MLP does,
+    gate_scale: float = 1.0  # and its gates
     logits_divisor: float = 1.0
     layer_embed_size: int = 0
     """Width of an embedding that each layer has of its own, which gates what the layer adds last;
@@ -186,12 +189,14 @@ class ModelConfig:
         return self.kv_rank + (self.rotary_dim or 0) if self.kv_rank else self.head_dim
 
     def is_recurrent(self, layer: int) -> bool:
-        """Whether the layer keeps a state, and no keys and values."""
+        """Whether the layer keeps a state."""
         return self.recurrent is not None and layer in self.recurrent.layers
 
     def has_pages(self, layer: int) -> bool:
         """Whether the layer has attention."""
-        return not self.is_recurrent(layer) and layer not in self.mixerless_layers
+        is_beside = self.recurrent is not None and self.recurrent.is_beside
+        has_attention = is_beside or not self.is_recurrent(layer)
+        return has_attention and layer not in self.mixerless_layers
 
     def at(self, layer: int) -> "ModelConfig":
         """The same with the sizes that the layer has, where layers differ in these."""

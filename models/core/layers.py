@@ -5,6 +5,7 @@ sides.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -202,6 +203,19 @@ def gated(
     if kind == "silu" and gate_up.dtype == dtype and row_kernels.is_taken(dtype):
         return _silu_in_one(gate_up)
     return _gated(gate_up, kind=kind, dtype=dtype)
+
+
+def scaled(x: Float[Array, "N W"], factor: float) -> Float[Array, "N W"]:
+    """Times a number, in float32; `x` itself if it is 1."""
+    return x if factor == 1.0 else x.astype(jnp.float32) * factor
+
+
+def scaled_parts(
+    x: Float[Array, "N W"], widths: Sequence[int], factors: Sequence[float]
+) -> Float[Array, "N W"]:
+    """Parts that lie side by side, each times a number of its own."""
+    factor = np.repeat(np.asarray(factors, np.float32), widths)
+    return (x.astype(jnp.float32) * factor[None, :]).astype(x.dtype)
 
 
 def cut_gates(gate_up: Float[Array, "N FF"], cutoff: float) -> Float[Array, "N FF"]:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from folojax.models.core.declared import ONES, ZEROS, kernel_of
-from folojax.models.core.layers import norm
+from folojax.models.core.layers import norm, scaled, scaled_parts
 from folojax.models.core.recurrence import l2_normed, split_inputs
 
 if TYPE_CHECKING:
@@ -76,6 +76,8 @@ def state_space(
     channels = sizes.num_channels
     mixed = block.linear("in_proj", normed, values + channels + heads, sizes.has_bias)
     mixed = mixed.astype(block.dtype)
+    if sizes.in_scales:
+        mixed = scaled_parts(mixed, (values, values, keys, keys, heads), sizes.in_scales)
     gate, mixed, step = jnp.split(mixed, (values, values + channels), axis=1)
     kernel = kernel_of(block, "conv", channels, 1, sizes.conv_width)
     cache, mixed = attend.convolve(cache, block.place, mixed, kernel[:, 0])
@@ -101,14 +103,27 @@ def state_space(
         decay=-jnp.exp(log_rate)[None, :] * step,
     )
     out = (out + skip[None, :, None] * value).reshape(-1, values)
-    out = out * jax.nn.silu(gate.astype(jnp.float32))
-    groups = out.reshape(-1, sizes.num_key_heads, values // sizes.num_key_heads)
-    plain = jnp.ones(groups.shape[-1], jnp.float32)
-    groups = norm(groups, plain, None, dataclasses.replace(config, norm="rms"), sizes.key_copies)
-    weight = block.param("state_norm", ONES, (values,), block.dtype)
-    flat = groups.reshape(-1, values).astype(block.dtype) * weight[None, :]
+    gate = jax.nn.silu(gate.astype(jnp.float32))
+    if not sizes.has_norm:
+        flat = (out * gate).astype(block.dtype)
+    elif sizes.is_normed_first:
+        flat = (_normed_groups(block, out).astype(jnp.float32) * gate).astype(block.dtype)
+    else:
+        flat = _normed_groups(block, out * gate)
     out = block.linear("out_proj", flat, config.hidden_size, sizes.has_bias, is_part=True)
-    return out.astype(block.dtype), cache
+    return scaled(out, sizes.out_scale).astype(block.dtype), cache
+
+
+def _normed_groups(block: "Block", out: Float[Array, "N W"]) -> Float[Array, "N W"]:
+    """What is read of a state space, normed in groups as many as heads of keys."""
+    sizes = block.config.recurrent
+    assert sizes is not None, "the layer is recurrent"
+    groups = out.reshape(-1, sizes.num_key_heads, out.shape[1] // sizes.num_key_heads)
+    plain = jnp.ones(groups.shape[-1], jnp.float32)
+    config = dataclasses.replace(block.config, norm="rms")
+    groups = norm(groups, plain, None, config, sizes.key_copies)
+    weight = block.param("state_norm", ONES, (sizes.num_values,), block.dtype)
+    return groups.reshape(out.shape).astype(block.dtype) * weight[None, :]
 
 
 def short_convolution(

@@ -9,7 +9,7 @@ Recurrence = Literal["delta", "space", "convolution"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recurrent:
-    """Layers that keep a state of each sequence instead of keys and values.
+    """Layers that keep a state of each sequence, instead of keys and values or beside them.
 
     Raises:
         ValueError: a number is out of range; all are listed.
@@ -28,6 +28,12 @@ class Recurrent:
     has_conv_bias: bool = False
     has_bias: bool = False  # of the projections into it and out of it
     step_limits: tuple[float, float] = (0.0, math.inf)  # of a state space's steps
+    is_beside: bool = False  # the layers have attention too, which reads the same
+    in_scales: tuple[float, ...] = ()
+    """What gate, values, keys, queries and steps of a state space are multiplied by; () is 1."""
+    out_scale: float = 1.0  # and what it returns
+    has_norm: bool = True  # what a state space reads of its state is normed
+    is_normed_first: bool = False  # before the gate multiplies it, not afterwards
     key_copies: int = 1
     """Devices that have the same heads of keys, and some of their values each."""
 

@@ -19,6 +19,7 @@ from folojax.models.families.experts import (
     QWEN2_MOE,
     dense_layers,
 )
+from folojax.models.families.falcon_h1 import FALCON_H1
 from folojax.models.families.family import BLOCK_NAMES, POST_NORM_NAMES, Family, renamed
 from folojax.models.families.gemma3n import GEMMA3N
 from folojax.models.families.gemma4 import GEMMA4
@@ -325,6 +326,7 @@ FAMILIES: dict[str, Family] = {
     "GraniteMoeHybridForCausalLM": _GRANITE_HYBRID,
     "BambaForCausalLM": BAMBA,
     "NemotronHForCausalLM": NEMOTRON_H,
+    "FalconH1ForCausalLM": FALCON_H1,
     "GlmForCausalLM": GLM,
     "Glm4ForCausalLM": GLM4,
     "Glm4MoeForCausalLM": GLM4_MOE,

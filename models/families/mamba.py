@@ -19,12 +19,21 @@ def plain_kinds(mapping: Mapping[str, Any]) -> dict[str, Any]:
     return words if not kinds else words | {"layer_types": [_KINDS.get(i, i) for i in kinds]}
 
 
-def state_space(mapping: Mapping[str, Any], layers: Sequence[int]) -> dict[str, Any]:
-    """Fields of a model some of whose layers have a state space, by Bamba's words for its sizes."""
+def state_space(
+    mapping: Mapping[str, Any], layers: Sequence[int], inner: int | None = None, **further: Any
+) -> dict[str, Any]:
+    """Fields of a model some of whose layers have a state space, by Bamba's words for its sizes.
+
+    Args:
+        mapping: A config.json.
+        layers: Which they are.
+        inner: Width of all heads; None: it follows from the others.
+        further: Fields of `Recurrent`.
+    """
     if not layers:
         return {}
     heads, width = mapping["mamba_n_heads"], mapping["mamba_d_head"]
-    inner = mapping["mamba_expand"] * mapping["hidden_size"]
+    inner = mapping["mamba_expand"] * mapping["hidden_size"] if inner is None else inner
     if width == "auto":
         width = inner // heads
     if heads * width != inner:
@@ -41,6 +50,7 @@ def state_space(mapping: Mapping[str, Any], layers: Sequence[int]) -> dict[str, 
         has_conv_bias=bool(mapping["mamba_conv_bias"]),
         has_bias=bool(mapping["mamba_proj_bias"]),
         step_limits=(limits[0], limits[1]),
+        **further,
     )
     return {"recurrent": sizes}
 
@@ -146,13 +156,10 @@ def _nemotron(mapping: Mapping[str, Any]) -> dict[str, Any]:
     kinds = mapping["parts"]
     found = {kind: [i for i, one in enumerate(kinds) if one == kind] for kind in _LETTERS.values()}
     spaces = found[RECURRENT]
-    sizes = {
-        **mapping,
-        "mamba_expand": mapping["mamba_n_heads"] * mapping["mamba_d_head"] / mapping["hidden_size"],
-        "time_step_limit": (mapping["time_step_min"], float("inf")),
-    }
+    sizes = {**mapping, "time_step_limit": (mapping["time_step_min"], float("inf"))}
+    inner = mapping["mamba_n_heads"] * mapping["mamba_d_head"]
     fields = {
-        **state_space(sizes, spaces),
+        **state_space(sizes, spaces, inner),
         "ropeless_layers": tuple(range(len(kinds))),
         "mixerless_layers": tuple(sorted((*found["mlp"], *found["moe"]))),
         "mlpless_layers": tuple(sorted((*spaces, *found[_FULL]))),

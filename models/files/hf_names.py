@@ -131,14 +131,14 @@ def _block_parts(config: ModelConfig, layer: int) -> dict[str, Parts]:
     is_recurrent = config.is_recurrent(layer)
     if config.kv_rank:
         parts = _latent_parts(config)
-    if is_recurrent:
-        parts = _recurrent_parts(config)
+    if not config.has_pages(layer):
+        parts = {}
     else:
         of_values = config.num_heads * (config.value_dim or config.head_dim)
         parts["o"] = ([(width, of_values)], config.o_bias)
     has_mlp = layer not in config.mlpless_layers
-    if layer in config.mixerless_layers:
-        parts = {}
+    if is_recurrent:
+        parts |= _recurrent_parts(config)
     for part in ("attn",) * (layer not in config.mixerless_layers) + ("mlp",) * has_mlp:
         if config.has_pre_norm and not (config.is_parallel and part == "mlp"):
             parts[f"{part}_norm"] = ([(width,)], has_norm_bias)
@@ -244,8 +244,8 @@ def _recurrent_parts(config: ModelConfig) -> dict[str, Parts]:
             "a_log": ([(heads,)], False),
             "dt_bias": ([(heads,)], False),
             "state_skip": ([(heads,)], False),
-            "state_norm": ([(values,)], False),
             "out_proj": ([(width, values)], sizes.has_bias),
+            **({"state_norm": ([(values,)], False)} if sizes.has_norm else {}),
         }
     return {
         "in_proj": ([(channels, width), (values, width)], False),

@@ -7,13 +7,15 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+import transformers
 
 from folojax import LLM, SamplingParams
 from folojax.backend import backend
-from folojax.models.core.recurrence import RecurrentState
+from folojax.models.core.shards import problems_of
+from folojax.models.files.hf_config import config_from_hf
 from tests import dense, reference
 from tests.conftest import check_is_empty
-from tests.families import save_family
+from tests.families import config_of, save_family
 from tests.reference import TIGHT, TINY_LIMITS
 
 PARAMS = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
@@ -25,7 +27,7 @@ LIMITS = TINY_LIMITS | {"max_num_batched_tokens": 32, "check_integrity": True}
     scope="module",
     params=[
         "qwen3.5",
-        *(pytest.param(one, marks=pytest.mark.slow) for one in ("nemotron-h", "lfm2")),
+        *(pytest.param(one, marks=pytest.mark.slow) for one in ("nemotron-h", "lfm2", "falcon-h1")),
     ],
 )
 def hybrid(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
@@ -114,25 +116,22 @@ def test_what_a_state_was_before_is_never_seen(hybrid: Any) -> None:
     llm = LLM(model, **LIMITS | TIGHT)
     runner = llm.engine.runner
     cache = runner.state.cache
-    layers = tuple(
-        jax.tree.map(lambda leaf: leaf * np.nan, one) if isinstance(one, RecurrentState) else one
-        for one in cache.layers
-    )
-    assert layers[0] is not cache.layers[0], "the first layer has a state"
-    runner.state = runner.state._replace(cache=type(cache)(layers, cache.format))
+    states = [jax.tree.map(lambda leaf: leaf * np.nan, one) for one in cache.states]
+    assert states
+    runner.state = runner.state._replace(cache=cache.with_states(states))
     assert generate(llm, prompts) == expected
 
 
 def test_states_are_in_the_memory_plan(hybrid: Any) -> None:
     model, _, _ = hybrid
     few, more = (LLM(model, **LIMITS | TIGHT | {"max_num_seqs": n}) for n in (2, 8))
-    state = few.engine.runner.state.cache.layers[0]
-    one = (
-        sum(leaf.nbytes for leaf in jax.tree.leaves(state)) // 5
-    )  # two that run, two kept, and that of padding
+    states = few.engine.runner.state.cache.states
+    # Of two that run, two kept, and that of padding.
+    one = sum(leaf.nbytes for leaf in jax.tree.leaves(states)) // 5
     assert more.memory_plan.slots_bytes - few.memory_plan.slots_bytes == 12 * one
     pages = few.engine.runner.state.cache.pages
-    assert sum(one.nbytes > 0 for one in pages) == 1
+    is_beside = model[0].config.recurrent.is_beside
+    assert sum(one.nbytes > 0 for one in pages) == (2 if is_beside else 1)
     assert sum(one.nbytes for one in pages) == few.memory_plan.pages_bytes
 
 
@@ -184,6 +183,15 @@ def test_few_kept_states_change_no_token(
     longer = [prompt + tokens[:9] for prompt, tokens in zip(prompts, expected, strict=True)]
     found = generate(llm, longer)
     assert [one[:21] for one in found] == [tokens[9:] for tokens in expected]
+
+
+@pytest.mark.parametrize(
+    ("case", "told"), [("lfm2", "short convolutions"), ("falcon-h1", "attention beside a state")]
+)
+def test_what_is_not_shared_out_is_refused(case: str, told: str) -> None:
+    config = config_from_hf(config_of(case, transformers))
+    assert problems_of(config, 1) == []
+    assert any(told in problem for problem in problems_of(config, 2))
 
 
 def test_what_keeps_pages_alone_is_off_or_refused(hybrid: Any, tiny_model: tuple) -> None:

@@ -36,7 +36,7 @@ STEPS_OF_OTHERS = (
     *("qwen3.5-moe", "phi3-longrope", "granite", "glm", "ministral", "ministral3", "exaone4"),
     *("gemma", "gemma3n", "glm4-moe-lite"),
     *("granite-hybrid-dense", "bamba", "nemotron-h-latent", "gemma4-moe"),
-    *(*MORE, "lfm2-moe"),
+    *(*MORE, "lfm2-moe", "falcon-h1-normed"),
     *("exaone4-full", "deepseek-v2", "deepseek-v2-groups", "olmo3", "smollm3"),
 )
 """Whose steps are made of what those of other families are, or which laws try: their logits are
