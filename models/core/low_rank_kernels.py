@@ -26,8 +26,8 @@ _FEW_ROWS = 256
 """With more, `inner` is a product of XLA's."""
 
 _LEAST = 16  # the smallest side of a product of Triton
-_INPUTS = 128  # of a step of a program
-_LEAST_STEPS, _MOST_CUTS = 4, 8
+_INPUTS = 256  # of a step of a program
+_LEAST_STEPS, _MOST_CUTS = 2, 8
 _TOGETHER = 128  # numbers of `inner` that are multiplied at once
 _MOST_OUTPUTS, _LEAST_OUTPUTS, _ENOUGH = 128, 32, 132  # of a program, and programs: H200's units
 
@@ -139,28 +139,32 @@ def _expand(
     together = max(_LEAST, min(_TOGETHER, _power(slots * rank)), rank) // rank
 
     def add_part(part: int, first: int) -> None:
-        own = block * tile - first + jnp.arange(tile)
+        own, number = block * tile - first + jnp.arange(tile), jnp.arange(together * rank)
+
+        def some_of_b(start: int) -> Any:
+            column = start * rank + number
+            return triton.load(
+                b_refs[part].at[(column // rank)[:, None], (column % rank)[:, None], own[None, :]],
+                mask=jnp.broadcast_to((column < slots * rank)[:, None], (column.size, tile)),
+                other=0.0,
+            )
+
+        # What is read is asked for first: Triton keeps the order of loads.
+        b = some_of_b(0)
+        at = row[:, None], (first + own)[None, :]
+        is_row = jnp.broadcast_to((row < num_rows)[:, None], (rows, tile))
+        total = triton.load(base_ref.at[at], mask=is_row, other=0.0).astype(jnp.float32)
         mine = jnp.zeros((rows, rank), jnp.float32)
         for cut in range(cuts):
             place = cut, row[:, None], (part * rank + jnp.arange(rank))[None, :]
             has_one = jnp.broadcast_to((slot < slots)[:, None], mine.shape)
             mine += triton.load(inner_ref.at[place], mask=has_one, other=0.0)
-        total = jnp.zeros((rows, tile), jnp.float32)
         for start in range(0, slots, together):
+            b = some_of_b(start) if start else b
             is_own = slot[:, None] == (start + jnp.arange(together))[None, :]
             inner = jnp.where(is_own[:, :, None], mine[:, None, :], 0.0)
-            column = start * rank + jnp.arange(together * rank)
-            b = triton.load(
-                b_refs[part].at[(column // rank)[:, None], (column % rank)[:, None], own[None, :]],
-                mask=jnp.broadcast_to((column < slots * rank)[:, None], (column.size, tile)),
-                other=0.0,
-            )
-            total += _contract(inner.reshape(rows, column.size).astype(b.dtype), b, 0)
-        at = row[:, None], (first + own)[None, :]
-        is_row = jnp.broadcast_to((row < num_rows)[:, None], total.shape)
-        base = triton.load(base_ref.at[at], mask=is_row, other=0.0)
-        added = base.astype(jnp.float32) + total
-        triton.store(out_ref.at[at], added.astype(out_ref.dtype), mask=is_row)
+            total += _contract(inner.reshape(rows, number.size).astype(b.dtype), b, 0)
+        triton.store(out_ref.at[at], total.astype(out_ref.dtype), mask=is_row)
 
     first = 0
     for part, one in enumerate(b_refs):
