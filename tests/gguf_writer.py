@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,12 @@ _KEYS = {
     "residual_multiplier": "residual_scale",
     "logits_scaling": "logit_scale",
     "moe_intermediate_size": "expert_feed_forward_length",
+    "num_experts": "expert_count",
+    "norm_eps": "attention.layer_norm_epsilon",
+    "num_kv_shared_layers": "attention.shared_kv_layers",
+    "hidden_size_per_layer_input": "embedding_length_per_layer_input",
+    "altup_num_inputs": "altup.num_inputs",
+    "altup_active_idx": "altup.active_idx",
 }
 
 
@@ -58,6 +66,13 @@ def convert(model: Any, directory: Path, architecture: str, path: Path) -> None:
         for theirs, ours in _KEYS.items()
         if config.get(theirs) is not None
     }
+    shares = config.get("activation_sparsity_pattern")
+    if shares:
+        normal = statistics.NormalDist()
+        scales = [normal.inv_cdf(one) if one else -math.inf for one in shares]
+        metadata[f"{architecture}.activation_sparsity_scale"] = scales
+        is_local = [kind == "sliding_attention" for kind in config["layer_types"]]
+        metadata[f"{architecture}.attention.sliding_window_pattern"] = is_local
     if config.get("n_embd"):
         metadata["gpt2.feed_forward_length"] = 4 * config["n_embd"]
     rope = config.get("rope_parameters") or {}
@@ -87,22 +102,27 @@ def convert(model: Any, directory: Path, architecture: str, path: Path) -> None:
         if name.endswith("experts.down_proj"):
             tensors[f"{names.get_name(name)}.weight"] = array
             continue
-        gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        joint = re.sub(r"(altup_\w*projections)\.\d+", r"\1", name)
+        gguf_name = names.get_name(joint, try_suffixes=(".weight", ".bias"))
         assert gguf_name, name
+        if joint != name:  # those of all streams are one
+            before = tensors.get(gguf_name, np.zeros((0, *array.shape), np.float32))
+            tensors[gguf_name] = np.concatenate((before, array[None]))
+            continue
         tensors[gguf_name] = _llama_cpp_layout(gguf_name, array, architecture, config)
     write(path, architecture, metadata | letters_metadata(config["vocab_size"]), tensors)
 
 
 def _llama_cpp_layout(name: str, array: np.ndarray, architecture: str, config: Any) -> np.ndarray:
     role = re.sub(r"^blk\.\d+\.", "", name)
-    if architecture in ("llama", "granite", "smollm3") and role in (
+    if architecture in ("llama", "granite", "smollm3", "arcee") and role in (
         "attn_q.weight",
         "attn_k.weight",
     ):
         heads = config["num_attention_heads" if "_q" in role else "num_key_value_heads"]
         halves = array.reshape(heads, 2, array.shape[0] // heads // 2, array.shape[1])
         return halves.swapaxes(1, 2).reshape(array.shape)
-    if architecture.startswith("gemma") and role.endswith("norm.weight"):
+    if architecture in ("gemma", "gemma2", "gemma3", "nemotron") and role.endswith("norm.weight"):
         return array + 1
     if architecture == "gpt2" and name.startswith("blk.") and array.ndim == 2:
         return array.T

@@ -4,6 +4,7 @@ Keys of the metadata begin with the architecture's name: here they are asked for
 """
 
 import dataclasses
+import statistics
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,6 +13,8 @@ import numpy as np
 from folojax.models.core.rope import plain_rates, read_scaling
 from folojax.models.families.families import FAMILIES
 from folojax.models.files.gguf_tokenizer import CONTROL
+
+_FULL, _LOCAL = "full_attention", "sliding_attention"
 
 Metadata = Mapping[str, Any]
 Read = Callable[..., Any]
@@ -45,9 +48,7 @@ def _experts(read: Read) -> dict[str, Any]:
 
 
 def _qwen3_moe(read: Read) -> dict[str, Any]:
-    return {
-        "num_experts": read("expert_count"),
-        "num_experts_per_tok": read("expert_used_count"),
+    return _experts_alone(read) | {
         "moe_intermediate_size": read("expert_feed_forward_length"),
         "norm_topk_prob": True,
     }
@@ -74,6 +75,43 @@ def _gemma2(read: Read) -> dict[str, Any]:
 def _gemma3(read: Read) -> dict[str, Any]:
     local = {"rope_local_base_freq": read("rope.freq_base_swa", 10_000.0)}
     return local | _gemma(read, num_layers_of_27b=62, final_cap=None)
+
+
+def _gemma3n(read: Read) -> dict[str, Any]:
+    """Shares of gates that are 0 are there as what follows from them; ranks never differed."""
+    normal = statistics.NormalDist()
+    shares = [_shortest(normal.cdf(one)) for one in read("activation_sparsity_scale", ())]
+    is_local = read("attention.sliding_window_pattern", None)
+    kinds = is_local and [_LOCAL if one else _FULL for one in is_local]
+    return {
+        "hidden_activation": "gelu_pytorch_tanh",
+        "sliding_window": read("attention.sliding_window", 512),
+        "layer_types": kinds,
+        "rope_local_base_freq": read("rope.freq_base_swa", 10_000.0),
+        "final_logit_softcapping": read("final_logit_softcapping", 30.0),
+        "num_kv_shared_layers": read("attention.shared_kv_layers"),
+        "hidden_size_per_layer_input": read("embedding_length_per_layer_input"),
+        "vocab_size_per_layer_input": None,  # all tokens
+        "altup_num_inputs": read("altup.num_inputs"),
+        "altup_active_idx": read("altup.active_idx"),
+        "laurel_rank": 64,
+        "activation_sparsity_pattern": shares or None,
+    }
+
+
+def _experts_alone(read: Read) -> dict[str, Any]:
+    return {
+        "num_experts": read("expert_count"),
+        "num_experts_per_tok": read("expert_used_count"),
+    }
+
+
+def _squared(read: Read) -> dict[str, Any]:
+    return {"hidden_act": "relu2"}
+
+
+def _nemotron(read: Read) -> dict[str, Any]:
+    return _squared(read) | {"norm_eps": read("attention.layer_norm_epsilon")}
 
 
 def _gpt2(read: Read) -> dict[str, Any]:
@@ -106,7 +144,13 @@ GGUF_FAMILIES: dict[str, GgufFamily] = {
     ),
     "gemma2": GgufFamily("Gemma2ForCausalLM", _gemma2, norm_offset=1.0),
     "gemma3": GgufFamily("Gemma3ForCausalLM", _gemma3, norm_offset=1.0),
+    "gemma3n": GgufFamily("Gemma3nForCausalLM", _gemma3n),
     "phi3": GgufFamily("Phi3ForCausalLM", _window),
+    "seed_oss": GgufFamily("SeedOssForCausalLM"),
+    "ernie4_5": GgufFamily("Ernie4_5ForCausalLM"),
+    "arcee": GgufFamily("ArceeForCausalLM", _squared, is_permuted=True),
+    "nemotron": GgufFamily("NemotronForCausalLM", _nemotron, norm_offset=1.0),
+    "olmoe": GgufFamily("OlmoeForCausalLM", _experts_alone),
     # The rates of the file are stretched already.
     "hunyuan-dense": GgufFamily("HunYuanDenseV1ForCausalLM"),
     "granite": GgufFamily("GraniteForCausalLM", _granite, is_permuted=True),
@@ -177,13 +221,15 @@ def hf_config(
         "max_position_embeddings": read("context_length"),
         **family.extra(read),
     }
-    if described.fixed.get("norm") != "layer":
+    if not str(described.fixed.get("norm")).startswith("layer"):
         config["rms_norm_eps"] = read("attention.layer_norm_rms_epsilon")
     tokens: Any = metadata.get("tokenizer.ggml.tokens")
     if tokens is None:
         missing.append("tokenizer.ggml.tokens")
     if missing:
         raise ValueError(f"the metadata lacks {', '.join(missing)}")
+    if config.get("vocab_size_per_layer_input", 0) is None:
+        config["vocab_size_per_layer_input"] = len(tokens)
     num_heads = config["num_attention_heads"]
     eos = _ends(metadata)
     head_dim = read("attention.key_length", config["hidden_size"] // num_heads)
@@ -192,8 +238,8 @@ def hf_config(
     local = config.pop("rope_local_base_freq", None)
     if local is not None:
         config["rope_parameters"] = {
-            "full_attention": config["rope_parameters"],
-            "sliding_attention": {"rope_type": "default", "rope_theta": local},
+            _FULL: config["rope_parameters"],
+            _LOCAL: {"rope_type": "default", "rope_theta": local},
         }
     defaults = {
         "architectures": [family.architecture],

@@ -120,7 +120,8 @@ def _save_tensors(
 def _uses(architecture: str, config: ModelConfig) -> dict[str, list[tuple[str, tuple[int, ...]]]]:
     """Names and shapes of the Hugging Face tensors that each GGUF tensor holds.
 
-    One, or those of all experts. The names in GGUF are the gguf library's to know.
+    One, or those of all experts, or of all streams. The names in GGUF are the gguf library's to
+    know.
     """
     import gguf
 
@@ -129,7 +130,7 @@ def _uses(architecture: str, config: ModelConfig) -> dict[str, list[tuple[str, t
     uses: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
     for source in jax.tree.leaves(parameter_sources(config)):
         for hf_name, shape in source.tensors:
-            joint = re.sub(r"\.experts\.\d+\.", ".experts.", hf_name)
+            joint = re.sub(r"(\.experts|\.altup_\w*projections)\.\d+", r"\1", hf_name)
             name = names.get_name(joint, try_suffixes=(".weight", ".bias"))
             if name is None:
                 raise ValueError(f"{hf_name} has no place in GGUF files of {architecture!r}")

@@ -33,7 +33,13 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "gemma3",
         {"query_pre_attn_scalar": 24, "num_hidden_layers": 6, "layer_types": None},
     ),
+    "gemma3n": ("gemma3n", {"laurel_rank": 64, "vocab_size_per_layer_input": 128}),
     "phi3": ("phi3", {}),
+    "seed_oss": ("seed-oss", {"attention_out_bias": False}),
+    "ernie4_5": ("ernie4.5", {"use_bias": False}),
+    "arcee": ("arcee", {"attention_bias": False, "mlp_bias": False}),
+    "nemotron": ("nemotron", {}),
+    "olmoe": ("olmoe", {}),
     "hunyuan-dense": (
         "hunyuan",
         {"rope_parameters": {"rope_type": "default", "rope_theta": 5e4}},
@@ -47,13 +53,19 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+LIKE_OTHERS = ("seed_oss", "ernie4_5", "arcee", "olmoe")
+"""What they read and undo, others do."""
+
+
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A cache directory of every test's own."""
     monkeypatch.setenv("FOLOJAX_CACHE_DIR", str(tmp_path / "cache"))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[pytest.mark.slow] * (case in LIKE_OTHERS)) for case in CASES]
+)
 def test_logits_are_those_of_the_model_it_was_made_from(case: str, tmp_path: Path) -> None:
     family, changes = CASES[case]
     model = save_family(family, tmp_path / "hf", changes)
