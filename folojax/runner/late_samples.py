@@ -2,14 +2,24 @@
 
 What a grammar allows depends on the token before, so a mask can only be made when the device has
 given that one; by then it computes what the masked token is sampled from. The sampler is called as
-late as can be, right before something else is to be done behind it. Until then the host has time
-for other things: to hand out the tokens before, to schedule the next plan, to make the masks.
+late as can be, right before something else is to be done behind it. Then a thread waits for the
+tokens, has the grammars follow them and makes the masks behind them, while this one calls the next
+model, hands out the tokens and schedules the next plan.
 
-    device   model n ──────────> sample n, model n + 1 ──────────> sample n + 1
-    host        outputs of n - 1, plan n + 1, masks n │  outputs of n, plan n + 2, masks n + 1 │
+    device   model n ────────────────────────> sample n, model n + 1 ────────────────> sample n + 1
+    host       outputs of n - 1, plan n + 1     call n + 1, outputs of n, plan n + 2
+    thread   follow n - 1, masks n              follow n, masks n + 1
 """
 
+import functools
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeAlias
+
+from folojax.requests.grammars import Matcher, fill_masks
 from folojax.runner.results import Pending, follow
+
+_Matchers: TypeAlias = Sequence[Matcher | None]
 
 
 class LateSamples:
@@ -19,24 +29,56 @@ class LateSamples:
         pending: Results of the latest plan, if some of them are yet to be sampled; else empty.
     """
 
-    def __init__(self) -> None:
-        """Of no plan."""
+    def __init__(self, num_tokens: int) -> None:
+        """Of no plan; masks are of so many tokens."""
         self.pending: list[Pending] = []
-        # Of the plan that was sampled last: its tokens, which no grammar has followed.
-        self._unfollowed: list[Pending] = []
+        self._num_tokens = num_tokens
+        # Of the rows that were sampled last, what is allowed behind their tokens.
+        self._ahead: Future[list[tuple[_Matchers, Any]]] | None = None
+
+    @functools.cached_property
+    def _pool(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(1, "folojax-grammars")
 
     def sample(self) -> None:
-        """Samples what was put off, in place; waits for the tokens before."""
+        """Samples what was put off, in place; waits for the tokens before, and for masks."""
         pending, self.pending = self.pending, []
-        if not pending:
-            return
-        for item in self._unfollowed:
-            follow(item)
-        self._unfollowed = pending
+        known = [] if self._ahead is None else self._ahead.result()
+        followed = []
         for number, one in enumerate(pending):
-            if one.draw is not None:
-                pending[number] = one._replace(report=one.draw(), draw=None)
+            if one.late is not None:
+                report = one.late.draw(self._masks_of(one.late.matchers, known))
+                pending[number] = one._replace(report=report, late=None)
+                followed.append((pending[number], one.late.matchers))
+        self._ahead = self._pool.submit(_follow, followed, self._num_tokens)
 
     def clear(self) -> None:
         """Forgets everything."""
-        self.pending, self._unfollowed = [], []
+        self.pending, self._ahead = [], None
+
+    def _masks_of(self, matchers: _Matchers, known: Sequence[tuple[_Matchers, Any]]) -> Any:
+        """What these allow, by what is known of some."""
+        if len(known) == 1 and known[0][0] == matchers:  # most steps
+            return known[0][1]
+        found = {
+            id(one): mask
+            for own, masks in known
+            for one, mask in zip(own, masks, strict=True)
+            if one is not None
+        }
+        masks = fill_masks(
+            [None if id(one) in found else one for one in matchers], self._num_tokens
+        )
+        for row, one in enumerate(matchers):
+            if id(one) in found:
+                masks[row] = found[id(one)]
+        return masks
+
+
+def _follow(
+    sampled: Sequence[tuple[Pending, _Matchers]], num_tokens: int
+) -> list[tuple[_Matchers, Any]]:
+    """Has grammars follow what was sampled, and makes the masks behind it."""
+    for item, _ in sampled:
+        follow(item)
+    return [(matchers, fill_masks(matchers, num_tokens)) for _, matchers in sampled]

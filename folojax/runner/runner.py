@@ -23,7 +23,6 @@ import jax
 import numpy as np
 
 from folojax.kv.page_copies import PageCopies
-from folojax.requests.grammars import fill_masks
 from folojax.requests.user_functions import NO_FUNCTIONS, UserFunctions
 from folojax.runner.apart import rows_by_spec
 from folojax.runner.batch import Chunk, Row, ints, round_up
@@ -31,7 +30,7 @@ from folojax.runner.compile_plan import Gate
 from folojax.runner.host_store import HostStore
 from folojax.runner.kept_states import KeptStates
 from folojax.runner.late_samples import LateSamples
-from folojax.runner.results import Pending, StepResult, is_scored, read, tokens_after
+from folojax.runner.results import Late, Pending, StepResult, is_scored, read, tokens_after
 from folojax.runner.row_params import exceptional_bans
 from folojax.runner.setup import Setup
 from folojax.runner.slot_states import SlotStates
@@ -73,7 +72,7 @@ class Runner:
         self.kept = KeptStates(setup.layout.num_slots, self.gate)
         self._slots = SlotStates(setup, functions)
         self.adapters = setup.adapter_slots(params)
-        self.late = LateSamples()
+        self.late = LateSamples(self.model.config.vocab_size)
         self.params = params
         self.state = self._allocate()
 
@@ -110,7 +109,7 @@ class Runner:
         if plan.state_saves:
             self.state = self.kept.save(self.state, plan.state_saves, self.batch.rows)
         self.batch.advance(slots, num_tokens)
-        if any(one.draw is not None for one in pending):
+        if any(one.late is not None for one in pending):
             self.late.pending = pending
         return pending
 
@@ -346,8 +345,8 @@ class Runner:
         for spec, rows in self._by_spec(drawing, position).items():
             slots = self._slots_of(rows, len(position))
             draw = functools.partial(self._sample, hidden, slots, position, spec)
-            late = {"draw": draw} if spec.has_mask else {"report": draw()}
-            pending.append(Pending(rows, **late))
+            late = Late(self.batch.matchers(slots.tolist()), draw) if spec.has_mask else None
+            pending.append(Pending(rows, None if late else draw(), late=late))
         return pending
 
     def _by_spec(self, drawing: list[Row | None], position: Any) -> dict[SamplingSpec, list[Any]]:
@@ -373,12 +372,10 @@ class Runner:
             table.has_grammar(slot),
         )
 
-    def _sample(self, hidden: Any, slot: Any, position: Any, spec: SamplingSpec) -> Any:
-        sampling = self.batch.row_table.sample_inputs(slot, position, spec)
-        if spec.has_mask:
-            matchers = self.batch.matchers(slot.tolist())
-            mask: Any = fill_masks(matchers, self.model.config.vocab_size)
-            sampling = sampling._replace(mask=mask)
+    def _sample(
+        self, hidden: Any, slot: Any, position: Any, spec: SamplingSpec, mask: Any = None
+    ) -> Any:
+        sampling = self.batch.row_table.sample_inputs(slot, position, spec)._replace(mask=mask)
         one = Executable("sample", len(slot), spec=spec, bans=exceptional_bans(sampling))
         return self.call(one, CallInputs(sampling=sampling, hidden=hidden)).report
 

@@ -3,6 +3,7 @@
 import functools
 import json
 import re
+import threading
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from scipy.stats import chisquare
 
 from folojax import LLM, RequestOutput, SamplingParams, StructuredOutputsParams, load_snapshot
+from folojax.runner import late_samples
 from folojax.runner import runner as runner_module
 from tests import dense
 from tests.conftest import CompileCounter, check_is_empty
@@ -227,45 +229,49 @@ def test_rows_without_a_grammar_pay_nothing(
     letters_llm: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[int] = []
-    made = runner_module.fill_masks
+    made = late_samples.fill_masks
 
     def counted(matchers: Any, num_tokens: int) -> Any:
         calls.append(sum(one is not None for one in matchers))
         return made(matchers, num_tokens)
 
-    monkeypatch.setattr(runner_module, "fill_masks", counted)
+    monkeypatch.setattr(late_samples, "fill_masks", counted)
     letters_llm.generate(["The sea", "is"], SamplingParams(seed=1), use_tqdm=False)
     assert calls == []
     choice = StructuredOutputsParams(choice=["ab"])
     params = [asked(structured_outputs=choice, seed=1), SamplingParams(seed=1)]
     letters_llm.generate(["The sea", "is"], params, use_tqdm=False)
-    # A mask for each token, and one for the step that was planned before the end was known.
-    assert calls == [1, 1, 1, 1]
+    # A mask for each token, one for the step that was planned before the end was known, and perhaps
+    # by now one behind that.
+    assert calls[:4] == [1, 1, 1, 1]
+    assert len(calls) <= 5
 
 
 def test_the_host_works_while_the_device_does(
     letters_llm: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runner, events = letters_llm.engine.runner, list[str]()
-    call, fill_masks, read = runner.call, runner_module.fill_masks, runner_module.read
+    runner, events, others = letters_llm.engine.runner, list[str](), list[str]()
+    call, fill_masks, read = runner.call, late_samples.fill_masks, runner_module.read
 
     def noted(name: Callable[..., str], function: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any) -> Any:
-            events.append(name(*args))
+            is_own = threading.current_thread() is threading.main_thread()
+            (events if is_own else others).append(name(*args))
             return function(*args)
 
         return run
 
     monkeypatch.setattr(runner, "call", noted(lambda one, inputs: one.kind, call))
-    monkeypatch.setattr(runner_module, "fill_masks", noted(lambda *args: "masks", fill_masks))
+    monkeypatch.setattr(late_samples, "fill_masks", noted(lambda *args: "masks", fill_masks))
     monkeypatch.setattr(runner_module, "read", noted(lambda *args: "read", read))
     letters_llm.generate("a", asked(seed=1, max_tokens=12), use_tqdm=False)
     # Between the sampler and the model of the next step the device waits for nothing.
     num_steps = events.count("decode")
     assert num_steps == 12
-    between = ["read", "masks", "sample", "decode"] * (num_steps - 2)
-    assert events == [*events[:4], *between, "read", "masks", "sample", "read"]
+    between = ["read", "sample", "decode"] * (num_steps - 2)
     assert events[:4] == ["decode", "masks", "sample", "decode"]
+    assert events[4:] == [*between, "read", "sample", "read"]
+    assert others in (["masks"] * 11, ["masks"] * 12)  # the last is nobody's
 
 
 @pytest.mark.parametrize("mode", ["raw", "processed"])
