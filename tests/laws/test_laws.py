@@ -1,5 +1,6 @@
 """What a request generates is its own: no neighbour, order, budget or pool changes it."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,17 +32,18 @@ KINDS: list[dict[str, Any]] = [
     {"temperature": 1.3, "top_p": 0.9, "min_p": 0.01, "max_tokens": 35},
     {"frequency_penalty": 0.5, "repetition_penalty": 1.3, "logit_bias": {5: 4.0}, "max_tokens": 20},
     {"allowed_token_ids": range(40), "presence_penalty": 1.0, "max_tokens": 20},
-    {"stop_token_ids": range(3, 128, 2), "min_tokens": 10, "logprobs": 0, "max_tokens": 30},
+    {"stop_token_ids": range(3, 128, 2), "min_tokens": 10, "max_tokens": 30},
 ]
 
 
 def make_params(index: int) -> SamplingParams:
     """Greedy and seeded requests, with every kind of truncation and edit, of different lengths."""
-    return SamplingParams(**{"seed": index} | KINDS[index % len(KINDS)])
+    return SamplingParams(**{"seed": index, "logprobs": 0} | KINDS[index % len(KINDS)])
 
 
 def make_llm(model: tuple, **options: Any) -> LLM:
-    return LLM(model, **MORE_LIMITS | options)
+    """Of four requests at once: every number of rows takes samplers of its own."""
+    return LLM(model, **MORE_LIMITS | {"max_num_seqs": 4} | options)
 
 
 def run(llm: LLM, order: Sequence[int], arrivals: int = NUM_REQUESTS) -> dict[int, RequestOutput]:
@@ -81,7 +83,8 @@ def alone(tiny_model: tuple) -> dict[int, RequestOutput]:
 
 
 @pytest.mark.parametrize(
-    ("max_num_seqs", "budget"), [pytest.param(2, 64, marks=pytest.mark.slow), (4, 16), (8, 256)]
+    ("max_num_seqs", "budget"),
+    [(4, 16), *(pytest.param(*one, marks=pytest.mark.slow) for one in ((2, 64), (8, 256)))],
 )
 def test_batch_and_budget_change_no_token(
     tiny_model: tuple, alone: dict, budget: int, max_num_seqs: int
@@ -132,7 +135,7 @@ def test_rows_in_bfloat16_are_their_own_too(tiny_directory: Path) -> None:
     model = dense.load(tiny_directory, jnp.bfloat16)
     llm = make_llm(model, max_num_seqs=2, max_num_batched_tokens=16)
     prompt, params = make_prompts()[0], make_params(2)
-    single, _ = llm.generate([prompt, [3]], [params, SamplingParams(max_tokens=1)], use_tqdm=False)
+    single, _ = llm.generate([prompt, [3]], [params, dataclasses.replace(params, max_tokens=1)], use_tqdm=False)
     double = llm.generate([prompt, prompt], params, use_tqdm=False)
     for output in double:
         assert output.outputs[0].token_ids == single.outputs[0].token_ids
