@@ -20,7 +20,7 @@ PARAMS: list[dict[str, Any]] = [
     {"temperature": 0, "repetition_penalty": 1.4, "presence_penalty": 0.5, "ignore_eos": True},
     {"seed": 6, "bad_words": ["a", "bc", "th"], "frequency_penalty": 0.3},
     {"seed": 7, "n": 3, "stop_token_ids": STOPS},
-    {"seed": 8, "logprobs": 3, "prompt_logprobs": 2, "stop_token_ids": STOPS},
+    {"seed": 8, "prompt_logprobs": 2, "stop_token_ids": STOPS},
     {"seed": 9, "max_tokens": 1},
     {"seed": 10, "max_tokens": 1, "prompt_logprobs": 0},
     {"temperature": 0, "max_tokens": None, "ignore_eos": True},
@@ -46,7 +46,8 @@ def run(llm: LLM) -> list[RequestOutput]:
     outputs: dict[str, RequestOutput] = {}
     while waiting or llm.has_unfinished_requests():
         for index in waiting[:3]:
-            params = SamplingParams(**{"max_tokens": 30, **PARAMS[index]})
+            # With log-probabilities for all: steps with and without have samplers of their own.
+            params = SamplingParams(**{"max_tokens": 30, "logprobs": 3, **PARAMS[index]})
             llm.add_request(str(index), prompts[index], params)
         waiting = waiting[3:]
         for output in llm.step():

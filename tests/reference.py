@@ -46,8 +46,8 @@ Every size that differs costs programs, which are what tests spend their time on
 a decode step and one of a prompt are all of these limits. Laws about sizes have others.
 """
 
-MORE_LIMITS = TINY_LIMITS | {"max_num_seqs": 8, "max_num_batched_tokens": 64}
-"""Up to 8 rows of a decode step, and 1, 2 and 4 of prompts."""
+MORE_LIMITS = TINY_LIMITS | {"max_num_batched_tokens": 64}
+"""Up to 1, 2 and 4 rows of a decode step and of prompts."""
 
 TIGHT = {"num_pages": 9}
 """A pool that holds the largest request and little more: whoever runs beside it is preempted."""

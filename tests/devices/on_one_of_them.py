@@ -94,8 +94,14 @@ def test_sleep_and_snapshots_stay_on_the_device(llm: LLM) -> None:
     assert [one.outputs[0].token_ids for one in outputs] == [expected]
 
 
-@pytest.mark.parametrize("of_build", [contextlib.nullcontext, in_mesh])
-@pytest.mark.parametrize("of_call", [contextlib.nullcontext, in_mesh])
+@pytest.mark.parametrize(
+    ("of_build", "of_call"),
+    [
+        (contextlib.nullcontext, in_mesh),
+        (in_mesh, contextlib.nullcontext),
+        pytest.param(in_mesh, in_mesh, marks=pytest.mark.slow),
+    ],
+)
 def test_the_mesh_of_the_caller_does_not_matter(
     second: tuple, llm: LLM, of_build: Callable[..., Any], of_call: Callable[..., Any]
 ) -> None:

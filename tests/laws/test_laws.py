@@ -42,8 +42,7 @@ def make_params(index: int) -> SamplingParams:
 
 
 def make_llm(model: tuple, **options: Any) -> LLM:
-    """Of four requests at once: every number of rows takes samplers of its own."""
-    return LLM(model, **MORE_LIMITS | {"max_num_seqs": 4} | options)
+    return LLM(model, **MORE_LIMITS | options)
 
 
 def run(llm: LLM, order: Sequence[int], arrivals: int = NUM_REQUESTS) -> dict[int, RequestOutput]:

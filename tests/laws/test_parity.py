@@ -50,21 +50,28 @@ def check_greedy(llm: LLM, model: object, prompts: list[list[int]], num_tokens: 
 LENGTHS = [3, 5, 8, 13, 16, 17, 31, 40, 48, 63, 64, 65, 100, 129, 160, 200]
 
 
-def prompts_of(llm: LLM) -> list[list[int]]:
+def prompts_of(llm: LLM, lengths: list[int]) -> list[list[int]]:
     ids = llm.get_tokenizer().encode(PARAGRAPH * 2)
-    prompts = [ids[start : start + length] for start, length in enumerate(LENGTHS)]
-    assert [len(prompt) for prompt in prompts] == LENGTHS
+    prompts = [ids[start : start + length] for start, length in enumerate(lengths)]
+    assert [len(prompt) for prompt in prompts] == lengths
     return prompts
 
 
-def test_embedded_model_gives_the_tokens_of_transformers(real_llm: LLM) -> None:
-    """16 prompts of 3 to 200 tokens, four at a time, chunked: 64 new tokens each.
+@pytest.mark.parametrize(
+    ("lengths", "num_tokens"),
+    [([3, 16, 17, 63, 65, 200], 24), pytest.param(LENGTHS, 64, marks=pytest.mark.slow)],
+    ids=["some", "all"],
+)
+def test_embedded_model_gives_the_tokens_of_transformers(
+    real_llm: LLM, lengths: list[int], num_tokens: int
+) -> None:
+    """Prompts of 3 to 200 tokens, four at a time, chunked, around pages and rows of a step.
 
     One forward pass of transformers over prompt and output: if each token is the likeliest after
     those before it, they are what greedy decoding gives.
     """
-    params = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True, logprobs=0)
-    outputs = real_llm.generate(prompts_of(real_llm), params, use_tqdm=False)
+    params = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True, logprobs=0)
+    outputs = real_llm.generate(prompts_of(real_llm, lengths), params, use_tqdm=False)
     for output in outputs:
         completion = output.outputs[0]
         length = len(output.prompt_token_ids)
@@ -81,7 +88,7 @@ def test_embedded_model_gives_the_tokens_of_transformers(real_llm: LLM) -> None:
 @pytest.mark.slow
 def test_embedded_model_gives_the_tokens_of_transformers_generate(real_llm: LLM) -> None:
     """The same prompts by its own loop, one after the other."""
-    check_greedy(real_llm, reference.embedded_model(), prompts_of(real_llm), num_tokens=64)
+    check_greedy(real_llm, reference.embedded_model(), prompts_of(real_llm, LENGTHS), num_tokens=64)
 
 
 def test_prefill_and_decode_give_the_logits_of_transformers(

@@ -1,4 +1,4 @@
-"""Sampling parameters against transformers' own generate: the real model, eight prompts, greedy."""
+"""Sampling parameters against transformers' own generate: the real model, four prompts, greedy."""
 
 import functools
 from typing import Any
@@ -10,7 +10,7 @@ from folojax import LLM, SamplingParams
 from tests import reference
 from tests.laws.test_parity import PARAGRAPH
 
-NUM_PROMPTS = 8
+NUM_PROMPTS = 4
 PROMPT_LEN = 24
 NUM_TOKENS = 12
 

@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -55,11 +56,13 @@ EVERYTHING: list[dict[str, Any]] = [
 ]
 CUT = [EVERYTHING[k] for k in (0, 2, 3, 5)]
 """Those of two classes, greedy and truncated."""
+EDITED = [EVERYTHING[0], EVERYTHING[4] | {"n": 2}, EVERYTHING[5] | {"prompt_logprobs": 1}]
+"""Those of greedy and edited."""
 GREEDY: list[dict[str, Any]] = [{"temperature": 0.0}] * 6
 """The smallest plan, where every shape of a step is a program of the whole model."""
 
 
-def run_everything(llm: LLM, kinds: list[dict[str, Any]] = EVERYTHING) -> None:
+def run_everything(llm: LLM, kinds: list[dict[str, Any]]) -> None:
     """Mixed lengths, sampling classes, log-probabilities, shared pages, copies, preemptions."""
     rng = np.random.default_rng(0)
     common = prompt(20, seed=9)["prompt_token_ids"]
@@ -79,20 +82,37 @@ def run_everything(llm: LLM, kinds: list[dict[str, Any]] = EVERYTHING) -> None:
         llm.score(prompt(11), [prompt(7, 1), prompt(20, 2)], use_tqdm=False)
 
 
+def check_that_nothing_compiles(
+    llm: LLM, counter: CompileCounter, needed: Sequence[SamplingClass], kinds: list[dict[str, Any]]
+) -> None:
+    """After a warm-up for these classes, with work of these kinds."""
+    assert llm.warm_up(needed) == len(llm.plan(needed)) > 8
+    before = counter.count
+    assert before > 0
+    run_everything(llm, kinds)
+    assert llm.metrics().num_preemptions > 0
+    assert llm.metrics().num_prefix_hit_tokens > 0
+    assert counter.count == before
+
+
 @pytest.mark.parametrize("is_deterministic", [False, True])
 def test_no_workload_compiles_after_a_warm_up(
     tiny_model: tuple, counter: CompileCounter, is_deterministic: bool
 ) -> None:
     llm = make(tiny_model, strict=True, deterministic=is_deterministic)
     needed = [SamplingClass.GREEDY, SamplingClass.TRUNCATED]
-    classes = needed if is_deterministic else tuple(SamplingClass)
-    assert llm.warm_up(classes) == len(llm.plan(classes)) > 8
-    before = counter.count
-    assert before > 0
-    run_everything(llm, CUT if is_deterministic else EVERYTHING)
-    assert llm.metrics().num_preemptions > 0
-    assert llm.metrics().num_prefix_hit_tokens > 0
-    assert counter.count == before
+    check_that_nothing_compiles(llm, counter, needed, CUT)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["layers", "whole"])
+def test_no_workload_of_any_class_compiles_after_a_warm_up(
+    tiny_model: tuple, counter: CompileCounter, request: pytest.FixtureRequest, kind: str
+) -> None:
+    if kind == "whole":
+        request.getfixturevalue("whole_steps")
+    llm = make(tiny_model, strict=True)
+    check_that_nothing_compiles(llm, counter, tuple(SamplingClass), EVERYTHING)
 
 
 WHOLE = dataclasses.replace(
@@ -138,7 +158,7 @@ def test_structured_outputs_compile_nothing_after_a_warm_up(
     """Where steps are whole, model and sampler are two programs while a grammar is followed."""
     if kind == "whole":
         request.getfixturevalue("whole_steps")
-    limits: dict[str, Any] = {"max_num_seqs": 8, "max_model_len": 64, "max_num_batched_tokens": 128}
+    limits: dict[str, Any] = {"max_num_seqs": 4, "max_model_len": 64, "max_num_batched_tokens": 128}
     llm = LLM(tiny_model, make_letters_tokenizer(), strict=True, **limits)
     assert llm.engine.runner.steps.kind == kind
     wanted: dict[str, Any] = {"logprobs": False, "structured_outputs": True}
@@ -161,14 +181,10 @@ def test_structured_outputs_compile_nothing_after_a_warm_up(
 def test_no_workload_of_whole_steps_compiles_after_a_warm_up(
     tiny_model: tuple, counter: CompileCounter, whole_steps: None
 ) -> None:
-    llm = make(tiny_model, strict=True)
-    assert llm.warm_up() == len(llm.plan())
-    before = counter.count
-    assert before > 0
-    run_everything(llm)
-    assert llm.metrics().num_preemptions > 0
-    assert llm.metrics().num_prefix_hit_tokens > 0
-    assert counter.count == before
+    """Of two classes; the next test has a third, and those before it the fourth."""
+    llm = make(tiny_model, strict=True, max_logprobs=1)
+    needed = [SamplingClass.GREEDY, SamplingClass.EDITED]
+    check_that_nothing_compiles(llm, counter, needed, EDITED)
 
 
 def test_an_engine_may_warm_up_when_it_is_made(

@@ -22,6 +22,8 @@ from tests.sampling_rows import (
     reference_probability,
 )
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 TRUNCATED = SamplingSpec(SamplingClass.TRUNCATED)
 
 
