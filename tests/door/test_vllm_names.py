@@ -239,7 +239,7 @@ def differs_limits(llm: LLM) -> None:
 def differs_memory(llm: LLM) -> None:
     limits = {name: value for name, value in MORE_LIMITS.items() if name != "num_pages"}
     capped = LLM((llm.model, llm.params), **limits, gpu_memory_utilization=0.9)
-    assert capped.config.num_pages == 8 * 128 // 16
+    assert capped.config.num_pages == MORE_LIMITS["max_num_seqs"] * 128 // 16
     assert ", all that max_num_seqs can use of memory_fraction;" in str(capped.memory_plan)
     assert "memory_fraction;" not in str(llm.memory_plan)
 

@@ -155,13 +155,13 @@ def test_nothing_changes_a_bit(
         assert found[-1][0] > 0, "nothing was preempted"
 
 
+@pytest.mark.parametrize("indices", [(0, 1, 2), (3, 5)])
 def test_forks_and_snapshots_change_no_bit(
-    tiny_model: tuple, tiny_work: Workload, tiny_expected: dict
+    tiny_model: tuple, tiny_work: Workload, tiny_expected: dict, indices: tuple[int, ...]
 ) -> None:
-    """Midway through each request, beside it and in another engine."""
+    """Midway through each request, of every kind, beside it and in another engine."""
     llm = LLM(tiny_model, **MORE_LIMITS, deterministic=True)
     other = LLM(tiny_model, **MORE_LIMITS, deterministic=True, min_swap_tokens=0)
-    indices = (0, 1, 2, 3, 5)  # every kind
     for i in indices:
         llm.add_request(str(i), tiny_work.prompts[i], tiny_work.params[i])
     for _ in range(9):
