@@ -134,7 +134,9 @@ def test_rows_in_bfloat16_are_their_own_too(tiny_directory: Path) -> None:
     model = dense.load(tiny_directory, jnp.bfloat16)
     llm = make_llm(model, max_num_seqs=2, max_num_batched_tokens=16)
     prompt, params = make_prompts()[0], make_params(2)
-    single, _ = llm.generate([prompt, [3]], [params, dataclasses.replace(params, max_tokens=1)], use_tqdm=False)
+    single, _ = llm.generate(
+        [prompt, [3]], [params, dataclasses.replace(params, max_tokens=1)], use_tqdm=False
+    )
     double = llm.generate([prompt, prompt], params, use_tqdm=False)
     for output in double:
         assert output.outputs[0].token_ids == single.outputs[0].token_ids

@@ -1,7 +1,6 @@
 """Laws of a model with recurrent layers: a request's state is its own, and ends with it."""
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,12 +12,11 @@ from folojax import LLM, SamplingParams
 from folojax.backend import backend
 from folojax.models.core.shards import problems_of
 from folojax.models.files.hf_config import config_from_hf
-from tests import dense, reference
 from tests.conftest import check_is_empty
-from tests.families import config_of, save_family
+from tests.families import config_of
+from tests.greedy_work import PARAMS, Work, begin, check_ends, check_orders, generate, make_work
 from tests.reference import TIGHT, TINY_LIMITS
 
-PARAMS = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
 # Two rows of prompts in a call, so that rows of one prompt follow each other.
 LIMITS = TINY_LIMITS | {"max_num_batched_tokens": 32, "check_integrity": True}
 
@@ -30,25 +28,8 @@ LIMITS = TINY_LIMITS | {"max_num_batched_tokens": 32, "check_integrity": True}
         *(pytest.param(one, marks=pytest.mark.slow) for one in ("nemotron-h", "lfm2", "falcon-h1")),
     ],
 )
-def hybrid(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A model, prompts, and the tokens that transformers finds likeliest behind them."""
-    directory: Path = tmp_path_factory.mktemp("hybrid")
-    theirs = save_family(request.param, directory)
-    model = dense.load(directory)
-    rng = np.random.default_rng(0)
-    prompts = [rng.integers(3, 128, n).tolist() for n in (1, 84, 17, 70, 33, 5)]
-    found = generate(LLM(model, **LIMITS | TIGHT), prompts)
-    for prompt, tokens in zip(prompts, found, strict=True):
-        logits = reference.logits(theirs, prompt + tokens)[len(prompt) - 1 : -1]
-        assert tokens == logits.argmax(axis=-1).tolist()
-    return model, prompts, found
-
-
-def generate(llm: LLM, prompts: list[list[int]]) -> list[list[int]]:
-    """Greedily, all at once; nothing is left behind."""
-    outputs = llm.generate(prompts, PARAMS, use_tqdm=False)
-    check_is_empty(llm)
-    return [list(output.outputs[0].token_ids) for output in outputs]
+def hybrid(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Work:
+    return make_work(request.param, tmp_path_factory.mktemp("hybrid"), LIMITS)
 
 
 OPTIONS: list[dict[str, Any]] = [
@@ -63,7 +44,7 @@ OPTIONS: list[dict[str, Any]] = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_options_change_no_token(hybrid: Any, options: dict[str, Any]) -> None:
+def test_options_change_no_token(hybrid: Work, options: dict[str, Any]) -> None:
     model, prompts, expected = hybrid
     assert generate(LLM(model, **LIMITS | options), prompts) == expected
 
@@ -71,7 +52,7 @@ def test_options_change_no_token(hybrid: Any, options: dict[str, Any]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"max_decode_steps": 4}], ids=str)
 def test_programs_that_are_whole(
-    hybrid: Any, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    hybrid: Work, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a GPU: one program a step, and tokens of prompts one behind the other."""
     whole = dataclasses.replace(backend.CPU, steps="whole")
@@ -83,34 +64,21 @@ def test_programs_that_are_whole(
         assert generate(llm, prompts) == expected
 
 
-def test_preemption_forks_and_snapshots_change_no_token(hybrid: Any) -> None:
+def test_preemption_forks_and_snapshots_change_no_token(hybrid: Work) -> None:
     """In an engine whose slots hold the states of others already, and after it has slept."""
-    model, prompts, expected = hybrid
-    llm = LLM(model, **LIMITS | TIGHT)
-    for order in ([3, 0, 5, 1, 4, 2], [1, 2, 3, 4, 5, 0]):
-        found = generate(llm, [prompts[i] for i in order])
-        assert found == [expected[i] for i in order]
-        assert llm.metrics().num_preemptions > 0
-        llm.sleep()
-        llm.wake_up()
-    llm.add_request("a", prompts[2], PARAMS)
-    for _ in range(12):
-        llm.step()
-    llm.fork("a", "b")
+    llm = LLM(hybrid.model, **LIMITS | TIGHT)
+    check_orders(llm, hybrid)
+    llm.sleep()
+    llm.wake_up()
+    check_orders(llm, hybrid)
+    begin(llm, hybrid)
     snapshot = llm.snapshot("a")
     assert snapshot.kv is None, "without the states it would be of no use"
     llm.resume(snapshot, "c")
-    found = []
-    while llm.has_unfinished_requests():
-        found += [list(one.outputs[0].token_ids) for one in llm.step() if one.finished]
-    assert found == [expected[2]] * 3
-    sampled = SamplingParams(n=3, temperature=1, top_k=1, max_tokens=30, ignore_eos=True)
-    (output,) = llm.generate([prompts[4]], sampled, use_tqdm=False)
-    assert [list(one.token_ids) for one in output.outputs] == [expected[4]] * 3
-    check_is_empty(llm)
+    check_ends(llm, hybrid)
 
 
-def test_what_a_state_was_before_is_never_seen(hybrid: Any) -> None:
+def test_what_a_state_was_before_is_never_seen(hybrid: Work) -> None:
     """NaN in every state, as a request that went wrong leaves it."""
     model, prompts, expected = hybrid
     llm = LLM(model, **LIMITS | TIGHT)
@@ -122,7 +90,7 @@ def test_what_a_state_was_before_is_never_seen(hybrid: Any) -> None:
     assert generate(llm, prompts) == expected
 
 
-def test_states_are_in_the_memory_plan(hybrid: Any) -> None:
+def test_states_are_in_the_memory_plan(hybrid: Work) -> None:
     model, _, _ = hybrid
     few, more = (LLM(model, **LIMITS | TIGHT | {"max_num_seqs": n}) for n in (2, 8))
     states = few.engine.runner.state.cache.states
@@ -135,7 +103,7 @@ def test_states_are_in_the_memory_plan(hybrid: Any) -> None:
     assert sum(one.nbytes for one in pages) == few.memory_plan.pages_bytes
 
 
-def test_a_prompt_is_found_where_a_state_was_kept(hybrid: Any) -> None:
+def test_a_prompt_is_found_where_a_state_was_kept(hybrid: Work) -> None:
     """At its last full page; where prompts part, from the third on; where that of a group ends."""
     model, prompts, expected = hybrid
     # In these limits, so that programs are those of the other tests.
@@ -174,7 +142,7 @@ def test_a_prompt_is_found_where_a_state_was_kept(hybrid: Any) -> None:
 @pytest.mark.parametrize("num_states", [1, 2])
 @pytest.mark.parametrize("options", [{}, TIGHT, {"max_num_batched_tokens": 16}], ids=str)
 def test_few_kept_states_change_no_token(
-    hybrid: Any, options: dict[str, Any], num_states: int
+    hybrid: Work, options: dict[str, Any], num_states: int
 ) -> None:
     model, prompts, expected = hybrid
     llm = LLM(model, **LIMITS | options | {"num_prefix_states": num_states})
@@ -194,7 +162,7 @@ def test_what_is_not_shared_out_is_refused(case: str, told: str) -> None:
     assert any(told in problem for problem in problems_of(config, 2))
 
 
-def test_what_keeps_pages_alone_is_off_or_refused(hybrid: Any, tiny_model: tuple) -> None:
+def test_what_keeps_pages_alone_is_off_or_refused(hybrid: Work, tiny_model: tuple) -> None:
     model, _, _ = hybrid
     with pytest.raises(ValueError, match="num_host_pages is 4; the model has recurrent layers"):
         LLM(model, **LIMITS | {"num_host_pages": 4})

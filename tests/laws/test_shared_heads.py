@@ -4,53 +4,33 @@ Keys and values that layers share; heads of two sizes in one, residual streams i
 """
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from folojax import LLM, ActivationEdit, SamplingParams
+from folojax import LLM, ActivationEdit
 from folojax.backend import backend
 from folojax.models.quantized.quantize import is_quantized, quantize
-from tests import dense, reference
-from tests.conftest import check_is_empty
-from tests.families import save_family
+from tests import dense
+from tests.greedy_work import PARAMS, Work, begin, check_ends, generate, make_work
 from tests.reference import TIGHT, TINY_LIMITS
 
 pytestmark = pytest.mark.slow
 
-PARAMS = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
 LIMITS = TINY_LIMITS | {"max_num_batched_tokens": 32, "check_integrity": True}
 
 
 @pytest.fixture(scope="module", params=["gemma4", "gemma3n"])
-def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A model, prompts, and the tokens that transformers finds likeliest behind them."""
-    directory: Path = tmp_path_factory.mktemp("shared")
-    theirs = save_family(request.param, directory)
-    model = dense.load(directory)
-    rng = np.random.default_rng(0)
-    prompts = [rng.integers(3, 128, n).tolist() for n in (1, 84, 17, 70, 33, 5)]
-    found = generate(LLM(model, **LIMITS | TIGHT), prompts)
-    for prompt, tokens in zip(prompts, found, strict=True):
-        logits = reference.logits(theirs, prompt + tokens)[len(prompt) - 1 : -1]
-        assert tokens == logits.argmax(axis=-1).tolist()
-    return model, prompts, found
-
-
-def generate(llm: LLM, prompts: list[list[int]]) -> list[list[int]]:
-    """Greedily, all at once; nothing is left behind."""
-    outputs = llm.generate(prompts, PARAMS, use_tqdm=False)
-    check_is_empty(llm)
-    return [list(output.outputs[0].token_ids) for output in outputs]
+def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Work:
+    return make_work(request.param, tmp_path_factory.mktemp("shared"), LIMITS)
 
 
 @pytest.mark.parametrize(
     "options", [{"max_num_batched_tokens": 16}, {"max_decode_steps": 4}], ids=str
 )
 def test_options_and_whole_programs_change_no_token(
-    shared: Any, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    shared: Work, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, prompts, expected = shared
     assert generate(LLM(model, **LIMITS | options), prompts) == expected
@@ -58,30 +38,23 @@ def test_options_and_whole_programs_change_no_token(
     assert generate(LLM(model, **LIMITS | options), prompts) == expected
 
 
-def test_swaps_forks_and_snapshots_change_no_token(shared: Any) -> None:
+def test_swaps_forks_and_snapshots_change_no_token(shared: Work) -> None:
     """Pages of all layers leave for the host and come back, as pages and as tokens."""
     model, prompts, expected = shared
     llm = LLM(model, **LIMITS | TIGHT | {"num_host_pages": 32, "min_swap_tokens": 1})
     assert generate(llm, prompts) == expected
     assert llm.metrics().num_preemptions > 0
-    llm.add_request("a", prompts[2], PARAMS)
-    for _ in range(12):
-        llm.step()
-    llm.fork("a", "b")
+    begin(llm, shared)
     snapshot = llm.snapshot("a")
     assert snapshot.kv is not None
     if model[0].config.full_head_dim:
         assert snapshot.kv.keys.shape[::2] == (1, 1), "layers differ, and lie side by side"
         assert snapshot.kv.keys.shape[3] == 2 * (2 * 16 + 2 * 32)
     llm.resume(snapshot, "c")
-    found = []
-    while llm.has_unfinished_requests():
-        found += [list(one.outputs[0].token_ids) for one in llm.step() if one.finished]
-    assert found == [expected[2]] * 3
-    check_is_empty(llm)
+    check_ends(llm, shared)
 
 
-def test_order_and_cached_pages_change_no_token(shared: Any) -> None:
+def test_order_and_cached_pages_change_no_token(shared: Work) -> None:
     model, prompts, expected = shared
     llm = LLM(model, **LIMITS)
     assert generate(llm, prompts[::-1]) == expected[::-1]
@@ -92,7 +65,7 @@ def test_order_and_cached_pages_change_no_token(shared: Any) -> None:
 
 
 @pytest.mark.parametrize("quantization", ["int8", "int4"])
-def test_embeddings_by_layer_may_be_of_few_bits(shared: Any, quantization: str) -> None:
+def test_embeddings_by_layer_may_be_of_few_bits(shared: Work, quantization: str) -> None:
     (module, params), prompts, _ = shared
     table = quantize("layer_embed", params["layer_embed"], quantization)
     assert is_quantized(table)
@@ -103,7 +76,7 @@ def test_embeddings_by_layer_may_be_of_few_bits(shared: Any, quantization: str) 
     assert len(generate(llm, prompts[:2])) == 2
 
 
-def test_an_edited_stream_is_that_of_the_token_alone(shared: Any) -> None:
+def test_an_edited_stream_is_that_of_the_token_alone(shared: Work) -> None:
     """Of several streams the first is edited; that of others stays."""
     model, prompts, expected = shared
     edit = ActivationEdit(name="flip", layers=(1,), apply=lambda x, layer: -x)
@@ -115,7 +88,7 @@ def test_an_edited_stream_is_that_of_the_token_alone(shared: Any) -> None:
     assert changed != plain
 
 
-def test_streams_are_read_behind_layers(shared: Any) -> None:
+def test_streams_are_read_behind_layers(shared: Work) -> None:
     """What lies beside the stream is none of it."""
     (module, params), prompts, _ = shared
     llm = LLM((module, params), **LIMITS, activation_taps=(0, 2))
