@@ -24,6 +24,7 @@ from folojax.models.machine.triton import triton
 
 _LEAST_ROWS, _MOST_ROWS = 16, 128  # of a tile
 _OUTPUTS, _INPUTS = 128, 64  # of a product
+_ALIGNED = 16  # inputs of which rows and kernels have a multiple
 
 
 def by_expert(
@@ -31,7 +32,7 @@ def by_expert(
 ) -> Float[Array, "M O"]:
     """Each run of rows, of these sizes, times the kernel of its expert, in float32."""
     is_half = rows.dtype == kernels.dtype and jnp.dtype(rows.dtype).itemsize == 2
-    if triton is None or not is_half or rows.shape[1] % _INPUTS:
+    if triton is None or not is_half or rows.shape[1] % _ALIGNED:
         return _plain(rows, kernels, sizes)
     product: Float[Array, "M O"] = kernel_or(multiply_tiles, _plain)(rows, kernels, sizes)
     return product
@@ -44,7 +45,7 @@ def _plain(rows: Any, kernels: Any, sizes: Any) -> Any:
 def multiply_tiles(
     rows: Float[Array, "M I"], kernels: Float[Array, "X I O"], sizes: Int[Array, " X"]
 ) -> Float[Array, "M O"]:
-    """The kernel itself, in half precision; I is a multiple of 64."""
+    """The kernel itself, in half precision."""
     num_rows, width_in = rows.shape
     count, _, width_out = kernels.shape
     # Tiles as high as a run of average length; half of the runs need two.
@@ -99,18 +100,22 @@ def _multiply(
         is_row, is_output = row < end, output < out_ref.shape[1]
         of_rows = jnp.broadcast_to(is_row[:, None], (height, _INPUTS))
         of_kernel = jnp.broadcast_to(is_output[None, :], (_INPUTS, _OUTPUTS))
+        is_even = width_in % _INPUTS == 0
 
         def add(step: Any, total: Any) -> Any:
             number = step * _INPUTS + jnp.arange(_INPUTS)
-            left = triton.load(rows_ref.at[row[:, None], number[None, :]], mask=of_rows, other=0.0)
+            is_input = number < width_in  # all are, but of the last step
+            here = of_rows if is_even else of_rows & is_input[None, :]
+            left = triton.load(rows_ref.at[row[:, None], number[None, :]], mask=here, other=0.0)
+            here = of_kernel if is_even else of_kernel & is_input[:, None]
             right = triton.load(
-                kernels_ref.at[expert, number[:, None], output[None, :]], mask=of_kernel, other=0.0
+                kernels_ref.at[expert, number[:, None], output[None, :]], mask=here, other=0.0
             )
             dims = (((1,), (0,)), ((), ()))
             part = jax.lax.dot_general(left, right, dims, preferred_element_type=jnp.float32)
             return total + part
 
         nothing = jnp.zeros((height, _OUTPUTS), jnp.float32)
-        total = jax.lax.fori_loop(0, width_in // _INPUTS, add, nothing)
+        total = jax.lax.fori_loop(0, pl.cdiv(width_in, _INPUTS), add, nothing)
         mask = is_row[:, None] & is_output[None, :]
         triton.store(out_ref.at[row[:, None], output[None, :]], total, mask=mask)

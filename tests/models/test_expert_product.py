@@ -14,18 +14,18 @@ from folojax.models.core.expert_product import by_expert, multiply_tiles
 
 
 @pytest.mark.parametrize(
-    ("sizes", "width_out"),
+    ("sizes", "width_in", "width_out"),
     [
-        ([5, 0, 1, 20, 0, 16], 200),  # runs of nothing, of one row, of whole tiles and more
-        ([0, 0, 0, 0, 0, 3], 64),
-        pytest.param([150, 0, 130, 1, 0, 1], 128, marks=pytest.mark.slow),
+        ([5, 0, 1, 20, 0, 16], 144, 200),  # runs of nothing, of one row, of whole tiles and more
+        ([0, 0, 0, 0, 0, 3], 128, 64),
+        pytest.param([150, 0, 130, 1, 0, 1], 128, 128, marks=pytest.mark.slow),
     ],
     ids=str,
 )
-def test_it_is_a_product_of_each_run(sizes: list[int], width_out: int) -> None:
+def test_it_is_a_product_of_each_run(sizes: list[int], width_in: int, width_out: int) -> None:
     keys = jax.random.split(jax.random.key(0))
-    rows = jax.random.normal(keys[0], (sum(sizes), 128), jnp.bfloat16)
-    kernels = jax.random.normal(keys[1], (len(sizes), 128, width_out), jnp.bfloat16)
+    rows = jax.random.normal(keys[0], (sum(sizes), width_in), jnp.bfloat16)
+    kernels = jax.random.normal(keys[1], (len(sizes), width_in, width_out), jnp.bfloat16)
     with mock.patch.object(pl, "pallas_call", functools.partial(pl.pallas_call, interpret=True)):
         found = jax.jit(multiply_tiles)(rows, kernels, jnp.asarray(sizes))
     expert = np.repeat(np.arange(len(sizes)), sizes)
