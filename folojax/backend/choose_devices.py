@@ -6,8 +6,11 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 
 from folojax.backend.devices import Devices, default_device
+from folojax.models.core.config import ModelConfig
 from folojax.models.core.decoder import Llama
-from folojax.models.core.shards import parts_of, problems_of
+from folojax.models.core.shards import is_cut, part_shape, parts_of, problems_of
+from folojax.models.quantized.by_outputs import misfit
+from folojax.models.quantized.quantize import is_quantized
 
 
 def choose_devices(
@@ -98,10 +101,26 @@ def _check_parts(params: Any, count: int) -> None:
         )
 
 
-def check_cut(model: Llama, devices: Devices, quantization: str | None) -> None:
-    """Raises a ValueError if a model cannot be cut for so many devices."""
-    problems = problems_of(model.config, devices.count)
-    if quantization and devices.count > 1:
-        problems.append(f"quantization is {quantization!r}, which is for one device")
+def check_cut(model: Llama, devices: Devices, params: Any) -> None:
+    """Raises a ValueError if a model, with such parameters, cannot be cut for so many devices."""
+    count = devices.count
+    problems = problems_of(model.config, count)
+    if count > 1 and not problems:
+        problems = _misfits(params, model.config, count)
     if problems:
         raise ValueError(f"tensor_parallel_size is {devices.count}: " + "; ".join(problems))
+
+
+def _misfits(params: Any, config: ModelConfig, count: int) -> list[str]:
+    """Which quantised kernels cannot be cut for so many devices."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_quantized)
+    kernels = [(path[-1].key, leaf) for path, leaf in flat if is_quantized(leaf)]
+    found: dict[str, None] = {}
+    for name, kernel in kernels:
+        if not is_cut(name, kernel):
+            shape = part_shape(name, kernel, config, count)
+            needed = misfit(kernel, shape)
+            if needed is not None:
+                told = f"{name} would be {list(shape)} on each, and must be {needed}"
+                found[told] = None
+    return list(found)

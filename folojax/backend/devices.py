@@ -31,8 +31,9 @@ from folojax.models.core.shards import (
     join,
     join_params,
     part_of,
-    spec_of,
+    specs_of,
 )
+from folojax.models.quantized.quantize import is_quantized
 
 _T = TypeVar("_T")
 
@@ -117,16 +118,18 @@ class Devices:
 
         def placed(path: Any, leaf: Any) -> Any:
             name = path[-1].key
-            form = _form(name, leaf.shape, leaf.dtype, config, self.count)
-            return _shape(form, self._param(name, config))
+            shape = jax.tree.map(lambda one: _shape(one, None), leaf)
+            form = _form(name, shape, config, self.count)
+            return jax.tree.map(_shape, form, self._param(name, form, config))
 
-        return jax.tree_util.tree_map_with_path(placed, params)
+        return jax.tree_util.tree_map_with_path(placed, params, is_leaf=is_quantized)
 
-    def place_param(self, name: str, leaf: Any, config: ModelConfig) -> jax.Array:
+    def place_param(self, name: str, leaf: Any, config: ModelConfig) -> Any:
         """A parameter of that name in its layer or model, as it lies here; of NumPy or JAX."""
         if self.count == 1:
             return self.place(leaf)
-        return self._put(cut(name, leaf, config, self.count), self._param(name, config))
+        leaf = cut(name, leaf, config, self.count)
+        return jax.tree.map(self._put, leaf, self._param(name, leaf, config))
 
     def place_params(self, params: Any, config: ModelConfig) -> Any:
         """Parameters as they lie here.
@@ -148,29 +151,35 @@ class Devices:
         No device gets the whole of what is cut, if that divides as it lies.
         """
 
-        def copied(path: Any, leaf: Any) -> Any:
+        def copied(spec: PartitionSpec, leaf: Any) -> Any:
             if not isinstance(leaf, jax.Array) or self._may_take(leaf):
                 return leaf
             if self.count == 1:
                 return self.place(leaf)
-            spec = spec_of(str(getattr(path[-1], "key", "")), config)
             is_even = leaf.ndim >= len(spec) and not any(
                 size % self.count for size, axis in zip(leaf.shape, spec, strict=False) if axis
             )
             return jax.device_put(leaf, self.over(spec) if is_even else self.whole)
 
-        return jax.tree_util.tree_map_with_path(copied, params)
+        def of_param(path: Any, param: Any) -> Any:
+            leaves, tree = jax.tree.flatten(param)
+            specs = specs_of(str(getattr(path[-1], "key", "")), param, config)
+            return jax.tree.unflatten(tree, map(copied, specs, leaves))
+
+        return jax.tree_util.tree_map_with_path(of_param, params, is_leaf=is_quantized)
 
     def _place_block(self, block: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
         """The parameters of a layer, or those outside of the layers."""
         forms = self.param_shapes(block, config)
         moved = {
-            name: _without_axis_types(leaf)
+            name: jax.tree.map(_without_axis_types, leaf)
             for name, leaf in block.items()
-            if self._is_over(leaf) and not lies_as(leaf, forms[name])
+            if all(map(self._is_over, jax.tree.leaves(leaf)))
+            and not all(map(lies_as, jax.tree.leaves(leaf), jax.tree.leaves(forms[name])))
         }
         if moved:
-            block = block | _mover(self, tuple(moved), config)(moved)
+            forms = {name: forms[name] for name in moved}
+            block = block | _mover(self.count, tuple(forms.items()), config)(moved)
         return {name: self.place_param(name, leaf, config) for name, leaf in block.items()}
 
     def join_param(self, name: str, leaf: Any, config: ModelConfig) -> Any:
@@ -223,8 +232,10 @@ class Devices:
             return False
         return tuple(leaf.sharding.mesh.devices.flat) == self.given
 
-    def _param(self, name: str, config: ModelConfig) -> NamedSharding:
-        return self.over(spec_of(name, config))
+    def _param(self, name: str, leaf: Any, config: ModelConfig) -> Any:
+        """How a parameter lies, array by array; it is in the form of `cut`."""
+        lies = map(self.over, specs_of(name, leaf, config))
+        return jax.tree.unflatten(jax.tree.structure(leaf), lies)
 
     def over(self, spec: PartitionSpec) -> NamedSharding:
         """Over the mesh of several."""
@@ -294,16 +305,13 @@ def _without_axis_types(leaf: jax.Array) -> jax.Array:
 
 
 @functools.lru_cache(maxsize=1024)
-def _form(
-    name: str, shape: tuple[int, ...], dtype: Any, config: ModelConfig, count: int
-) -> jax.ShapeDtypeStruct:
-    leaf = jax.ShapeDtypeStruct(shape, dtype)
+def _form(name: str, leaf: Any, config: ModelConfig, count: int) -> Any:
     return jax.eval_shape(functools.partial(cut, name, config=config, count=count), leaf)
 
 
 @functools.lru_cache(maxsize=16)
-def _mover(devices: Devices, names: tuple[str, ...], config: ModelConfig) -> Any:
+def _mover(count: int, forms: tuple[tuple[str, Any], ...], config: ModelConfig) -> Any:
     def move(leaves: dict[str, Any]) -> dict[str, Any]:
-        return {name: cut(name, leaf, config, devices.count) for name, leaf in leaves.items()}
+        return {name: cut(name, leaf, config, count) for name, leaf in leaves.items()}
 
-    return jax.jit(move, out_shardings={name: devices._param(name, config) for name in names})
+    return jax.jit(move, out_shardings=jax.tree.map(lambda one: one.sharding, dict(forms)))

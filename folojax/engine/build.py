@@ -146,7 +146,10 @@ def _load_pair(model: Any, dtype: DType, config: EngineConfig, mesh: Mesh | None
     resolved, plan = plan_memory(config, module, params, *backends)
     params = backend.devices.adopt(params, module.config) if backends[1:] else params
     kind = backend.kind_of(quantization)
-    params = quantize_params(params, kind) if kind else params
+    if kind:
+        if backend.devices.count > 1:  # first of all, so that none has the whole of a kernel
+            params = backend.devices.place_params(params, module.config)
+        params = quantize_params(params, kind)
     return LoadedModel(module, params, None, resolved, plan, backends)
 
 
@@ -184,13 +187,13 @@ def plan_memory(
             memory is too little.
     """
     devices, kind = backend.devices, backend.kind_of(config.quantization)
-    check_cut(module, devices, config.quantization)
     num_weights = sum(
         math.prod(leaf.shape) for leaf in jax.tree.leaves(params, is_leaf=is_quantized)
     )
     if kind:
         # Floats that are quantised remain the caller's.
         params = jax.eval_shape(lambda params: quantize_params(params, kind), params)
+    check_cut(module, devices, params)
     forms = jax.tree.leaves(devices.param_shapes(params, module.config))
     sizes = list(map(device_bytes, forms))
     given = zip(jax.tree.leaves(params), forms, sizes, strict=True)
@@ -214,7 +217,7 @@ def plan_memory(
         num_pages=resolved.num_pages,
         page_size=resolved.page_size,
         max_model_len=resolved.max_model_len,
-        temporaries_bytes=step_memory.estimate(setup) + widened_bytes(params),
+        temporaries_bytes=step_memory.estimate(setup) + widened_bytes(params) // devices.count,
         is_measured=False,
         device=device_memory(resident, *(one.devices for one in (backend, *others))),
     )

@@ -117,10 +117,11 @@ def fingerprint(params: Any, join: Callable[[str, Any], Any] = lambda name, leaf
     such as a step of training, is seen, and one of a few may not be.
     """
     digest = hashlib.sha256()
-    for name, given in sorted(named_leaves(params).items()):
-        leaf = join(name.rpartition("/")[2], given)
-        digest.update(f"{name} {kind_of(leaf)}".encode())
-        digest.update(np.asarray(fetch(_probe(leaf))).tobytes())
+    for name, given in sorted(named_leaves(params, is_quantized).items()):
+        param = join(name.rpartition("/")[2], given)
+        for part, leaf in named_leaves(param).items():
+            digest.update(f"{name}/{part} {kind_of(leaf)}".encode())
+            digest.update(np.asarray(fetch(_probe(leaf))).tobytes())
     return digest.hexdigest()[:32]
 
 

@@ -27,7 +27,7 @@ from jaxtyping import Array, Float, Int, Num
 
 from folojax.models.core.recurrence import RecurrentState
 from folojax.models.core.recurrent import Recurrent
-from folojax.models.core.shards import part_of_recurrent
+from folojax.models.core.recurrent_shards import part_of_recurrent
 
 PageOrder: TypeAlias = Literal["heads", "tokens"]
 

@@ -19,7 +19,8 @@ from folojax.backend.devices import Devices, device_bytes, fetch
 from folojax.models.core.adapted import ADAPTED, Stack, adapt, part_widths
 from folojax.models.core.config import ModelConfig
 from folojax.models.core.low_rank import Adapter, LowRank
-from folojax.models.core.shards import spread_outputs, stack_specs, whole_shapes
+from folojax.models.core.recurrent_shards import cut_recurrent
+from folojax.models.core.shards import kv_copies, stack_specs, whole_shapes
 
 
 def stack_shapes(
@@ -34,7 +35,7 @@ def stack_shapes(
         )
         width_out, width_in = kernel.shape[-2:]
         widths = [
-            spread_outputs(name, place, np.zeros((1, width)), config, devices.count).shape[1]
+            _spread(name, place, np.zeros((1, width)), config, devices.count).shape[1]
             for place, width in enumerate(part_widths(name, config, width_out))
         ]
         return Stack(
@@ -47,6 +48,22 @@ def stack_shapes(
         for layer, block in whole_shapes(params, config).items()
         if isinstance(block, Mapping)
     }
+
+
+def _spread(name: str, part: int, b: Any, config: ModelConfig, count: int) -> Any:
+    """A low-rank update's outputs [r, _] of a part of a kernel, in the order of the devices.
+
+    They are contiguous but for keys and values that several devices have, and for what lies by
+    heads in one part of a recurrent layer's kernel.
+    """
+    copies, sizes = kv_copies(config, count), config.recurrent
+    if name == "qkv" and part > 0 and copies > 1:
+        heads = b.reshape(len(b), -1, config.head_dim)
+        return np.repeat(heads, copies, axis=1).reshape(len(b), -1)
+    if name == "in_proj" and part == 0 and sizes and not sizes.is_by_key_head:
+        whole = "in_proj" if sizes.kind == "space" else "conv"
+        return cut_recurrent(whole, b.T, sizes, count).reshape(-1, len(b)).T
+    return b
 
 
 def stack_bytes(shapes: Any) -> int:
@@ -135,9 +152,7 @@ class AdapterSlots:
                 given_a, given_b = fetch((update.a, update.b))
                 a[part, 0, :rank] = given_a
                 scaled = np.asarray(given_b, np.float32).T * np.float32(update.scale)
-                b[part][0, :rank] = spread_outputs(
-                    name, part, scaled, self._config, self._num_devices
-                )
+                b[part][0, :rank] = _spread(name, part, scaled, self._config, self._num_devices)
         return Stack(a, b)
 
 

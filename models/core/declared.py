@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 from flax import linen as nn
 
 from folojax.models.core.adapted import AdaptedKernel
@@ -26,7 +27,7 @@ def kernel_of(module: nn.Module, name: str, *shape: int, init: Any = KERNEL_INIT
         around = given if isinstance(given, AdaptedKernel | RoutedKernel) else None
         kernel = given if around is None else around.kernel
         if kernel.shape == (1, *shape):
-            kernel = kernel[0]
+            kernel = jax.tree.map(lambda part: part[0], kernel)
         if around is not None or is_quantized(kernel) or kernel is not given:
             if kernel.shape != shape:
                 raise ValueError(f"{name} is {kernel.shape}, the model needs {shape}")

@@ -157,12 +157,14 @@ def embed_rows(
     table: Float[Array, "_ E"] | QuantizedKernel, index: Int[Array, " N"], config: ModelConfig
 ) -> Float[Array, "N E"]:
     """Rows of an embedding, float32 if it is quantised; an index outside reads the nearest one."""
+    is_own = None
+    if config.num_shards > 1:
+        index, is_own = own_rows(index, config)
     if isinstance(table, QuantizedKernel):
-        return take_quantized(table, index)
-    if config.num_shards == 1:
-        return jnp.take(table, index, axis=0, mode="clip")
-    index, is_own = own_rows(index, config)
-    return sum_parts(jnp.where(is_own[:, None], table[index], 0), config)
+        rows = take_quantized(table, index)
+    else:
+        rows = jnp.take(table, index, axis=0, mode="clip")
+    return rows if is_own is None else sum_parts(jnp.where(is_own[:, None], rows, 0), config)
 
 
 CURVE = ("act_above", "act_below", "act_slope", "act_edge")

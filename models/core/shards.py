@@ -26,7 +26,17 @@ from jaxtyping import Array, Bool, Float, Int
 
 from folojax.models.core import peer_sum
 from folojax.models.core.config import ModelConfig
-from folojax.models.core.recurrent import Recurrent
+from folojax.models.core.recurrent_shards import (
+    cut_recurrent,
+    join_recurrent,
+    part_of_recurrent,
+)
+from folojax.models.quantized.by_outputs import (
+    arrays_by_output,
+    axes_of,
+    kernel_by_output,
+)
+from folojax.models.quantized.quantize import VOCABULARY, is_quantized
 
 AXIS = "tensor"
 """Of the mesh over which a model is cut."""
@@ -138,16 +148,6 @@ def part_of(config: ModelConfig, count: int, peers: int = 0) -> ModelConfig:
     )
 
 
-def part_of_recurrent(sizes: Recurrent, count: int) -> Recurrent:
-    """What one of `count` devices has of recurrent layers."""
-    return dataclasses.replace(
-        sizes,
-        num_key_heads=max(sizes.num_key_heads // count, 1),
-        num_value_heads=sizes.num_value_heads // count,
-        key_copies=max(count // sizes.num_key_heads, 1),
-    )
-
-
 def kv_copies(config: ModelConfig, count: int) -> int:
     """How many devices have the same heads of keys and values: 1 unless these are too few."""
     return max(1, count // config.num_kv_heads)
@@ -194,28 +194,70 @@ def stack_specs(name: str) -> tuple[PartitionSpec, PartitionSpec]:
     return PartitionSpec(), PartitionSpec()
 
 
+def specs_of(name: str, leaf: Any, config: ModelConfig) -> list[PartitionSpec]:
+    """The same of all arrays of a parameter, of which a quantised one has several."""
+    spec, axis = spec_of(name, config), _AXES.get(name)
+    if not is_quantized(leaf):
+        return [spec]
+    if name in _RANKS or axis is None:
+        return [spec] * len(leaf)
+    return [
+        PartitionSpec() if one is None else PartitionSpec(*[None] * one, AXIS)
+        for one in axes_of(leaf, axis)
+    ]
+
+
+def part_shape(name: str, kernel: Any, config: ModelConfig, count: int) -> tuple[int, int]:
+    """Outputs and inputs that a device has of a kernel [O, I]; 0 inputs if these do not divide."""
+    whole = jax.ShapeDtypeStruct(kernel.shape, jnp.bool_)
+    form = jax.eval_shape(lambda whole: _cut_rows(name, whole, config, count), whole)
+    *_, outputs, inputs = form.shape
+    axis = _AXES.get(name)
+    if axis == 1:
+        inputs = 0 if inputs % count else inputs // count
+    return outputs // count if axis == 0 else outputs, inputs
+
+
 def is_cut(name: str, leaf: Any) -> bool:
     """Whether a parameter lies in parts."""
-    return name in _RANKS and len(np.shape(leaf)) == _RANKS[name] + 1
+    return name in _RANKS and len(leaf.shape) == _RANKS[name] + 1
 
 
 def parts_of(params: Any) -> int:
     """How many devices parameters are cut for; 1: they are as the module has them."""
-    flat, _ = jax.tree_util.tree_flatten_with_path(params)
+    flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_quantized)
     found = (leaf.shape[0] for path, leaf in flat if is_cut(_name(path), leaf))
     return next(found, 1)
 
 
 def cut(name: str, leaf: Any, config: ModelConfig, count: int) -> Any:
     """A parameter as it lies over `count` devices; one that lies so already stays as it is."""
+    if is_quantized(leaf):
+        return _cut_kernel(name, leaf, config, count)
+    return leaf if is_cut(name, leaf) else _cut_rows(name, leaf, config, count)
+
+
+def _cut_kernel(name: str, kernel: Any, config: ModelConfig, count: int) -> Any:
+    if is_cut(name, kernel) or (name not in _RANKS and name not in VOCABULARY):
+        return kernel
+    arrays = [_cut_rows(name, one, config, count) for one in arrays_by_output(kernel)]
+    if name in VOCABULARY:
+        return kernel_by_output(type(kernel), arrays)
+    parts = [kernel_by_output(type(kernel), [one[part] for one in arrays]) for part in range(count)]
+    xp: Any = np if isinstance(arrays[0], np.ndarray) else jnp
+    return type(kernel)(*(xp.stack(some) for some in zip(*parts, strict=True)))
+
+
+def _cut_rows(name: str, leaf: Any, config: ModelConfig, count: int) -> Any:
+    """Of an array that does not lie in parts; its first axis are outputs, but of experts."""
     xp: Any = np if isinstance(leaf, np.ndarray) else jnp
-    if name in ("embed", "lm_head"):
+    if name in VOCABULARY:
         missing = max(count * vocab_rows(config.vocab_size, count) - leaf.shape[0], 0)
-        return xp.pad(leaf, ((0, missing), (0, 0))) if missing else leaf
+        return xp.pad(leaf, ((0, missing), *[(0, 0)] * (leaf.ndim - 1))) if missing else leaf
     copies, dim = kv_copies(config, count), config.head_dim
     if name == "k_norm" and config.is_qk_norm_joint and leaf.size == config.num_kv_heads * dim:
         return xp.repeat(leaf.reshape(-1, dim), copies, axis=0).reshape(-1)
-    if name not in _RANKS or is_cut(name, leaf):
+    if name not in _RANKS:
         return leaf
     if name.startswith("experts_gate_up") and config.swiglu_limit is not None:  # in turn, [_, 2F]
         return xp.moveaxis(leaf.reshape(*leaf.shape[:-1], count, -1), -2, 0)
@@ -224,7 +266,7 @@ def cut(name: str, leaf: Any, config: ModelConfig, count: int) -> Any:
         return xp.moveaxis(halves, 3, 0).reshape(count, *leaf.shape[:2], -1)
     rest = leaf.shape[1:]
     if name in _RECURRENT and config.recurrent:
-        return _cut_recurrent(name, leaf, config.recurrent, count)
+        return cut_recurrent(name, leaf, config.recurrent, count)
     if "gate_up" in name:
         return leaf.reshape(2, count, -1, *rest).swapaxes(0, 1).reshape(count, -1, *rest)
     query, key, value = xp.split(leaf.reshape(-1, dim, *rest), _borders(config))
@@ -234,14 +276,31 @@ def cut(name: str, leaf: Any, config: ModelConfig, count: int) -> Any:
 
 def join(name: str, leaf: Any, config: ModelConfig, count: int) -> Any:
     """A parameter as the module has it; the inverse of `cut`."""
+    if not is_quantized(leaf):
+        is_whole = name in _RANKS and not is_cut(name, leaf)
+        return leaf if is_whole else _join_rows(name, leaf, config, count)
+    if name in VOCABULARY:
+        arrays = arrays_by_output(leaf)
+    elif is_cut(name, leaf):
+        parts = [arrays_by_output(type(leaf)(*(one[i] for one in leaf))) for i in range(count)]
+        xp: Any = np if isinstance(parts[0][0], np.ndarray) else jnp
+        arrays = [xp.stack(some) for some in zip(*parts, strict=True)]
+    else:
+        return leaf
+    arrays = [_join_rows(name, one, config, count) for one in arrays]
+    return kernel_by_output(type(leaf), arrays)
+
+
+def _join_rows(name: str, leaf: Any, config: ModelConfig, count: int) -> Any:
+    """The inverse of `_cut_rows`."""
     xp: Any = np if isinstance(leaf, np.ndarray) else jnp
-    if name in ("embed", "lm_head"):
+    if name in VOCABULARY:
         return leaf[: config.vocab_size]
     copies, dim = kv_copies(config, count), config.head_dim
     if name == "k_norm" and config.is_qk_norm_joint:
         heads = leaf.reshape(-1, dim)
         return leaf if len(heads) == config.num_kv_heads else heads[::copies].reshape(-1)
-    if not is_cut(name, leaf):
+    if name not in _RANKS:
         return leaf
     if name.startswith("experts_gate_up") and config.swiglu_limit is not None:
         return xp.moveaxis(leaf, 0, -2).reshape(*leaf.shape[1:-1], -1)
@@ -250,7 +309,7 @@ def join(name: str, leaf: Any, config: ModelConfig, count: int) -> Any:
         return xp.moveaxis(halves, 0, 3).reshape(*leaf.shape[1:3], -1)
     rest = leaf.shape[2:]
     if name in _RECURRENT and config.recurrent:
-        return _join_recurrent(name, leaf, config.recurrent, count)
+        return join_recurrent(name, leaf, config.recurrent, count)
     if "gate_up" in name:
         return leaf.reshape(count, 2, -1, *rest).swapaxes(0, 1).reshape(-1, *rest)
     part = part_of(config, count)
@@ -262,7 +321,7 @@ def join(name: str, leaf: Any, config: ModelConfig, count: int) -> Any:
 def cut_params(params: Any, config: ModelConfig, count: int) -> Any:
     """Parameters as they lie over so many devices, of those that the module has."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: cut(_name(path), leaf, config, count), params
+        lambda path, leaf: cut(_name(path), leaf, config, count), params, is_leaf=is_quantized
     )
 
 
@@ -279,7 +338,7 @@ def join_params(params: Any, config: ModelConfig) -> Any:
     if count == 1:
         return params
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: join(_name(path), leaf, config, count), params
+        lambda path, leaf: join(_name(path), leaf, config, count), params, is_leaf=is_quantized
     )
 
 
@@ -297,60 +356,6 @@ def _borders(config: ModelConfig) -> tuple[int, int]:
     """Where the keys begin among the heads of `qkv`, and where the values do."""
     queries = config.num_heads * (2 if config.has_attention_gate else 1)
     return queries, queries + config.num_kv_heads
-
-
-def _recurrent_rows(name: str, sizes: Recurrent) -> tuple[list[int], list[int]]:
-    """What lies by heads in a kernel of a recurrent layer: rows of each, and which are of keys."""
-    keys, values, heads = sizes.num_keys, sizes.num_values, sizes.num_value_heads
-    is_space, is_mixed = sizes.kind == "space", name.startswith("conv")
-    if is_space and is_mixed:
-        return [values, keys, keys], [1, 2]
-    if is_space:
-        return [values, values, keys, keys, heads], [2, 3]
-    if is_mixed:
-        return [keys, keys, values], [0, 1]
-    if name == "ba_proj":
-        return [heads] if sizes.is_by_key_head else [heads, heads], []
-    if sizes.is_by_key_head:
-        return [2 * (keys + values)], []
-    return [keys, keys, values, values], [0, 1]
-
-
-def _cut_recurrent(name: str, leaf: Any, sizes: Recurrent, count: int) -> Any:
-    xp: Any = np if isinstance(leaf, np.ndarray) else jnp
-    rows, of_keys = _recurrent_rows(name, sizes)
-    copies = part_of_recurrent(sizes, count).key_copies
-    parts = xp.split(leaf, np.cumsum(rows[:-1]).tolist())
-    for place in of_keys:
-        heads = parts[place].reshape(sizes.num_key_heads, -1)
-        parts[place] = xp.repeat(heads, copies, axis=0)
-    return xp.concatenate([one.reshape(count, -1, *leaf.shape[1:]) for one in parts], axis=1)
-
-
-def _join_recurrent(name: str, leaf: Any, sizes: Recurrent, count: int) -> Any:
-    xp: Any = np if isinstance(leaf, np.ndarray) else jnp
-    part = part_of_recurrent(sizes, count)
-    rows, of_keys = _recurrent_rows(name, part)
-    parts = xp.split(leaf, np.cumsum(rows[:-1]).tolist(), axis=1)
-    for place in of_keys:
-        parts[place] = parts[place][:: part.key_copies]
-    return xp.concatenate([one.reshape(-1, *leaf.shape[2:]) for one in parts])
-
-
-def spread_outputs(name: str, part: int, b: Any, config: ModelConfig, count: int) -> Any:
-    """A low-rank update's outputs [r, _] of a part of a kernel, in the order of the devices.
-
-    They are contiguous but for keys and values that several devices have, and for what lies by
-    heads in one part of a recurrent layer's kernel.
-    """
-    copies, sizes = kv_copies(config, count), config.recurrent
-    if name == "qkv" and part > 0 and copies > 1:
-        heads = b.reshape(len(b), -1, config.head_dim)
-        return np.repeat(heads, copies, axis=1).reshape(len(b), -1)
-    if name == "in_proj" and part == 0 and sizes and not sizes.is_by_key_head:
-        whole = "in_proj" if sizes.kind == "space" else "conv"
-        return _cut_recurrent(whole, b.T, sizes, count).reshape(-1, len(b)).T
-    return b
 
 
 def vocab_rows(vocab_size: int, count: int) -> int:

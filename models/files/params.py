@@ -1,6 +1,5 @@
 """From tensors of Hugging Face's names to the parameter tree of a module."""
 
-import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -49,7 +48,7 @@ def read_params(
         quantization: Kernels are quantised one by one, as `quantize_params` does. Of a checkpoint
             that has them in few bits, those are kept that it has as they are wanted.
         place: From the name of a parameter in its layer or model, and a parameter, to where it is
-            kept; each part of a quantised one is given to it.
+            kept; one that is quantised is a tuple of arrays.
 
     Raises:
         FileNotFoundError: weights or shards are absent.
@@ -125,7 +124,9 @@ def _assemble(
                     found[tensor].read_into(view)
                 kernel = array
             # Waited for, or several would be in memory twice.
-            placed = jax.block_until_ready(jax.tree.map(functools.partial(place, name), kernel))
+            if isinstance(kernel, QuantizedKernel):
+                kernel = quantize(name, kernel, quantization)
+            placed = jax.block_until_ready(place(name, kernel))
             arrays[i] = jax.block_until_ready(quantize(name, placed, quantization))
             bar.update(math.prod(source.shape) * np.dtype(dtype).itemsize)
     return jax.tree.unflatten(tree, arrays)

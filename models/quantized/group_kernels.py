@@ -30,8 +30,10 @@ PANEL = 64
 _SOURCE = Path(__file__).with_name("group_product.cc")
 _NAME = "folojax_group_product"
 
-_TILE, _FOURS = 8, 8
-"""Outputs that a register has a lane for; fours of inputs in a group."""
+TILE = 8
+"""Outputs that a register has a lane for."""
+
+_FOURS = 8  # fours of inputs in a group
 
 # XLA makes of a division by a constant what these say.
 _STEP_4, _STEP_8 = np.float32(1 / 15), np.float32(1 / 127)
@@ -53,13 +55,13 @@ class GroupKernel(NamedTuple):
     @property
     def bits(self) -> int:
         """4 or 8."""
-        return self.codes.shape[2] * 8 // (PANEL * GROUP)
+        return self.codes.shape[-1] * 8 // (PANEL * GROUP)
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """O and I."""
-        panels, groups, _ = self.codes.shape
-        return panels * PANEL, groups * GROUP
+    def shape(self) -> tuple[int, ...]:
+        """O and I; before these, how many parts it lies in, if it does."""
+        *parts, panels, groups, _ = self.codes.shape
+        return *parts, panels * PANEL, groups * GROUP
 
 
 def fits_groups(shape: tuple[int, ...]) -> bool:
@@ -186,8 +188,8 @@ def take_groups(kernel: GroupKernel, index: Int[Array, " N"]) -> Float[Array, "N
     """Rows of an embedding whose codes have eight bits; an index outside reads the nearest one."""
     panels, groups, _ = kernel.codes.shape
     panel, output = jnp.divmod(jnp.clip(index, 0, kernel.shape[0] - 1), PANEL)
-    blocks = kernel.codes.reshape(panels, groups, PANEL // _TILE, _FOURS, _TILE, 4)
-    codes = blocks[panel, :, output // _TILE, :, output % _TILE].reshape(-1, groups, GROUP)
+    blocks = kernel.codes.reshape(panels, groups, PANEL // TILE, _FOURS, TILE, 4)
+    codes = blocks[panel, :, output // TILE, :, output % TILE].reshape(-1, groups, GROUP)
     scale, offset = (
         one[panel, :, output].astype(jnp.float32)[..., None]
         for one in (kernel.scale, kernel.offset)
@@ -201,7 +203,7 @@ def _by_panels(numbers: Float16[Array, "O Q"]) -> Float16[Array, "P Q 64"]:
 
 def _pack(codes: UInt8[Array, "O Q 32"], bits: int) -> UInt8[Array, "P Q B"]:
     outputs, groups, _ = codes.shape
-    tiles = codes.reshape(outputs // PANEL, PANEL // _TILE, _TILE, groups, _FOURS, 4)
+    tiles = codes.reshape(outputs // PANEL, PANEL // TILE, TILE, groups, _FOURS, 4)
     blocks = tiles.transpose(0, 3, 1, 4, 2, 5)
     if bits == 4:
         blocks = blocks[:, :, :, : _FOURS // 2] | blocks[:, :, :, _FOURS // 2 :] << 4
@@ -210,7 +212,7 @@ def _pack(codes: UInt8[Array, "O Q 32"], bits: int) -> UInt8[Array, "P Q B"]:
 
 def _unpack(kernel: GroupKernel) -> UInt8[Array, "O Q 32"]:
     panels, groups, _ = kernel.codes.shape
-    blocks = kernel.codes.reshape(panels, groups, PANEL // _TILE, -1, _TILE, 4)
+    blocks = kernel.codes.reshape(panels, groups, PANEL // TILE, -1, TILE, 4)
     if kernel.bits == 4:
         blocks = jnp.concatenate((blocks & 15, blocks >> 4), axis=3)
     return blocks.transpose(0, 2, 4, 1, 3, 5).reshape(panels * PANEL, groups, GROUP)

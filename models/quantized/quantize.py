@@ -102,23 +102,29 @@ def quantize(
     One that is quantised already stays as it is, but for groups where tiles are wanted.
     """
     if isinstance(leaf, GroupKernel) and quantization == TILED and leaf.bits == 4:
-        return tiles_of_groups(leaf)
+        return (jax.vmap(tiles_of_groups) if leaf.codes.ndim == 4 else tiles_of_groups)(leaf)
     if isinstance(leaf, QuantizedKernel):
         return leaf
-    kind = kernel_kind(name, leaf.shape, quantization)
-    return leaf if kind is None else _QUANTIZERS[kind](leaf)
+    is_cut = leaf.ndim == 3 and name in _LINEAR  # in the parts of several devices
+    kind = kernel_kind(name, leaf.shape[-2:], quantization)
+    if kind is None:
+        return leaf
+    return jax.vmap(_QUANTIZERS[kind])(leaf) if is_cut else _QUANTIZERS[kind](leaf)
 
 
 def quantize_like(kernel: QuantizedKernel, leaf: Float[Array, "O I"]) -> QuantizedKernel:
     """A kernel of floats, quantised in the way of another one."""
+    convert = _QUANTIZERS[_kind_of(kernel)]
     if isinstance(kernel, TiledKernel):
-        return quantize_tiles(leaf, group=kernel.group)
-    return _QUANTIZERS[_kind_of(kernel)](leaf)
+        convert = functools.partial(quantize_tiles, group=kernel.group)
+    return jax.vmap(convert)(leaf) if leaf.ndim == 3 else convert(leaf)
 
 
 def _kind_of(kernel: QuantizedKernel) -> Kind:
     if isinstance(kernel, GroupKernel):
         return "groups4" if kernel.bits == 4 else "groups8"
+    if isinstance(kernel, TiledKernel):
+        return "tiles"
     return "output" if isinstance(kernel, Int8Kernel) else "float8"
 
 

@@ -38,15 +38,15 @@ class TiledKernel(NamedTuple):
     pairs: Int32[Array, "G O"]
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """O and I."""
-        blocks, outputs, _ = self.words.shape
-        return outputs, blocks * BLOCK
+    def shape(self) -> tuple[int, ...]:
+        """O and I; before these, how many parts it lies in, if it does."""
+        *parts, blocks, outputs, _ = self.words.shape
+        return *parts, outputs, blocks * BLOCK
 
     @property
     def group(self) -> int:
         """Inputs that share a scale."""
-        return self.shape[1] // self.pairs.shape[0]
+        return self.shape[-1] // self.pairs.shape[-2]
 
 
 def fits_tiles(shape: tuple[int, ...], group: int = GROUP) -> bool:

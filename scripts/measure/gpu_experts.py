@@ -14,11 +14,10 @@ Exit code: 0; 1 if both give different sums.
 """
 
 import argparse
-import functools
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -68,7 +67,8 @@ def mix_some(x: Any, experts: Experts, config: ModelConfig) -> Any:
     """What a device adds whose experts are some of all, whole: these are first in its order."""
     count, per_token = config.num_experts, config.num_experts_per_token
     own = experts.gate_up.shape[0]
-    weight, expert = choose_experts(project(x, experts.router), x.dtype, config)
+    router: Any = experts.router
+    weight, expert = choose_experts(project(x, router), x.dtype, config)
     place = (expert.reshape(-1) - jax.lax.axis_index(AXIS) * own) % count
     order = jnp.argsort(place)
     sizes = jnp.bincount(place, length=count)[:own]
@@ -96,8 +96,8 @@ def make_layers(config: ModelConfig, mesh: Mesh, dtype: Any, way: str) -> list[E
         return Experts(draw(router, count, width), whole, draw(down, count, inner, width))
 
     of_down = PartitionSpec(None, AXIS) if way == "width" else PartitionSpec(AXIS)
-    specs = Experts(PartitionSpec(), PartitionSpec(AXIS), of_down)
-    shardings: Any = jax.tree.map(functools.partial(NamedSharding, mesh), specs)
+    specs: Any = (PartitionSpec(), PartitionSpec(AXIS), of_down)
+    shardings = Experts(*[cast(Any, NamedSharding(mesh, one)) for one in specs])
     made = jax.jit(make, out_shardings=shardings)
     return [
         jax.block_until_ready(made(key)) for key in jax.random.split(jax.random.key(0), _LAYERS)

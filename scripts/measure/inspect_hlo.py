@@ -14,10 +14,11 @@ The rules for decode: one command buffer (CUDA graph) a step, nothing beside it 
 several cards tell each other something); no copy, transpose or conversion of the cache; temporaries
 of at most 1 % of the pool; at most 12 kernels in a layer beside attention's; no call to the host.
 Of several cards that share each layer (`--devices`), the sums of these are two kernels more in a
-layer, and there is one more sum, of the embedding; of the vocabulary they gather once for greedy
-sampling, and never more than 128 numbers a row and card. Inputs in eight bits (`--quantization`)
-are eight more in a layer, and so are adapters (`--loras`). Bytes are those that kernels read and
-write, the pages that attention reads aside; their floor is the weights, read once.
+layer, with codes of four bits five, and there is one more sum, of the embedding; of the vocabulary
+they gather once for greedy sampling, and never more than 128 numbers a row and card. Inputs in eight
+bits (`--quantization`) are eight more in a layer, and so are adapters (`--loras`). Bytes are those
+that kernels read and write, the pages that attention reads aside; their floor is the weights, read
+once.
 
 Exit code: 0; 1 with --check if a rule is broken; 2 after a mistake in the options.
 """
@@ -57,6 +58,8 @@ _MOST_TEMPORARIES = 0.01
 _MOST_KERNELS = 12
 # Candidates for top-k and what a card knows of a draw; the whole vocabulary would be thousands.
 _MOST_GATHERED = 128
+# Products in four bits of half the outputs are cut into pieces, which one kernel more adds up.
+_PIECES = 3
 # Of four products of eight bits: what rounds the inputs, and what scales the sums.
 _ROUNDING_KERNELS = 8
 # Of four products: what reduces the inputs, and what adds the updates.
@@ -146,6 +149,7 @@ def inspect(args: argparse.Namespace, devices: Devices) -> Iterator[dict[str, An
                 "wanted_gathers": int(devices.count > 1) if call == "greedy" else None,
                 "most_gathered": _MOST_GATHERED * rows * devices.count,
                 "has_loras": loras is not None,
+                "has_pieces": args.quantization == "int4" and devices.count > 1,
                 "rounds_inputs": args.quantization in ("int8", "fp8") and rows > MOST_WIDE_ROWS,
             }
             yield {"call": call, "rows": rows, **told, **figures(compiled)}
@@ -194,6 +198,7 @@ def broken_rules(result: dict[str, Any]) -> list[str]:
             f"{_MOST_TEMPORARIES:.0%}"
         )
     most = _MOST_KERNELS + (2 if result["wanted_sums"] else 0)
+    most += _PIECES if result["has_pieces"] else 0
     most += _ROUNDING_KERNELS if result["rounds_inputs"] else 0
     most += _LORA_KERNELS if result["has_loras"] else 0
     if result["layer_kernels"] > most:

@@ -306,7 +306,10 @@ def test_a_layer_sums_twice_and_copies_no_pages(tiny_model: tuple) -> None:
         ({"tensor_parallel_size": 3}, "num_heads is 4, not a multiple.*num_kv_heads is 2, neither"),
         ({"tensor_parallel_size": 8}, "tensor_parallel_size is 8, and there are"),
         ({"tensor_parallel_size": 4, "mesh": TWO}, "is 4, and mesh has 2 devices"),
-        ({"tensor_parallel_size": 2, "quantization": "int8"}, "quantization is 'int8', which is"),
+        (
+            {"tensor_parallel_size": 4, "quantization": "int4"},
+            r"o would be \[64, 16\] on each, and must be multiples of 64 outputs and 32 inputs",
+        ),
         ({"tensor_parallel_size": 0}, "tensor_parallel_size is 0; it must be"),
     ],
 )

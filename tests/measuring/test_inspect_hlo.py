@@ -178,6 +178,7 @@ def test_rules_of_decode(inspect: ModuleType, changes: dict, words: str | None) 
         "wanted_gathers": 0,
         "gathered": 0,
         "most_gathered": 128,
+        "has_pieces": False,
         "rounds_inputs": False,
         "has_loras": False,
     }
@@ -238,6 +239,19 @@ def test_decode_in_few_bits_reads_them_once(
     whole = compile_for_h200(tmp_path / "out.json", pytestconfig, *options[:3])
     share = few["weights_mb"] / whole["results"][0]["weights_mb"]
     assert share == pytest.approx({"int4": 0.41, "fp8": 0.5, "int8": 0.5}[quantization], abs=0.02)
+
+
+@pytest.mark.gpu_compiler
+@pytest.mark.parametrize("quantization", ["int4", "fp8", "int8"])
+def test_two_h200s_share_kernels_in_few_bits(
+    quantization: str, tmp_path: Path, pytestconfig: pytest.Config
+) -> None:
+    options = ["--model=qwen3-8b", "--layers=2", "--calls=greedy", "--devices=2"]
+    options += [f"--quantization={quantization}"]
+    report = compile_for_h200(tmp_path / "out.json", pytestconfig, *options)
+    assert report["broken"] == []
+    assert [one["sums"] for one in report["results"]] == [2 * 2 + 1] * 3
+    assert report["results"][0]["moved_to_weights"] < 1.3
 
 
 _PRODUCT = """
