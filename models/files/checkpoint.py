@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from folojax.models.core.config import ModelConfig
@@ -92,7 +91,7 @@ def load_params(
     source: Checkpoint | str | os.PathLike[str] | None = None,
     dtype: Any = jnp.float32,
     quantization: str | None = None,
-    place: Callable[[str, Any], jax.Array] = on_default_device,
+    place: Callable[[str, Any], Any] = on_default_device,
 ) -> dict[str, Any]:
     """Reads a checkpoint's weights as the parameters of `build_module(checkpoint.config, dtype)`.
 

@@ -26,7 +26,7 @@ from folojax.models.quantized.quantize import QuantizedKernel, kernel_kind, quan
 _SILENT_SECONDS = 2.0
 
 
-def on_default_device(name: str, array: Any) -> jax.Array:
+def on_default_device(name: str, array: Any) -> Any:
     """Places a parameter where JAX puts what nobody places."""
     # Not `jnp.asarray`, which has NumPy transpose first, ten times slower.
     return jax.device_put(array)
@@ -37,7 +37,7 @@ def read_params(
     config: ModelConfig,
     dtype: Any,
     quantization: str | None = None,
-    place: Callable[[str, Any], jax.Array] = on_default_device,
+    place: Callable[[str, Any], Any] = on_default_device,
 ) -> dict[str, Any]:
     """Reads a directory's weights as the parameters of the config's module.
 
@@ -91,7 +91,7 @@ def _assemble(
     dtype: Any,
     quantization: str | None,
     what: str,
-    place: Callable[[str, Any], jax.Array] = on_default_device,
+    place: Callable[[str, Any], Any] = on_default_device,
 ) -> dict[str, Any]:
     """Reads tensors as parameters; `what` says how an error begins.
 

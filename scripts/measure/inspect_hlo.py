@@ -15,10 +15,10 @@ several cards tell each other something); no copy, transpose or conversion of th
 of at most 1 % of the pool; at most 12 kernels in a layer beside attention's; no call to the host.
 Of several cards that share each layer (`--devices`), the sums of these are two kernels more in a
 layer, with codes of four bits five, and there is one more sum, of the embedding; of the vocabulary
-they gather once for greedy sampling, and never more than 128 numbers a row and card. Inputs in eight
-bits (`--quantization`) are eight more in a layer, and so are adapters (`--loras`). Bytes are those
-that kernels read and write, the pages that attention reads aside; their floor is the weights, read
-once.
+they gather once for greedy sampling, and never more than 128 numbers a row and card. Inputs in
+eight bits (`--quantization`) are eight more in a layer, and so are adapters (`--loras`). Bytes are
+those that kernels read and write, the pages that attention reads aside; their floor is the weights,
+read once.
 
 Exit code: 0; 1 with --check if a rule is broken; 2 after a mistake in the options.
 """
