@@ -4,6 +4,15 @@ from typing import Any
 
 _LOCAL_THEN_FULL = ["sliding_attention", "full_attention"]
 _EXPERTS = {"num_experts_per_tok": 2, "num_key_value_heads": 4}
+_GRANITE = {
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "intermediate_size": 24,
+    "embedding_multiplier": 6.0,
+    "attention_multiplier": 0.2,
+    "residual_multiplier": 0.4,
+    "logits_scaling": 2.0,
+}
 
 MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "seed-oss": ("SeedOss", {"head_dim": 24, "attention_out_bias": True}),
@@ -46,6 +55,33 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
             "num_experts_per_tok": 2,
             "intermediate_size": 24,
             "rotary_dim": 8,
+        },
+    ),
+    "cohere": ("Cohere", {"logit_scale": 0.5}),
+    "granite-moe": ("GraniteMoe", _GRANITE),
+    "granite-moe-shared": ("GraniteMoeShared", {**_GRANITE, "shared_intermediate_size": 40}),
+    "mistral4": (
+        "Mistral4",
+        {
+            "num_key_value_heads": 4,
+            "kv_lora_rank": 32,
+            "q_lora_rank": 40,
+            "qk_rope_head_dim": 16,
+            "qk_nope_head_dim": 24,
+            "v_head_dim": 12,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "first_k_dense_replace": 1,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10_000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 16,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "llama_4_scaling_beta": 0.3,
+            },
         },
     ),
     "olmoe": ("Olmoe", {**_EXPERTS, "num_experts": 8, "intermediate_size": 24}),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -94,9 +95,11 @@ def embedded_tokenizer() -> Any:
 def load_model(directory: Path) -> Any:
     """A saved model in float32."""
     import torch
-    from transformers import AutoModelForCausalLM
+    import transformers
 
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    # By its name: not all are among those that AutoModelForCausalLM knows.
+    (name,) = json.loads((directory / "config.json").read_text())["architectures"]
+    return getattr(transformers, name).from_pretrained(directory, dtype=torch.float32).eval()
 
 
 def _token_by_token(model: Any) -> None:

@@ -47,7 +47,10 @@ def heads_of_latents(block: "Block", normed: Float[Array, "N E"], rotary: Any) -
     latent, turning = _latent(block, "kv", normed, config.kv_rank, config.rotary_dim)
     kernel = kernel_of(block, "kv_b", heads * (still + config.value_dim), config.kv_rank)
     query_turn, key_turn = block.norm_and_turn(query[..., still:], turning[:, None], rotary)
-    absorbed = into_latents(query[..., :still], kernel, config.value_dim)
+    query_still = query[..., :still]
+    if rotary is not None and rotary.growth is not None:
+        query_still = query_still * rotary.growth
+    absorbed = into_latents(query_still, kernel, config.value_dim)
     query = jnp.concatenate((absorbed, query_turn), axis=-1)
     return query, jnp.concatenate((latent[:, None], key_turn), axis=-1), None, kernel
 

@@ -1,4 +1,4 @@
-"""DeepSeek V2 and V3, GLM-4.7-Flash: keys and values come from one latent, kept in the cache."""
+"""DeepSeek V2 and V3, GLM-4.7-Flash, Mistral 4: keys and values come from a latent that is kept."""
 
 import dataclasses
 import math
@@ -7,6 +7,7 @@ from typing import Any
 
 from folojax.models.families.experts import SHARED_NAMES, SIGMOID_KEYS, shared_and_dense
 from folojax.models.families.family import BLOCK_NAMES, Family, renamed
+from folojax.models.families.mistral import query_growth
 
 
 def _normalize(mapping: Mapping[str, Any]) -> dict[str, Any]:
@@ -135,4 +136,49 @@ GLM4_MOE_LITE = dataclasses.replace(
     },
     derive=_by_kind,
     ignorable=r"model\.layers\.47\..*",
+)
+
+
+def _of_what_turns(mapping: Mapping[str, Any]) -> dict[str, Any]:
+    """Its `partial_rotary_factor` is of heads, and rotary settings here are of what turns."""
+    words = _normalize(mapping)
+    rope = dict(words.get("rope_parameters") or {})
+    rope.pop("partial_rotary_factor", None)
+    return words | ({"rope_parameters": rope} if rope else {})
+
+
+MISTRAL4 = dataclasses.replace(
+    DEEPSEEK_V3,
+    model_type="mistral4",
+    defaults={
+        **DEEPSEEK_V3.defaults,
+        "num_experts_per_tok": 4,
+        "n_routed_experts": 128,
+        "routed_scaling_factor": 1.0,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 0,
+        "kv_lora_rank": 256,
+        "q_lora_rank": 1024,
+        "qk_nope_head_dim": 64,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10_000.0,
+            "factor": 128.0,
+            "original_max_position_embeddings": 8192,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "llama_4_scaling_beta": 0.1,
+        },
+    },
+    normalize=_of_what_turns,
+    fixed={},
+    derive=lambda mapping: _latent(mapping) | query_growth(mapping),
+    block_names={
+        **DEEPSEEK_V3.block_names,
+        "experts_gate_up": ("mlp.experts.gate_up_proj",),
+        "experts_down": ("mlp.experts.down_proj",),
+    },
+    is_expert_out_in=True,
+    ignorable=Family.ignorable,
 )

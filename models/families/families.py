@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from folojax.models.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3, GLM4_MOE_LITE
+from folojax.models.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3, GLM4_MOE_LITE, MISTRAL4
 from folojax.models.families.dense import APERTUS, ARCEE, CWM, ERNIE4_5, NEMOTRON, SEED_OSS
 from folojax.models.families.experts import (
     DOTS1,
@@ -26,22 +26,20 @@ from folojax.models.families.gemma4 import GEMMA4
 from folojax.models.families.glm import GLM, GLM4
 from folojax.models.families.gpt2 import GPT2
 from folojax.models.families.gpt_oss import GPT_OSS
+from folojax.models.families.granite import (
+    GRANITE,
+    GRANITE_HYBRID,
+    GRANITE_MOE,
+    GRANITE_MOE_SHARED,
+)
 from folojax.models.families.hunyuan import HUNYUAN
 from folojax.models.families.lfm2 import LFM2, LFM2_MOE
 from folojax.models.families.llama4 import LLAMA4
-from folojax.models.families.mamba import (
-    BAMBA,
-    NEMOTRON_H,
-    RECURRENT,
-    SPACE_DEFAULTS,
-    plain_kinds,
-    space_names,
-    spaces_by_type,
-)
+from folojax.models.families.mamba import BAMBA, NEMOTRON_H
 from folojax.models.families.mistral import MINISTRAL, MINISTRAL3, MISTRAL
 from folojax.models.families.pictures import PICTURES
 from folojax.models.families.qwen_hybrid import QWEN3_5, QWEN3_5_MOE, QWEN3_NEXT
-from folojax.models.families.ropeless import COHERE2, EXAONE4, ropeless_layers
+from folojax.models.families.ropeless import COHERE, COHERE2, EXAONE4, ropeless_layers
 
 # SmolLM, SmolLM2 and TinyLlama call themselves Llama too.
 _LLAMA = Family(model_type="llama")
@@ -243,67 +241,6 @@ _SMOLLM3 = Family(
     has_layer_types=True,
 )
 
-_GRANITE_KEYS = {
-    "embedding_multiplier": "embed_scale",
-    "attention_multiplier": "attention_scale",
-    "residual_multiplier": "residual_scale",
-    "logits_scaling": "logits_divisor",
-}
-
-_GRANITE = Family(
-    model_type="granite", defaults=dict.fromkeys(_GRANITE_KEYS, 1.0), keys=_GRANITE_KEYS
-)
-
-
-def _granite_hybrid(mapping: Mapping[str, Any]) -> dict[str, Any]:
-    """Positions are learned of the order of states alone, unless rotary embedding is asked for."""
-    positions, count = mapping["position_embedding_type"], mapping["num_hidden_layers"]
-    if positions not in (None, "nope", "rope"):
-        raise ValueError(f"position_embedding_type {positions!r}: only 'rope' and 'nope' are known")
-    fields = spaces_by_type(mapping)
-    fields["ropeless_layers"] = () if positions == "rope" else tuple(range(count))
-    shared = mapping["shared_intermediate_size"]
-    if not mapping["num_local_experts"]:
-        return fields | {"intermediate_size": shared}
-    return fields | {
-        "num_experts": mapping["num_local_experts"],
-        "num_experts_per_token": mapping["num_experts_per_tok"],
-        "expert_size": mapping["intermediate_size"],
-        "shared_expert_size": shared,
-    }
-
-
-# Granite 4, of which some have attention alone.
-_GRANITE_HYBRID = dataclasses.replace(
-    _GRANITE,
-    model_type="granitemoehybrid",
-    defaults={
-        **_GRANITE.defaults,
-        **SPACE_DEFAULTS,
-        "position_embedding_type": None,
-        "num_local_experts": 8,
-        "num_experts_per_tok": 2,
-        "shared_intermediate_size": 1024,
-        "rms_norm_eps": 1e-6,
-        "max_position_embeddings": 2048,
-    },
-    normalize=plain_kinds,
-    derive=_granite_hybrid,
-    recurrent_type=RECURRENT,
-    block_names={
-        **BLOCK_NAMES,
-        **space_names("mamba"),
-        "gate_up": ("shared_mlp.input_linear.weight",),
-        "down": ("shared_mlp.output_linear.weight",),
-        "shared_gate_up": ("shared_mlp.input_linear.weight",),
-        "shared_down": ("shared_mlp.output_linear.weight",),
-        "router": ("block_sparse_moe.router.layer.weight",),
-        "experts_gate_up": ("block_sparse_moe.input_linear.weight",),
-        "experts_down": ("block_sparse_moe.output_linear.weight",),
-    },
-    is_expert_out_in=True,
-)
-
 FAMILIES: dict[str, Family] = {
     "LlamaForCausalLM": _LLAMA,
     "Llama4ForCausalLM": LLAMA4,
@@ -322,8 +259,10 @@ FAMILIES: dict[str, Family] = {
     "Olmo3ForCausalLM": _OLMO3,
     "SmolLM3ForCausalLM": _SMOLLM3,
     "GPT2LMHeadModel": GPT2,
-    "GraniteForCausalLM": _GRANITE,
-    "GraniteMoeHybridForCausalLM": _GRANITE_HYBRID,
+    "GraniteForCausalLM": GRANITE,
+    "GraniteMoeForCausalLM": GRANITE_MOE,
+    "GraniteMoeSharedForCausalLM": GRANITE_MOE_SHARED,
+    "GraniteMoeHybridForCausalLM": GRANITE_HYBRID,
     "BambaForCausalLM": BAMBA,
     "NemotronHForCausalLM": NEMOTRON_H,
     "FalconH1ForCausalLM": FALCON_H1,
@@ -334,6 +273,7 @@ FAMILIES: dict[str, Family] = {
     "MinistralForCausalLM": MINISTRAL,
     "Ministral3ForCausalLM": MINISTRAL3,
     "Exaone4ForCausalLM": EXAONE4,
+    "CohereForCausalLM": COHERE,
     "Cohere2ForCausalLM": COHERE2,
     "HunYuanDenseV1ForCausalLM": HUNYUAN,
     "Lfm2ForCausalLM": LFM2,
@@ -352,6 +292,7 @@ FAMILIES: dict[str, Family] = {
     "Glm4MoeLiteForCausalLM": GLM4_MOE_LITE,
     "DeepseekV2ForCausalLM": DEEPSEEK_V2,
     "DeepseekV3ForCausalLM": DEEPSEEK_V3,
+    "Mistral4ForCausalLM": MISTRAL4,
     "Qwen3NextForCausalLM": QWEN3_NEXT,
     "Qwen3_5ForCausalLM": QWEN3_5,
     "Qwen3_5MoeForCausalLM": QWEN3_5_MOE,

@@ -15,7 +15,8 @@ MISTRAL = Family(
 MINISTRAL = dataclasses.replace(MISTRAL, model_type="ministral", has_layer_types=True)
 
 
-def _query_growth(mapping: Mapping[str, Any]) -> dict[str, Any]:
+def query_growth(mapping: Mapping[str, Any]) -> dict[str, Any]:
+    """By the position; of Mistral 4, too."""
     rope = mapping["rope_parameters"]
     keys = "llama_4_scaling_beta", "original_max_position_embeddings"
     if any(rope.get(key) is None for key in keys):
@@ -41,5 +42,5 @@ MINISTRAL3 = dataclasses.replace(
             "llama_4_scaling_beta": 0.1,
         },
     },
-    derive=_query_growth,
+    derive=query_growth,
 )

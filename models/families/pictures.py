@@ -19,6 +19,11 @@ class _Text:
 
 _QWEN2 = _Text("Qwen2ForCausalLM", "qwen2", False, {"rope_theta": 1e6})
 
+_KIMI = {
+    kind: _Text("DeepseekV3ForCausalLM", "deepseek_v3", False)
+    for kind in ("kimi_k2", "deepseek_v3")
+}
+
 _PARTS = {
     "Gemma3ForConditionalGeneration": {
         "gemma3_text": _Text(
@@ -34,12 +39,16 @@ _PARTS = {
     "Gemma4ForConditionalGeneration": {
         "gemma4_text": _Text("Gemma4ForCausalLM", "gemma4_text", True)
     },
+    # Kimi K2.5, of which transformers writes the second name.
+    "KimiK25ForConditionalGeneration": _KIMI,
+    "Kimi_K25ForConditionalGeneration": _KIMI,
     "Llama4ForConditionalGeneration": {
         "llama4_text": _Text("Llama4ForCausalLM", "llama4_text", False)
     },
     "Mistral3ForConditionalGeneration": {
         "mistral": _Text("MistralForCausalLM", "mistral", True),
         "ministral3": _Text("Ministral3ForCausalLM", "ministral3", True),
+        "mistral4": _Text("Mistral4ForCausalLM", "mistral4", True),
     },
     # The first files have the text model's settings beside those of the whole.
     "Qwen2VLForConditionalGeneration": {"qwen2_vl_text": _QWEN2, "qwen2_vl": _QWEN2},
@@ -65,7 +74,7 @@ _PARTS_OF_THE_WHOLE = ("text_config", "vision_config", "audio_config")
 
 _TOWERS = re.compile(
     r"(model\.)?"
-    r"(visual|vision_tower|vision_model|multi_modal_projector|audio_tower|embed_vision|embed_audio)\."
+    r"(visual|vision_tower|vision_model|multi_modal_projector|mm_projector|audio_tower|embed_vision|embed_audio)\."
 )
 _TEXT = re.compile(r"(model\.language_model\.(model\.)?|language_model\.model\.)")
 

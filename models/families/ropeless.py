@@ -47,7 +47,7 @@ EXAONE4 = Family(
 def _command(mapping: Mapping[str, Any]) -> dict[str, Any]:
     if mapping.get("use_qk_norm"):
         raise ValueError("use_qk_norm true is not supported")
-    return {"logits_divisor": 1 / mapping["logit_scale"], **_full_layers(mapping)}
+    return {"logits_divisor": 1 / mapping["logit_scale"]}
 
 
 COHERE2 = dataclasses.replace(
@@ -63,6 +63,22 @@ COHERE2 = dataclasses.replace(
     },
     normalize=lambda mapping: renamed(mapping, {"layer_norm_eps": "rms_norm_eps"}),
     fixed={"norm": "layer_plain", "is_parallel": True, "is_rope_interleaved": True},
-    derive=_command,
+    derive=lambda mapping: _command(mapping) | _full_layers(mapping),
     block_names=BLOCK_NAMES,
+)
+
+# Command R, whose layers are all alike.
+COHERE = dataclasses.replace(
+    COHERE2,
+    model_type="cohere",
+    defaults={
+        "tie_word_embeddings": True,
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 8192,
+        "rope_theta": 500_000.0,
+        "logit_scale": 0.0625,
+    },
+    derive=_command,
+    is_local=lambda mapping, layer: False,
+    has_layer_types=False,
 )

@@ -161,26 +161,48 @@ def test_files_of_earlier_versions(tmp_path: Path) -> None:
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
 
 
-def test_gemma_3n_is_found_among_its_towers(tmp_path: Path) -> None:
-    """Its names; what looks is a model of another library."""
-    save_family("gemma3n", tmp_path)
+@pytest.mark.parametrize(
+    ("case", "name", "kind", "prefix", "parts"),
+    [
+        (
+            "gemma3n",
+            "Gemma3nForConditionalGeneration",
+            "gemma3n_text",
+            "model.language_model.",
+            ("vision_tower.timm_model", "audio_tower.conformer.0", "embed_vision", "embed_audio"),
+        ),
+        (
+            "deepseek-v3",
+            "KimiK25ForConditionalGeneration",
+            "kimi_k2",
+            "language_model.model.",
+            ("vision_tower.encoder", "mm_projector.pre_norm"),
+        ),
+    ],
+    ids=["gemma3n", "kimi-k2.5"],
+)
+def test_what_is_found_among_towers_by_its_name(
+    case: str, name: str, kind: str, prefix: str, parts: tuple[str, ...], tmp_path: Path
+) -> None:
+    """What looks is a model of another library, or code that comes with the model."""
+    save_family(case, tmp_path)
     module, params = dense.load(tmp_path)
-    text = json.loads((tmp_path / "config.json").read_text())
+    text = json.loads((tmp_path / "config.json").read_text()) | {"model_type": kind}
     whole = {
-        "architectures": ["Gemma3nForConditionalGeneration"],
-        "model_type": "gemma3n",
+        "architectures": [name],
+        "tie_word_embeddings": text["tie_word_embeddings"],
         "text_config": text,
         "vision_config": {},
-        "audio_config": {},
     }
     (tmp_path / "config.json").write_text(json.dumps(whole))
     path = tmp_path / "model.safetensors"
+    inner = prefix.removesuffix("model.").removesuffix("model.language_model.")
     tensors = {
-        name.replace("model.", "model.language_model.", 1): tensor
-        for name, tensor in safetensors.numpy.load_file(path).items()
+        prefix + one.removeprefix("model.") if one.startswith("model.") else inner + one: tensor
+        for one, tensor in safetensors.numpy.load_file(path).items()
     }
-    parts = "vision_tower.timm_model", "audio_tower.conformer.0", "embed_vision", "embed_audio"
-    tensors |= {f"model.{part}.norm.weight": np.ones(3, np.float32) for part in parts}
+    outer = "model." if prefix.startswith("model.") else ""
+    tensors |= {f"{outer}{part}.norm.weight": np.ones(3, np.float32) for part in parts}
     safetensors.numpy.save_file(tensors, path)
     again, found = dense.load(tmp_path)
     assert again.config == module.config
@@ -190,8 +212,8 @@ def test_gemma_3n_is_found_among_its_towers(tmp_path: Path) -> None:
 def test_another_text_model_is_refused(tmp_path: Path) -> None:
     config = {
         "architectures": ["Mistral3ForConditionalGeneration"],
-        "text_config": {"model_type": "mistral4"},
+        "text_config": {"model_type": "mistral5"},
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="text model 'mistral4'; supported: mistral, ministral3"):
+    with pytest.raises(ValueError, match="text model 'mistral5'; supported: mistral, mini"):
         open_checkpoint(tmp_path)
