@@ -17,15 +17,10 @@ import numpy as np
 
 from folojax.compile.programs import SPENT
 from folojax.engine.adapters import KnownAdapters
-from folojax.engine.live_request import (
-    NOTHING_YET,
-    LiveGeneration,
-    Sample,
-    make_generation,
-)
+from folojax.engine.live_request import NOTHING_YET, LiveGeneration, make_generation
 from folojax.engine.live_score import LiveScore, make_score
 from folojax.engine.metrics import EngineMetrics, read_metrics
-from folojax.engine.reports import Live, owner_of, take_reports
+from folojax.engine.reports import Live, owner_of, take_asked, take_reports
 from folojax.engine.snapshot import Progress
 from folojax.engine.weights import check_policy, fingerprint_of, placed_like
 from folojax.requests.continuations import AskedScore
@@ -198,7 +193,7 @@ class Engine:
         self.check_is_awake()
         with self._or_reset():
             self._take_in_unawaited()
-            while len(self._in_flight) < self.scheduler.config.max_plans_in_flight:
+            while self.has_room:
                 plan = self.scheduler.schedule()
                 self._in_flight.append((plan, self.runner.dispatch(plan)))
                 self._count(plan)
@@ -216,6 +211,11 @@ class Engine:
                 self.check_integrity()
         outputs, self._untold = self._untold, []
         return outputs
+
+    @property
+    def has_room(self) -> bool:
+        """Whether another plan may be under way."""
+        return len(self._in_flight) < self.scheduler.config.max_plans_in_flight
 
     @property
     def awaited(self) -> list[Pending]:
@@ -376,7 +376,9 @@ class Engine:
                 request.token_logprobs += logprobs[request.request_id][:num_new]
                 request.weights_versions += [self.weights_version] * num_new
                 if request.is_watched:
-                    self._take(request, num_new, result)
+                    stop = take_asked(request, num_new, result, self.adapters)
+                    if stop is not None:
+                        self.scheduler.stop_at(request, *stop)
             if live.is_streamed or (request.status is not running and request.is_finished):
                 told[live.request_id] = live
         return [
@@ -384,13 +386,6 @@ class Engine:
             for live in told.values()
             if live.is_finished or live.is_streamed
         ]
-
-    def _take(self, sample: Sample, num_new: int, result: StepResult) -> None:
-        """Gives a sample what it has asked for beside tokens, and ends it with a stop string."""
-        entries = result.reports.get(sample.request_id, ())[:num_new]
-        version = self.adapters[sample.adapter].version if sample.adapter else 0
-        if (stop := sample.take(entries, num_new, version)) is not None:
-            self.scheduler.stop_at(sample, *stop)
 
     def _close(self, live: Live) -> Output:
         del self.live[live.request_id]

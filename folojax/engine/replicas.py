@@ -4,19 +4,26 @@
                     engine 0 on its devices ─┐
                     engine 1 on its devices ─┴──> outputs of those whose step is done
 
-Where a request runs decides nothing but time: its tokens and its seed are those of one engine. The
-engines step in the caller's thread, one after the other, and none waits for another's device: what
-a step returns comes from those that are ready, and only where none is does it wait for the first.
+Where a request runs decides nothing but time: its tokens and its seed are those of one engine. None
+waits for another's device: what a step returns comes from those that are ready, and only where none
+is does it wait for the first.
+
+Handing a program over takes a device's driver up to a millisecond, and Python's lock is free
+meanwhile. So engines that have room for a plan plan and hand over in threads, at the same time, and
+all else of a step is done in the caller's thread, while no other thread is at work:
+
+    caller    ──┬── engine 0: plan, hand over ──┬── look which are ready, read, hand out
+    threads     └── engine 1: plan, hand over ──┘
 """
 
 import collections
 import dataclasses
+import time
 from collections.abc import Collection, Hashable, Iterable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, NamedTuple
 
-import jax
-
+from folojax.compile.programs import own_settings
 from folojax.engine.adapters import KnownAdapters
 from folojax.engine.engine import Engine, Output
 from folojax.engine.metrics import EngineMetrics
@@ -27,6 +34,9 @@ _FOUND_WEIGHT = 4
 """Tokens of backlog that a token is worth which is found computed. With 1 the second request behind
 a prompt would go to an idle engine, which computes the prompt once more: it would be idle no longer
 than until other requests come."""
+
+_LOOK_S = 5e-5
+"""From one look at devices that are all at work to the next: no longer than a thread wakes up."""
 
 
 class _Placed(NamedTuple):
@@ -60,8 +70,6 @@ class Replicas:
         # Of each group, how many unfinished requests each engine has.
         self._groups: dict[Hashable, list[int]] = {}
         self._pool = ThreadPoolExecutor(len(engines), "folojax-replica")
-        # What the devices of engines are waited for by: a thread each, which does nothing else.
-        self._waits: dict[Engine, Future[Any]] = {}
 
     def engine_of(self, request_id: str) -> Engine:
         """The engine that has an unfinished request; the first, if none has."""
@@ -95,8 +103,7 @@ class Replicas:
         """
         self.check_is_awake()
         busy = [one for one in self.engines if one.has_unfinished_requests()] or self.engines
-        for engine in busy:
-            engine.step(is_read=False)
+        self._plan([engine for engine in busy if engine.has_room])
         told: list[tuple[Engine, list[Output]]] = []
         try:
             for engine in self._ready(busy):
@@ -165,17 +172,32 @@ class Replicas:
             backend, config = engine.runner.backend, engine.runner.model.config
             engine.update_params(backend.devices.adopt(params, config), running)
 
+    def _plan(self, engines: Sequence[Engine]) -> None:
+        """Has engines plan as far ahead as they may; they are done with it when it returns."""
+
+        def plan(engine: Engine) -> None:
+            with own_settings():  # they are a thread's
+                engine.step(is_read=False)
+
+        others = [self._pool.submit(plan, engine) for engine in engines[1:]]
+        try:
+            for engine in engines[:1]:
+                engine.step(is_read=False)
+        finally:
+            wait(others)
+        for other in others:
+            other.result()
+
     def _ready(self, engines: Sequence[Engine]) -> list[Engine]:
         """Those whose earliest step is done; waits until there is one."""
+        if len(engines) == 1:
+            return list(engines)  # reading waits
         awaited = {engine: arrays_of(engine.awaited) for engine in engines}
-        done = [one for one in engines if all(array.is_ready() for array in awaited[one])]
-        if engines and not done:
-            for engine in engines:
-                if engine not in self._waits or self._waits[engine].done():
-                    self._waits[engine] = self._pool.submit(jax.block_until_ready, awaited[engine])
-            wait([self._waits[engine] for engine in engines], return_when=FIRST_COMPLETED)
-            done = [one for one in engines if self._waits[one].done()]
-        return done
+        while True:
+            done = [one for one in engines if all(array.is_ready() for array in awaited[one])]
+            if done:
+                return done
+            time.sleep(_LOOK_S)
 
     def _place(self, live: Live) -> _Placed:
         """Where a request goes: to what it was forked from, or where there is least in its way."""

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import TypeAlias
 
+from folojax.engine.adapters import KnownAdapters
 from folojax.engine.live_request import LiveGeneration, Sample
 from folojax.engine.live_score import LiveScore
 from folojax.requests.sampling_params import SamplingRequest
@@ -44,3 +45,12 @@ def take_reports(result: StepResult, awaited: Mapping[str, Request]) -> dict[str
             for piece in pieces:
                 sample.add_activations(piece)
     return failed
+
+
+def take_asked(
+    sample: Sample, num_new: int, result: StepResult, adapters: KnownAdapters
+) -> tuple[int, str] | None:
+    """Gives a sample what it has asked for of its new tokens; returns as `Sample.take`."""
+    entries = result.reports.get(sample.request_id, ())[:num_new]
+    version = 0 if sample.adapter is None else adapters[sample.adapter].version
+    return sample.take(entries, num_new, version)

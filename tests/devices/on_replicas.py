@@ -124,6 +124,35 @@ def test_no_engine_waits_for_another(llm: LLM, monkeypatch: pytest.MonkeyPatch) 
     assert set(api_calls.finish(llm)) == {"0", "2"}
 
 
+def test_engines_hand_over_at_the_same_time(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And if one of them fails, the others do not."""
+    for number in range(4):
+        llm.add_request(str(number), [number + 5, 3], GREEDY)
+    meeting = threading.Barrier(2, timeout=60)
+    for engine in llm.engines:
+        dispatch: Any = engine.runner.dispatch
+
+        def meet(plan: Any, dispatch: Any = dispatch) -> Any:
+            meeting.wait()
+            return dispatch(plan)
+
+        monkeypatch.setattr(engine.runner, "dispatch", meet)
+    llm.step()
+    monkeypatch.undo()
+
+    def fail(plan: Any) -> Any:
+        raise OSError("the driver is gone")
+
+    monkeypatch.setattr(llm.engines[1].runner, "dispatch", fail)
+    with pytest.raises(OSError, match="the driver is gone"):
+        while llm.has_unfinished_requests():
+            llm.step()
+    monkeypatch.undo()
+    last = api_calls.finish(llm)
+    ends = {name: one.outputs[0].finish_reason for name, one in last.items()}
+    assert ends == {"0": "length", "1": "abort", "2": "length", "3": "abort"}
+
+
 def test_requests_go_where_their_prefix_is(llm: LLM) -> None:
     """Unless there is too much in their way."""
 
