@@ -1,6 +1,7 @@
 """How far a request has come, and how far it may go: what plans under way will give included."""
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from folojax.sched.config import SchedulerConfig
 from folojax.sched.memory import KVMemory
@@ -55,6 +56,7 @@ def uneven(
         The others that await something and their tokens, in batch order.
     """
     is_single = plan.num_decode_steps == 1 and not failed
+    make: Any = tuple.__new__  # half of what `RequestUpdate(...)` takes
     for request_id, request in plan.awaited.items():
         tokens = sampled.get(request_id, ())
         num_computed = request.num_computed_tokens
@@ -63,7 +65,7 @@ def uneven(
             request.num_computed_tokens = num_computed + 1
             request.num_samples_in_flight -= 1
             request.output_token_ids.append(tokens[0])
-            updates.append(RequestUpdate(request, tokens))
+            updates.append(make(RequestUpdate, (request, tokens)))
         else:
             yield request, tokens
 

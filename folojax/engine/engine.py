@@ -365,6 +365,7 @@ class Engine:
         failed = take_reports(result, plan.awaited)
         logprobs, now, running = result.logprobs, time.perf_counter(), RequestStatus.RUNNING
         updates: Any = self.scheduler.update_from_output(plan, result.tokens, failed)
+        version = [self.weights_version]
         told: dict[str, Live] = {}  # and perhaps finished
         for request, new_token_ids in updates:
             live: Live = request.owner
@@ -373,8 +374,9 @@ class Engine:
                 if live.first_token_time_s is None:
                     live.first_token_time_s = now
                     live.compiled_at_first_token_s = SPENT.seconds
-                request.token_logprobs += logprobs[request.request_id][:num_new]
-                request.weights_versions += [self.weights_version] * num_new
+                given = logprobs[request.request_id]
+                request.token_logprobs += given if len(given) == num_new else given[:num_new]
+                request.weights_versions += version if num_new == 1 else version * num_new
                 if request.is_watched:
                     stop = take_asked(request, num_new, result, self.adapters)
                     if stop is not None:

@@ -158,7 +158,7 @@ class Batch:
             token[i] = row.token_ids[position[i]]
         return DecodeInputs(slot, token, position, self._page_table[slot])
 
-    def advance(self, slots: Sequence[int], num_tokens: Sequence[int]) -> None:
+    def advance(self, slots: Any, num_tokens: Sequence[int] | int) -> None:
         """Notes that a step computes the next tokens of slots."""
         self.num_computed[slots] += num_tokens
 

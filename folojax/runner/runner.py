@@ -96,10 +96,11 @@ class Runner:
         rows = self.batch.longest_first(plan.num_scheduled_tokens)
         if not rows:
             return []
-        num_tokens = [plan.num_scheduled_tokens[row.request_id] for row in rows]
-        slots = [row.slot for row in rows]
-        sampled = plan.sampled_request_ids
-        is_plain = plan.total_num_scheduled_tokens == len(rows) and not self.batch.num_scored_rows
+        slots, sampled = np.array([row.slot for row in rows]), plan.sampled_request_ids
+        is_single, num_tokens = plan.total_num_scheduled_tokens == len(rows), [1] * len(rows)
+        if not is_single:
+            num_tokens = [plan.num_scheduled_tokens[row.request_id] for row in rows]
+        is_plain = is_single and not self.batch.num_scored_rows
         if plan.num_decode_steps > 1:
             pending = self._decode(rows, slots, num_tokens=num_tokens)
         elif is_plain and len(sampled) == len(rows) and self.steps.kind != "rows":  # most steps
@@ -108,7 +109,7 @@ class Runner:
             pending = self._mixed(rows, num_tokens, set(sampled))
         if plan.state_saves:
             self.state = self.kept.save(self.state, plan.state_saves, self.batch.rows)
-        self.batch.advance(slots, num_tokens)
+        self.batch.advance(slots, 1 if is_single else num_tokens)
         if any(one.late is not None for one in pending):
             self.late.pending = pending
         return pending
@@ -237,7 +238,7 @@ class Runner:
         for first in range(0, len(chunks), most):
             pending += self._chunks(chunks[first : first + most])
         if singles:
-            pending += self._decode(singles, [row.slot for row in singles], sampled)
+            pending += self._decode(singles, np.array([row.slot for row in singles]), sampled)
         return pending
 
     def _chunks(self, chunks: Sequence[Chunk]) -> list[Pending]:
@@ -278,7 +279,7 @@ class Runner:
     def _decode(
         self,
         rows: list[Row],
-        slots: list[int],
+        slots: Any,
         sampled: set[str] | None = None,
         num_tokens: list[int] | None = None,
     ) -> list[Pending]:
@@ -286,7 +287,7 @@ class Runner:
 
         Args:
             rows: That continue.
-            slots: Of them.
+            slots: Of them, an array.
             sampled: Ids of those that sample; None: all do.
             num_tokens: Of each row, all of which sample; None: one, in a call for one.
         """
@@ -298,7 +299,7 @@ class Runner:
         # Rows that follow grammars are sampled later, when the host has made their masks.
         is_joint = self.steps.kind in ("whole", "ordered") and not table.has_grammar(slots)
         if is_joint or num_tokens is not None:
-            drawn = np.asarray(slots if sampled is None else self._slots_of(drawing, len(rows)))
+            drawn = slots if sampled is None else self._slots_of(drawing, len(rows))
             positions = self.batch.num_computed[slots][None] + 1
             if num_tokens is not None:
                 positions = np.concatenate((positions, positions + np.asarray(num_tokens) - 1))

@@ -126,8 +126,12 @@ def test_no_engine_waits_for_another(llm: LLM, monkeypatch: pytest.MonkeyPatch) 
 
 def test_engines_hand_over_at_the_same_time(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """And if one of them fails, the others do not."""
-    for number in range(4):
-        llm.add_request(str(number), [number + 5, 3], GREEDY)
+
+    def add_requests() -> None:
+        for number in range(4):
+            llm.add_request(str(number), [number + 5, 3], GREEDY)
+
+    add_requests()
     meeting = threading.Barrier(2, timeout=60)
     for engine in llm.engines:
         dispatch: Any = engine.runner.dispatch
@@ -139,14 +143,15 @@ def test_engines_hand_over_at_the_same_time(llm: LLM, monkeypatch: pytest.Monkey
         monkeypatch.setattr(engine.runner, "dispatch", meet)
     llm.step()
     monkeypatch.undo()
+    api_calls.finish(llm)
 
     def fail(plan: Any) -> Any:
         raise OSError("the driver is gone")
 
+    add_requests()
     monkeypatch.setattr(llm.engines[1].runner, "dispatch", fail)
     with pytest.raises(OSError, match="the driver is gone"):
-        while llm.has_unfinished_requests():
-            llm.step()
+        llm.step()
     monkeypatch.undo()
     last = api_calls.finish(llm)
     ends = {name: one.outputs[0].finish_reason for name, one in last.items()}
