@@ -57,15 +57,16 @@ def uneven(
     """
     is_single = plan.num_decode_steps == 1 and not failed
     make: Any = tuple.__new__  # half of what `RequestUpdate(...)` takes
+    find, note = sampled.get, updates.append
     for request_id, request in plan.awaited.items():
-        tokens = sampled.get(request_id, ())
+        tokens = find(request_id, ())
         num_computed = request.num_computed_tokens
         is_even = num_computed < request.lands_evenly_until and is_single
         if is_even and tokens[0] not in request.stop.end_ids:
             request.num_computed_tokens = num_computed + 1
             request.num_samples_in_flight -= 1
             request.output_token_ids.append(tokens[0])
-            updates.append(make(RequestUpdate, (request, tokens)))
+            note(make(RequestUpdate, (request, tokens)))
         else:
             yield request, tokens
 

@@ -245,6 +245,11 @@ class PlansInFlight:
         """
         is_next = bool(self._plans) and plan is self._plans[0]
         assert is_next, "the plan is not the next to be taken in, or was taken in already"
+        num_sampled = len(plan.sampled_request_ids)
+        is_whole = num_sampled == len(plan.num_scheduled_tokens) == len(plan.awaited)
+        if is_whole and not failed and sampled.keys() == plan.awaited.keys():  # in most steps
+            self._plans.popleft()
+            return
         may_sample = set(plan.sampled_request_ids)
         is_ended = may_sample.difference(plan.awaited)
         missing = may_sample.difference(sampled, failed, is_ended)

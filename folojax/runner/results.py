@@ -137,16 +137,18 @@ def read(pending: Sequence[Pending]) -> StepResult:
 
 def _read_step(rows: Sequence[Row | None], out: StepOutput, result: StepResult) -> None:
     """Sorts a step by request: by whole columns, as most rows ask for nothing but a token."""
-    places: Any = np.arange(len(rows))
-    is_valid = out.is_valid[: len(rows)]
+    count = len(rows)
+    places: Any = slice(count)
+    is_valid = out.is_valid[:count]
     if not is_valid.all():
         failed = (rows[i] for i in np.flatnonzero(~is_valid).tolist())
         result.failed.update(row.request_id for row in failed if row is not None)
-    if result.failed or None in rows:
+    if result.failed or not all(rows):
         failed_ids = result.failed
         pairs = enumerate(rows)
         places = [i for i, row in pairs if row is not None and row.request_id not in failed_ids]
-    drawing: Sequence[Any] = [rows[i] for i in places] if len(places) < len(rows) else rows
+        rows = [rows[i] for i in places]
+    drawing: Sequence[Any] = rows
     ids = [row.request_id for row in drawing]
     tokens, logprobs = out.tokens[places, None].tolist(), out.logprobs[places, None].tolist()
     if result.tokens.keys().isdisjoint(ids):
@@ -157,9 +159,9 @@ def _read_step(rows: Sequence[Row | None], out: StepOutput, result: StepResult) 
             result.tokens.setdefault(request_id, []).extend(token)
             result.logprobs.setdefault(request_id, []).extend(logprob)
     if out.record is not None or out.ranks.any():
-        for i, row in zip(places, drawing, strict=True):
+        for i, row in zip(np.arange(count)[places].tolist(), drawing, strict=True):
             if row.request.is_reported:
-                entry = _entry(int(i), row, out)
+                entry = _entry(i, row, out)
                 result.reports.setdefault(row.request_id, []).append(entry)
 
 
