@@ -105,7 +105,7 @@ def problems_of(config: ModelConfig, count: int) -> list[str]:
         sizes["intermediate_size"] = config.intermediate_size
     if config.num_experts:
         sizes |= {name: getattr(config, name) for name in ("expert_size", "shared_expert_size")}
-    if config.recurrent:
+    if config.recurrent and config.recurrent.has_memory:
         sizes["num_value_heads of recurrent layers"] = config.recurrent.num_value_heads
         if config.recurrent.is_by_key_head:
             sizes["num_key_heads of recurrent layers"] = config.recurrent.num_key_heads

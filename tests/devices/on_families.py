@@ -13,7 +13,15 @@ from tests.devices.on_all import ASKED, check_close
 from tests.families import FAMILIES, save_family
 from tests.reference import MORE_LIMITS, TIGHT
 
-REFUSED = ("gemma4", "gemma4-moe")
+REFUSED = {
+    "gemma3n": "heads of two sizes and embeddings by layer are not shared out",
+    "gemma4": "heads of two sizes and embeddings by layer are not shared out",
+    "gemma4-moe": "heads of two sizes and embeddings by layer are not shared out",
+    "lfm2": "is 2: short convolutions are not shared out",
+    "lfm2-moe": "is 2: short convolutions are not shared out",
+    "falcon-h1": "attention beside a state space is not shared out",
+    "falcon-h1-normed": "attention beside a state space is not shared out",
+}
 
 
 def cases() -> list[Any]:
@@ -76,7 +84,7 @@ def test_states_by_heads(family: str, count: int, widths: tuple[int, int], tmp_p
         ("qwen3-next", 4, "num_key_heads of recurrent layers is 2, not a multiple of it"),
         ("qwen3.5", 4, "num_value_heads of recurrent layers is 2, not a multiple of it"),
         ("bamba", 3, "num_key_heads of recurrent layers is 2, neither a multiple nor a part of it"),
-        ("gemma4", 2, "heads of two sizes and embeddings by layer are not shared out"),
+        *((family, 2, told) for family, told in REFUSED.items()),
     ],
 )
 def test_what_does_not_divide_is_refused(
