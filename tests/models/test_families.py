@@ -97,6 +97,12 @@ def test_the_loaded_tree_is_the_initialised_tree(family: Any) -> None:
     chex.assert_trees_all_equal_shapes_and_dtypes(params, shapes)
 
 
+# What families differ in by words alone is saved by the code of others.
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(case, marks=[pytest.mark.slow] * (case in MORE)) for case in FAMILIES],
+    indirect=True,
+)
 def test_saved_parameters_are_what_transformers_loads(family: Any, tmp_path: Path) -> None:
     """Changed before, so that nothing can come from the old files; in several shards."""
     name, _, _, (module, params) = family
