@@ -15,6 +15,7 @@ from tests.attention.kernel_cases import (
     LATENTS,
     LENGTHS,
     OF_LATENTS,
+    PAGE_SIZE,
     Case,
     check_close,
     in_turn,
@@ -55,42 +56,30 @@ def check_steps(way: Way, case: Case, scoring: Scoring = PLAIN) -> None:
     assert np.isfinite(tokens).all()
 
 
+# Windows of one token, above a chunk (5) and below a page, above both, and above all; scores that
+# are scaled or capped. (Plain scores in chunks behind cached prefixes: test_kernel_bits.)
 @DIFFERENT_WAYS
 @pytest.mark.parametrize(
-    ("heads", "page_size"),
+    ("heads", "page_size", "scoring"),
     [
-        (Heads(1, 1, 8), 8),
-        (Heads(3, 2, 40), 16),
-        (Heads(1, 8, 64), 4),
+        (Heads(1, 1, 8), 8, Scoring(window=1)),
+        (Heads(3, 2, 40), 16, Scoring(window=7, scale=0.1)),
+        (HEADS, PAGE_SIZE, Scoring(window=200)),
+        (Heads(1, 8, 64), 4, Scoring(softcap=2.0, window=9, scale=0.3)),
+        pytest.param(Heads(1, 8, 64), 8, PLAIN, marks=pytest.mark.slow),
+        pytest.param(Heads(3, 2, 40), 16, PLAIN, marks=pytest.mark.slow),
     ],
     ids=str,
 )
-def test_it_is_plain_attention(way: Way, heads: Heads, page_size: int) -> None:
-    if page_size in way.sizes:
-        check_steps(way, make_case(way, heads, page_size))
+def test_it_is_attention(way: Way, heads: Heads, page_size: int, scoring: Scoring) -> None:
+    if page_size in way.sizes and (way.caps or scoring.softcap is None):
+        check_steps(way, make_case(way, heads, page_size), scoring)
 
 
 @DIFFERENT_WAYS
 def test_values_may_be_the_first_numbers_of_keys(way: Way) -> None:
     if way.takes_latents:
         check_steps(way, make_case(way, LATENTS), OF_LATENTS)
-
-
-# Windows of one token, above a chunk (5) and below a page (8), above both, and above all.
-@DIFFERENT_WAYS
-@pytest.mark.parametrize(
-    "scoring",
-    [
-        Scoring(window=1),
-        Scoring(window=7, scale=0.1),
-        Scoring(window=200),
-        Scoring(softcap=2.0, window=9, scale=0.3),
-    ],
-    ids=str,
-)
-def test_scores_are_scaled_capped_and_cut_to_a_window(way: Way, scoring: Scoring) -> None:
-    if way.caps or scoring.softcap is None:
-        check_steps(way, make_case(way), scoring)
 
 
 def test_large_scores_do_not_overflow(way: Way) -> None:
