@@ -39,6 +39,7 @@ STEPS_OF_OTHERS = (
     *(*MORE, "lfm2-moe", "falcon-h1-normed"),
     *("exaone4-full", "deepseek-v2", "deepseek-v2-groups", "olmo3", "smollm3"),
     *("mixtral", "qwen2", "qwen3", "phi3", "olmo2", "glm4", "glm4-moe", "cohere2"),
+    *("gemma3", "nemotron-h"),
 )
 """Whose steps are made of what those of other families are, or which laws try: their logits are
 enough for a start."""
