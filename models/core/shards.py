@@ -123,8 +123,6 @@ def problems_of(config: ModelConfig, count: int) -> list[str]:
         found.append("heads of two sizes and embeddings by layer are not shared out among devices")
     if config.recurrent and not config.recurrent.has_memory and count > 1:
         found.append("short convolutions are not shared out among devices")
-    if config.recurrent and config.recurrent.is_beside and count > 1:
-        found.append("attention beside a state space is not shared out among devices")
     if config.side_streams and count > 1:
         found.append("several residual streams are not shared out among devices")
     return found

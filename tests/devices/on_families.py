@@ -19,8 +19,6 @@ REFUSED = {
     "gemma4-moe": "heads of two sizes and embeddings by layer are not shared out",
     "lfm2": "is 2: short convolutions are not shared out",
     "lfm2-moe": "is 2: short convolutions are not shared out",
-    "falcon-h1": "attention beside a state space is not shared out",
-    "falcon-h1-normed": "attention beside a state space is not shared out",
 }
 
 
@@ -57,6 +55,7 @@ def test_every_family(family: str, count: int, tmp_path: Path) -> None:
         ("qwen3.5", 2, (48, 1)),
         ("bamba", 2, (112, 4)),
         ("nemotron-h", 4, (56, 2)),  # of two heads of keys: neighbours have the same
+        ("falcon-h1", 2, (112, 4)),  # beside attention
     ],
 )
 def test_states_by_heads(family: str, count: int, widths: tuple[int, int], tmp_path: Path) -> None:
