@@ -61,7 +61,7 @@ def _spread(name: str, part: int, b: Any, config: ModelConfig, count: int) -> An
         heads = b.reshape(len(b), -1, config.head_dim)
         return np.repeat(heads, copies, axis=1).reshape(len(b), -1)
     if name == "in_proj" and part == 0 and sizes and not sizes.is_by_key_head:
-        whole = "in_proj" if sizes.kind == "space" else "conv"
+        whole = "conv" if sizes.kind == "delta" else "in_proj"
         return cut_recurrent(whole, b.T, sizes, count).reshape(-1, len(b)).T
     return b
 

@@ -146,7 +146,8 @@ def short_convolution(
         bias = kernel_of(block, "conv_bias", channels, init=ZEROS)
         out = out + bias.astype(jnp.float32)[None, :]
     flat = second * out.astype(block.dtype)
-    out = block.linear("out_proj", flat, block.config.hidden_size, sizes.has_bias)
+    width = block.config.hidden_size
+    out = block.linear("out_proj", flat, width, sizes.has_bias, is_part=True)
     return out.astype(block.dtype), cache
 
 

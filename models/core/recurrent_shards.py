@@ -1,6 +1,7 @@
 """Recurrent layers over several devices: heads of values, and the heads of keys that go with them.
 
-Where there are fewer heads of keys than devices, neighbours have the same ones.
+Where there are fewer heads of keys than devices, neighbours have the same ones. Short convolutions
+have no heads: their channels are cut.
 """
 
 import dataclasses
@@ -14,6 +15,8 @@ from folojax.models.core.recurrent import Recurrent
 
 def part_of_recurrent(sizes: Recurrent, count: int) -> Recurrent:
     """What one of `count` devices has of recurrent layers."""
+    if not sizes.has_memory:
+        return dataclasses.replace(sizes, value_dim=sizes.value_dim // count)
     return dataclasses.replace(
         sizes,
         num_key_heads=max(sizes.num_key_heads // count, 1),
@@ -26,6 +29,8 @@ def _recurrent_rows(name: str, sizes: Recurrent) -> tuple[list[int], list[int]]:
     """What lies by heads in a kernel of a recurrent layer: rows of each, and which are of keys."""
     keys, values, heads = sizes.num_keys, sizes.num_values, sizes.num_value_heads
     is_space, is_mixed = sizes.kind == "space", name.startswith("conv")
+    if not sizes.has_memory:
+        return [values] * (1 if is_mixed else 3), []
     if is_space and is_mixed:
         return [values, keys, keys], [1, 2]
     if is_space:

@@ -105,7 +105,9 @@ def problems_of(config: ModelConfig, count: int) -> list[str]:
         sizes["intermediate_size"] = config.intermediate_size
     if config.num_experts:
         sizes |= {name: getattr(config, name) for name in ("expert_size", "shared_expert_size")}
-    if config.recurrent and config.recurrent.has_memory:
+    if config.recurrent and not config.recurrent.has_memory:
+        sizes["num_channels of short convolutions"] = config.recurrent.num_channels
+    elif config.recurrent:
         sizes["num_value_heads of recurrent layers"] = config.recurrent.num_value_heads
         if config.recurrent.is_by_key_head:
             sizes["num_key_heads of recurrent layers"] = config.recurrent.num_key_heads
@@ -121,8 +123,6 @@ def problems_of(config: ModelConfig, count: int) -> list[str]:
         )
     if (config.full_head_dim or config.has_value_norm or config.layer_embed_size) and count > 1:
         found.append("heads of two sizes and embeddings by layer are not shared out among devices")
-    if config.recurrent and not config.recurrent.has_memory and count > 1:
-        found.append("short convolutions are not shared out among devices")
     if config.side_streams and count > 1:
         found.append("several residual streams are not shared out among devices")
     return found

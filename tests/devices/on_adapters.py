@@ -82,6 +82,7 @@ def test_rows_with_adapters_and_none(tiny_model: tuple) -> None:
         ("llama", 4),
         ("qwen3.5", 2),
         ("bamba", 4),
+        ("lfm2", 2),
     ],
 )
 def test_families(family: str, count: int, tmp_path: Path) -> None:
