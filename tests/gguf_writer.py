@@ -11,6 +11,7 @@ from typing import Any
 
 import gguf
 import numpy as np
+from safetensors.torch import load_file
 
 # The metadata of each architecture, by what config.json calls it.
 _KEYS = {
@@ -43,7 +44,32 @@ _KEYS = {
     "hidden_size_per_layer_input": "embedding_length_per_layer_input",
     "altup_num_inputs": "altup.num_inputs",
     "altup_active_idx": "altup.active_idx",
+    "layer_norm_eps": "attention.layer_norm_epsilon",
+    "logit_scale": "logit_scale",
+    "n_routed_experts": "expert_count",
+    "moe_num_experts": "expert_count",
+    "moe_k": "expert_used_count",
+    "n_shared_experts": "expert_shared_count",
+    "moe_num_shared_experts": "expert_shared_count",
+    "first_k_dense_replace": "leading_dense_block_count",
+    "moe_layer_start_index": "leading_dense_block_count",
+    "num_dense_layers": "leading_dense_block_count",
+    "moe_layer_interval": "interleave_moe_layer_step",
+    "routed_scaling_factor": "expert_weights_scale",
+    "norm_topk_prob": "expert_weights_norm",
+    "n_group": "expert_group_count",
+    "topk_group": "expert_group_used_count",
+    "shared_expert_intermediate_size": "expert_shared_feed_forward_length",
+    "shared_intermediate_size": "expert_shared_feed_forward_length",
+    "conv_L_cache": "shortconv.l_cache",
+    "mamba_n_heads": "ssm.time_step_rank",
+    "mamba_n_groups": "ssm.group_count",
+    "mamba_d_state": "ssm.state_size",
+    "mamba_d_conv": "ssm.conv_kernel",
 }
+
+PERMUTED = ("llama", "granite", "granitemoe", "granitehybrid", "smollm3", "arcee")
+"""Architectures whose rows of queries and keys are interleaved."""
 
 
 def letters_metadata(vocab_size: int) -> dict[str, Any]:
@@ -86,14 +112,26 @@ def convert(model: Any, directory: Path, architecture: str, path: Path) -> None:
     if rope.get("rope_type") == "linear":
         metadata[f"{architecture}.rope.scaling.type"] = "linear"
         metadata[f"{architecture}.rope.scaling.factor"] = float(rope["factor"])
+    metadata |= {
+        f"{architecture}.{key}": one for key, one in _further(architecture, config).items()
+    }
     kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
     layers = config.get("num_hidden_layers") or config["n_layer"]
     names = gguf.get_tensor_name_map(kinds[architecture], layers)
     tensors: dict[str, np.ndarray] = {}
-    for name, tensor in model.state_dict().items():
+    state = model.state_dict()
+    if architecture in ("granitemoe", "granitehybrid"):  # in memory it has names of its own
+        state = load_file(directory / "model.safetensors")
+    for name, tensor in state.items():
         if name == "lm_head.weight" and config.get("tie_word_embeddings", True):
             continue
         array = tensor.float().numpy()
+        if ".act_fn." in name:
+            metadata.setdefault(f"xielu.{name.rpartition('.')[2]}", []).append(float(array.item()))
+            continue
+        if name.endswith("_linear.weight"):
+            tensors |= _granite_parts(name, array, config)
+            continue
         if name.endswith("experts.gate_up_proj"):
             prefix, half = name.removesuffix("gate_up_proj"), array.shape[1] // 2
             tensors[f"{names.get_name(prefix + 'gate_proj')}.weight"] = array[:, :half]
@@ -102,6 +140,10 @@ def convert(model: Any, directory: Path, architecture: str, path: Path) -> None:
         if name.endswith("experts.down_proj"):
             tensors[f"{names.get_name(name)}.weight"] = array
             continue
+        array = _multiplied(name, array, config) if architecture == "falcon-h1" else array
+        name = re.sub(r"(e_score_correction)_bias$", r"\1.bias", name)
+        name = name.replace("gate.moe_statics", "moe_statics")
+        name = name.replace("expert_bias", "expert_bias.bias").replace("dt_bias", "dt_proj.bias")
         joint = re.sub(r"(altup_\w*projections)\.\d+", r"\1", name)
         gguf_name = names.get_name(joint, try_suffixes=(".weight", ".bias"))
         assert gguf_name, name
@@ -113,9 +155,72 @@ def convert(model: Any, directory: Path, architecture: str, path: Path) -> None:
     write(path, architecture, metadata | letters_metadata(config["vocab_size"]), tensors)
 
 
+def _further(architecture: str, config: Any) -> dict[str, Any]:
+    """What is no more than another word for a key of config.json."""
+    found: dict[str, Any] = {}
+    kinds = config.get("layer_types") or []
+    if architecture in ("lfm2", "lfm2moe", "granitehybrid"):
+        heads = config["num_key_value_heads"]
+        found["attention.head_count_kv"] = [heads * (kind == "full_attention") for kind in kinds]
+    if architecture in ("lfm2", "lfm2moe"):
+        found["attention.layer_norm_rms_epsilon"] = config["norm_eps"]
+    if architecture == "lfm2":  # as the model has adjusted it
+        step = config["block_multiple_of"]
+        found["feed_forward_length"] = -(-int(2 * config["intermediate_size"] / 3) // step) * step
+    if architecture == "granitehybrid":
+        found["rope.scaling.finetuned"] = config.get("position_embedding_type") == "rope"
+    if architecture == "exaone4" and config.get("sliding_window"):
+        is_local = [kind == "sliding_attention" for kind in kinds]
+        found["attention.sliding_window_pattern"] = is_local
+    if architecture == "minimax-m2":
+        found["expert_feed_forward_length"] = config["intermediate_size"]
+    if "mamba_n_heads" in config:
+        found["ssm.inner_size"] = config["mamba_n_heads"] * config["mamba_d_head"]
+    return found
+
+
+def _granite_parts(name: str, array: np.ndarray, config: Any) -> dict[str, np.ndarray]:
+    """Gates and ups of Granite, apart."""
+    layer = name.split(".")[2]
+    suffix = (
+        "_exps" if "sparse_moe" in name else "_shexp" if config.get("num_local_experts") else ""
+    )
+    if "output" in name:
+        return {f"blk.{layer}.ffn_down{suffix}.weight": array}
+    gate, up = np.split(array, 2, axis=-2)
+    return {
+        f"blk.{layer}.ffn_gate{suffix}.weight": gate,
+        f"blk.{layer}.ffn_up{suffix}.weight": up,
+    }
+
+
+def _multiplied(name: str, array: np.ndarray, config: Any) -> np.ndarray:
+    """A kernel of Falcon-H1 times its multipliers."""
+    into = config["attention_in_multiplier"]
+    gate, down = config["mlp_multipliers"]
+    if name.endswith("mamba.in_proj.weight"):
+        inner = config["mamba_n_heads"] * config["mamba_d_head"]
+        states = config["mamba_n_groups"] * config["mamba_d_state"]
+        rows = [inner, inner, states, states, config["mamba_n_heads"]]
+        scales = np.repeat(np.float32(config["ssm_multipliers"]), rows)
+        return array * scales[:, None] * np.float32(config["ssm_in_multiplier"])
+    factors = {
+        "embed_tokens": config["embedding_multiplier"],
+        "lm_head": config["lm_head_multiplier"],
+        "q_proj": into,
+        "k_proj": into * config["key_multiplier"],
+        "v_proj": into,
+        "o_proj": config["attention_out_multiplier"],
+        "gate_proj": gate,
+        "down_proj": down,
+        "out_proj": config["ssm_out_multiplier"],
+    }
+    return array * np.float32(factors.get(name.split(".")[-2], 1.0))
+
+
 def _llama_cpp_layout(name: str, array: np.ndarray, architecture: str, config: Any) -> np.ndarray:
     role = re.sub(r"^blk\.\d+\.", "", name)
-    if architecture in ("llama", "granite", "smollm3", "arcee") and role in (
+    if architecture in PERMUTED and role in (
         "attn_q.weight",
         "attn_k.weight",
     ):
@@ -124,6 +229,14 @@ def _llama_cpp_layout(name: str, array: np.ndarray, architecture: str, config: A
         return halves.swapaxes(1, 2).reshape(array.shape)
     if architecture in ("gemma", "gemma2", "gemma3", "nemotron") and role.endswith("norm.weight"):
         return array + 1
+    if role == "ssm_a":
+        return -np.exp(array)[:, None]
+    if role == "ssm_d":
+        return array[:, None]
+    if role == "ssm_norm.weight":
+        return array.reshape(config["mamba_n_groups"], -1)
+    if role in ("ssm_conv1d.weight", "shortconv.conv.weight") or "ffn_gate_inp_shexp" in role:
+        return array.squeeze()
     if architecture == "gpt2" and name.startswith("blk.") and array.ndim == 2:
         return array.T
     return array

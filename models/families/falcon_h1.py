@@ -45,7 +45,8 @@ def _derive(mapping: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-_ONES = ("lm_head", "embedding", "key", "attention_out", "attention_in", "ssm_in", "ssm_out")
+ONES = ("lm_head", "embedding", "key", "attention_out", "attention_in", "ssm_in", "ssm_out")
+"""What has a multiplier of its own."""
 
 FALCON_H1 = Family(
     model_type="falcon_h1",
@@ -60,7 +61,7 @@ FALCON_H1 = Family(
         "projectors_bias": False,
         "mlp_multipliers": None,
         "ssm_multipliers": None,
-        **{f"{name}_multiplier": 1.0 for name in _ONES},
+        **{f"{name}_multiplier": 1.0 for name in ONES},
     },
     keys={"embedding_multiplier": "embed_scale"},
     derive=_derive,

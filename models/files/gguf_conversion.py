@@ -5,15 +5,15 @@ import re
 from pathlib import Path
 from typing import Any
 
-import jax
 import ml_dtypes
 import numpy as np
 
 from folojax.models.core.config import ModelConfig
-from folojax.models.files.gguf_config import GgufFamily, gguf_family, hf_config
+from folojax.models.files.gguf_config import hf_config
+from folojax.models.files.gguf_families import GgufFamily, Metadata, gguf_family
+from folojax.models.files.gguf_names import places
 from folojax.models.files.gguf_tokenizer import save_tokenizer
 from folojax.models.files.hf_config import config_from_hf
-from folojax.models.files.hf_names import parameter_sources
 from folojax.models.files.safetensors_files import ShardWriter
 from folojax.models.files.save_quantized import code_tensors, quantization_config
 from folojax.models.machine.artefacts import build_once, cache_root, file_digest
@@ -21,7 +21,7 @@ from folojax.models.quantized.codes import Codes
 from folojax.models.quantized.group_kernels import GROUP
 
 # Part of the artefact's name: raise it when what the conversion writes changes.
-_CONVERTER_VERSION = 7
+_CONVERTER_VERSION = 8
 
 _CODE_BITS = {"Q4_0": 4, "Q8_0": 8, "Q4_K": 4}
 """Of quantisations whose weights are codes in groups of 32 times a scale, Q4_K's plus an offset."""
@@ -60,12 +60,9 @@ def _convert(path: Path, directory: Path) -> None:
         family = gguf_family(metadata)
         tensors = {tensor.name: tensor for tensor in reader.tensors}
         tables = {name: _dequantised(tensors.pop(name)) for name in _TABLES if name in tensors}
-        is_tied, has_bias = "output.weight" not in tensors, "blk.0.attn_q.bias" in tensors
-        config = hf_config(metadata, family, tables, is_tied=is_tied, has_bias=has_bias)
+        config = hf_config(metadata, family, tables, tensors.keys())
         save_tokenizer(metadata, directory)
-        quantized = _save_tensors(
-            tensors, metadata["general.architecture"], family, config, directory
-        )
+        quantized = _save_tensors(tensors, metadata, family, config, directory)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     # A word where a number should be fails somewhere, in some way.
@@ -79,7 +76,7 @@ def _convert(path: Path, directory: Path) -> None:
 
 def _save_tensors(
     tensors: dict[str, Any],
-    architecture: str,
+    metadata: Metadata,
     family: GgufFamily,
     hf_mapping: dict[str, Any],
     directory: Path,
@@ -89,23 +86,32 @@ def _save_tensors(
     Returns:
         What config.json says of those that are codes.
     """
-    config = config_from_hf(hf_mapping)
-    uses = _uses(architecture, config)
+    config, architecture = config_from_hf(hf_mapping), metadata["general.architecture"]
+    found = places(architecture, config)
+    uses = found.uses
+    if metadata.get(f"{architecture}.nextn_predict_layers"):
+        tensors = {name: one for name, one in tensors.items() if _layer(name) < config.num_layers}
     problems = [f"missing: {name}" for name in uses.keys() - tensors.keys()]
     problems += [f"of no known use: {name}" for name in tensors.keys() - uses.keys()]
     if problems:
         raise ValueError("the tensors do not fit the metadata: " + ", ".join(sorted(problems)))
     writer = ShardWriter(directory)
+    parts: dict[str, np.ndarray] = {}
     for name, tensor in tensors.items():
+        whole = uses[name][0][0]
         # Codes, their scales and perhaps offsets, or floats.
-        stored = (None if family.is_conv1d else _codes(tensor)) or (_floats(tensor),)
+        is_float = family.is_conv1d or whole in found.joined
+        stored = (None if is_float else _codes(tensor)) or (_floats(tensor),)
         arrays = [_in_hf_layout(name, array, family, config) for array in stored]
         by_use = arrays if len(uses[name]) > 1 else [array[None] for array in arrays]
         for (hf_name, shape), part, *scales in zip(uses[name], *by_use, strict=True):
-            if part.shape != shape:
+            if _no_units(part.shape) != _no_units(shape):
                 raise ValueError(f"{name} has {part.shape}, the metadata asks for {shape}")
+            if hf_name in found.joined:
+                parts[name] = part
+                continue
             if not scales:
-                writer.add(hf_name, part)
+                writer.add(hf_name, part.reshape(shape))
                 continue
             scale, *offset = scales
             bits = _CODE_BITS[tensor.tensor_type.name]
@@ -113,29 +119,26 @@ def _save_tensors(
             codes = Codes(part, scale, zero, GROUP, bits, *offset)
             for full_name, array in code_tensors(hf_name, codes):
                 writer.add(full_name, array)
+        joined = found.joined.get(whole, ())
+        if joined and parts.keys() >= set(joined):
+            writer.add(whole, np.concatenate([parts.pop(one) for one in joined], axis=-2))
+    for hf_name, (key, layer, shape) in found.scalars.items():
+        if key not in metadata:
+            raise ValueError(f"the metadata lacks {key}")
+        writer.add(hf_name, np.full(shape, metadata[key][layer], np.float32))
     writer.close()
     return quantization_config(writer.shapes)
 
 
-def _uses(architecture: str, config: ModelConfig) -> dict[str, list[tuple[str, tuple[int, ...]]]]:
-    """Names and shapes of the Hugging Face tensors that each GGUF tensor holds.
+def _layer(name: str) -> int:
+    """The number of a tensor's layer; -1 outside of them."""
+    number = re.match(r"blk\.(\d+)\.", name)
+    return -1 if number is None else int(number[1])
 
-    One, or those of all experts, or of all streams. The names in GGUF are the gguf library's to
-    know.
-    """
-    import gguf
 
-    kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
-    names = gguf.get_tensor_name_map(kinds[architecture], config.num_layers)
-    uses: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
-    for source in jax.tree.leaves(parameter_sources(config)):
-        for hf_name, shape in source.tensors:
-            joint = re.sub(r"(\.experts|\.altup_\w*projections)\.\d+", r"\1", hf_name)
-            name = names.get_name(joint, try_suffixes=(".weight", ".bias"))
-            if name is None:
-                raise ValueError(f"{hf_name} has no place in GGUF files of {architecture!r}")
-            uses.setdefault(name, []).append((hf_name, shape))
-    return uses
+def _no_units(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A shape without axes of one, of which files have more or fewer than checkpoints."""
+    return tuple(size for size in shape if size != 1)
 
 
 def _in_hf_layout(
@@ -148,6 +151,10 @@ def _in_hf_layout(
     if family.is_permuted and role in ("attn_q.weight", "attn_k.weight"):
         heads = config.num_heads if role == "attn_q.weight" else config.num_kv_heads
         array = _half_rotation_rows(array, heads)
+    if role == "ssm_a":  # -exp(A_log)
+        array = np.log(-array)
+    if role == "ssm_norm.weight" and config.recurrent and config.recurrent.kind == "space":
+        array = array.reshape(-1)  # a row for each group
     if family.is_conv1d and name.startswith("blk.") and array.ndim == 2:
         array = array.T
     return array

@@ -14,17 +14,30 @@ from tokenizers.pre_tokenizers import ByteLevel, Digits, PreTokenizer, Sequence,
 # Values of tokenizer.ggml.token_type, as llama.cpp numbers them.
 CONTROL, USER_DEFINED = 3, 4
 
-# Source: tokenizer.json of meta-llama/Meta-Llama-3-8B and Qwen/Qwen2-7B, which differ in how many
-# digits stay together.
-_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|DIGITS"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# Source: tokenizer.json of meta-llama/Meta-Llama-3-8B, Qwen/Qwen2-7B, mistralai's Tekken and
+# MiniMaxAI/MiniMax-M2, which differ in how many digits and which letters stay together.
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|DIGITS" + _REST.replace("/", "")
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_CASED = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+END|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*END|DIGITS"
+    + _REST
 )
-_LLAMA3_SPLIT = _SPLIT.replace("DIGITS", r"\p{N}{1,3}")
-_QWEN2_SPLIT = _SPLIT.replace("DIGITS", r"\p{N}")
+_LLAMA3 = ("llama-bpe", "llama3", "llama-v3", "lfm2", "falcon-h1")
+"""Names of Llama 3's way to cut text and to take a word that is a token whole."""
 
-_LLAMA3 = ("llama-bpe", "llama3", "llama-v3")
-"""Names of Llama 3's way to cut text."""
+_SPLITS = {
+    **dict.fromkeys(
+        (*_LLAMA3, "glm4", "chatglm-bpe", "dbrx"), _SPLIT.replace("DIGITS", r"\p{N}{1,3}")
+    ),
+    "qwen2": _SPLIT.replace("DIGITS", r"\p{N}"),
+    "tekken": _CASED.replace("END", "").replace("DIGITS", r"\p{N}"),
+    "minimax-m2": _CASED.replace("END", r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?").replace(
+        "DIGITS", r"\p{N}{1,3}"
+    ),
+}
+_DIGITS_APART = ("smollm", "refact", "starcoder", "command-r")
+"""Names of GPT-2's way with every digit for itself."""
 
 _SPACE = "\u2581"
 """How SentencePiece spells a space."""
@@ -134,11 +147,11 @@ def _byte_level(metadata: dict[str, Any], tokens: list[str]) -> Tokenizer:
         fuse_unk=False,
         byte_fallback=False,
         # Llama 3 takes a word that is a token whole, whatever the merges say.
-        ignore_merges=pre in _LLAMA3,
+        ignore_merges=pre in (*_LLAMA3, "tekken"),
     )
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = _pre_tokenizer(pre)
-    if pre == "qwen2":
+    if pre in ("qwen2", "command-r"):
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
@@ -179,15 +192,15 @@ def _sentencepiece(metadata: dict[str, Any], tokens: list[str]) -> Tokenizer:
 
 def _pre_tokenizer(pre: str | None) -> PreTokenizer:
     """How text is cut before merging, by llama.cpp's name for it."""
-    if pre == "smollm":
+    if pre in _DIGITS_APART:
         return Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
     if pre == "gpt-2":
         return ByteLevel(add_prefix_space=False)
-    if pre in _LLAMA3 or pre == "qwen2":
-        pattern = Regex(_QWEN2_SPLIT if pre == "qwen2" else _LLAMA3_SPLIT)
-        split = Split(pattern, behavior="isolated")
+    if pre in _SPLITS:
+        split = Split(Regex(_SPLITS[pre]), behavior="isolated")
         return Sequence([split, ByteLevel(add_prefix_space=False, use_regex=False)])
+    known = ", ".join(map(repr, (*_DIGITS_APART, "gpt-2", *_SPLITS)))
     raise ValueError(
-        f"GGUF pre-tokenizer {pre!r} is not supported; supported: 'smollm', 'gpt-2', 'qwen2', "
-        f"{', '.join(map(repr, _LLAMA3))}. Use the model's safetensors version"
+        f"GGUF pre-tokenizer {pre!r} is not supported; supported: {known}. Use the model's "
+        "safetensors version"
     )

@@ -19,7 +19,8 @@ import pytest
 from folojax import LLM, SamplingParams
 from folojax.engine.build import default_sampling_params
 from folojax.models.files.checkpoint import Checkpoint, open_checkpoint
-from folojax.models.files.gguf_config import GGUF_FAMILIES, hf_config
+from folojax.models.files.gguf_config import hf_config
+from folojax.models.files.gguf_families import GGUF_FAMILIES
 from folojax.models.files.hf_config import config_from_hf
 from folojax.text.tokenizer import Tokenizer
 from tests.gguf_writer import letters_metadata
@@ -183,7 +184,7 @@ def test_the_end_of_a_turn_is_known_in_older_files(
     metadata["llama.attention.layer_norm_rms_epsilon"] = 1e-5
     metadata["tokenizer.ggml.tokens"][9:11] = [control, "<|im_end|>"]  # the second is plain text
     metadata["tokenizer.ggml.token_type"][9] = 3
-    config = hf_config(metadata, GGUF_FAMILIES["llama"], {}, is_tied=True)
+    config = hf_config(metadata, GGUF_FAMILIES["llama"], {}, names=())
     assert config["eos_token_id"] == ends
 
 

@@ -306,12 +306,14 @@ def test_pre_tokenizers_differ_as_their_names_say():
 
     cut = {
         pre: [piece for piece, _ in pieces(pre, "a 12345 B'LL")]
-        for pre in ("smollm", "gpt-2", "llama-bpe")
+        for pre in ("smollm", "gpt-2", "llama-bpe", "tekken", "minimax-m2")
     }
     assert cut == {
         "smollm": ["a", "Ġ", "1", "2", "3", "4", "5", "ĠB", "'", "LL"],
         "gpt-2": ["a", "Ġ12345", "ĠB", "'", "LL"],
         "llama-bpe": ["a", "Ġ", "123", "45", "ĠB", "'LL"],
+        "tekken": ["a", "Ġ", "1", "2", "3", "4", "5", "ĠB", "'LL"],
+        "minimax-m2": ["a", "Ġ", "123", "45", "ĠB'LL"],
     }
 
 

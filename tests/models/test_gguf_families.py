@@ -1,5 +1,6 @@
 """GGUF files of every supported architecture, quantisation and kind of tokenizer."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,18 @@ import pytest
 
 from folojax.models.core.rope import plain_rates, read_scaling
 from folojax.models.files.checkpoint import load_params, open_checkpoint
-from folojax.models.files.gguf_config import GGUF_FAMILIES
+from folojax.models.files.gguf_families import GGUF_FAMILIES
 from folojax.models.files.gguf_tokenizer import build_tokenizer
 from folojax.models.quantized.codes import dequantize
 from tests import dense, gguf_writer, reference
 from tests.families import save_family
+
+_PLAIN_SPACE = {
+    "mamba_proj_bias": False,
+    "projectors_bias": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+}
 
 # By architecture: a case of `tests.families`, and what differs from it where GGUF cannot say it.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -50,10 +58,36 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo2": ("olmo2", {}),
     "glm4": ("glm4", {"attention_bias": True}),
     "gpt2": ("gpt2", {}),
+    "lfm2": ("lfm2", {"conv_bias": False}),
+    "lfm2moe": ("lfm2-moe", {"routed_scaling_factor": 1.0}),
+    "falcon-h1": ("falcon-h1", {}),
+    "falcon-h1/normed": ("falcon-h1-normed", _PLAIN_SPACE),
+    "command-r": ("cohere", {}),
+    # Four layers: the last one is without a window.
+    "cohere2": ("cohere2", {"num_hidden_layers": 4, "layer_types": None}),
+    "granitemoe": ("granite-moe", {}),
+    "granitemoe/shared": ("granite-moe-shared", {}),
+    "granitehybrid": ("granite-hybrid", {}),
+    "granitehybrid/dense": (
+        "granite-hybrid-dense",
+        {"mamba_proj_bias": False, "time_step_limit": [0.0, math.inf]},
+    ),
+    "qwen2moe": ("qwen2-moe", {}),
+    "ernie4_5-moe": ("ernie4.5-moe", {"moe_layer_end_index": 2}),
+    "glm4moe": ("glm4-moe", {}),
+    "dots1": ("dots1", {"sliding_window": None, "layer_types": None}),
+    "minimax-m2": ("minimax-m2", {}),
+    "exaone4": ("exaone4", {}),
+    "exaone4/full": ("exaone4-full", {}),
+    "apertus": ("apertus", {"rope_parameters": {"rope_type": "default", "rope_theta": 5e4}}),
 }
 
 
-LIKE_OTHERS = ("seed_oss", "ernie4_5", "arcee", "olmoe")
+LIKE_OTHERS = (
+    *("seed_oss", "ernie4_5", "arcee", "olmoe", "qwen2moe", "glm4moe", "minimax-m2", "exaone4"),
+    *("exaone4/full", "cohere2", "lfm2moe", "ernie4_5-moe", "granitemoe", "granitemoe/shared"),
+    *("granitehybrid/dense", "falcon-h1", "falcon-h1/normed", "dots1"),
+)
 """What they read and undo, others do."""
 
 
@@ -81,6 +115,25 @@ def test_logits_are_those_of_the_model_it_was_made_from(case: str, tmp_path: Pat
 
 def test_every_architecture_is_tried() -> None:
     assert {case.partition("/")[0] for case in CASES} == set(GGUF_FAMILIES)
+
+
+def test_layers_that_guess_further_tokens_are_left_out(tmp_path: Path) -> None:
+    """The file counts them as layers."""
+    model = save_family("glm4-moe", tmp_path / "hf")
+    gguf_writer.convert(model, tmp_path / "hf", "glm4moe", tmp_path / "plain.gguf")
+    reader = gguf.GGUFReader(tmp_path / "plain.gguf")
+    tensors: dict[str, Any] = {tensor.name: np.array(tensor.data) for tensor in reader.tensors}
+    tensors["blk.2.nextn.eh_proj.weight"] = np.zeros((64, 128), np.float32)
+    metadata = {
+        name: field.contents()
+        for name, field in reader.fields.items()
+        if not name.startswith(("GGUF.", "general."))
+    }
+    metadata |= {"glm4moe.block_count": 3, "glm4moe.nextn_predict_layers": 1}
+    gguf_writer.write(tmp_path / "guessing.gguf", "glm4moe", metadata, tensors)
+    plain, other = (open_checkpoint(tmp_path / f"{name}.gguf") for name in ("plain", "guessing"))
+    assert other.config == plain.config
+    chex.assert_trees_all_equal(load_params(other), load_params(plain))
 
 
 def llama_file(path: Path, tensors: dict[str, Any], **changes: Any) -> Path:
