@@ -198,16 +198,18 @@ class KVLayout:
         """N, arrays of a page: keys and values, or keys alone."""
         return 2 if self.value_dim is None else 1
 
-    @property
-    def head_copies(self) -> int:
-        """How often each head is there: once, unless there are more devices than heads."""
-        return max(1, self.num_shards // self.num_kv_heads)
+    def copies_of(self, heads: int) -> int:
+        """How often each of a layer's heads is there: once, unless devices are more than these."""
+        return max(1, self.num_shards // heads) if heads else 1
 
     @property
     def bytes_per_page(self) -> int:
         """Bytes of one page over all layers, keys and values, of a device."""
-        width = sum(heads * dim for heads, dim in map(self.heads_of, self.paged_layers))
-        of_token = self.num_arrays * (width * self.head_copies // self.num_shards)
+        width = sum(
+            heads * self.copies_of(heads) * dim
+            for heads, dim in map(self.heads_of, self.paged_layers)
+        )
+        of_token = self.num_arrays * (width // self.num_shards)
         elements = of_token * self.page_size
         return elements * jnp.dtype(self.storage_dtype).itemsize
 
@@ -227,8 +229,8 @@ def init_cache(layout: KVLayout) -> KVCache:
 
 def _init_pages(layout: KVLayout, layer: int) -> Array:
     heads, dim = layout.heads_of(layer)
-    copies, arrays = layout.head_copies, layout.num_arrays
-    shape = layout.format.shape(layout.num_pages, heads * copies, dim, arrays)
+    stored = heads * layout.copies_of(heads)
+    shape = layout.format.shape(layout.num_pages, stored, dim, layout.num_arrays)
     return jnp.zeros(shape, layout.storage_dtype)
 
 

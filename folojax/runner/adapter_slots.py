@@ -56,10 +56,11 @@ def _spread(name: str, part: int, b: Any, config: ModelConfig, count: int) -> An
     They are contiguous but for keys and values that several devices have, and for what lies by
     heads in one part of a recurrent layer's kernel.
     """
-    copies, sizes = kv_copies(config, count), config.recurrent
-    if name == "qkv" and part > 0 and copies > 1:
-        heads = b.reshape(len(b), -1, config.head_dim)
-        return np.repeat(heads, copies, axis=1).reshape(len(b), -1)
+    sizes = config.recurrent
+    if name in ("qkv", "qk") and part > 0:
+        count_heads = config.heads_in(name)[part]
+        heads = b.reshape(len(b), count_heads, -1)
+        return np.repeat(heads, kv_copies(count_heads, count), axis=1).reshape(len(b), -1)
     if name == "in_proj" and part == 0 and sizes and not sizes.is_by_key_head:
         whole = "conv" if sizes.kind == "delta" else "in_proj"
         return cut_recurrent(whole, b.T, sizes, count).reshape(-1, len(b)).T

@@ -134,7 +134,7 @@ def read_tokens(taken: Sequence[TakenPages], num_tokens: int, layout: KVLayout) 
     count = layout.num_arrays
     by_layer: list[np.ndarray] = [
         np.zeros(
-            (num_pages, count, layout.page_size, heads * layout.head_copies, dim),
+            (num_pages, count, layout.page_size, heads * layout.copies_of(heads), dim),
             np.dtype(layout.storage_dtype),
         )
         for heads, dim in sizes
@@ -146,9 +146,9 @@ def read_tokens(taken: Sequence[TakenPages], num_tokens: int, layout: KVLayout) 
     # [n, N, S, K, D] to [N, n * S, K, D]
     tokens = [
         pages.swapaxes(0, 1).reshape(count, -1, *pages.shape[3:])[
-            :, :num_tokens, :: layout.head_copies
+            :, :num_tokens, :: layout.copies_of(heads)
         ]
-        for pages in by_layer
+        for pages, (heads, _) in zip(by_layer, sizes, strict=True)
     ]
     if layout.heads:  # side by side
         flat = [one.reshape(count, num_tokens, 1, -1) for one in tokens]
@@ -170,9 +170,9 @@ def write_tokens(kv: TokenKV, layout: KVLayout) -> TakenPages:
         parts = [one.reshape(*one.shape[:2], *size) for one, size in zip(cut, sizes, strict=True)]
     missing = num_pages * layout.page_size - kv.num_tokens
     layers = []
-    for part in parts:  # [N, T, K, D]
+    for part, (heads, _) in zip(parts, sizes, strict=True):  # [N, T, K, D]
         padded = np.pad(part, ((0, 0), (0, missing), (0, 0), (0, 0)))
-        padded = np.repeat(padded, layout.head_copies, axis=2)
+        padded = np.repeat(padded, layout.copies_of(heads), axis=2)
         pages = padded.reshape(len(part), num_pages, layout.page_size, *padded.shape[2:])
         layers.append(layout.format.by_token(pages.swapaxes(0, 1)))
     # One group: its size is its own, and so is what `PageCopies.put` compiles for it.

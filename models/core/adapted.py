@@ -57,9 +57,9 @@ class AdaptedKernel(NamedTuple):
 
 def part_widths(name: str, config: ModelConfig, width_out: int) -> tuple[int, ...]:
     """How the outputs of a whole kernel are shared out among the linear layers that it joins."""
-    if name == "qkv":
-        keys = config.num_kv_heads * config.head_dim
-        return width_out - 2 * keys, keys, keys  # queries may have gates beside them
+    if name in ("qkv", "qk"):
+        heads = config.heads_in(name)
+        return tuple(one * (width_out // sum(heads)) for one in heads)
     sizes = config.recurrent
     is_joined = sizes is not None and not sizes.is_by_key_head and sizes.kind == "delta"
     if sizes is not None and is_joined and name == "in_proj":

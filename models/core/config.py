@@ -213,6 +213,13 @@ class ModelConfig:
         }
         return dataclasses.replace(self, **changes, intermediate_sizes=()) if changes else self
 
+    def heads_in(self, name: str) -> tuple[int, ...]:
+        """Heads of all that `qkv` or `qk` joins: in a layer they are equally wide."""
+        queries = self.num_heads * (2 if self.has_attention_gate else 1)
+        if name.startswith("qkv"):
+            return queries, self.num_kv_heads, self.num_kv_heads
+        return queries, self.full_kv_heads or self.num_kv_heads
+
     def kv_layer(self, layer: int) -> int:
         """Whose keys and values a layer attends to."""
         return self.kv_layers[layer] if self.kv_layers else layer

@@ -57,7 +57,8 @@ class Llama(nn.Module):
             self.position_embed = kernel_of(self, "position_embed", *shape)
         if config.layer_embed_size:
             size = config.num_layers * config.layer_embed_size
-            self.layer_embed = kernel_of(self, "layer_embed", config.layer_embed_vocab, size)
+            rows = vocab_rows(config.layer_embed_vocab, config.num_shards)
+            self.layer_embed = kernel_of(self, "layer_embed", rows, size)
             self.layer_proj = kernel_of(self, "layer_proj", size, width)
             of_norm = norm_init(config), (config.layer_embed_size,), self.dtype
             self.layer_proj_norm = self.param("layer_proj_norm", *of_norm)
@@ -102,7 +103,7 @@ class Llama(nn.Module):
         """
         config = self.config
         with jax.named_scope("embed"):
-            hidden = embed_rows(self.embed, tokens, config).astype(self.dtype)
+            hidden = embed_rows(self.embed, tokens, config.vocab_size, config).astype(self.dtype)
             if config.embed_scale != 1.0:
                 # Rounded first, as transformers keeps it.
                 hidden = hidden * jnp.asarray(config.embed_scale, self.dtype)

@@ -17,8 +17,9 @@ def layer_embeddings(
 ) -> tuple[Float[Array, "N P"], ...]:
     """Of each layer: by tokens, and by what is embedded of them."""
     config, size = model.config, model.config.layer_embed_size
-    known = (tokens >= 0) & (tokens < config.layer_embed_vocab)
-    found = embed_rows(model.layer_embed, jnp.where(known, tokens, 0), config).astype(model.dtype)
+    vocab = config.layer_embed_vocab
+    known = jnp.where((tokens >= 0) & (tokens < vocab), tokens, 0)
+    found = embed_rows(model.layer_embed, known, vocab, config).astype(model.dtype)
     found = found * jnp.asarray(size**0.5, model.dtype)
     own = project(hidden, model.layer_proj, is_rounded=True) * config.hidden_size**-0.5
     own = norm(own.reshape(len(own), -1, size), model.layer_proj_norm, None, config)

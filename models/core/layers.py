@@ -154,12 +154,22 @@ _ROUNDED: dict[str, Any] = {
 
 
 def embed_rows(
-    table: Float[Array, "_ E"] | QuantizedKernel, index: Int[Array, " N"], config: ModelConfig
+    table: Float[Array, "_ E"] | QuantizedKernel,
+    index: Int[Array, " N"],
+    vocab_size: int,
+    config: ModelConfig,
 ) -> Float[Array, "N E"]:
-    """Rows of an embedding, float32 if it is quantised; an index outside reads the nearest one."""
+    """Rows of an embedding, float32 if it is quantised; an index outside reads the nearest one.
+
+    Args:
+        table: The embedding, or a device's part of it.
+        index: Of the rows.
+        vocab_size: How many the whole of it has.
+        config: Of the model.
+    """
     is_own = None
     if config.num_shards > 1:
-        index, is_own = own_rows(index, config)
+        index, is_own = own_rows(index, vocab_size, config.num_shards)
     if isinstance(table, QuantizedKernel):
         rows = take_quantized(table, index)
     else:

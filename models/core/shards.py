@@ -53,6 +53,7 @@ _MOST_FILLED = 1.125
 _AXES = {
     "embed": 0,
     "lm_head": 0,
+    "layer_embed": 0,
     "up": 0,
     "up_bias": 0,
     "shared_up": 0,
@@ -76,6 +77,8 @@ _AXES = {
 _RANKS = {
     "qkv": 2,
     "qkv_bias": 1,
+    "qk": 2,
+    "qk_bias": 1,
     "gate_up": 2,
     "gate_up_bias": 1,
     "experts_gate_up": 3,
@@ -103,6 +106,7 @@ def problems_of(config: ModelConfig, count: int) -> list[str]:
     layers = set(range(config.num_layers)) - {*config.mlpless_layers}
     if config.has_dense_beside or not all(map(config.is_sparse, layers)):
         sizes["intermediate_size"] = config.intermediate_size
+        sizes |= {f"intermediate_size {one}": one for one in config.intermediate_sizes}
     if config.num_experts:
         sizes |= {name: getattr(config, name) for name in ("expert_size", "shared_expert_size")}
     if config.recurrent and not config.recurrent.has_memory:
@@ -114,15 +118,15 @@ def problems_of(config: ModelConfig, count: int) -> list[str]:
     found = [
         f"{name} is {size}, not a multiple of it" for name, size in sizes.items() if size % count
     ]
-    if config.num_kv_heads % count and count % config.num_kv_heads:
-        found.append(f"num_kv_heads is {config.num_kv_heads}, neither a multiple nor a part of it")
+    for name in ("num_kv_heads", "full_kv_heads"):
+        heads = getattr(config, name)
+        if heads and heads % count and count % heads:
+            found.append(f"{name} is {heads}, neither a multiple nor a part of it")
     keys = config.recurrent.num_key_heads if config.recurrent else count
     if keys % count and count % keys:
         found.append(
             f"num_key_heads of recurrent layers is {keys}, neither a multiple nor a part of it"
         )
-    if (config.full_head_dim or config.has_value_norm or config.layer_embed_size) and count > 1:
-        found.append("heads of two sizes and embeddings by layer are not shared out among devices")
     if config.side_streams and count > 1:
         found.append("several residual streams are not shared out among devices")
     return found
@@ -136,8 +140,10 @@ def part_of(config: ModelConfig, count: int, peers: int = 0) -> ModelConfig:
     return dataclasses.replace(
         config,
         num_heads=config.num_heads // count,
-        num_kv_heads=config.num_kv_heads * kv_copies(config, count) // count,
+        num_kv_heads=max(config.num_kv_heads // count, 1),
+        full_kv_heads=config.full_kv_heads and max(config.full_kv_heads // count, 1),
         intermediate_size=max(config.intermediate_size // count, 1),
+        intermediate_sizes=tuple(one // count for one in config.intermediate_sizes),
         expert_size=config.expert_size // count,
         shared_expert_size=config.shared_expert_size // count,
         recurrent=config.recurrent and part_of_recurrent(config.recurrent, count),
@@ -146,9 +152,9 @@ def part_of(config: ModelConfig, count: int, peers: int = 0) -> ModelConfig:
     )
 
 
-def kv_copies(config: ModelConfig, count: int) -> int:
+def kv_copies(num_kv_heads: int, count: int) -> int:
     """How many devices have the same heads of keys and values: 1 unless these are too few."""
-    return max(1, count // config.num_kv_heads)
+    return max(1, count // num_kv_heads)
 
 
 def sum_parts(x: Any, config: ModelConfig, num_parts: int | None = None) -> Any:
@@ -250,9 +256,9 @@ def _cut_rows(name: str, leaf: Any, config: ModelConfig, count: int) -> Any:
     """Of an array that does not lie in parts; its first axis are outputs, but of experts."""
     xp: Any = np if isinstance(leaf, np.ndarray) else jnp
     if name in VOCABULARY:
-        missing = max(count * vocab_rows(config.vocab_size, count) - leaf.shape[0], 0)
+        missing = max(count * vocab_rows(_vocab(name, config), count) - leaf.shape[0], 0)
         return xp.pad(leaf, ((0, missing), *[(0, 0)] * (leaf.ndim - 1))) if missing else leaf
-    copies, dim = kv_copies(config, count), config.head_dim
+    copies, dim = kv_copies(config.num_kv_heads, count), config.head_dim
     if name == "k_norm" and config.is_qk_norm_joint and leaf.size == config.num_kv_heads * dim:
         return xp.repeat(leaf.reshape(-1, dim), copies, axis=0).reshape(-1)
     if name not in _RANKS:
@@ -267,9 +273,10 @@ def _cut_rows(name: str, leaf: Any, config: ModelConfig, count: int) -> Any:
         return cut_recurrent(name, leaf, config.recurrent, count)
     if "gate_up" in name:
         return leaf.reshape(2, count, -1, *rest).swapaxes(0, 1).reshape(count, -1, *rest)
-    query, key, value = xp.split(leaf.reshape(-1, dim, *rest), _borders(config))
-    both = [xp.repeat(one, copies, axis=0) for one in (key, value)]
-    return xp.concatenate([one.reshape(count, -1, *rest) for one in (query, *both)], axis=1)
+    heads = config.heads_in(name)
+    query, *others = xp.split(leaf.reshape(sum(heads), -1, *rest), np.cumsum(heads[:-1]).tolist())
+    others = [xp.repeat(one, kv_copies(heads[1], count), axis=0) for one in others]
+    return xp.concatenate([one.reshape(count, -1, *rest) for one in (query, *others)], axis=1)
 
 
 def join(name: str, leaf: Any, config: ModelConfig, count: int) -> Any:
@@ -293,8 +300,8 @@ def _join_rows(name: str, leaf: Any, config: ModelConfig, count: int) -> Any:
     """The inverse of `_cut_rows`."""
     xp: Any = np if isinstance(leaf, np.ndarray) else jnp
     if name in VOCABULARY:
-        return leaf[: config.vocab_size]
-    copies, dim = kv_copies(config, count), config.head_dim
+        return leaf[: _vocab(name, config)]
+    copies, dim = kv_copies(config.num_kv_heads, count), config.head_dim
     if name == "k_norm" and config.is_qk_norm_joint:
         heads = leaf.reshape(-1, dim)
         return leaf if len(heads) == config.num_kv_heads else heads[::copies].reshape(-1)
@@ -310,10 +317,14 @@ def _join_rows(name: str, leaf: Any, config: ModelConfig, count: int) -> Any:
         return join_recurrent(name, leaf, config.recurrent, count)
     if "gate_up" in name:
         return leaf.reshape(count, 2, -1, *rest).swapaxes(0, 1).reshape(-1, *rest)
-    part = part_of(config, count)
-    parts = xp.split(leaf.reshape(count, -1, dim, *rest), _borders(part), axis=1)
-    query, key, value = (one.reshape(-1, dim, *rest) for one in parts)
-    return xp.concatenate((query, key[::copies], value[::copies])).reshape(-1, *rest)
+    heads = part_of(config, count).heads_in(name)
+    copies = kv_copies(config.heads_in(name)[1], count)
+    parts = leaf.reshape(count, sum(heads), -1, *rest)
+    query, *others = (
+        one.reshape(-1, *one.shape[2:])
+        for one in xp.split(parts, np.cumsum(heads[:-1]).tolist(), axis=1)
+    )
+    return xp.concatenate([query, *(one[::copies] for one in others)]).reshape(-1, *rest)
 
 
 def cut_params(params: Any, config: ModelConfig, count: int) -> Any:
@@ -350,10 +361,9 @@ def _name(path: Any) -> str:
     return str(getattr(path[-1], "key", "")) if path else ""
 
 
-def _borders(config: ModelConfig) -> tuple[int, int]:
-    """Where the keys begin among the heads of `qkv`, and where the values do."""
-    queries = config.num_heads * (2 if config.has_attention_gate else 1)
-    return queries, queries + config.num_kv_heads
+def _vocab(name: str, config: ModelConfig) -> int:
+    """How many tokens an embedding tells apart."""
+    return config.layer_embed_vocab if name == "layer_embed" else config.vocab_size
 
 
 def vocab_rows(vocab_size: int, count: int) -> int:
@@ -373,11 +383,11 @@ def has_whole_blocks(config: ModelConfig) -> bool:
 
 
 def own_rows(
-    index: Int[Array, " N"], config: ModelConfig
+    index: Int[Array, " N"], vocab_size: int, count: int
 ) -> tuple[Int[Array, " N"], Bool[Array, " N"]]:
-    """Where rows of the embedding lie in a device's part of it, and which of them lie there."""
-    rows = vocab_rows(config.vocab_size, config.num_shards)
-    index = jnp.clip(index, 0, config.vocab_size - 1) - jax.lax.axis_index(AXIS) * rows
+    """Where rows of an embedding lie in a device's part of it, and which of them lie there."""
+    rows = vocab_rows(vocab_size, count)
+    index = jnp.clip(index, 0, vocab_size - 1) - jax.lax.axis_index(AXIS) * rows
     return index, (index >= 0) & (index < rows)
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 
 from folojax import LLM, join_params
@@ -13,11 +14,7 @@ from tests.devices.on_all import ASKED, check_close
 from tests.families import FAMILIES, save_family
 from tests.reference import MORE_LIMITS, TIGHT
 
-REFUSED = {
-    "gemma3n": "heads of two sizes and embeddings by layer are not shared out",
-    "gemma4": "heads of two sizes and embeddings by layer are not shared out",
-    "gemma4-moe": "heads of two sizes and embeddings by layer are not shared out",
-}
+REFUSED = {"gemma3n": "several residual streams are not shared out"}
 
 
 def cases() -> list[Any]:
@@ -73,6 +70,35 @@ def test_states_by_heads(family: str, count: int, widths: tuple[int, ...], tmp_p
     conv, *memory = (one.addressable_shards[1].data.shape for one in jax.tree.leaves(state))
     assert (conv[2], *(one[1] for one in memory)) == widths
     assert found.memory_plan.slots_bytes < known.memory_plan.slots_bytes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gemma4", "gemma4-moe"])
+def test_heads_of_two_sizes(family: str, tmp_path: Path) -> None:
+    """Preempted to the host and from it, and in snapshots, which are those of one device."""
+    save_family(family, tmp_path)
+    model = dense.load(tmp_path)
+    options: dict[str, Any] = {**TIGHT, "num_host_pages": 20, "min_swap_tokens": 1}
+    known, found = (
+        mixed_requests.make_llm(model, **options, tensor_parallel_size=each) for each in (1, 4)
+    )
+    check_close(mixed_requests.run(found), mixed_requests.run(known))
+    assert found.metrics().num_preemptions > 0
+    joined = join_params(found.params, model[0].config)
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), joined, model[1]))
+    taken: list[Any] = []
+    for one in (known, found):
+        one.add_request("parent", [*range(5, 25)], mixed_requests.GREEDY)
+        for _ in range(3):
+            one.step()
+        taken.append(one.snapshot("parent"))
+        one.abort_request("parent")
+    np.testing.assert_allclose(taken[0].kv.keys, taken[1].kv.keys, atol=1e-4)
+    outputs = []
+    for one, given in ((known, taken[1]), (found, taken[0])):
+        one.resume(given, "child")
+        outputs += [done for _ in range(20) for done in one.step() if done.finished]
+    assert outputs[0].outputs[0].token_ids == outputs[1].outputs[0].token_ids
 
 
 @pytest.mark.slow
