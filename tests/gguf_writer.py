@@ -109,8 +109,11 @@ def convert(model: Any, directory: Path, architecture: str, path: Path) -> None:
         head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
         turning = int(head_dim * rope["partial_rotary_factor"])
         metadata[f"{architecture}.rope.dimension_count"] = turning
-    if rope.get("rope_type") == "linear":
-        metadata[f"{architecture}.rope.scaling.type"] = "linear"
+    if rope.get("rope_type") == "yarn":
+        original = rope["original_max_position_embeddings"]
+        metadata[f"{architecture}.rope.scaling.original_context_length"] = original
+    if rope.get("rope_type") in ("linear", "yarn"):
+        metadata[f"{architecture}.rope.scaling.type"] = rope["rope_type"]
         metadata[f"{architecture}.rope.scaling.factor"] = float(rope["factor"])
     metadata |= {
         f"{architecture}.{key}": one for key, one in _further(architecture, config).items()
@@ -129,6 +132,15 @@ def convert(model: Any, directory: Path, architecture: str, path: Path) -> None:
         if ".act_fn." in name:
             metadata.setdefault(f"xielu.{name.rpartition('.')[2]}", []).append(float(array.item()))
             continue
+        turned = re.search(r"(?<=\.experts)\.(gate_up|down)_proj(_bias)?$", name)
+        if turned and architecture == "gpt-oss":
+            rows = array if turned[2] else array.swapaxes(1, 2)
+            kinds_of_rows = turned[1].split("_")
+            for place, part in enumerate(kinds_of_rows):
+                other = f"{name.removesuffix(turned[0])}.{part}_proj"
+                suffix = "bias" if turned[2] else "weight"
+                tensors[f"{names.get_name(other)}.{suffix}"] = rows[:, place :: len(kinds_of_rows)]
+            continue
         if name.endswith("_linear.weight"):
             tensors |= _granite_parts(name, array, config)
             continue
@@ -142,7 +154,7 @@ def convert(model: Any, directory: Path, architecture: str, path: Path) -> None:
             continue
         array = _multiplied(name, array, config) if architecture == "falcon-h1" else array
         name = re.sub(r"(e_score_correction)_bias$", r"\1.bias", name)
-        name = name.replace("gate.moe_statics", "moe_statics")
+        name = name.replace("gate.moe_statics", "moe_statics").replace("sinks", "sinks.weight")
         name = name.replace("expert_bias", "expert_bias.bias").replace("dt_bias", "dt_proj.bias")
         joint = re.sub(r"(altup_\w*projections)\.\d+", r"\1", name)
         gguf_name = names.get_name(joint, try_suffixes=(".weight", ".bias"))
@@ -172,7 +184,7 @@ def _further(architecture: str, config: Any) -> dict[str, Any]:
     if architecture == "exaone4" and config.get("sliding_window"):
         is_local = [kind == "sliding_attention" for kind in kinds]
         found["attention.sliding_window_pattern"] = is_local
-    if architecture == "minimax-m2":
+    if architecture in ("minimax-m2", "gpt-oss"):
         found["expert_feed_forward_length"] = config["intermediate_size"]
     if "mamba_n_heads" in config:
         found["ssm.inner_size"] = config["mamba_n_heads"] * config["mamba_d_head"]

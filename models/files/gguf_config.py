@@ -22,8 +22,14 @@ from folojax.models.files.gguf_tokenizer import CONTROL
 
 Tables = Mapping[str, np.ndarray]
 
-# Of Llama 3, ChatML (Qwen, SmolLM), Phi and Gemma.
-_TURN_ENDS = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>")
+_HARMONY_ENDS = {"<|return|>", "<|call|>"}
+"""Of gpt-oss, in which `<|end|>` ends no more than a message."""
+
+_TURN_ENDS = (
+    *("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>"),
+    *sorted(_HARMONY_ENDS),
+)
+"""Of Llama 3, ChatML (Qwen, SmolLM), Phi, Gemma and gpt-oss."""
 
 
 def hf_config(
@@ -72,6 +78,8 @@ def hf_config(
     head_dim = read("attention.key_length", config["hidden_size"] // num_heads)
     if not described.fixed.get("has_learned_positions"):
         config["rope_parameters"] = _rope(read, tables, head_dim)
+    if "truncate" in config:
+        config["rope_parameters"]["truncate"] = config.pop("truncate")
     local = config.pop("rope_local_base_freq", None)
     if local is not None:
         config["rope_parameters"] = {
@@ -105,12 +113,14 @@ def _ends(metadata: Metadata) -> list[int]:
     """
     stated = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
     tokens, types = metadata["tokenizer.ggml.tokens"], metadata.get("tokenizer.ggml.token_type", [])
-    known = [
-        index
+    known = {
+        token: index
         for index, (token, kind) in enumerate(zip(tokens, types, strict=False))
         if kind == CONTROL and token in _TURN_ENDS
-    ]
-    return list(dict.fromkeys([token for token in stated if token is not None] + known))
+    }
+    if known.keys() >= _HARMONY_ENDS:
+        known.pop("<|end|>", None)
+    return list(dict.fromkeys([token for token in stated if token is not None] + [*known.values()]))
 
 
 def _rope(read: Read, tables: Tables, head_dim: int) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import numpy as np
 from folojax.models.core.config import ModelConfig
 from folojax.models.files.gguf_config import hf_config
 from folojax.models.files.gguf_families import GgufFamily, Metadata, gguf_family
-from folojax.models.files.gguf_names import places
+from folojax.models.files.gguf_names import joined_parts, places
 from folojax.models.files.gguf_tokenizer import save_tokenizer
 from folojax.models.files.hf_config import config_from_hf
 from folojax.models.files.safetensors_files import ShardWriter
@@ -121,7 +121,7 @@ def _save_tensors(
                 writer.add(full_name, array)
         joined = found.joined.get(whole, ())
         if joined and parts.keys() >= set(joined):
-            writer.add(whole, np.concatenate([parts.pop(one) for one in joined], axis=-2))
+            writer.add(whole, joined_parts(whole, [parts.pop(one) for one in joined]))
     for hf_name, (key, layer, shape) in found.scalars.items():
         if key not in metadata:
             raise ValueError(f"the metadata lacks {key}")
@@ -199,8 +199,10 @@ def _k_codes(data: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _floats(tensor: Any) -> np.ndarray:
-    """A tensor in the dtype of the file, if that is one of floats, else in float32."""
-    stored = {"F16": np.float16, "BF16": ml_dtypes.bfloat16}.get(tensor.tensor_type.name)
+    """A tensor in the dtype of the file, if that is one of floats, else in one that is exact."""
+    bfloat16 = ml_dtypes.bfloat16
+    exact = {"F16": np.float16, "BF16": bfloat16, "MXFP4": bfloat16}
+    stored = exact.get(tensor.tensor_type.name)
     return _dequantised(tensor).astype(stored or np.float32, copy=False)
 
 

@@ -162,6 +162,10 @@ def _command2(read: Read) -> dict[str, Any]:
     return _command(read) | {"sliding_window": read("attention.sliding_window")}
 
 
+def _gpt_oss(read: Read) -> dict[str, Any]:
+    return _minimax(read) | {"sliding_window": read("attention.sliding_window"), "truncate": False}
+
+
 def _in_all_layers(value: Any, read: Read) -> list[Any]:
     count = read("block_count")
     if count > _MOST_LAYERS:
@@ -325,6 +329,7 @@ GGUF_FAMILIES: dict[str, GgufFamily] = {
     "glm4moe": GgufFamily("Glm4MoeForCausalLM", _routed, {"use_qk_norm": "attn_q_norm.weight"}),
     "dots1": GgufFamily("Dots1ForCausalLM", _routed),
     "minimax-m2": GgufFamily("MiniMaxM2ForCausalLM", _minimax),
+    "gpt-oss": GgufFamily("GptOssForCausalLM", _gpt_oss),
     "exaone4": GgufFamily("Exaone4ForCausalLM", _exaone4),
     "apertus": GgufFamily("ApertusForCausalLM", lambda read: {"hidden_act": "xielu"}),
 }

@@ -7,6 +7,7 @@ import dataclasses
 import re
 
 import jax
+import numpy as np
 
 from folojax.models.core.config import ModelConfig
 from folojax.models.files.hf_names import Shape, parameter_sources
@@ -18,12 +19,16 @@ _RENAMED = {
     r"(e_score_correction)_bias$": r"\1.bias",
     r"expert_bias$": "expert_bias.bias",
     r"dt_bias$": "dt_proj.bias",
+    r"sinks$": "sinks.weight",
     r"^model\.(layers\.\d+\.feed_forward\.experts)": r"\1",
 }
 """How llama.cpp's converter spells tensors before it asks the library."""
 
 _LINEAR = re.compile(r"(.*)\.(block_sparse_moe|shared_mlp)\.(input|output)_linear\.weight")
 """Granite joins what GGUF keeps apart, and calls an MLP without experts a shared one."""
+
+_TURNED = re.compile(r"(?<=\.experts)\.(gate_up|down)_proj(_bias)?$")
+"""Experts of gpt-oss, all in one."""
 
 _SCALAR = re.compile(r"\.layers\.(\d+)\.mlp\.act_fn\.(\w+)$")
 """Numbers of a layer's activation, which GGUF has in its metadata."""
@@ -37,8 +42,7 @@ class Places:
     """Names and shapes of what each GGUF tensor holds: one Hugging Face tensor, or those of all
     experts or streams, or the part of one."""
     joined: dict[str, list[str]] = dataclasses.field(default_factory=dict)
-    """GGUF tensors that are parts of a Hugging Face tensor, in their order along its last axis but
-    one."""
+    """GGUF tensors that `joined_parts` makes a Hugging Face tensor of."""
     scalars: dict[str, tuple[str, int, Shape]] = dataclasses.field(default_factory=dict)
     """Hugging Face tensors that are entry i of a list of the metadata: its key, i and the shape."""
 
@@ -65,7 +69,10 @@ def places(architecture: str, config: ModelConfig) -> Places:
             parts = [name for name in asked if name is not None]
             if len(parts) < len(asked):
                 raise ValueError(f"{hf_name} has no place in GGUF files of {architecture!r}")
-            if len(parts) > 1:
+            if config.has_expert_bias and _TURNED.search(hf_name):
+                found.joined[hf_name] = parts
+                shape = (shape[0], shape[-1] // len(parts), *shape[1:-1])
+            elif len(parts) > 1:
                 found.joined[hf_name] = parts
                 shape = (*shape[:-2], shape[-2] // len(parts), shape[-1])
             for name in parts:
@@ -73,11 +80,29 @@ def places(architecture: str, config: ModelConfig) -> Places:
     return found
 
 
+def joined_parts(hf_name: str, parts: list[np.ndarray]) -> np.ndarray:
+    """What one tensor of a checkpoint is in GGUF, in one.
+
+    Parts lie behind each other, those of Granite; rows of gpt-oss take turns, and its kernels lie
+    as [in, out].
+    """
+    if not _TURNED.search(hf_name):
+        return np.concatenate(parts, axis=-2)
+    count, _, *width = parts[0].shape
+    rows = np.stack(parts, axis=2).reshape(count, -1, *width)
+    return rows.swapaxes(1, 2) if width else rows
+
+
 def _spelled(hf_name: str, config: ModelConfig) -> list[str]:
     """The name as the library knows it, or those of the parts."""
     spelled = re.sub(_JOINT, r"\1", hf_name)
     for pattern, other in _RENAMED.items():
         spelled = re.sub(pattern, other, spelled)
+    turned = _TURNED.search(hf_name) if config.has_expert_bias else None
+    if turned is not None:
+        kind = "bias" if turned[2] else "weight"
+        whole = hf_name.removesuffix(turned[0])
+        return [f"{whole}.{part}_proj.{kind}" for part in turned[1].split("_")]
     linear = _LINEAR.fullmatch(spelled)
     if linear is None:
         return [spelled]

@@ -32,8 +32,9 @@ _SPLITS = {
     ),
     "qwen2": _SPLIT.replace("DIGITS", r"\p{N}"),
     "tekken": _CASED.replace("END", "").replace("DIGITS", r"\p{N}"),
-    "minimax-m2": _CASED.replace("END", r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?").replace(
-        "DIGITS", r"\p{N}{1,3}"
+    **dict.fromkeys(
+        ("minimax-m2", "gpt-4o"),
+        _CASED.replace("END", r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?").replace("DIGITS", r"\p{N}{1,3}"),
     ),
 }
 _DIGITS_APART = ("smollm", "refact", "starcoder", "command-r")

@@ -12,6 +12,7 @@ import pytest
 
 from folojax.models.core.rope import plain_rates, read_scaling
 from folojax.models.files.checkpoint import load_params, open_checkpoint
+from folojax.models.files.gguf_config import hf_config
 from folojax.models.files.gguf_families import GGUF_FAMILIES
 from folojax.models.files.gguf_tokenizer import build_tokenizer
 from folojax.models.quantized.codes import dequantize
@@ -77,6 +78,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "glm4moe": ("glm4-moe", {}),
     "dots1": ("dots1", {"sliding_window": None, "layer_types": None}),
     "minimax-m2": ("minimax-m2", {}),
+    "gpt-oss": ("gpt-oss", {"swiglu_limit": 7.0}),
     "exaone4": ("exaone4", {}),
     "exaone4/full": ("exaone4-full", {}),
     "apertus": ("apertus", {"rope_parameters": {"rope_type": "default", "rope_theta": 5e4}}),
@@ -134,6 +136,17 @@ def test_layers_that_guess_further_tokens_are_left_out(tmp_path: Path) -> None:
     plain, other = (open_checkpoint(tmp_path / f"{name}.gguf") for name in ("plain", "guessing"))
     assert other.config == plain.config
     chex.assert_trees_all_equal(load_params(other), load_params(plain))
+
+
+def test_a_message_of_gpt_oss_is_no_turn(tmp_path: Path) -> None:
+    path = llama_file(tmp_path / "plain.gguf", {})
+    reader = gguf.GGUFReader(path)
+    metadata = {name: field.contents() for name, field in reader.fields.items()}
+    metadata["tokenizer.ggml.tokens"][3:6] = ["<|end|>", "<|return|>", "<|call|>"]
+    metadata["tokenizer.ggml.token_type"][3:6] = [3, 3, 3]
+    assert hf_config(metadata, GGUF_FAMILIES["llama"], {}, ())["eos_token_id"] == [2, 4, 5]
+    metadata["tokenizer.ggml.token_type"][5] = 1
+    assert hf_config(metadata, GGUF_FAMILIES["llama"], {}, ())["eos_token_id"] == [2, 3, 4]
 
 
 def llama_file(path: Path, tensors: dict[str, Any], **changes: Any) -> Path:
