@@ -68,7 +68,12 @@ _KEYS = {
     "mamba_d_conv": "ssm.conv_kernel",
 }
 
-PERMUTED = ("llama", "granite", "granitemoe", "granitehybrid", "smollm3", "arcee")
+_YARN_KEYS = {
+    "beta_fast": "rope.scaling.yarn_beta_fast",
+    "mscale_all_dim": "rope.scaling.yarn_log_multiplier",
+    "llama_4_scaling_beta": "attention.temperature_scale",
+}
+PERMUTED = ("llama", "mistral3", "granite", "granitemoe", "granitehybrid", "smollm3", "arcee")
 """Architectures whose rows of queries and keys are interleaved."""
 
 
@@ -112,6 +117,9 @@ def convert(model: Any, directory: Path, architecture: str, path: Path) -> None:
     if rope.get("rope_type") == "yarn":
         original = rope["original_max_position_embeddings"]
         metadata[f"{architecture}.rope.scaling.original_context_length"] = original
+        for theirs, key in _YARN_KEYS.items():
+            if theirs in rope:
+                metadata[f"{architecture}.{key}"] = float(rope[theirs])
     if rope.get("rope_type") in ("linear", "yarn"):
         metadata[f"{architecture}.rope.scaling.type"] = rope["rope_type"]
         metadata[f"{architecture}.rope.scaling.factor"] = float(rope["factor"])

@@ -31,6 +31,8 @@ _TURN_ENDS = (
 )
 """Of Llama 3, ChatML (Qwen, SmolLM), Phi, Gemma and gpt-oss."""
 
+_RAMP = ("beta_fast", "beta_slow")
+
 
 def hf_config(
     metadata: Metadata, family: GgufFamily, tables: Tables, names: Collection[str]
@@ -78,8 +80,8 @@ def hf_config(
     head_dim = read("attention.key_length", config["hidden_size"] // num_heads)
     if not described.fixed.get("has_learned_positions"):
         config["rope_parameters"] = _rope(read, tables, head_dim)
-    if "truncate" in config:
-        config["rope_parameters"]["truncate"] = config.pop("truncate")
+    if "further_rope" in config:
+        config["rope_parameters"] |= config.pop("further_rope")
     local = config.pop("rope_local_base_freq", None)
     if local is not None:
         config["rope_parameters"] = {
@@ -146,6 +148,8 @@ def _rope(read: Read, tables: Tables, head_dim: int) -> dict[str, Any]:
         case "linear":
             return rope | {"rope_type": "linear", "factor": factor}
         case "yarn":
+            ramp = {key: read(f"rope.scaling.yarn_{key}", None) for key in _RAMP}
+            stated |= {key: value for key, value in ramp.items() if value is not None}
             return rope | stated | {"rope_type": "yarn", "factor": factor}
     raise ValueError(f"rope scaling {kind!r} is not supported; supported: 'none', 'linear', 'yarn'")
 

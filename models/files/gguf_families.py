@@ -25,7 +25,7 @@ class GgufFamily:
     architecture: str  # of the Hugging Face config
     extra: Callable[[Read], dict[str, Any]] = lambda read: {}
     """Further entries of its config; `read(key, default)` gives metadata, and counts a key without
-    a default as missing."""
+    a default as missing. `further_rope` goes into `rope_parameters`."""
     by_tensor: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Entries of its config that are true if some layer has a tensor of this name."""
     is_permuted: bool = False
@@ -163,7 +163,19 @@ def _command2(read: Read) -> dict[str, Any]:
 
 
 def _gpt_oss(read: Read) -> dict[str, Any]:
-    return _minimax(read) | {"sliding_window": read("attention.sliding_window"), "truncate": False}
+    window = read("attention.sliding_window")
+    return _minimax(read) | {"sliding_window": window, "further_rope": {"truncate": False}}
+
+
+def _ministral3(read: Read) -> dict[str, Any]:
+    """Its two factors of attention never differed, and the file has one."""
+    factor = read("rope.scaling.yarn_log_multiplier", 1.0)
+    further = {
+        "mscale": factor,
+        "mscale_all_dim": factor,
+        "llama_4_scaling_beta": read("attention.temperature_scale"),
+    }
+    return _window(read) | {"further_rope": further}
 
 
 def _in_all_layers(value: Any, read: Read) -> list[Any]:
@@ -330,6 +342,7 @@ GGUF_FAMILIES: dict[str, GgufFamily] = {
     "dots1": GgufFamily("Dots1ForCausalLM", _routed),
     "minimax-m2": GgufFamily("MiniMaxM2ForCausalLM", _minimax),
     "gpt-oss": GgufFamily("GptOssForCausalLM", _gpt_oss),
+    "mistral3": GgufFamily("Ministral3ForCausalLM", _ministral3, is_permuted=True),
     "exaone4": GgufFamily("Exaone4ForCausalLM", _exaone4),
     "apertus": GgufFamily("ApertusForCausalLM", lambda read: {"hidden_act": "xielu"}),
 }
@@ -357,6 +370,9 @@ def gguf_family(metadata: Metadata) -> GgufFamily:
     if name == "llama" and metadata.get("llama.expert_count", 0):
         return _MIXTRAL
     if name == "llama" and metadata.get("llama.attention.sliding_window", 0):
+        return _MISTRAL
+    # Mistral Small 3.1 and 3.2, whose queries do not grow.
+    if name == "mistral3" and "mistral3.attention.temperature_scale" not in metadata:
         return _MISTRAL
     return GGUF_FAMILIES[name]
 

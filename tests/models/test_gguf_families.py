@@ -19,6 +19,16 @@ from folojax.models.quantized.codes import dequantize
 from tests import dense, gguf_writer, reference
 from tests.families import save_family
 
+_GROWING = {
+    "rope_type": "yarn",
+    "rope_theta": 10_000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "beta_fast": 20.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.3,
+}
 _PLAIN_SPACE = {
     "mamba_proj_bias": False,
     "projectors_bias": False,
@@ -79,6 +89,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "dots1": ("dots1", {"sliding_window": None, "layer_types": None}),
     "minimax-m2": ("minimax-m2", {}),
     "gpt-oss": ("gpt-oss", {"swiglu_limit": 7.0}),
+    "mistral3": ("ministral3", {"rope_parameters": _GROWING}),
+    "mistral3/small": ("mistral-full", {}),
     "exaone4": ("exaone4", {}),
     "exaone4/full": ("exaone4-full", {}),
     "apertus": ("apertus", {"rope_parameters": {"rope_type": "default", "rope_theta": 5e4}}),
@@ -88,7 +100,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 LIKE_OTHERS = (
     *("seed_oss", "ernie4_5", "arcee", "olmoe", "qwen2moe", "glm4moe", "minimax-m2", "exaone4"),
     *("exaone4/full", "cohere2", "lfm2moe", "ernie4_5-moe", "granitemoe", "granitemoe/shared"),
-    *("granitehybrid/dense", "falcon-h1", "falcon-h1/normed", "dots1"),
+    *("granitehybrid/dense", "falcon-h1", "falcon-h1/normed", "dots1", "mistral3/small"),
 )
 """What they read and undo, others do."""
 
