@@ -322,7 +322,7 @@ class Block(nn.Module):
         if config.is_gated:
             both = self.linear(f"{prefix}gate_up", normed, 2 * inner_size, config.mlp_bias)
             cutoff = config.gate_cutoff(self.layer)
-            both = both if cutoff is None else cut_gates(both, cutoff)
+            both = both if cutoff is None else cut_gates(both, cutoff, self.config)
             if config.gate_scale != 1.0:
                 both = scaled_parts(both, (inner_size, inner_size), (config.gate_scale, 1.0))
             inner = gated(both, config.activation, self.dtype)

@@ -230,11 +230,21 @@ def scaled_parts(
     return (x.astype(jnp.float32) * factor[None, :]).astype(x.dtype)
 
 
-def cut_gates(gate_up: Float[Array, "N FF"], cutoff: float) -> Float[Array, "N FF"]:
-    """Gates and ups in which gates begin so many standard deviations above their mean."""
+def cut_gates(
+    gate_up: Float[Array, "N FF"], cutoff: float, config: ModelConfig
+) -> Float[Array, "N FF"]:
+    """Gates and ups in which gates begin so many standard deviations above their mean.
+
+    Both are of the gates of all devices, of which there may be a part here.
+    """
     gate, up = jnp.split(gate_up, 2, axis=-1)
     wide = gate.astype(jnp.float32)
-    mean, spread = (of(wide, axis=-1, keepdims=True) for of in (jnp.mean, jnp.std))
+
+    def mean_of(x: Float[Array, "N F"]) -> Float[Array, "N 1"]:
+        return sum_parts(jnp.mean(x, axis=-1, keepdims=True), config) / config.num_shards
+
+    mean = mean_of(wide)
+    spread = jnp.sqrt(mean_of(jnp.square(wide - mean)))
     above = jax.nn.relu(wide - (mean + cutoff * spread))
     return jnp.concatenate((above.astype(gate.dtype), up), axis=-1)
 

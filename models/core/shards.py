@@ -106,7 +106,8 @@ def problems_of(config: ModelConfig, count: int) -> list[str]:
     layers = set(range(config.num_layers)) - {*config.mlpless_layers}
     if config.has_dense_beside or not all(map(config.is_sparse, layers)):
         sizes["intermediate_size"] = config.intermediate_size
-        sizes |= {f"intermediate_size {one}": one for one in config.intermediate_sizes}
+        widths = enumerate(config.intermediate_sizes)
+        sizes |= {f"intermediate_size of layer {layer}": width for layer, width in widths}
     if config.num_experts:
         sizes |= {name: getattr(config, name) for name in ("expert_size", "shared_expert_size")}
     if config.recurrent and not config.recurrent.has_memory:
@@ -127,8 +128,6 @@ def problems_of(config: ModelConfig, count: int) -> list[str]:
         found.append(
             f"num_key_heads of recurrent layers is {keys}, neither a multiple nor a part of it"
         )
-    if config.side_streams and count > 1:
-        found.append("several residual streams are not shared out among devices")
     return found
 
 
