@@ -70,6 +70,7 @@ def optimised(pytestconfig: pytest.Config) -> Iterator[None]:
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", True)
+    clear_programs()  # programs of both kinds have different bits, and no engine is to have both
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
