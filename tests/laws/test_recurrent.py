@@ -6,14 +6,10 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-import transformers
 
 from folojax import LLM, SamplingParams
 from folojax.backend import backend
-from folojax.models.core.shards import problems_of
-from folojax.models.files.hf_config import config_from_hf
 from tests.conftest import check_is_empty
-from tests.families import config_of
 from tests.greedy_work import PARAMS, Work, begin, check_ends, check_orders, generate, make_work
 from tests.reference import TIGHT, TINY_LIMITS
 
@@ -151,15 +147,6 @@ def test_few_kept_states_change_no_token(
     longer = [prompt + tokens[:9] for prompt, tokens in zip(prompts, expected, strict=True)]
     found = generate(llm, longer)
     assert [one[:21] for one in found] == [tokens[9:] for tokens in expected]
-
-
-@pytest.mark.parametrize(
-    ("case", "told"), [("lfm2", "short convolutions"), ("falcon-h1", "attention beside a state")]
-)
-def test_what_is_not_shared_out_is_refused(case: str, told: str) -> None:
-    config = config_from_hf(config_of(case, transformers))
-    assert problems_of(config, 1) == []
-    assert any(told in problem for problem in problems_of(config, 2))
 
 
 def test_what_keeps_pages_alone_is_off_or_refused(hybrid: Work, tiny_model: tuple) -> None:
