@@ -180,8 +180,13 @@ def test_requests_go_where_their_prefix_is(llm: LLM) -> None:
 
 
 @pytest.mark.slow
-def test_a_group_computes_its_prompt_once(llm: LLM, alone: LLM) -> None:
+def test_a_group_computes_its_prompt_once(tiny_model: tuple) -> None:
     """Scores behind a prompt, samples of one: all of a group are in one engine."""
+    # With room for all first ones of groups, none begins beside one that it could wait for.
+    limits: dict[str, Any] = MORE_LIMITS | {"max_num_seqs": 8}
+    alone, llm = (
+        LLM(tiny_model, make_letters_tokenizer(), **limits, data_parallel_size=n) for n in (1, 2)
+    )
     prompts = [[first, *LONG] for first in (50, 60, 70, 80)]
     for one in (llm, alone):
         one.reset_prefix_cache()
