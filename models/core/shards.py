@@ -26,16 +26,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from folojax.models.core import peer_sum
 from folojax.models.core.config import ModelConfig
-from folojax.models.core.recurrent_shards import (
-    cut_recurrent,
-    join_recurrent,
-    part_of_recurrent,
-)
-from folojax.models.quantized.by_outputs import (
-    arrays_by_output,
-    axes_of,
-    kernel_by_output,
-)
+from folojax.models.core.recurrent_shards import cut_recurrent, join_recurrent, part_of_recurrent
+from folojax.models.quantized.by_outputs import arrays_by_output, axes_of, kernel_by_output
 from folojax.models.quantized.quantize import VOCABULARY, is_quantized
 
 AXIS = "tensor"
@@ -123,6 +115,11 @@ def problems_of(config: ModelConfig, count: int) -> list[str]:
         heads = getattr(config, name)
         if heads and heads % count and count % heads:
             found.append(f"{name} is {heads}, neither a multiple nor a part of it")
+    if config.full_kv_heads and not config.has_keys_as_values and count > 1:
+        # A kernel is cut by the heads that its name tells (`ModelConfig.heads_in`).
+        found.append(
+            "full_kv_heads is set and has_keys_as_values is not: qkv has heads of two kinds"
+        )
     keys = config.recurrent.num_key_heads if config.recurrent else count
     if keys % count and count % keys:
         found.append(

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from folojax.models.families.family import Family
-from folojax.models.families.gemma4 import EMBEDDING_NAMES, GEMMA4, LAYER_NAMES, kv_layers
+from folojax.models.families.gemma4 import EMBEDDING_NAMES, GEMMA4, LAYER_NAMES, NORMS, kv_layers
 
 _FULL, _LOCAL = "full_attention", "sliding_attention"
 
@@ -79,13 +79,7 @@ GEMMA3N = Family(
         "activation_sparsity_pattern": None,
     },
     normalize=_normalize,
-    fixed={
-        "norm": "rms_wide",
-        "has_post_norm": True,
-        "qk_norm": True,
-        "has_value_norm": True,
-        "attention_scale": 1.0,
-    },
+    fixed=NORMS,
     keys={
         "final_logit_softcapping": "logits_softcap",
         "hidden_size_per_layer_input": "layer_embed_size",

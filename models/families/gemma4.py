@@ -7,6 +7,15 @@ from folojax.models.families.family import BLOCK_NAMES, HEAD_NAMES, POST_NORM_NA
 
 _FULL, _LOCAL = "full_attention", "sliding_attention"
 
+NORMS: dict[str, Any] = {
+    "norm": "rms_wide",
+    "has_post_norm": True,
+    "qk_norm": True,
+    "has_value_norm": True,
+    "attention_scale": 1.0,
+}
+"""What stands fixed of Gemma 3n and 4: norms of all that attention takes, and so no scale."""
+
 
 def _normalize(mapping: Mapping[str, Any]) -> dict[str, Any]:
     """Kinds of layers are spelt out, and in two words what those without a window differ in."""
@@ -114,14 +123,7 @@ GEMMA4 = Family(
         "vocab_size_per_layer_input": 262_144,
     },
     normalize=_normalize,
-    fixed={
-        "norm": "rms_wide",
-        "has_post_norm": True,
-        "qk_norm": True,
-        "has_value_norm": True,
-        "attention_scale": 1.0,
-        "has_layer_scale": True,
-    },
+    fixed={**NORMS, "has_layer_scale": True},
     keys={
         "attention_k_eq_v": "has_keys_as_values",
         "final_logit_softcapping": "logits_softcap",

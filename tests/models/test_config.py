@@ -7,11 +7,14 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import transformers
 
 from folojax.models.core.config import ModelConfig
+from folojax.models.core.shards import problems_of
 from folojax.models.families.families import FAMILIES
 from folojax.models.files.checkpoint import build_module
 from folojax.models.files.hf_config import config_from_hf
+from tests.families import config_of
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -222,3 +225,12 @@ def test_windows_are_those_of_the_family():
     assert windows("Olmo3ForCausalLM", num_hidden_layers=4) == (4096, 4096, 4096, None)
     assert windows("Qwen2ForCausalLM") == ()
     assert windows("Phi3ForCausalLM", sliding_window=2047) == (2047, 2047)
+
+
+def test_heads_that_a_joined_kernel_does_not_tell_are_not_shared_out() -> None:
+    config = config_from_hf(config_of("gemma4", transformers))
+    assert problems_of(config, 2) == []
+    other = dataclasses.replace(config, full_kv_heads=2, has_keys_as_values=False)
+    assert problems_of(other, 1) == []
+    (told,) = problems_of(other, 2)
+    assert "full_kv_heads is set and has_keys_as_values is not" in told
