@@ -13,6 +13,8 @@ import gguf
 import numpy as np
 from safetensors.torch import load_file
 
+from tests import gguf_reordered
+
 # The metadata of each architecture, by what config.json calls it.
 _KEYS = {
     "hidden_size": "embedding_length",
@@ -73,7 +75,10 @@ _YARN_KEYS = {
     "mscale_all_dim": "rope.scaling.yarn_log_multiplier",
     "llama_4_scaling_beta": "attention.temperature_scale",
 }
-PERMUTED = ("llama", "mistral3", "granite", "granitemoe", "granitehybrid", "smollm3", "arcee")
+PERMUTED = (
+    *("llama", "mistral3", "granite", "granitemoe", "granitehybrid", "smollm3", "arcee"),
+    *("nemotron_h", "nemotron_h_moe"),
+)
 """Architectures whose rows of queries and keys are interleaved."""
 
 
@@ -89,8 +94,11 @@ def letters_metadata(vocab_size: int) -> dict[str, Any]:
     }
 
 
-def convert(model: Any, directory: Path, architecture: str, path: Path) -> None:
-    """Writes a model of transformers, saved in `directory`, as a GGUF file."""
+def convert(model: Any, directory: Path, architecture: str, path: Path, variant: str = "") -> None:
+    """Writes a model of transformers, saved in `directory`, as a GGUF file.
+
+    `variant` says how a version of the converter does that is not the usual one.
+    """
     config = json.loads((directory / "config.json").read_text())
     metadata = {
         f"{architecture}.{ours}": config[theirs]
@@ -126,8 +134,11 @@ def convert(model: Any, directory: Path, architecture: str, path: Path) -> None:
     metadata |= {
         f"{architecture}.{key}": one for key, one in _further(architecture, config).items()
     }
+    for key, one in gguf_reordered.metadata(architecture, config, variant).items():
+        metadata[f"{architecture}.{key}"] = one
+    metadata = {key: one for key, one in metadata.items() if one is not None}
     kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
-    layers = config.get("num_hidden_layers") or config["n_layer"]
+    layers = metadata[f"{architecture}.block_count"]
     names = gguf.get_tensor_name_map(kinds[architecture], layers)
     tensors: dict[str, np.ndarray] = {}
     state = model.state_dict()
@@ -137,6 +148,12 @@ def convert(model: Any, directory: Path, architecture: str, path: Path) -> None:
         if name == "lm_head.weight" and config.get("tie_word_embeddings", True):
             continue
         array = tensor.float().numpy()
+        rearranged = gguf_reordered.tensors(architecture, name, array, config, variant)
+        if rearranged is not None:
+            tensors |= rearranged
+            continue
+        if architecture.startswith("nemotron_h"):
+            name = re.sub(r"^model\.", "backbone.", name)
         if ".act_fn." in name:
             metadata.setdefault(f"xielu.{name.rpartition('.')[2]}", []).append(float(array.item()))
             continue
@@ -172,6 +189,7 @@ def convert(model: Any, directory: Path, architecture: str, path: Path) -> None:
             tensors[gguf_name] = np.concatenate((before, array[None]))
             continue
         tensors[gguf_name] = _llama_cpp_layout(gguf_name, array, architecture, config)
+    tensors = gguf_reordered.further_tensors(architecture, config, tensors, variant)
     write(path, architecture, metadata | letters_metadata(config["vocab_size"]), tensors)
 
 
@@ -254,7 +272,7 @@ def _llama_cpp_layout(name: str, array: np.ndarray, architecture: str, config: A
     if role == "ssm_d":
         return array[:, None]
     if role == "ssm_norm.weight":
-        return array.reshape(config["mamba_n_groups"], -1)
+        return array.reshape(config.get("mamba_n_groups") or config["n_groups"], -1)
     if role in ("ssm_conv1d.weight", "shortconv.conv.weight") or "ffn_gate_inp_shexp" in role:
         return array.squeeze()
     if architecture == "gpt2" and name.startswith("blk.") and array.ndim == 2:

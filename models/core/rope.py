@@ -75,17 +75,18 @@ def _linear(rope: Settings, wavelengths: Rates, theta: float, max_position: int)
 def _llama3(rope: Settings, wavelengths: Rates, theta: float, max_position: int) -> Scaled:
     """Llama 3.1: what turns slowly within the old context is divided, what turns fast is kept.
 
-    From `low_freq_factor` to `high_freq_factor` turns a ramp mixes both.
+    From `low_freq_factor` to `high_freq_factor` turns a ramp mixes both; Llama 4 has none.
     """
     names = ("factor", "low_freq_factor", "high_freq_factor", _ORIGINAL)
     factor, low, high, original = _numbers(rope, "llama3", *names)
-    if high <= low:
+    if high < low:
         raise ValueError(
-            f"rope type 'llama3': high_freq_factor is {high}, not above low_freq_factor, {low}"
+            f"rope type 'llama3': high_freq_factor is {high}, below low_freq_factor, {low}"
         )
     plain = np.float32(1.0) / wavelengths
     turns = original * plain / np.float32(2 * math.pi)
-    keep = np.clip((turns - low) / (high - low), 0.0, 1.0).astype(np.float32)
+    ramp = turns > high if high == low else (turns - low) / (high - low)
+    keep = np.clip(ramp, 0.0, 1.0).astype(np.float32)
     return (1 - keep) * plain / np.float32(factor) + keep * plain, 1.0
 
 

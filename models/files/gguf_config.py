@@ -10,12 +10,13 @@ import numpy as np
 
 from folojax.models.core.rope import plain_rates, read_scaling
 from folojax.models.families.families import FAMILIES
-from folojax.models.files.gguf_families import (
+from folojax.models.files.gguf_family import (
     FULL,
     LOCAL,
     GgufFamily,
     Metadata,
     Read,
+    num_layers,
     shortest,
 )
 from folojax.models.files.gguf_tokenizer import CONTROL
@@ -27,11 +28,14 @@ _HARMONY_ENDS = {"<|return|>", "<|call|>"}
 
 _TURN_ENDS = (
     *("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>"),
+    *("<|eot|>", "<|eom|>", "<turn|>"),
     *sorted(_HARMONY_ENDS),
 )
-"""Of Llama 3, ChatML (Qwen, SmolLM), Phi, Gemma and gpt-oss."""
+"""Of Llama 3, ChatML (Qwen, SmolLM), Phi, Gemma, Llama 4, Gemma 4 and gpt-oss."""
 
 _RAMP = ("beta_fast", "beta_slow")
+_STILL = 1e20
+"""A rate that is divided by more than it is none."""
 
 
 def hf_config(
@@ -59,13 +63,13 @@ def hf_config(
     described = FAMILIES[family.architecture]
     config = {
         "hidden_size": read("embedding_length"),
-        "intermediate_size": read("feed_forward_length"),
-        # Those that guess further tokens are counted too.
-        "num_hidden_layers": read("block_count") - read("nextn_predict_layers", 0),
+        "num_hidden_layers": num_layers(read),
         "num_attention_heads": read("attention.head_count"),
         "max_position_embeddings": read("context_length"),
         **family.extra(read),
     }
+    if "intermediate_size" not in config:
+        config["intermediate_size"] = read("feed_forward_length")
     if not str(described.fixed.get("norm")).startswith("layer"):
         config["rms_norm_eps"] = read("attention.layer_norm_rms_epsilon")
     tokens: Any = metadata.get("tokenizer.ggml.tokens")
@@ -77,9 +81,12 @@ def hf_config(
         config["vocab_size_per_layer_input"] = len(tokens)
     num_heads = config["num_attention_heads"]
     eos = _ends(metadata)
-    head_dim = read("attention.key_length", config["hidden_size"] // num_heads)
-    if not described.fixed.get("has_learned_positions"):
-        config["rope_parameters"] = _rope(read, tables, head_dim)
+    head_dim = config.get("head_dim") or read(
+        "attention.key_length", config["hidden_size"] // num_heads
+    )
+    of_rope = config.pop("rope_head_dim", head_dim)
+    if not described.fixed.get("has_learned_positions") and "rope_parameters" not in config:
+        config["rope_parameters"] = _rope(read, tables, of_rope)
     if "further_rope" in config:
         config["rope_parameters"] |= config.pop("further_rope")
     local = config.pop("rope_local_base_freq", None)
@@ -89,7 +96,6 @@ def hf_config(
             LOCAL: {"rope_type": "default", "rope_theta": local},
         }
     roles = {name.split(".", 2)[-1] for name in names if name.startswith("blk.")}
-    by_tensor = {"attention_bias": "attn_q.bias", **family.by_tensor}
     defaults = {
         "architectures": [family.architecture],
         "model_type": described.model_type,
@@ -97,7 +103,9 @@ def hf_config(
         "num_key_value_heads": read("attention.head_count_kv", num_heads),
         "head_dim": head_dim,
         "hidden_act": "silu",
-        **{key: role in roles for key, role in by_tensor.items()},
+        "attention_bias": bool(roles & {"attn_q.bias", "attn_qkv.bias"}),
+        **{key: role in roles for key, role in family.by_tensor.items()},
+        **{key: _lacks(names, *pair) for key, pair in family.by_lack.items()},
         "tie_word_embeddings": "output.weight" not in names,
         "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
@@ -105,6 +113,13 @@ def hf_config(
         "dtype": "float32",
     }
     return defaults | config
+
+
+def _lacks(names: Collection[str], one: str, other: str) -> bool:
+    """Whether some layer has a weight and not another."""
+    suffix = f".{one}.weight"
+    layers = [name.removesuffix(suffix) for name in names if name.endswith(suffix)]
+    return any(f"{layer}.{other}.weight" not in names for layer in layers)
 
 
 def _ends(metadata: Metadata) -> list[int]:
@@ -132,7 +147,7 @@ def _rope(read: Read, tables: Tables, head_dim: int) -> dict[str, Any]:
     if turning != head_dim:
         rope["partial_rotary_factor"] = turning / head_dim
     if "rope_freqs.weight" in tables:
-        return rope | _llama3(tables["rope_freqs.weight"], rope["rope_theta"])
+        return rope | _by_table(tables["rope_freqs.weight"], rope["rope_theta"])
     original = read("rope.scaling.original_context_length", None)
     stated = {} if original is None else {"original_max_position_embeddings": original}
     if "rope_factors_short.weight" in tables:
@@ -154,24 +169,30 @@ def _rope(read: Read, tables: Tables, head_dim: int) -> dict[str, Any]:
     raise ValueError(f"rope scaling {kind!r} is not supported; supported: 'none', 'linear', 'yarn'")
 
 
-def _llama3(factors: np.ndarray, theta: float) -> dict[str, Any]:
-    """The scaling of Llama 3.1 and later, which the file has only as what every rate becomes.
+def _by_table(factors: np.ndarray, theta: float) -> dict[str, Any]:
+    """What a table says that every rate is divided by.
 
-    The factor is that of the slowest rate; the other settings never differed.
+    Of Gemma 4: some rates are kept, and the others are so small that nothing turns. Else it is the
+    scaling of Llama 3.1 and later: the factor is that of the slowest rate, and the other settings
+    never differed but for Llama 4, which has no ramp between what is kept and what is divided.
     """
-    rope = {
-        "rope_type": "llama3",
-        "factor": shortest(float(factors.max())),
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    }
+    if factors.max() > _STILL:
+        share = float((factors < _STILL).mean())
+        return {"rope_type": "proportional", "partial_rotary_factor": share}
     size = 2 * len(factors)
-    scaling = read_scaling(rope, size, theta, 8192)
-    assert scaling is not None
-    if not np.allclose(plain_rates(size, theta) / scaling.rates, factors, rtol=1e-3):
-        raise ValueError(
-            "rope_freqs.weight is not the rotary scaling of Llama 3: use the model's safetensors "
-            "version"
-        )
-    return rope
+    for fast in (4.0, 1.0):
+        rope = {
+            "rope_type": "llama3",
+            "factor": shortest(float(factors.max())),
+            "low_freq_factor": 1.0,
+            "high_freq_factor": fast,
+            "original_max_position_embeddings": 8192,
+        }
+        scaling = read_scaling(rope, size, theta, 8192)
+        assert scaling is not None
+        if np.allclose(plain_rates(size, theta) / scaling.rates, factors, rtol=1e-3):
+            return rope
+    raise ValueError(
+        "rope_freqs.weight is not the rotary scaling of Llama 3, Llama 4 or Gemma 4: use the "
+        "model's safetensors version"
+    )

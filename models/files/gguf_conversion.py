@@ -10,10 +10,13 @@ import numpy as np
 
 from folojax.models.core.config import ModelConfig
 from folojax.models.files.gguf_config import hf_config
-from folojax.models.files.gguf_families import GgufFamily, Metadata, gguf_family
-from folojax.models.files.gguf_names import joined_parts, places
+from folojax.models.files.gguf_families import gguf_family
+from folojax.models.files.gguf_family import GgufFamily, Metadata
+from folojax.models.files.gguf_layout import in_hf_layout, is_tiled, role_of
+from folojax.models.files.gguf_names import places
 from folojax.models.files.gguf_tokenizer import save_tokenizer
 from folojax.models.files.hf_config import config_from_hf
+from folojax.models.files.hf_names import Shape
 from folojax.models.files.safetensors_files import ShardWriter
 from folojax.models.files.save_quantized import code_tensors, quantization_config
 from folojax.models.machine.artefacts import build_once, cache_root, file_digest
@@ -21,7 +24,7 @@ from folojax.models.quantized.codes import Codes
 from folojax.models.quantized.group_kernels import GROUP
 
 # Part of the artefact's name: raise it when what the conversion writes changes.
-_CONVERTER_VERSION = 8
+_CONVERTER_VERSION = 9
 
 _CODE_BITS = {"Q4_0": 4, "Q8_0": 8, "Q4_K": 4}
 """Of quantisations whose weights are codes in groups of 32 times a scale, Q4_K's plus an offset."""
@@ -57,8 +60,8 @@ def _convert(path: Path, directory: Path) -> None:
     except (ValueError, IndexError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is truncated or no GGUF file: {error}") from error
     try:
-        family = gguf_family(metadata)
         tensors = {tensor.name: tensor for tensor in reader.tensors}
+        family = gguf_family(metadata, tensors.keys())
         tables = {name: _dequantised(tensors.pop(name)) for name in _TABLES if name in tensors}
         config = hf_config(metadata, family, tables, tensors.keys())
         save_tokenizer(metadata, directory)
@@ -87,10 +90,11 @@ def _save_tensors(
         What config.json says of those that are codes.
     """
     config, architecture = config_from_hf(hf_mapping), metadata["general.architecture"]
-    found = places(architecture, config)
-    uses = found.uses
     if metadata.get(f"{architecture}.nextn_predict_layers"):
         tensors = {name: one for name, one in tensors.items() if _layer(name) < config.num_layers}
+    tensors = {name: one for name, one in tensors.items() if not _is_unread(name, config)}
+    found = places(architecture, config, tensors.keys())
+    uses = found.uses
     problems = [f"missing: {name}" for name in uses.keys() - tensors.keys()]
     problems += [f"of no known use: {name}" for name in tensors.keys() - uses.keys()]
     if problems:
@@ -98,20 +102,19 @@ def _save_tensors(
     writer = ShardWriter(directory)
     parts: dict[str, np.ndarray] = {}
     for name, tensor in tensors.items():
-        whole = uses[name][0][0]
+        whole, first = uses[name][0]
         # Codes, their scales and perhaps offsets, or floats.
-        is_float = family.is_conv1d or whole in found.joined
+        is_float = family.is_conv1d or whole in found.joined or len(first) > 2
+        is_float |= role_of(name) == "ssm_out.weight" and not _has_whole_groups(config)
         stored = (None if is_float else _codes(tensor)) or (_floats(tensor),)
-        arrays = [_in_hf_layout(name, array, family, config) for array in stored]
-        by_use = arrays if len(uses[name]) > 1 else [array[None] for array in arrays]
-        for (hf_name, shape), part, *scales in zip(uses[name], *by_use, strict=True):
-            if _no_units(part.shape) != _no_units(shape):
-                raise ValueError(f"{name} has {part.shape}, the metadata asks for {shape}")
+        arrays = [in_hf_layout(name, array, family, config) for array in stored]
+        by_use = _parted(name, arrays, [shape for _, shape in uses[name]])
+        for (hf_name, _), (part, *scales) in zip(uses[name], by_use, strict=True):
             if hf_name in found.joined:
                 parts[name] = part
                 continue
             if not scales:
-                writer.add(hf_name, part.reshape(shape))
+                writer.add(hf_name, part)
                 continue
             scale, *offset = scales
             bits = _CODE_BITS[tensor.tensor_type.name]
@@ -119,9 +122,9 @@ def _save_tensors(
             codes = Codes(part, scale, zero, GROUP, bits, *offset)
             for full_name, array in code_tensors(hf_name, codes):
                 writer.add(full_name, array)
-        joined = found.joined.get(whole, ())
-        if joined and parts.keys() >= set(joined):
-            writer.add(whole, joined_parts(whole, [parts.pop(one) for one in joined]))
+        join = found.joined.get(whole)
+        if join is not None and parts.keys() >= set(join.parts):
+            writer.add(whole, join.make([parts.pop(one) for one in join.parts]))
     for hf_name, (key, layer, shape) in found.scalars.items():
         if key not in metadata:
             raise ValueError(f"the metadata lacks {key}")
@@ -136,28 +139,47 @@ def _layer(name: str) -> int:
     return -1 if number is None else int(number[1])
 
 
-def _no_units(shape: tuple[int, ...]) -> tuple[int, ...]:
+def _no_units(shape: Shape) -> Shape:
     """A shape without axes of one, of which files have more or fewer than checkpoints."""
     return tuple(size for size in shape if size != 1)
 
 
-def _in_hf_layout(
-    name: str, array: np.ndarray, family: GgufFamily, config: ModelConfig
-) -> np.ndarray:
-    """One tensor, or its codes or scales, with what llama.cpp's converter did to it undone."""
-    role = re.sub(r"^blk\.\d+\.", "", name)
-    if family.norm_offset and role.endswith("norm.weight"):
-        return array - np.float32(family.norm_offset)
-    if family.is_permuted and role in ("attn_q.weight", "attn_k.weight"):
-        heads = config.num_heads if role == "attn_q.weight" else config.num_kv_heads
-        array = _half_rotation_rows(array, heads)
-    if role == "ssm_a":  # -exp(A_log)
-        array = np.log(-array)
-    if role == "ssm_norm.weight" and config.recurrent and config.recurrent.kind == "space":
-        array = array.reshape(-1)  # a row for each group
-    if family.is_conv1d and name.startswith("blk.") and array.ndim == 2:
-        array = array.T
-    return array
+def _is_unread(name: str, config: ModelConfig) -> bool:
+    """Keys and values of layers that read those of others, which some files have."""
+    layer = _layer(name)
+    is_own = not 0 <= layer < config.num_layers or config.kv_layer(layer) == layer
+    return not is_own and role_of(name).startswith(("attn_k", "attn_v"))
+
+
+def _has_whole_groups(config: ModelConfig) -> bool:
+    """Whether heads of values can change places with all groups of their codes."""
+    sizes = config.recurrent
+    return sizes is None or not is_tiled(config) or sizes.value_dim % GROUP == 0
+
+
+def _parted(name: str, arrays: list[np.ndarray], shapes: list[Shape]) -> list[list[np.ndarray]]:
+    """Values, or codes and what belongs to them, of each of the tensors that lie in one.
+
+    Rows of one lie behind those of the other; those of all experts may have an axis of their own.
+
+    Raises:
+        ValueError: there are others than the tensors have.
+    """
+    held, first = arrays[0].shape, shapes[0]
+    if len(shapes) == 1:
+        if _no_units(held) != _no_units(first):
+            raise ValueError(f"{name} has {held}, the metadata asks for {first}")
+        return [[arrays[0].reshape(first), *arrays[1:]]]
+    rows = [shape[0] for shape in shapes]
+    count = held[0] if len(held) > len(first) else 1
+    wanted = (sum(rows) // count, *first[1:])
+    if held[-len(first) :] != wanted or len(shapes) % count or len(held) > len(first) + 1:
+        raise ValueError(
+            f"{name} has {held}, the metadata asks for {(count, *wanted)[count == 1 :]}"
+        )
+    ends = np.cumsum(rows)[:-1]
+    flat = [one.reshape(-1, *one.shape[len(held) - len(first) + 1 :]) for one in arrays]
+    return [list(one) for one in zip(*(np.split(one, ends) for one in flat), strict=True)]
 
 
 def _codes(tensor: Any) -> tuple[np.ndarray, ...] | None:
@@ -215,15 +237,3 @@ def _dequantised(tensor: Any) -> np.ndarray:
     except NotImplementedError as error:
         kind = tensor.tensor_type.name
         raise ValueError(f"{tensor.name} is quantised as {kind}: not supported") from error
-
-
-def _half_rotation_rows(array: np.ndarray, num_heads: int) -> np.ndarray:
-    """Undoes llama.cpp's order of query and key rows.
-
-    llama.cpp rotates neighbours, Hugging Face dimension d with d + D/2, so its converter
-    interleaves the two halves of every head (`LlamaModel.permute` in convert_hf_to_gguf.py):
-        Hugging Face   a0 a1 .. b0 b1 ..        GGUF   a0 b0 a1 b1 ..
-    """
-    rows, width = array.shape
-    pairs = array.reshape(num_heads, rows // num_heads // 2, 2, width)
-    return pairs.swapaxes(1, 2).reshape(rows, width)

@@ -5,11 +5,14 @@ The names in GGUF are the gguf library's to know.
 
 import dataclasses
 import re
+from collections.abc import Callable, Collection
+from typing import TypeAlias
 
 import jax
 import numpy as np
 
 from folojax.models.core.config import ModelConfig
+from folojax.models.files import gguf_joins as joins
 from folojax.models.files.hf_names import Shape, parameter_sources
 
 _JOINT = r"(\.experts|\.altup_\w*projections)\.\d+"
@@ -20,9 +23,14 @@ _RENAMED = {
     r"expert_bias$": "expert_bias.bias",
     r"dt_bias$": "dt_proj.bias",
     r"sinks$": "sinks.weight",
+    r"((\.experts\.(gate_up|down)_proj)|layer_scalar)$": r"\1.weight",
     r"^model\.(layers\.\d+\.feed_forward\.experts)": r"\1",
+    r"^backbone(\.layers\.\d+)\.mixer\.experts": r"model\1.mlp.experts",
 }
 """How llama.cpp's converter spells tensors before it asks the library."""
+
+_UNKNOWN = {"router.scale": "ffn_gate_inp.scale", "router.per_expert_scale": "ffn_down_exps.scale"}
+"""Tensors of a layer of which the library does not know the names."""
 
 _LINEAR = re.compile(r"(.*)\.(block_sparse_moe|shared_mlp)\.(input|output)_linear\.weight")
 """Granite joins what GGUF keeps apart, and calls an MLP without experts a shared one."""
@@ -34,21 +42,32 @@ _SCALAR = re.compile(r"\.layers\.(\d+)\.mlp\.act_fn\.(\w+)$")
 """Numbers of a layer's activation, which GGUF has in its metadata."""
 
 
+Make: TypeAlias = Callable[[list[np.ndarray]], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Join:
+    """GGUF tensors that make a Hugging Face tensor."""
+
+    parts: tuple[str, ...]
+    make: Make
+
+
 @dataclasses.dataclass
 class Places:
     """Where everything lies that a model asks for."""
 
     uses: dict[str, list[tuple[str, Shape]]] = dataclasses.field(default_factory=dict)
-    """Names and shapes of what each GGUF tensor holds: one Hugging Face tensor, or those of all
-    experts or streams, or the part of one."""
-    joined: dict[str, list[str]] = dataclasses.field(default_factory=dict)
-    """GGUF tensors that `joined_parts` makes a Hugging Face tensor of."""
+    """Names and shapes of what each GGUF tensor holds: one Hugging Face tensor, or several, the
+    rows of one behind those of the other, or the part of one."""
+    joined: dict[str, Join] = dataclasses.field(default_factory=dict)
+    """How Hugging Face tensors are made that lie in several GGUF tensors, or in another order."""
     scalars: dict[str, tuple[str, int, Shape]] = dataclasses.field(default_factory=dict)
     """Hugging Face tensors that are entry i of a list of the metadata: its key, i and the shape."""
 
 
-def places(architecture: str, config: ModelConfig) -> Places:
-    """Finds every tensor of a model in the files of a GGUF architecture.
+def places(architecture: str, config: ModelConfig, present: Collection[str]) -> Places:
+    """Finds every tensor of a model in a file of a GGUF architecture that has these tensors.
 
     Raises:
         ValueError: one has no place there.
@@ -64,33 +83,76 @@ def places(architecture: str, config: ModelConfig) -> Places:
             if scalar:
                 found.scalars[hf_name] = (f"xielu.{scalar[2]}", int(scalar[1]), shape)
                 continue
+            join = _further_join(hf_name, shape, config, present)
+            if join is not None:
+                parts, make = join
+                found.joined[hf_name] = Join(tuple(parts), make)
+                for name, of_part in parts.items():
+                    found.uses.setdefault(name, []).append((hf_name, of_part))
+                continue
             spelled = _spelled(hf_name, config)
             asked = [names.get_name(one, try_suffixes=(".weight", ".bias")) for one in spelled]
-            parts = [name for name in asked if name is not None]
-            if len(parts) < len(asked):
+            known = [name for name in asked if name is not None]
+            if len(known) < len(asked):
                 raise ValueError(f"{hf_name} has no place in GGUF files of {architecture!r}")
             if config.has_expert_bias and _TURNED.search(hf_name):
-                found.joined[hf_name] = parts
-                shape = (shape[0], shape[-1] // len(parts), *shape[1:-1])
-            elif len(parts) > 1:
-                found.joined[hf_name] = parts
-                shape = (*shape[:-2], shape[-2] // len(parts), shape[-1])
-            for name in parts:
+                found.joined[hf_name] = Join(tuple(known), joins.take_turns)
+                shape = (shape[0], shape[-1] // len(known), *shape[1:-1])
+            elif len(known) > 1:
+                found.joined[hf_name] = Join(tuple(known), joins.behind_each_other)
+                shape = (*shape[:-2], shape[-2] // len(known), shape[-1])
+            for name in known:
+                whole = _whole(name)
+                name = name if name in present or whole not in present else whole
                 found.uses.setdefault(name, []).append((hf_name, shape))
     return found
 
 
-def joined_parts(hf_name: str, parts: list[np.ndarray]) -> np.ndarray:
-    """What one tensor of a checkpoint is in GGUF, in one.
+def _whole(name: str) -> str:
+    """The tensor that some files have in the place of several."""
+    joint = re.sub(r"\.attn_[qkv]\.", ".attn_qkv.", name)
+    return re.sub(r"\.ffn_(gate|up)_exps\.", ".ffn_gate_up_exps.", joint)
 
-    Parts lie behind each other, those of Granite; rows of gpt-oss take turns, and its kernels lie
-    as [in, out].
+
+def _further_join(
+    hf_name: str, shape: Shape, config: ModelConfig, present: Collection[str]
+) -> tuple[dict[str, Shape], Make] | None:
+    """Names and shapes of the parts of a tensor that the library does not know as such.
+
+    A file may have the whole instead, which it does know: None.
     """
-    if not _TURNED.search(hf_name):
-        return np.concatenate(parts, axis=-2)
-    count, _, *width = parts[0].shape
-    rows = np.stack(parts, axis=2).reshape(count, -1, *width)
-    return rows.swapaxes(1, 2) if width else rows
+    layer = re.search(r"layers\.(\d+)\.(.*)", hf_name)
+    if layer is None:
+        return None
+    prefix, role, sizes = f"blk.{layer[1]}.", layer[2], config.recurrent
+    parts: dict[str, Shape]
+    if role in _UNKNOWN:
+        return {prefix + _UNKNOWN[role]: shape}, joins.alone
+    if role == "linear_attn.in_proj_qkvz.weight" and f"{prefix}attn_gate.weight" in present:
+        assert sizes is not None, "the layer is recurrent"
+        parts = {f"{prefix}attn_qkv.weight": (sizes.num_channels, shape[1])}
+        parts[f"{prefix}attn_gate.weight"] = (sizes.num_values, shape[1])
+        return parts, joins.by_key_head(sizes)
+    if role == "self_attn.kv_b_proj.weight" and f"{prefix}attn_k_b.weight" in present:
+        heads, rank = config.num_heads, config.kv_rank
+        parts = {f"{prefix}attn_k_b.weight": (heads, rank, config.head_dim - _turning(config))}
+        parts[f"{prefix}attn_v_b.weight"] = (heads, config.value_dim, rank)
+        return parts, joins.keys_and_values
+    count, inner, width = config.num_experts, config.expert_size, config.hidden_size
+    parts = {f"{prefix}ffn_{one}_exps.weight": (count, inner, width) for one in ("gate", "up")}
+    if role == "feed_forward.experts.gate_up_proj":
+        return parts, joins.in_out
+    if role == "feed_forward.experts.down_proj":
+        return {f"{prefix}ffn_down_exps.weight": (count, width, inner)}, joins.in_out
+    is_apart = parts.keys() <= set(present)
+    if role.endswith("experts.gate_up_proj") and is_apart and not config.has_expert_bias:
+        return parts, joins.behind_each_other
+    return None
+
+
+def _turning(config: ModelConfig) -> int:
+    """Dimensions of a head that turn, where keys come from latents."""
+    return config.rotary_dim or 0
 
 
 def _spelled(hf_name: str, config: ModelConfig) -> list[str]:

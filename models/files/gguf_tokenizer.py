@@ -8,37 +8,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, processors
-from tokenizers.pre_tokenizers import ByteLevel, Digits, PreTokenizer, Sequence, Split
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+
+from folojax.models.files.gguf_cuts import normalizer, pre_tokenizer, takes_words_whole
 
 # Values of tokenizer.ggml.token_type, as llama.cpp numbers them.
 CONTROL, USER_DEFINED = 3, 4
-
-# Source: tokenizer.json of meta-llama/Meta-Llama-3-8B, Qwen/Qwen2-7B, mistralai's Tekken and
-# MiniMaxAI/MiniMax-M2, which differ in how many digits and which letters stay together.
-_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|DIGITS" + _REST.replace("/", "")
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_CASED = (
-    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+END|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*END|DIGITS"
-    + _REST
-)
-_LLAMA3 = ("llama-bpe", "llama3", "llama-v3", "lfm2", "falcon-h1")
-"""Names of Llama 3's way to cut text and to take a word that is a token whole."""
-
-_SPLITS = {
-    **dict.fromkeys(
-        (*_LLAMA3, "glm4", "chatglm-bpe", "dbrx"), _SPLIT.replace("DIGITS", r"\p{N}{1,3}")
-    ),
-    "qwen2": _SPLIT.replace("DIGITS", r"\p{N}"),
-    "tekken": _CASED.replace("END", "").replace("DIGITS", r"\p{N}"),
-    **dict.fromkeys(
-        ("minimax-m2", "gpt-4o"),
-        _CASED.replace("END", r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?").replace("DIGITS", r"\p{N}{1,3}"),
-    ),
-}
-_DIGITS_APART = ("smollm", "refact", "starcoder", "command-r")
-"""Names of GPT-2's way with every digit for itself."""
 
 _SPACE = "\u2581"
 """How SentencePiece spells a space."""
@@ -101,16 +76,19 @@ def build_tokenizer(metadata: dict[str, Any]) -> Tokenizer:
             tokenizer = _byte_level(metadata, tokens)
         case "llama":
             tokenizer = _sentencepiece(metadata, tokens)
+        case "gemma4":  # whose pairs are listed
+            vocab = {token: index for index, token in enumerate(tokens)}
+            tokenizer = _of_pieces(metadata, vocab, _merges(metadata, tokens))
         case _:
             raise ValueError(
                 f"GGUF tokenizer model {kind!r} is not supported; supported: 'gpt2' (byte-level "
-                "BPE) and 'llama' (SentencePiece). Use the model's safetensors version"
+                "BPE), 'llama' (SentencePiece) and 'gemma4'. Use the model's safetensors version"
             )
     for index, (token, token_type) in enumerate(zip(tokens, types, strict=True)):
         if token_type in (CONTROL, USER_DEFINED) and tokenizer.token_to_id(token) == index:
             is_special = token_type == CONTROL
             tokenizer.add_tokens([AddedToken(token, normalized=False, special=is_special)])
-    if metadata.get("tokenizer.ggml.add_bos_token", kind == "llama"):
+    if metadata.get("tokenizer.ggml.add_bos_token", kind != "gpt2"):
         bos = _token(metadata, "bos")
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A",
@@ -139,29 +117,33 @@ def _bpe(**options: Any) -> models.BPE:
 def _byte_level(metadata: dict[str, Any], tokens: list[str]) -> Tokenizer:
     """BPE over bytes, as GPT-2 has it."""
     pre = metadata.get("tokenizer.ggml.pre")
+    model = _bpe(
+        vocab={token: index for index, token in enumerate(tokens)},
+        merges=_merges(metadata, tokens),
+        fuse_unk=False,
+        byte_fallback=False,
+        ignore_merges=takes_words_whole(pre),
+    )
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizer(pre)
+    composing = normalizer(pre)
+    if composing is not None:
+        tokenizer.normalizer = composing
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _merges(metadata: dict[str, Any], tokens: list[str]) -> list[tuple[str, ...]]:
     merges = [tuple(merge.split(" ", 1)) for merge in metadata.get("tokenizer.ggml.merges", [])]
     if not merges:
         raise ValueError(f"the metadata has {len(tokens)} tokens and 0 merges")
-    model = _bpe(
-        vocab={token: index for index, token in enumerate(tokens)},
-        merges=merges,
-        fuse_unk=False,
-        byte_fallback=False,
-        # Llama 3 takes a word that is a token whole, whatever the merges say.
-        ignore_merges=pre in (*_LLAMA3, "tekken"),
-    )
-    tokenizer = Tokenizer(model)
-    tokenizer.pre_tokenizer = _pre_tokenizer(pre)
-    if pre in ("qwen2", "command-r"):
-        tokenizer.normalizer = normalizers.NFC()
-    tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
+    return merges
 
 
 def _sentencepiece(metadata: dict[str, Any], tokens: list[str]) -> Tokenizer:
     """SentencePiece's BPE, as Llama 2, Mistral, Phi-3 and Gemma have it.
 
-    Pieces have scores, the best pair is merged first, and bytes are the last resort.
+    Pieces have scores, and the best pair is merged first.
     """
     from transformers.convert_slow_tokenizer import generate_merges
 
@@ -169,11 +151,18 @@ def _sentencepiece(metadata: dict[str, Any], tokens: list[str]) -> Tokenizer:
     if len(scores) != len(tokens):
         raise ValueError(f"the metadata has {len(tokens)} tokens and {len(scores)} scores")
     vocab = {token: index for index, token in enumerate(tokens)}
+    return _of_pieces(
+        metadata, vocab, generate_merges(vocab, dict(zip(tokens, scores, strict=True)))
+    )
+
+
+def _of_pieces(metadata: dict[str, Any], vocab: dict[str, int], merges: Any) -> Tokenizer:
+    """BPE over whole texts, of which bytes are the last resort."""
     has_unknown = "tokenizer.ggml.unknown_token_id" in metadata
     tokenizer = Tokenizer(
         _bpe(
             vocab=vocab,
-            merges=generate_merges(vocab, dict(zip(tokens, scores, strict=True))),
+            merges=merges,
             unk_token=_token(metadata, "unknown") if has_unknown else None,
             fuse_unk=True,
             byte_fallback=True,
@@ -189,19 +178,3 @@ def _sentencepiece(metadata: dict[str, Any], tokens: list[str]) -> Tokenizer:
         tokenizer.normalizer = spaces
     tokenizer.decoder = decoders.Sequence(decoded)
     return tokenizer
-
-
-def _pre_tokenizer(pre: str | None) -> PreTokenizer:
-    """How text is cut before merging, by llama.cpp's name for it."""
-    if pre in _DIGITS_APART:
-        return Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
-    if pre == "gpt-2":
-        return ByteLevel(add_prefix_space=False)
-    if pre in _SPLITS:
-        split = Split(Regex(_SPLITS[pre]), behavior="isolated")
-        return Sequence([split, ByteLevel(add_prefix_space=False, use_regex=False)])
-    known = ", ".join(map(repr, (*_DIGITS_APART, "gpt-2", *_SPLITS)))
-    raise ValueError(
-        f"GGUF pre-tokenizer {pre!r} is not supported; supported: {known}. Use the model's "
-        "safetensors version"
-    )

@@ -118,12 +118,12 @@ def test_rotary_settings_are_read_in_both_spellings(keys, scaling):
                 "rope_scaling": {
                     "rope_type": "llama3",
                     "factor": 8.0,
-                    "low_freq_factor": 4.0,
+                    "low_freq_factor": 5.0,
                     "high_freq_factor": 4.0,
                     "original_max_position_embeddings": 64,
                 }
             },
-            "high_freq_factor is 4.0, not above low_freq_factor, 4.0",
+            "high_freq_factor is 4.0, below low_freq_factor, 5.0",
         ),
         ({"rope_scaling": {"rope_type": "longrope"}}, "short_factor"),
         ({"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0]}}, "1 entries; 8 pairs"),

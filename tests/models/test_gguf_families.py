@@ -1,5 +1,6 @@
 """GGUF files of every supported architecture, quantisation and kind of tokenizer."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,39 @@ _PLAIN_SPACE = {
     "projectors_bias": False,
     "attention_bias": False,
     "mlp_bias": False,
+}
+_SHARED_KEYS = {"linear_num_value_heads": 6, "linear_value_head_dim": 24}
+_V2_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10_000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 128,
+    "mscale": 0.707,
+    "mscale_all_dim": 0.707,
+}
+_ONE_BASE = {
+    "full_attention": {key: _V2_YARN[key] for key in _V2_YARN if not key.startswith("mscale")},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+}
+_WITHOUT_EXPERTS = ["linear_attention", "mlp", "full_attention", "mlp"]
+_WITH_EXPERTS = ["linear_attention", "moe", "full_attention", "moe"]
+# What no file says: chunks and growth of queries that begin at 8,192 tokens.
+_SCOUT = {
+    "num_hidden_layers": 4,
+    "moe_layers": None,
+    "interleave_moe_layer_step": 2,
+    "no_rope_layers": [1, 1, 1, 0],
+    "attention_chunk_size": 8192,
+    "floor_scale": 8192,
+    "attn_scale": 0.1,
+    "rope_parameters": {
+        "rope_type": "llama3",
+        "rope_theta": 500_000.0,
+        "factor": 16.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 1.0,
+        "original_max_position_embeddings": 8192,
+    },
 }
 
 # By architecture: a case of `tests.families`, and what differs from it where GGUF cannot say it.
@@ -94,6 +128,36 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "exaone4": ("exaone4", {}),
     "exaone4/full": ("exaone4-full", {}),
     "apertus": ("apertus", {"rope_parameters": {"rope_type": "default", "rope_theta": 5e4}}),
+    "qwen3next": ("qwen3-next", {}),
+    "qwen3next/fused": ("qwen3-next", {}),
+    "qwen35": ("qwen3.5", _SHARED_KEYS),
+    "qwen35moe": ("qwen3.5-moe", {}),
+    "gemma4": ("gemma4", {}),
+    "gemma4/moe": ("gemma4-moe", {"vocab_size_per_layer_input": 128}),
+    "gemma4/apart": ("gemma4-moe", {"vocab_size_per_layer_input": 128}),
+    "deepseek2": ("deepseek-v3", {"attention_bias": False}),
+    "deepseek2/before-mla": ("deepseek-v3", {"attention_bias": False}),
+    "deepseek2/v2": ("deepseek-v2-groups", {"rope_parameters": _V2_YARN}),
+    "deepseek2/lite": ("deepseek-v2", {}),
+    "deepseek2/flash": ("glm4-moe-lite", {"mlp_layer_types": ["dense", "sparse"]}),
+    "mistral4": ("mistral4", {"rope_parameters": _GROWING | {"llama_4_scaling_beta": 0.1}}),
+    "mistral4/apart": ("mistral4", {"rope_parameters": _GROWING | {"llama_4_scaling_beta": 0.1}}),
+    "nemotron_h": ("nemotron-h", {"layers_block_type": _WITHOUT_EXPERTS}),
+    "nemotron_h_moe": ("nemotron-h", {"layers_block_type": _WITH_EXPERTS}),
+    "nemotron_h_moe/latent": ("nemotron-h-latent", {"time_step_min": 0.001}),
+    "llama4": ("llama4", _SCOUT),
+    "chatglm": ("glm", {"head_dim": 16}),
+    "chatglm/joined": ("glm", {"head_dim": 16, "attention_bias": True}),
+    "granitehybrid/bamba": ("bamba", {}),
+    # Four layers: every fourth is without a window, where no list says so.
+    "olmo2/olmo3": ("olmo3", {}),
+    "olmo2/olmo3-old": (
+        "olmo3",
+        {"num_hidden_layers": 4, "layer_types": None, "rope_parameters": _ONE_BASE},
+    ),
+    "qwen2vl": ("qwen2", {}),
+    "qwen3vl": ("qwen3", {}),
+    "qwen3vlmoe": ("qwen3-moe", {}),
 }
 
 
@@ -101,6 +165,10 @@ LIKE_OTHERS = (
     *("seed_oss", "ernie4_5", "arcee", "olmoe", "qwen2moe", "glm4moe", "minimax-m2", "exaone4"),
     *("exaone4/full", "cohere2", "lfm2moe", "ernie4_5-moe", "granitemoe", "granitemoe/shared"),
     *("granitehybrid/dense", "falcon-h1", "falcon-h1/normed", "dots1", "mistral3/small"),
+    *("qwen3next/fused", "qwen35", "gemma4/apart", "deepseek2/before-mla", "deepseek2/lite"),
+    *("deepseek2/v2", "deepseek2/flash", "mistral4", "mistral4/apart", "nemotron_h", "chatglm"),
+    *("nemotron_h_moe/latent", "granitehybrid/bamba", "olmo2/olmo3", "olmo2/olmo3-old"),
+    *("qwen2vl", "qwen3vl", "qwen3vlmoe"),
 )
 """What they read and undo, others do."""
 
@@ -117,7 +185,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_logits_are_those_of_the_model_it_was_made_from(case: str, tmp_path: Path) -> None:
     family, changes = CASES[case]
     model = save_family(family, tmp_path / "hf", changes)
-    gguf_writer.convert(model, tmp_path / "hf", case.partition("/")[0], tmp_path / "tiny.gguf")
+    architecture, _, variant = case.partition("/")
+    gguf_writer.convert(model, tmp_path / "hf", architecture, tmp_path / "tiny.gguf", variant)
     checkpoint = open_checkpoint(tmp_path / "tiny.gguf")
     tokens = np.random.default_rng(0).integers(3, 128, 64).tolist()
     ours = dense.logits(*dense.load(tmp_path / "tiny.gguf"), tokens)
@@ -135,19 +204,57 @@ def test_layers_that_guess_further_tokens_are_left_out(tmp_path: Path) -> None:
     """The file counts them as layers."""
     model = save_family("glm4-moe", tmp_path / "hf")
     gguf_writer.convert(model, tmp_path / "hf", "glm4moe", tmp_path / "plain.gguf")
-    reader = gguf.GGUFReader(tmp_path / "plain.gguf")
-    tensors: dict[str, Any] = {tensor.name: np.array(tensor.data) for tensor in reader.tensors}
+    metadata, tensors = contents(tmp_path / "plain.gguf")
     tensors["blk.2.nextn.eh_proj.weight"] = np.zeros((64, 128), np.float32)
-    metadata = {
-        name: field.contents()
-        for name, field in reader.fields.items()
-        if not name.startswith(("GGUF.", "general."))
-    }
     metadata |= {"glm4moe.block_count": 3, "glm4moe.nextn_predict_layers": 1}
     gguf_writer.write(tmp_path / "guessing.gguf", "glm4moe", metadata, tensors)
     plain, other = (open_checkpoint(tmp_path / f"{name}.gguf") for name in ("plain", "guessing"))
     assert other.config == plain.config
     chex.assert_trees_all_equal(load_params(other), load_params(plain))
+
+
+@pytest.mark.parametrize("width", [32, 24])
+def test_codes_change_places_with_their_heads(width: int, tmp_path: Path) -> None:
+    """Inputs of a kernel in few bits, too, unless a group is of two heads: then it is of floats."""
+    sizes = {"linear_value_head_dim": width, "linear_num_value_heads": 4}
+    model = save_family("qwen3.5", tmp_path / "hf", sizes)
+    gguf_writer.convert(model, tmp_path / "hf", "qwen35", tmp_path / "floats.gguf")
+    metadata, tensors = contents(tmp_path / "floats.gguf")
+    kind, coded = gguf.GGMLQuantizationType.Q8_0, dict(tensors)
+    for name, values in tensors.items():
+        if values.ndim == 2 and values.shape[1] % 32 == 0 and name.startswith("blk."):
+            data = gguf.quants.quantize(values, kind)
+            coded[name], tensors[name] = (data, kind), gguf.quants.dequantize(data, kind)
+    gguf_writer.write(tmp_path / "coded.gguf", "qwen35", metadata, coded)
+    gguf_writer.write(tmp_path / "plain.gguf", "qwen35", metadata, tensors)
+    opened = open_checkpoint(tmp_path / "coded.gguf")
+    expected = load_params(open_checkpoint(tmp_path / "plain.gguf"), jnp.float32)
+    chex.assert_trees_all_equal(load_params(opened, jnp.float32), expected)
+    has_codes = "model.layers.0.linear_attn.out_proj" in json.dumps(
+        json.loads((opened.directory / "config.json").read_text())["quantization_config"]
+    )
+    assert has_codes == (width == 32)
+
+
+def test_rows_that_do_not_fit_are_told(tmp_path: Path) -> None:
+    model = save_family("glm", tmp_path / "hf", {"head_dim": 16})
+    gguf_writer.convert(model, tmp_path / "hf", "chatglm", tmp_path / "tiny.gguf", "joined")
+    metadata, tensors = contents(tmp_path / "tiny.gguf")
+    tensors["blk.1.attn_qkv.weight"] = tensors["blk.1.attn_qkv.weight"][:-16]
+    gguf_writer.write(tmp_path / "cut.gguf", "chatglm", metadata, tensors)
+    with pytest.raises(ValueError, match=r"blk.1.attn_qkv.weight has \(112, 64\), .* \(128, 64\)"):
+        open_checkpoint(tmp_path / "cut.gguf")
+
+
+def contents(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a file says, and its tensors."""
+    reader = gguf.GGUFReader(path)
+    metadata = {
+        name: field.contents()
+        for name, field in reader.fields.items()
+        if not name.startswith(("GGUF.", "general."))
+    }
+    return metadata, {tensor.name: np.array(tensor.data) for tensor in reader.tensors}
 
 
 def test_a_message_of_gpt_oss_is_no_turn(tmp_path: Path) -> None:
@@ -272,15 +379,9 @@ def test_the_scaling_of_llama_3_is_found_in_its_table(tmp_path: Path) -> None:
 def test_longrope_factors_are_read_from_their_tables(tmp_path: Path) -> None:
     model = save_family("phi3", tmp_path / "hf")
     gguf_writer.convert(model, tmp_path / "hf", "phi3", tmp_path / "plain.gguf")
-    reader = gguf.GGUFReader(tmp_path / "plain.gguf")
-    tensors: dict[str, Any] = {tensor.name: np.array(tensor.data) for tensor in reader.tensors}
+    metadata, tensors = contents(tmp_path / "plain.gguf")
     tensors["rope_factors_short.weight"] = np.linspace(1, 3, 8, dtype=np.float32)
     tensors["rope_factors_long.weight"] = np.linspace(1, 9, 8, dtype=np.float32)
-    metadata = {
-        name: field.contents()
-        for name, field in reader.fields.items()
-        if not name.startswith(("GGUF.", "general."))
-    }
     metadata["phi3.rope.scaling.original_context_length"] = 128
     gguf_writer.write(tmp_path / "long.gguf", "phi3", metadata, tensors)
     config = open_checkpoint(tmp_path / "long.gguf").config
