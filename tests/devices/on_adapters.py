@@ -83,11 +83,16 @@ def test_rows_with_adapters_and_none(tiny_model: tuple) -> None:
         ("qwen3.5", 2),
         ("bamba", 4),
         ("lfm2", 2),
+        ("falcon-h1", 2),
+        ("falcon-h1", 4),
+        ("nemotron-h", 4),
+        ("granite-hybrid", 4),
+        ("qwen3-next", 2),
         ("gemma4", 2),
         ("gemma4-moe", 4),
     ],
 )
 def test_families(family: str, count: int, tmp_path: Path) -> None:
-    """Fewer heads of keys and values than devices, latents, shared experts, biases."""
+    """Fewer heads of keys and values than devices, latents, shared experts, biases, states."""
     save_family(family, tmp_path)
     check(dense.load(tmp_path), count)
