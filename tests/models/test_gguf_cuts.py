@@ -118,10 +118,10 @@ def test_a_vocabulary_of_gemma_4_encodes_as_the_one_it_was_made_from() -> None:
         "tokenizer.ggml.unknown_token_id": 3,
     }
     ours = build_tokenizer(metadata)
-    for text in ("the cat sat", " a  b", "naïve 日本 🙂", "", "cat\n\n\n\tcat", "<0x41>"):
+    for text in ("the cat sat", " a  b", "naïve 日本 🙂", "", "cat\n\n\n\tcat", "<eos>the"):
         encoded = ours.encode(text, add_special_tokens=False).ids
         assert encoded == original.encode(text, add_special_tokens=False).ids
-        assert ours.decode(encoded) == text
+        assert ours.decode(encoded, skip_special_tokens=False) == text
         assert ours.encode(text).ids == [2, *encoded]
 
 
