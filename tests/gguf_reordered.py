@@ -150,7 +150,7 @@ def tensors(
     layer = re.search(r"layers\.(\d+)\.(.*)", name)
     prefix, role = (f"blk.{layer[1]}.", layer[2]) if layer else ("", name)
     if architecture in _DELTA:
-        return _delta_tensors(architecture, prefix, role, array, config)
+        return _delta_tensors(architecture, prefix, role, array, config, variant)
     if architecture in _LATENT and role.endswith("kv_b_proj.weight") and variant != "before-mla":
         heads, values = config["num_attention_heads"], config["v_head_dim"]
         joint = array.reshape(heads, -1, array.shape[1])
@@ -179,13 +179,15 @@ def tensors(
 
 
 def _delta_tensors(
-    architecture: str, prefix: str, role: str, array: np.ndarray, config: Any
+    architecture: str, prefix: str, role: str, array: np.ndarray, config: Any, variant: str
 ) -> Tensors | None:
     heads, value_heads = config["linear_num_key_heads"], config["linear_num_value_heads"]
     of_key, of_value = config["linear_key_head_dim"], config["linear_value_head_dim"]
     copies, keys = value_heads // heads, heads * of_key
     if role.endswith("norm.weight") and role != "linear_attn.norm.weight":
         return {_NORMS[role].format(prefix): array + 1}
+    if role == "linear_attn.in_proj_qkvz.weight" and variant == "fused":  # the first version
+        return {f"{prefix}ssm_in.weight": array}
     if role == "linear_attn.in_proj_qkvz.weight":
         sizes = np.cumsum([of_key, of_key, copies * of_value])
         by_head = np.split(array.reshape(heads, -1, array.shape[1]), sizes, axis=1)

@@ -2,6 +2,7 @@
 
 import json
 import re
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from folojax.models.files.gguf_families import gguf_family
 from folojax.models.files.gguf_family import GgufFamily, Metadata
 from folojax.models.files.gguf_layout import in_hf_layout, is_tiled, role_of
 from folojax.models.files.gguf_names import places
+from folojax.models.files.gguf_parts import parts_of, read_parts
 from folojax.models.files.gguf_tokenizer import save_tokenizer
 from folojax.models.files.hf_config import config_from_hf
 from folojax.models.files.hf_names import Shape
@@ -36,6 +38,8 @@ _TABLES = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.
 def convert_gguf(path: Path) -> Path:
     """Converts a GGUF file once, and finds the conversion again by the file's content.
 
+    Of a model in several files, any of them stands for all, which have to lie beside it.
+
     Returns:
         A directory under `cache_root()` with config.json, generation_config.json, safetensors
         and the tokenizer's files. Kernels of Q4_0, Q4_K and Q8_0 keep their codes, in the form of
@@ -45,22 +49,17 @@ def convert_gguf(path: Path) -> Path:
         ValueError: the file is malformed, or of an architecture, quantisation, rotary scaling or
             tokenizer that is not supported; which one is said.
     """
-    name = f"{file_digest(path)[:32]}-v{_CONVERTER_VERSION}"
-    return build_once(cache_root() / "gguf" / name, lambda directory: _convert(path, directory))
+    parts = parts_of(path)
+    digests = [file_digest(part) for part in parts]
+    whole = digests[0] if len(parts) == 1 else sha256("".join(digests).encode()).hexdigest()
+    name = f"{whole[:32]}-v{_CONVERTER_VERSION}"
+    return build_once(cache_root() / "gguf" / name, lambda directory: _convert(parts, directory))
 
 
-def _convert(path: Path, directory: Path) -> None:
-    # Here, because a conversion that is in the cache already has no use for it.
-    import gguf
-
+def _convert(parts: list[Path], directory: Path) -> None:
+    path = parts[0]
+    metadata, tensors = read_parts(parts)
     try:
-        reader = gguf.GGUFReader(path)
-        metadata = {name: field.contents() for name, field in reader.fields.items()}
-    # The reader has no errors of its own: a truncated file ends in whatever NumPy says.
-    except (ValueError, IndexError, KeyError, TypeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is truncated or no GGUF file: {error}") from error
-    try:
-        tensors = {tensor.name: tensor for tensor in reader.tensors}
         family = gguf_family(metadata, tensors.keys())
         tables = {name: _dequantised(tensors.pop(name)) for name in _TABLES if name in tensors}
         config = hf_config(metadata, family, tables, tensors.keys())

@@ -162,7 +162,7 @@ def gguf_family(metadata: Metadata, names: Collection[str] = ()) -> GgufFamily:
     """The row for a file whose tensors have these names.
 
     Raises:
-        ValueError: its architecture is not supported, or it is a part of a split file.
+        ValueError: its architecture is not supported.
     """
     name = metadata.get("general.architecture")
     if not isinstance(name, str) or name not in GGUF_FAMILIES:
@@ -171,8 +171,6 @@ def gguf_family(metadata: Metadata, names: Collection[str] = ()) -> GgufFamily:
             + ", ".join(map(repr, GGUF_FAMILIES))
             + ". Use the model's safetensors version, if its family is one that is read so"
         )
-    if metadata.get("split.count", 1) > 1:
-        raise ValueError("split GGUF files are not supported: join them with llama-gguf-split")
     if name == "llama" and metadata.get("llama.expert_count", 0):
         return _MIXTRAL
     if name == "llama" and metadata.get("llama.attention.sliding_window", 0):

@@ -258,7 +258,7 @@ def test_an_untied_file_with_grouped_heads_converts(tmp_path, cache):
         ({"tokenizer__ggml__bos_token_id": "a"}, "bos_token_id is 'a'; there are tokens 0 to 6"),
         ({"llama__attention__head_count": 0}, "the metadata is malformed"),
         ({"llama__attention__head_count": [4, 4]}, "the metadata is malformed"),
-        ({"split__count": "two"}, "the metadata is malformed"),
+        ({"split__count": 2}, "part None of 2, .* is 0 of 1: name parts as llama-gguf-split does"),
         ({"tensors": {"rope_freqs.weight": np.arange(4, dtype="float32")}}, "rope_freqs.weight"),
         ({"tensors": {}}, "missing: token_embd.weight"),
         ({"llama__embedding_length": 64}, r"token_embd.weight has \(7, 32\)"),
