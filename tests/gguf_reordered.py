@@ -69,6 +69,7 @@ def _of_latent(architecture: str, config: Any, variant: str) -> dict[str, Any]:
         "attention.q_lora_rank": config["q_lora_rank"],
         "rope.dimension_count": turning,
         "expert_weights_norm": config["norm_topk_prob"] or None,
+        "expert_gating_func": {"deepseek_v2": 1, "deepseek_v3": 2}.get(config["model_type"]),
     }
     if config.get("mlp_layer_types"):
         found["leading_dense_block_count"] = config["mlp_layer_types"].count("dense")

@@ -11,6 +11,9 @@ from folojax.models.files.gguf_family import (
     window,
 )
 
+_SOFTMAX, _SIGMOID = 1, 2
+"""Of `expert_gating_func`."""
+
 _GROUPS = {256: (8, 4), 160: (8, 3)}
 """By the number of experts of DeepSeek V3 and V2: of groups, and of those that a token goes to."""
 
@@ -83,12 +86,40 @@ def gpt_oss(read: Read) -> dict[str, Any]:
 
 
 def deepseek2(read: Read) -> dict[str, Any]:
-    """Of DeepSeek V2 and V3, Kimi K2, GLM-4.7-Flash.
+    """Of DeepSeek V3, Kimi K2, GLM-4.7-Flash.
+
+    Raises:
+        ValueError: it is another family of that name.
+    """
+    if read("attention.temperature_scale", None) is not None:
+        raise ValueError(
+            "deepseek2 with attention.temperature_scale (Mistral Large 3) is not supported: use a "
+            "model of a family that docs/gguf.md lists"
+        )
+    return latent(read, _SIGMOID)
+
+
+def deepseek_v2(read: Read) -> dict[str, Any]:
+    """Of DeepSeek V2."""
+    return latent(read, _SOFTMAX)
+
+
+def latent(read: Read, gating: int) -> dict[str, Any]:
+    """Sizes of what keys and values come from, and of experts whose router is of that kind.
 
     Files have the sizes of heads under further names where `key_length` is that of what is kept.
     Older ones do not state groups. Its two factors of attention never differed, and the file has a
     tenth of one.
+
+    Raises:
+        ValueError: the router is of another kind.
     """
+    stated = read("expert_gating_func", gating)
+    if stated != gating:
+        raise ValueError(
+            f"expert_gating_func is {stated}, and a model with these tensors has {gating}: use its "
+            "safetensors version"
+        )
     turning, heads = read("rope.dimension_count"), read("attention.head_count")
     of_key = read("attention.key_length_mla", None) or read("attention.key_length")
     of_value = read("attention.value_length_mla", None) or read("attention.value_length")
@@ -117,7 +148,7 @@ _FACTORS = ("mscale", "mscale_all_dim")
 
 def mistral4(read: Read) -> dict[str, Any]:
     """How much queries grow never differed, and not all files state it."""
-    words = deepseek2(read)
+    words = latent(read, _SOFTMAX)
     words["head_dim"] = words["qk_nope_head_dim"] + words["qk_rope_head_dim"]
     words["further_rope"]["llama_4_scaling_beta"] = read("attention.temperature_scale", 0.1)
     return words

@@ -155,7 +155,7 @@ _MISTRAL = GgufFamily("MistralForCausalLM", window, is_permuted=True)
 _MIXTRAL = GgufFamily("MixtralForCausalLM", experts.mixtral, is_permuted=True)
 _OLMO3 = GgufFamily("Olmo3ForCausalLM", _olmo3)
 _BAMBA = GgufFamily("BambaForCausalLM", states.bamba, _SPACE_BIAS, is_permuted=True)
-_DEEPSEEK_V2 = GgufFamily("DeepseekV2ForCausalLM", experts.deepseek2)
+_DEEPSEEK_V2 = GgufFamily("DeepseekV2ForCausalLM", experts.deepseek_v2)
 
 
 def gguf_family(metadata: Metadata, names: Collection[str] = ()) -> GgufFamily:

@@ -237,6 +237,26 @@ def test_codes_change_places_with_their_heads(width: int, tmp_path: Path) -> Non
     assert has_codes == (width == 32)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("expert_gating_func", 1, "expert_gating_func is 1, .* has 2: use its safetensors"),
+        ("attention.temperature_scale", 0.1, "Mistral Large 3.* is not supported: use a model"),
+    ],
+)
+def test_others_that_call_themselves_deepseek_are_refused(
+    key: str, value: float, message: str, tmp_path: Path
+) -> None:
+    model = save_family("deepseek-v3", tmp_path / "hf", {"attention_bias": False})
+    gguf_writer.convert(model, tmp_path / "hf", "deepseek2", tmp_path / "tiny.gguf")
+    metadata, tensors = contents(tmp_path / "tiny.gguf")
+    gguf_writer.write(
+        tmp_path / "other.gguf", "deepseek2", metadata | {f"deepseek2.{key}": value}, tensors
+    )
+    with pytest.raises(ValueError, match=message):
+        open_checkpoint(tmp_path / "other.gguf")
+
+
 def test_rows_that_do_not_fit_are_told(tmp_path: Path) -> None:
     model = save_family("glm", tmp_path / "hf", {"head_dim": 16})
     gguf_writer.convert(model, tmp_path / "hf", "chatglm", tmp_path / "tiny.gguf", "joined")
