@@ -12,19 +12,31 @@ Tensors = dict[str, np.ndarray]
 
 _DELTA = ("qwen3next", "qwen35", "qwen35moe")
 _LATENT = ("deepseek2", "mistral4")
+_SIGMOID = ("dots1", "minimax-m2", "lfm2moe", "glm4moe")
+_WITH_PICTURES = {
+    "qwen2vl": [2, 3, 3, 0],
+    "qwen3vl": [6, 5, 5, 0],
+    "qwen3vlmoe": [6, 5, 5, 0],
+    "qwen35": [2, 1, 1, 0],
+    "qwen35moe": [2, 1, 1, 0],
+}
 _SHARED_KV = ("gemma3n", "gemma4")
 
 
 def metadata(architecture: str, config: Any, variant: str) -> dict[str, Any]:
     """Keys of the architecture; None takes one away that is called alike in config.json."""
     if architecture in _DELTA:
-        return _of_delta(config)
+        return _of_delta(config) | _of_pictures(architecture)
     if architecture in _LATENT:
         return _of_latent(architecture, config, variant)
     if architecture == "gemma4":
         return _of_gemma4(config)
     if architecture.startswith("nemotron_h"):
         return _of_nemotron(config)
+    if architecture in _WITH_PICTURES:
+        return _of_pictures(architecture)
+    if architecture in _SIGMOID:
+        return {"expert_gating_func": 2}
     if architecture == "llama4":
         return {
             "feed_forward_length": config["intermediate_size_mlp"],
@@ -46,6 +58,12 @@ def metadata(architecture: str, config: Any, variant: str) -> dict[str, Any]:
             "rope.freq_base_swa": local,
         }
     return {}
+
+
+def _of_pictures(architecture: str) -> dict[str, Any]:
+    """How many rates are of time, height and width: of texts they are alike."""
+    parts = _WITH_PICTURES.get(architecture)
+    return {"rope.dimension_sections": parts} if parts else {}
 
 
 def _of_delta(config: Any) -> dict[str, Any]:
@@ -127,7 +145,8 @@ def _of_nemotron(config: Any) -> dict[str, Any]:
         "attention.head_count_kv": [heads * (kind == "full_attention") for kind in kinds],
         "feed_forward_length": [width * (kind in ("moe", "mlp")) for kind in kinds],
         "attention.layer_norm_rms_epsilon": config["layer_norm_epsilon"],
-        "attention.layer_norm_epsilon": None,
+        "expert_group_count": config["n_group"] if has_experts else None,
+        "expert_group_used_count": config["topk_group"] if has_experts else None,
         "block_count": len(kinds),
         "rope.dimension_count": config["hidden_size"] // config["num_attention_heads"],
         "ssm.conv_kernel": config["conv_kernel"],
@@ -260,9 +279,11 @@ def further_tensors(architecture: str, config: Any, found: Tensors, variant: str
     shared = config.get("num_kv_shared_layers") or 0
     if architecture in _SHARED_KV and shared:  # published checkpoints have these too
         count = config["num_hidden_layers"]
+        kinds = config["layer_types"]
         for layer in range(count - shared, count):
+            lender = max(i for i in range(count - shared) if kinds[i] == kinds[layer])
             for role in ("attn_k.weight", "attn_v.weight", "attn_k_norm.weight"):
-                lent = found[f"blk.{count - shared - 1}.{role}"]
+                lent = found[f"blk.{lender}.{role}"]
                 added[f"blk.{layer}.{role}"] = np.full_like(lent, 7)
     if variant in ("joined", "fused"):
         return _whole(found | added)

@@ -105,6 +105,8 @@ def convert(model: Any, directory: Path, architecture: str, path: Path, variant:
         for theirs, ours in _KEYS.items()
         if config.get(theirs) is not None
     }
+    if config.get("head_dim"):
+        metadata[f"{architecture}.attention.value_length"] = config["head_dim"]
     shares = config.get("activation_sparsity_pattern")
     if shares:
         normal = statistics.NormalDist()

