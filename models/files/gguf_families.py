@@ -63,6 +63,16 @@ def _gpt2(read: Read) -> dict[str, Any]:
     return {"hidden_act": "gelu_new", "layer_norm_epsilon": read("attention.layer_norm_epsilon")}
 
 
+def _glm4(read: Read) -> dict[str, Any]:
+    """Of those that read pictures, rows of queries and keys are in another order."""
+    if read("rope.dimension_sections", None) is not None:
+        raise ValueError(
+            "glm4 with rope.dimension_sections (GLM-4V) is not supported: use a model of a family "
+            "that docs/gguf.md lists"
+        )
+    return {}
+
+
 def _olmo3(read: Read) -> dict[str, Any]:
     """Every fourth layer is without a window unless a list says so; only its rates are scaled."""
     size, is_local = window(read), read("attention.sliding_window_pattern", None)
@@ -99,7 +109,7 @@ GGUF_FAMILIES: dict[str, GgufFamily] = {
     "granite": GgufFamily("GraniteForCausalLM", states.granite, is_permuted=True),
     "smollm3": GgufFamily("SmolLM3ForCausalLM", is_permuted=True),
     "olmo2": GgufFamily("Olmo2ForCausalLM"),
-    "glm4": GgufFamily("Glm4ForCausalLM"),
+    "glm4": GgufFamily("Glm4ForCausalLM", _glm4),
     "gpt2": GgufFamily("GPT2LMHeadModel", _gpt2, is_conv1d=True),
     "lfm2": GgufFamily("Lfm2ForCausalLM", states.lfm2, _CONV_BIAS),
     "lfm2moe": GgufFamily("Lfm2MoeForCausalLM", states.lfm2_moe, _CONV_BIAS),

@@ -238,21 +238,21 @@ def test_codes_change_places_with_their_heads(width: int, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "message"),
+    ("case", "key", "value", "message"),
     [
-        ("expert_gating_func", 1, "expert_gating_func is 1, .* has 2: use its safetensors"),
-        ("attention.temperature_scale", 0.1, "Mistral Large 3.* is not supported: use a model"),
+        ("deepseek2", "expert_gating_func", 1, "expert_gating_func is 1, .* has 2: use its safet"),
+        ("deepseek2", "attention.temperature_scale", 0.1, "Mistral Large 3.*: use a model of"),
+        ("glm4", "rope.dimension_sections", [2, 1, 1, 0], "GLM-4V.* is not supported: use a model"),
     ],
 )
-def test_others_that_call_themselves_deepseek_are_refused(
-    key: str, value: float, message: str, tmp_path: Path
+def test_others_that_call_themselves_alike_are_refused(
+    case: str, key: str, value: Any, message: str, tmp_path: Path
 ) -> None:
-    model = save_family("deepseek-v3", tmp_path / "hf", {"attention_bias": False})
-    gguf_writer.convert(model, tmp_path / "hf", "deepseek2", tmp_path / "tiny.gguf")
+    family, changes = CASES[case]
+    model = save_family(family, tmp_path / "hf", changes)
+    gguf_writer.convert(model, tmp_path / "hf", case, tmp_path / "tiny.gguf")
     metadata, tensors = contents(tmp_path / "tiny.gguf")
-    gguf_writer.write(
-        tmp_path / "other.gguf", "deepseek2", metadata | {f"deepseek2.{key}": value}, tensors
-    )
+    gguf_writer.write(tmp_path / "other.gguf", case, metadata | {f"{case}.{key}": value}, tensors)
     with pytest.raises(ValueError, match=message):
         open_checkpoint(tmp_path / "other.gguf")
 
