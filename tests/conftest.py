@@ -15,12 +15,16 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import jax
 import pytest
+from jax._src import compiler  # where JAX lets programs be compiled by XLA's options
 from jaxtyping import install_import_hook
 
 # Shapes in signatures are checked in every call, where arrays are handled. (Not at the user's door:
 # there a wrong type must meet our own ValueError.)
 _ARRAY_ROOMS = ("attention", "kv", "models", "sampling", "steps")
 install_import_hook([f"folojax.{name}" for name in _ARRAY_ROOMS], "beartype.beartype")
+
+# Until all tests are known, nearly all that is made stays.
+gc.disable()
 
 from folojax import LLM  # noqa: E402  (after the hook)
 from folojax.backend.compilation_cache import enable_compilation_cache  # noqa: E402
@@ -31,12 +35,22 @@ from tests.reference import MORE_LIMITS, save_tiny  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_key_reuse", True)
-enable_compilation_cache()
 
 # A shell's background job starts with Ctrl-C ignored, and hands that on to the commands that tests
 # interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+QUICK = "xla_cpu_use_fusion_emitters=false", "xla_cpu_parallel_codegen_split_count=1"
+"""Flags of XLA for a CPU with which it compiles in a third of the time, most of which goes into
+making what it compiles with: for each fusion, and for each of many parts of a program."""
+
+USUAL: dict[str, bool | int] = {
+    "xla_cpu_use_fusion_emitters": True,
+    "xla_cpu_parallel_codegen_split_count": 32,
+}
+"""Those flags as they are when nobody says anything."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -50,14 +64,27 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Without the longer proofs, XLA optimises little.
+    """Without the longer proofs, XLA optimises little, and that in the quickest way.
 
-    Optimising takes half of the time of compiling, and that is what tests spend most of theirs on.
+    Compiling is what tests spend most of their time on; this takes a sixth of it.
     """
     if not config.getoption("--slow"):
         jax.config.update("jax_disable_most_optimizations", True)
         # Of the processes that tests start.
         os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
+        # Of those and of this one: XLA reads it when the first device is asked for, which is below.
+        given, quick = os.environ.get("XLA_FLAGS", ""), " --".join(["", *QUICK])
+        if quick not in given:
+            os.environ["XLA_FLAGS"] = given + quick
+    enable_compilation_cache()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    """What lives as long as the tests is not looked through for garbage again and again."""
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
+    gc.enable()
 
 
 @pytest.fixture(scope="module")
@@ -66,10 +93,19 @@ def optimised(pytestconfig: pytest.Config) -> Iterator[None]:
     if pytestconfig.getoption("--slow"):
         yield
         return
+
+    def options(*args: Any, **kwargs: Any) -> Any:
+        found = of_few(*args, **kwargs)
+        found.env_option_overrides = [*found.env_option_overrides, *USUAL.items()]
+        return found
+
     clear_programs()
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", True)
+    of_few = compiler.get_compile_options
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiler, "get_compile_options", options)
+        jax.config.update("jax_disable_most_optimizations", False)
+        yield
+        jax.config.update("jax_disable_most_optimizations", True)
     clear_programs()  # programs of both kinds have different bits, and no engine is to have both
 
 
