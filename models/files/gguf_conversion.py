@@ -13,12 +13,14 @@ from folojax.models.core.config import ModelConfig
 from folojax.models.files.gguf_config import hf_config
 from folojax.models.files.gguf_families import gguf_family
 from folojax.models.files.gguf_family import GgufFamily, Metadata
+from folojax.models.files.gguf_joins import behind_each_other, in_out
 from folojax.models.files.gguf_layout import in_hf_layout, is_tiled, role_of
-from folojax.models.files.gguf_names import places
+from folojax.models.files.gguf_names import Places, places
 from folojax.models.files.gguf_parts import parts_of, read_parts
 from folojax.models.files.gguf_tokenizer import save_tokenizer
 from folojax.models.files.hf_config import config_from_hf
 from folojax.models.files.hf_names import Shape
+from folojax.models.files.joined_experts import piece_name
 from folojax.models.files.safetensors_files import ShardWriter
 from folojax.models.files.save_quantized import code_tensors, quantization_config
 from folojax.models.machine.artefacts import build_once, cache_root, file_digest
@@ -26,7 +28,7 @@ from folojax.models.quantized.codes import Codes
 from folojax.models.quantized.group_kernels import GROUP
 
 # Part of the artefact's name: raise it when what the conversion writes changes.
-_CONVERTER_VERSION = 9
+_CONVERTER_VERSION = 10
 
 _CODE_BITS = {"Q4_0": 4, "Q8_0": 8, "Q4_K": 4}
 """Of quantisations whose weights are codes in groups of 32 times a scale, Q4_K's plus an offset."""
@@ -102,6 +104,9 @@ def _save_tensors(
     parts: dict[str, np.ndarray] = {}
     for name, tensor in tensors.items():
         whole, first = uses[name][0]
+        if _is_in_pieces(whole, name, found, tensors):
+            _add_pieces(writer, whole, name, found, tensor)
+            continue
         # Codes, their scales and perhaps offsets, or floats.
         is_float = family.is_conv1d or whole in found.joined or len(first) > 2
         is_float |= role_of(name) == "ssm_out.weight" and not _has_whole_groups(config)
@@ -115,12 +120,7 @@ def _save_tensors(
             if not scales:
                 writer.add(hf_name, part)
                 continue
-            scale, *offset = scales
-            bits = _CODE_BITS[tensor.tensor_type.name]
-            zero = np.full_like(scale, 0 if offset else 2 ** (bits - 1))
-            codes = Codes(part, scale, zero, GROUP, bits, *offset)
-            for full_name, array in code_tensors(hf_name, codes):
-                writer.add(full_name, array)
+            _add_codes(writer, hf_name, tensor, part, *scales)
         join = found.joined.get(whole)
         if join is not None and parts.keys() >= set(join.parts):
             writer.add(whole, join.make([parts.pop(one) for one in join.parts]))
@@ -130,6 +130,38 @@ def _save_tensors(
         writer.add(hf_name, np.full(shape, metadata[key][layer], np.float32))
     writer.close()
     return quantization_config(writer.shapes)
+
+
+def _add_codes(
+    writer: ShardWriter, name: str, tensor: Any, values: np.ndarray, *scales: np.ndarray
+) -> None:
+    """Writes a kernel of the codes of a GGUF tensor."""
+    scale, *offset = scales
+    bits = _CODE_BITS[tensor.tensor_type.name]
+    zero = np.full_like(scale, 0 if offset else 2 ** (bits - 1))
+    for full_name, array in code_tensors(name, Codes(values, scale, zero, GROUP, bits, *offset)):
+        writer.add(full_name, array)
+
+
+def _is_in_pieces(whole: str, name: str, found: Places, tensors: dict[str, Any]) -> bool:
+    """Whether a tensor of all experts is kept in parts, because all of them are codes."""
+    join = found.joined.get(whole)
+    parts = (name,) if join is None else join.parts
+    is_plain = join is None or join.make in (behind_each_other, in_out)
+    has_experts = all(len(found.uses[part][0][1]) == 3 for part in parts)
+    return is_plain and has_experts and all(_has_codes(tensors[part]) for part in parts)
+
+
+def _add_pieces(writer: ShardWriter, whole: str, name: str, found: Places, tensor: Any) -> None:
+    """Writes codes of every expert, of which this is one of perhaps several parts."""
+    join, stored = found.joined.get(whole), _codes(tensor)
+    assert stored is not None, "they are codes"
+    shape = found.uses[name][0][1]
+    if stored[0].shape != shape:
+        raise ValueError(f"{name} has {stored[0].shape}, the metadata asks for {shape}")
+    place = 0 if join is None else join.parts.index(name)
+    for expert, (values, *scales) in enumerate(zip(*stored, strict=True)):
+        _add_codes(writer, piece_name(whole, expert, place), tensor, values, *scales)
 
 
 def _layer(name: str) -> int:
@@ -181,11 +213,15 @@ def _parted(name: str, arrays: list[np.ndarray], shapes: list[Shape]) -> list[li
     return [list(one) for one in zip(*(np.split(one, ends) for one in flat), strict=True)]
 
 
+def _has_codes(tensor: Any) -> bool:
+    return tensor.tensor_type.name in _CODE_BITS and tensor.data.ndim > 1
+
+
 def _codes(tensor: Any) -> tuple[np.ndarray, ...] | None:
     """Codes, scales and perhaps offsets along the last axis, of quantisations that are no more."""
-    bits = _CODE_BITS.get(tensor.tensor_type.name)
-    if bits is None or tensor.data.ndim < 2:
+    if not _has_codes(tensor):
         return None
+    bits = _CODE_BITS[tensor.tensor_type.name]
     if tensor.tensor_type.name == "Q4_K":
         return _k_codes(tensor.data)
     # A block: a float16, then 32 codes; of four bits, 0 to 15 in the lower halves.

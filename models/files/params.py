@@ -14,7 +14,7 @@ from folojax.models.core.config import ModelConfig
 from folojax.models.core.param_tree import listed
 from folojax.models.families.families import family_of
 from folojax.models.files.hf_names import Source, is_ignorable, parameter_sources
-from folojax.models.files.joined_experts import part_experts
+from folojax.models.files.joined_experts import join_pieces, part_experts
 from folojax.models.files.quantized_formats import open_weights
 from folojax.models.files.quantized_tensor import QuantizedTensor
 from folojax.models.files.safetensors_files import DTYPES, HeldTensor, Tensor
@@ -100,8 +100,10 @@ def _assemble(
     takes seconds and somebody sits at a terminal.
     """
     sources = parameter_sources(config)
-    wanted = {name for source in jax.tree.leaves(sources) for name, _ in source.tensors}
-    found = _find(config, sources, part_experts(tensors, wanted), what)
+    wanted = dict(pair for source in jax.tree.leaves(sources) for pair in source.tensors)
+    is_out_in = family_of(config.architecture)[1].is_expert_out_in
+    joined = join_pieces(tensors, wanted, is_out_in)
+    found = _find(config, sources, part_experts(joined, wanted.keys()), what)
     named, tree, shapes = _named(sources), jax.tree.structure(sources), param_shapes(config, dtype)
     arrays: list[Any] = [None] * len(named)
     with tqdm(

@@ -237,6 +237,34 @@ def test_codes_change_places_with_their_heads(width: int, tmp_path: Path) -> Non
     assert has_codes == (width == 32)
 
 
+@pytest.mark.parametrize("case", ["gemma4/moe", "mistral4/apart", "llama4", "granitemoe"])
+def test_codes_of_experts_stay_codes_where_a_checkpoint_has_them_in_one(
+    case: str, tmp_path: Path
+) -> None:
+    """In the cache; in memory they are floats, those that the codes mean."""
+    family, changes = CASES[case]
+    architecture, _, variant = case.partition("/")
+    width = "intermediate_size" if case in ("llama4", "granitemoe") else "moe_intermediate_size"
+    model = save_family(family, tmp_path / "hf", changes | {width: 32})
+    gguf_writer.convert(model, tmp_path / "hf", architecture, tmp_path / "floats.gguf", variant)
+    metadata, tensors = contents(tmp_path / "floats.gguf")
+    kind, coded = gguf.GGMLQuantizationType.Q4_0, dict(tensors)
+    for name in [name for name in tensors if "_exps.weight" in name]:
+        data = gguf.quants.quantize(tensors[name], kind)
+        coded[name], tensors[name] = (data, kind), gguf.quants.dequantize(data, kind)
+    gguf_writer.write(tmp_path / "coded.gguf", architecture, metadata, coded)
+    gguf_writer.write(tmp_path / "plain.gguf", architecture, metadata, tensors)
+    opened, plain = (open_checkpoint(tmp_path / f"{one}.gguf") for one in ("coded", "plain"))
+    expected = load_params(plain, jnp.float32)
+    chex.assert_trees_all_equal(load_params(opened, jnp.float32), expected)
+    sizes = [
+        sum(file.stat().st_size for file in one.directory.glob("*.safetensors"))
+        for one in (opened, plain)
+    ]
+    experts = sum(4 * values.size for name, values in tensors.items() if "_exps.weight" in name)
+    assert sizes[0] < sizes[1] - experts / 2
+
+
 @pytest.mark.parametrize(
     ("case", "key", "value", "message"),
     [

@@ -10,7 +10,33 @@ import safetensors.numpy
 
 from folojax import params_from_hf
 from folojax.models.files.checkpoint import load_params, open_checkpoint
+from folojax.models.files.joined_experts import join_pieces, piece_name
+from folojax.models.files.safetensors_files import HeldTensor
 from tests.families import save_family
+
+
+def test_parts_that_make_no_whole_are_told() -> None:
+    """Of an expert that lacks one, of one too many, of other rows."""
+    wanted = {"all": (2, 6, 4)}
+    held = {
+        piece_name("all", expert, part): HeldTensor("", np.full((3, 4), 2 * expert + part))
+        for expert in range(2)
+        for part in range(2)
+    }
+    (whole,) = join_pieces(held, wanted, True).values()
+    target = np.zeros((2, 6, 4))
+    whole.read_into(target)
+    assert target[:, ::3, 0].tolist() == [[0, 1], [2, 3]]
+    turned = np.zeros((2, 4, 6))
+    join_pieces(held, {"all": (2, 4, 6)}, False)["all"].read_into(turned)
+    np.testing.assert_array_equal(turned.swapaxes(1, 2), target)
+    for change in (
+        {piece_name("all", 1, 1): HeldTensor("", np.zeros((2, 4)))},
+        {piece_name("all", 2, 0): HeldTensor("", np.zeros((6, 4)))},
+        {piece_name("all", 0, 0): HeldTensor("", np.zeros((3, 5)))},
+    ):
+        with pytest.raises(ValueError, match=r"the parts of all do not make \(2, 6, 4\)"):
+            join_pieces(held | change, wanted, True)
 
 
 @pytest.mark.parametrize("case", ["qwen3.5-moe", "qwen3-moe-mixed"])
