@@ -86,9 +86,9 @@ class Devices:
         To jit, committed arrays and others are different inputs: were some of either kind,
         parameters that come from elsewhere would need executables of their own.
         """
-        return jax.tree.map(lambda leaf: self._put(leaf, self.whole), arrays)
+        return jax.tree.map(lambda leaf: self.put(leaf, self.whole), arrays)
 
-    def _put(self, leaf: Any, sharding: Sharding) -> jax.Array:
+    def put(self, leaf: Any, sharding: Sharding) -> jax.Array:
         """An array with a sharding; of several processes each puts its own parts there."""
         if sharding.is_fully_addressable or not is_readable(leaf):
             return jax.device_put(leaf, sharding)
@@ -129,7 +129,7 @@ class Devices:
         if self.count == 1:
             return self.place(leaf)
         leaf = cut(name, leaf, config, self.count)
-        return jax.tree.map(self._put, leaf, self._param(name, leaf, config))
+        return jax.tree.map(self.put, leaf, self._param(name, leaf, config))
 
     def place_params(self, params: Any, config: ModelConfig) -> Any:
         """Parameters as they lie here.

@@ -166,8 +166,10 @@ def fill_masks(matchers: Sequence[Matcher | None], num_tokens: int) -> np.ndarra
 
     Where a grammar takes more than its share of time or memory, none.
     """
-    masks = np.full((len(matchers), -(-num_tokens // 32)), 0xFFFFFFFF, np.uint32)
+    masks = np.empty((len(matchers), -(-num_tokens // 32)), np.uint32)
     followed: Any = [(one, i) for i, one in enumerate(matchers) if one is not None]
+    if len(followed) < len(matchers):
+        masks[:] = 0xFFFFFFFF
     size = masks.shape[1] * masks.itemsize
     if followed:
         _executor().unsafe_compute_mask_ptr(followed, masks.ctypes.data, size, len(masks))

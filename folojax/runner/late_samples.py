@@ -14,12 +14,23 @@ model, hands out the tokens and schedules the next plan.
 import functools
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
+import numpy as np
+
+from folojax.backend.devices import Devices
 from folojax.requests.grammars import Matcher, fill_masks
 from folojax.runner.results import Pending, follow
 
 _Matchers: TypeAlias = Sequence[Matcher | None]
+
+
+class _Allowed(NamedTuple):
+    """What grammars allow next, [B, ceil(V / 32)]."""
+
+    matchers: _Matchers  # of each row
+    masks: np.ndarray
+    on_device: Any  # the same, to be sampled with
 
 
 class LateSamples:
@@ -29,12 +40,13 @@ class LateSamples:
         pending: Results of the latest plan, if some of them are yet to be sampled; else empty.
     """
 
-    def __init__(self, num_tokens: int) -> None:
-        """Of no plan; masks are of so many tokens."""
+    def __init__(self, num_tokens: int, devices: Devices) -> None:
+        """Of no plan; masks are of so many tokens, and go to these devices."""
         self.pending: list[Pending] = []
         self._num_tokens = num_tokens
+        self._put = functools.partial(devices.put, sharding=devices.whole)
         # Of the rows that were sampled last, what is allowed behind their tokens.
-        self._ahead: Future[list[tuple[_Matchers, Any]]] | None = None
+        self._ahead: Future[list[_Allowed]] | None = None
 
     @functools.cached_property
     def _pool(self) -> ThreadPoolExecutor:
@@ -50,20 +62,27 @@ class LateSamples:
                 report = one.late.draw(self._masks_of(one.late.matchers, known))
                 pending[number] = one._replace(report=report, late=None)
                 followed.append((pending[number], one.late.matchers))
-        self._ahead = self._pool.submit(_follow, followed, self._num_tokens)
+        self._ahead = self._pool.submit(self._follow, followed)
 
     def clear(self) -> None:
         """Forgets everything."""
         self.pending, self._ahead = [], None
 
-    def _masks_of(self, matchers: _Matchers, known: Sequence[tuple[_Matchers, Any]]) -> Any:
-        """What these allow, by what is known of some."""
-        if len(known) == 1 and known[0][0] == matchers:  # most steps
-            return known[0][1]
+    def _follow(self, sampled: Sequence[tuple[Pending, _Matchers]]) -> list[_Allowed]:
+        """Has grammars follow what was sampled, and sends the masks behind it on their way."""
+        for item, _ in sampled:
+            follow(item)
+        made = [(matchers, fill_masks(matchers, self._num_tokens)) for _, matchers in sampled]
+        return [_Allowed(matchers, masks, self._put(masks)) for matchers, masks in made]
+
+    def _masks_of(self, matchers: _Matchers, known: Sequence[_Allowed]) -> Any:
+        """What these allow, by what is known of some; on the device."""
+        if len(known) == 1 and known[0].matchers == matchers:  # most steps
+            return known[0].on_device
         found = {
             id(one): mask
-            for own, masks in known
-            for one, mask in zip(own, masks, strict=True)
+            for own in known
+            for one, mask in zip(own.matchers, own.masks, strict=True)
             if one is not None
         }
         masks = fill_masks(
@@ -72,13 +91,4 @@ class LateSamples:
         for row, one in enumerate(matchers):
             if id(one) in found:
                 masks[row] = found[id(one)]
-        return masks
-
-
-def _follow(
-    sampled: Sequence[tuple[Pending, _Matchers]], num_tokens: int
-) -> list[tuple[_Matchers, Any]]:
-    """Has grammars follow what was sampled, and makes the masks behind it."""
-    for item, _ in sampled:
-        follow(item)
-    return [(matchers, fill_masks(matchers, num_tokens)) for _, matchers in sampled]
+        return self._put(masks)

@@ -1,5 +1,6 @@
 """Executables on rows of padding: how they are compiled before there are requests."""
 
+from collections.abc import Callable
 from typing import Any
 
 from folojax.compile.programs import Compiling
@@ -11,12 +12,15 @@ from folojax.steps.executables import Executable
 from folojax.steps.state import CallInputs, EngineState
 
 
-def padding(one: Executable, batch: Batch, hidden: Any = None) -> CallInputs:
+def padding(
+    one: Executable, batch: Batch, place: Callable[[Any], Any], hidden: Any = None
+) -> CallInputs:
     """What an executable is called with, in which no row is of a request.
 
     Args:
         one: Neither of copies nor of edits.
         batch: Of the engine, or an empty one.
+        place: Of what is on the device already: to there, or to a shape.
         hidden: For a sampler or scorer, see `hidden_shapes`.
     """
     rows: Any = None
@@ -32,7 +36,7 @@ def padding(one: Executable, batch: Batch, hidden: Any = None) -> CallInputs:
         sampling = batch.row_table.sample_inputs(slot, positions, one.spec)
         if one.spec.has_mask:
             masks: Any = fill_masks(batch.matchers(slot), batch.row_table.vocab_size)
-            sampling = sampling._replace(mask=masks)
+            sampling = sampling._replace(mask=place(masks))
     return CallInputs(
         rows,
         adapters=batch.adapters[batch.pad([], one.rows)] if one.is_adapted else None,
@@ -47,7 +51,8 @@ def compile_on_padding(
     one: Executable, setup: Setup, steps: Steps, batch: Batch, params: Any, state: EngineState
 ) -> list[Any]:
     """What an executable runs, program by program; parameters and state may be shapes."""
-    hidden = setup.backend.devices.shapes(hidden_shapes(one, setup.model, steps.kind))
+    shapes = setup.backend.devices.shapes
+    hidden = shapes(hidden_shapes(one, setup.model, steps.kind))
     compiling = Compiling()
-    steps.call(one, params, state, padding(one, batch, hidden), compiling)
+    steps.call(one, params, state, padding(one, batch, shapes, hidden), compiling)
     return compiling.compiled

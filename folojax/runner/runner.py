@@ -72,7 +72,7 @@ class Runner:
         self.kept = KeptStates(setup.layout.num_slots, self.gate)
         self._slots = SlotStates(setup, functions)
         self.adapters = setup.adapter_slots(params)
-        self.late = LateSamples(self.model.config.vocab_size)
+        self.late = LateSamples(self.model.config.vocab_size, self.backend.devices)
         self.params = params
         self.state = self._allocate()
 

@@ -156,7 +156,9 @@ class Steps:
         make = functools.partial(init_state, self._layout, num_slots)
         state = self._devices.shapes(jax.eval_shape(make))
         with _pretend_cudnn():
-            self._steps.call(one, self._called, state, padding(one, batch), lower)
+            self._steps.call(
+                one, self._called, state, padding(one, batch, self._devices.shapes), lower
+            )
         with tempfile.TemporaryDirectory() as dump:
             options: Any = {"xla_dump_to": dump, "xla_dump_hlo_as_text": True}
             compiled = lowered[0].compile(compiler_options=options)
