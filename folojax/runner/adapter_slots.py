@@ -8,7 +8,7 @@ Slots are written by programs that do not depend on the adapter: none is compile
 
 import functools
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -86,9 +86,8 @@ class AdapterSlots:
         _, self.count, self.rank, _ = first.shape
         self._known: dict[str, Adapter] = {}
         self._slots: dict[str, int] = {}  # the least recently used first
-        self._zeros = {name: _nothing(block) for name, block in shapes.items()}
         self._shardings = jax.tree.map(lambda one: one.sharding, shapes)
-        self._num_devices, self._config = devices.count, config
+        self._devices, self._config = devices, config
         self._stacks = devices.make(
             lambda: jax.tree.map(lambda one: jnp.zeros(one.shape, one.dtype), shapes),
             self._shardings,
@@ -97,8 +96,13 @@ class AdapterSlots:
         self._write(0, {})  # compiles it
 
     def put(self, name: str, adapter: Adapter) -> None:
-        """Takes in an adapter, or another one in place of one of that name."""
+        """Takes in an adapter, or another one in place of one of that name.
+
+        It is brought to the device at once if there is a slot that no adapter has.
+        """
         self._known[name] = adapter
+        if name not in self._slots and len(self._slots) < self.count:
+            self._slots[name] = self._free_slot()
         if name in self._slots:
             self._write(self._slots[name], adapter)
 
@@ -116,9 +120,8 @@ class AdapterSlots:
         """
         slot = self._slots.pop(name, None)
         if slot is None:
-            free = set(range(self.count)) - set(self._slots.values())
-            if free:
-                slot = min(free)
+            if len(self._slots) < self.count:
+                slot = self._free_slot()
             else:
                 oldest = next(one for one in self._slots if one not in in_use)
                 slot = self._slots.pop(oldest)
@@ -132,41 +135,71 @@ class AdapterSlots:
             self._adapted = params, adapt(params, self._stacks)
         return self._adapted[1]
 
+    def _free_slot(self) -> int:
+        return min(set(range(self.count)) - set(self._slots.values()))
+
     def _write(self, slot: int, adapter: Adapter) -> None:
         where = np.int32(slot)
         self._adapted = None
         for layer, block in self._stacks.items():
-            new = dict(self._zeros[layer])
-            for name, parts in adapter.get(layer, {}).items():
-                new[name] = self._padded(name, parts, new[name])
-            is_cut = self._num_devices > 1
+            own = adapter.get(layer, {})
+            new = {name: self._given(name, own.get(name), one) for name, one in block.items()}
+            is_cut = self._devices.count > 1
             lies = tuple(jax.tree.leaves(self._shardings[layer])) if is_cut else None
             self._stacks[layer] = _write_block(block, where, new, lies)
 
-    def _padded(self, name: str, parts: tuple[LowRank | None, ...], zeros: Stack) -> Stack:
-        """Updates of a kernel as a slot has them: of full rank, scaled, of the model's dtype."""
-        a: Any = zeros.a.copy()
-        b: Any = tuple(one.copy() for one in zeros.b)
-        for part, update in enumerate(parts):
-            if update is not None:
-                rank = update.a.shape[0]
-                given_a, given_b = fetch((update.a, update.b))
-                a[part, 0, :rank] = given_a
-                scaled = np.asarray(given_b, np.float32).T * np.float32(update.scale)
-                b[part][0, :rank] = _spread(name, part, scaled, self._config, self._num_devices)
-        return Stack(a, b)
+    def _given(self, name: str, parts: tuple[LowRank | None, ...] | None, stack: Stack) -> "_Given":
+        """Updates of a kernel as programs take them: of full rank, in float32."""
+        count, (_, _, rank, width) = len(stack.b), stack.a.shape
+        none: LowRank = LowRank(_zeros((rank, width)), None, 0.0)
+        found = [none if one is None else one for one in parts or [None] * count]
+        a_of = {id(one.a): self._on_device(one.a, 0) for one in found}  # parts may have the same
+        b = []
+        for place, (update, own) in enumerate(zip(found, stack.b, strict=True)):
+            given = _zeros((own.shape[2], rank)) if update.b is None else update.b
+            if self._devices.count > 1 and update.b is not None:
+                cut = fetch(given).T
+                given = _spread(name, place, cut, self._config, self._devices.count).T
+            b.append(self._on_device(given, 1))
+        scales = np.array([one.scale for one in found], np.float32)
+        return _Given(tuple(a_of[id(one.a)] for one in found), tuple(b), scales)
+
+    def _on_device(self, given: Any, axis: int) -> Any:
+        """An array in float32, with zeros behind its rank; what is on the device stays there."""
+        is_whole = given.shape[axis] == self.rank
+        if self._devices.count == 1 and is_whole and _is_at(given, self._devices.first):
+            return jax.device_put(given, self._devices.whole)
+        host = np.asarray(fetch(given), np.float32)
+        if not is_whole:
+            missing = [
+                (0, self.rank - host.shape[axis] if place == axis else 0) for place in (0, 1)
+            ]
+            host = np.pad(host, missing)
+        return host if self._devices.count > 1 else jax.device_put(host, self._devices.whole)
+
+
+class _Given(NamedTuple):
+    """The updates of one kernel on their way to a slot, part by part."""
+
+    a: tuple[Any, ...]  # [R, I]
+    b: tuple[Any, ...]  # [_, R]
+    scales: np.ndarray  # [P]
 
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnames="shardings")
-def _write_block(stacks: Any, slot: Array, new: Any, shardings: tuple[Any, ...] | None) -> Any:
+def _write_block(
+    stacks: Any, slot: Array, new: Any, shardings: tuple[Any, ...] | None
+) -> dict[str, Stack]:
     """DONATES `stacks`; they lie as before, over several devices by `shardings`."""
-    written = {
-        name: Stack(
-            stack.a.at[:, slot].set(new[name].a[:, 0]),
-            tuple(old.at[slot].set(one[0]) for old, one in zip(stack.b, new[name].b, strict=True)),
-        )
-        for name, stack in stacks.items()
-    }
+
+    def write(stack: Stack, given: _Given) -> Stack:
+        a = jnp.stack(given.a).astype(stack.a.dtype)
+        scaled = zip(given.b, given.scales, strict=True)
+        b = [(one.T * scale).astype(stack.a.dtype) for one, scale in scaled]
+        pairs = zip(stack.b, b, strict=True)
+        return Stack(stack.a.at[:, slot].set(a), tuple(old.at[slot].set(one) for old, one in pairs))
+
+    written = {name: write(stack, new[name]) for name, stack in stacks.items()}
     if shardings is None:
         return written
     leaves, tree = jax.tree.flatten(written)
@@ -174,13 +207,13 @@ def _write_block(stacks: Any, slot: Array, new: Any, shardings: tuple[Any, ...] 
     return jax.tree.unflatten(tree, kept)
 
 
-def _nothing(block: Mapping[str, Stack]) -> dict[str, Stack]:
-    """The stacks of a layer with one slot, and nothing in it; on the host."""
-    zeros: Any = np.zeros
-    return {
-        name: Stack(
-            zeros((stack.a.shape[0], 1, *stack.a.shape[2:]), stack.a.dtype),
-            tuple(zeros((1, *one.shape[1:]), one.dtype) for one in stack.b),
-        )
-        for name, stack in block.items()
-    }
+@functools.lru_cache(maxsize=64)
+def _zeros(shape: tuple[int, int]) -> np.ndarray:
+    """An update of nothing."""
+    return np.zeros(shape, np.float32)
+
+
+def _is_at(given: Any, device: jax.Device) -> bool:
+    """Whether an array can be taken from where it is."""
+    is_own = isinstance(given, jax.Array) and given.devices() == {device}
+    return is_own and given.dtype == jnp.float32

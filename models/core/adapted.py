@@ -12,7 +12,7 @@ Axes: N rows, I and O a kernel's sides, L slots, R rank.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -101,25 +101,43 @@ def add_low_rank(
     stack: Stack,
     slot: Int[Array, " N"] | None,
     dtype: DTypeLike = jnp.float32,
-) -> Float[Array, "N O"]:
+    gate: Callable[[Any], Any] | None = None,
+    is_ordered: bool = False,
+) -> Float[Array, "N _"]:
     """A product of `x`, and what the adapters of its rows add to it, in `dtype`.
 
     On x86-64 CPUs, where a C++ compiler is found, it is `low_rank_product.cc`, on NVIDIA GPUs two
     kernels (`low_rank_kernels`); elsewhere, and where all rows have slot 0, XLA.
+
+    Args:
+        x: The inputs.
+        out: Their product with the kernel.
+        stack: The adapters of the kernel.
+        slot: Of each row; see `AdaptedKernel`.
+        dtype: Of the result.
+        gate: Where the product is gate and up side by side, what computes silu(gate) * up of the
+            sum; that is returned then, [N, O / 2].
+        is_ordered: Whether sums have an order of their own on NVIDIA GPUs, whatever N is.
     """
     parts, slots, rank, width = stack.a.shape
     shapes = [one.shape for one in stack.b]
     is_fit = x.shape[1] == width and sum(one[2] for one in shapes) == out.shape[1]
     if not is_fit or any(one[:2] != (slots, rank) for one in shapes) or len(shapes) != parts:
         raise ValueError(f"x {x.shape} does not fit adapters of {stack.a.shape} and {shapes}")
+
+    def gated(add: Callable[..., Any]) -> Callable[..., Any]:
+        added = functools.partial(add, dtype=dtype)
+        return added if gate is None else lambda *args: gate(added(*args))
+
     if slot is None:
-        return _add_by_xla(x, out, slot, stack.a, *stack.b, dtype=dtype)
-    ways: dict[str, Any] = {}
+        return gated(_add_by_xla)(x, out, slot, stack.a, *stack.b)
+    ways: dict[str, Any] = {"default": gated(_add_by_xla)}
     if stack.a.dtype == jnp.float32 and _problem() is None:
-        ways["cpu"] = functools.partial(_add_in_cpp, dtype=dtype)
+        ways["cpu"] = gated(_add_in_cpp)
     if low_rank_kernels.is_taken(*stack):
-        ways["cuda"] = functools.partial(low_rank_kernels.add_by_kernels, dtype=dtype)
-    ways["default"] = functools.partial(_add_by_xla, dtype=dtype)
+        options: dict[str, Any] = {"is_gated": gate is not None, "is_ordered": is_ordered}
+        kernels = low_rank_kernels.add_by_kernels
+        ways["cuda"] = functools.partial(kernels, dtype=dtype, **options)
     return jax.lax.platform_dependent(x, out, slot, stack.a, *stack.b, **ways)
 
 

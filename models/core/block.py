@@ -20,6 +20,7 @@ from folojax.models.core.layers import (
     norm,
     norm_and_rotate,
     project,
+    project_gated,
     rotate,
     scaled,
     scaled_parts,
@@ -319,9 +320,14 @@ class Block(nn.Module):
     ) -> Float[Array, "N E"]:
         """An MLP that every token passes; its kernels are called so."""
         config = self.config
-        if config.is_gated:
+        cutoff = config.gate_cutoff(self.layer)
+        is_plain = not config.mlp_bias and cutoff is None and config.gate_scale == 1.0
+        if config.is_gated and is_plain:
+            kernel = kernel_of(self, f"{prefix}gate_up", 2 * inner_size, normed.shape[-1])
+            options = config.activation, self.dtype, config.is_ordered
+            inner = project_gated(normed, kernel, *options)
+        elif config.is_gated:
             both = self.linear(f"{prefix}gate_up", normed, 2 * inner_size, config.mlp_bias)
-            cutoff = config.gate_cutoff(self.layer)
             both = both if cutoff is None else cut_gates(both, cutoff, self.config)
             if config.gate_scale != 1.0:
                 both = scaled_parts(both, (inner_size, inner_size), (config.gate_scale, 1.0))

@@ -111,7 +111,8 @@ def project(
     """
     if isinstance(kernel, AdaptedKernel):
         dtype = x.dtype if is_rounded else jnp.float32
-        return add_low_rank(x, project(x, kernel.kernel), kernel.stack, kernel.slot, dtype)
+        out = project(x, kernel.kernel, is_ordered=is_ordered)
+        return add_low_rank(x, out, kernel.stack, kernel.slot, dtype, is_ordered=is_ordered)
     if isinstance(kernel, QuantizedKernel):
         return project_quantized(x, kernel, x.dtype if is_rounded else jnp.float32)
     branches = _ROUNDED if is_rounded else _WIDE
@@ -215,6 +216,26 @@ def gated(
     if kind == "silu" and gate_up.dtype == dtype and row_kernels.is_taken(dtype):
         return _silu_in_one(gate_up)
     return _gated(gate_up, kind=kind, dtype=dtype)
+
+
+def project_gated(
+    x: Float[Array, "N I"],
+    kernel: Float[Array, "FF I"] | QuantizedKernel | AdaptedKernel,
+    kind: Activation,
+    dtype: DTypeLike,
+    is_ordered: bool,
+) -> Float[Array, "N F"]:
+    """What is `gated` of a linear layer without a bias, rounded as `project` rounds it.
+
+    Arguments are those of both. Where rows have adapters, one kernel adds what these change and
+    gates.
+    """
+    make = functools.partial(gated, kind=kind, dtype=dtype)
+    is_taken = kind == "silu" and x.dtype == dtype and row_kernels.is_taken(dtype)
+    if not isinstance(kernel, AdaptedKernel) or not is_taken:
+        return make(project(x, kernel, is_rounded=True, is_ordered=is_ordered))
+    out = project(x, kernel.kernel, is_ordered=is_ordered)
+    return add_low_rank(x, out, kernel.stack, kernel.slot, dtype, make, is_ordered)
 
 
 def scaled(x: Float[Array, "N W"], factor: float) -> Float[Array, "N W"]:

@@ -1,18 +1,19 @@
 """What adapters add to a product, as two kernels on an NVIDIA GPU.
 
-    reduce   x [N, I] ── a of the row's slot, inputs in cuts ──> inner [C, N, P * R]
+    reduce   x [N, I] ── a of the row's slot, inputs in cuts ──> inner [N, P * C * R]
     expand   inner, summed over the cuts ── b of the row's slot ──> added to the product [N, O]
 
 XLA makes four to six kernels of it for each product, which take much longer than the bytes would.
 A program of the first reads of the adapters only those that its rows have. Inputs are cut by their
-number alone and cuts are added in one order, so what a row gets depends on no other row. Of many
-rows `inner` is one large product with all adapters, which XLA does well.
+number alone and cuts are added in one order, which no number of rows changes, so what a row gets
+depends on no other row. Of many rows `inner` is one large product with all adapters, which XLA does
+well.
 
 Axes: N rows, I and O a kernel's sides, P parts, L slots, R rank, C cuts.
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,9 +28,22 @@ _FEW_ROWS = 256
 
 _LEAST = 16  # the smallest side of a product of Triton
 _INPUTS = 256  # of a step of a program
-_LEAST_STEPS, _MOST_CUTS = 2, 8
+_LEAST_STEPS, _MOST_CUTS = 2, 16
+_MOST_INNER = 256  # numbers that a program which expands reads of a row
 _TOGETHER = 128  # numbers of `inner` that are multiplied at once
-_MOST_OUTPUTS, _LEAST_OUTPUTS, _ENOUGH = 128, 32, 132  # of a program, and programs: H200's units
+_ENOUGH = 64  # programs that expand the same rows, if these are few
+
+
+class _Cut(NamedTuple):
+    """What a program that expands has of the result, and by how many warps."""
+
+    outputs: int  # at most
+    rows: int
+    warps: int
+
+
+# Measured on an H200; of few rows nothing depends on their number, so that no bit does.
+_CUT_OF_FEW, _CUT_OF_MANY = _Cut(128, 32, 4), _Cut(128, 64, 4)
 
 
 def is_taken(a: Any, b: tuple[Any, ...]) -> bool:
@@ -45,40 +59,45 @@ def add_by_kernels(
     a: Float[Array, "P L R I"],
     *b: Float[Array, "L R _"],
     dtype: DTypeLike,
-) -> Float[Array, "N O"]:
+    is_gated: bool = False,
+    is_ordered: bool = False,
+) -> Float[Array, "N _"]:
     """`out` and the updates of `x` by the adapters in the rows' slots, in `dtype`.
 
-    Rows have none from slot L on.
+    Rows have none from slot L on. If gated, the parts are gate and up, and it is silu(gate) * up of
+    both, rounded before. If ordered, many rows are computed as few are.
     """
-    num_rows, slots = x.shape[0], a.shape[1]
+    num_rows, slots, outputs = x.shape[0], a.shape[1], out.shape[1] // (1 + is_gated)
     slot = slot.astype(jnp.int32)
-    inner = (_few if num_rows <= _FEW_ROWS else _many)(x.astype(a.dtype), slot, a)
-    rows = min(64, max(_LEAST, _power(num_rows)))
-    tile = min(_MOST_OUTPUTS, _divisor(b))
-    grid_rows = pl.cdiv(num_rows, rows)
-    while tile > _LEAST_OUTPUTS and grid_rows * (out.shape[1] // tile) < _ENOUGH:
+    is_few = is_ordered or num_rows <= _FEW_ROWS
+    inner = (_few if is_few else _many)(x.astype(a.dtype), slot, a)
+    cut = _CUT_OF_FEW if is_few else _CUT_OF_MANY
+    tile = min(cut.outputs, _divisor(b))
+    while is_few and tile > _LEAST and outputs // tile < _ENOUGH:
         tile //= 2
+    kernel = _expand_gated if is_gated else _expand
+    shape = jax.ShapeDtypeStruct((num_rows, outputs), dtype)
     return pl.pallas_call(
-        functools.partial(_expand, rows=rows, tile=tile, slots=slots),
-        grid=(out.shape[1] // tile, grid_rows),
-        out_shape=jax.ShapeDtypeStruct(out.shape, dtype),
-        input_output_aliases={0: 0} if out.dtype == dtype else {},
-        compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
-        name="low_rank_expand",
+        functools.partial(kernel, tile=tile, rows=cut.rows, slots=slots),
+        grid=(outputs // tile, pl.cdiv(num_rows, cut.rows)),
+        out_shape=shape,
+        input_output_aliases={0: 0} if out.dtype == dtype and not is_gated else {},
+        compiler_params=triton.CompilerParams(num_warps=cut.warps, num_stages=2),
+        name="low_rank_gated" if is_gated else "low_rank_expand",
     )(out, slot, inner, *b)
 
 
 def _few(x: Any, slot: Any, a: Any) -> Any:
-    """What `a` makes of few rows: `inner`, [C, N, P * R]."""
+    """What `a` makes of few rows: `inner`, [N, P * C * R]."""
     parts, slots, rank, width = a.shape
     num_rows = x.shape[0]
     rows = min(64, max(_LEAST, _power(num_rows)))
-    steps = max(_LEAST_STEPS, pl.cdiv(width, _MOST_CUTS * _INPUTS))
-    cuts = pl.cdiv(width, steps * _INPUTS)
+    num_steps = pl.cdiv(width, _INPUTS)
+    cuts = min(_MOST_CUTS, _last_power(num_steps // _LEAST_STEPS), _last_power(_MOST_INNER // rank))
     return pl.pallas_call(
-        functools.partial(_reduce, rows=rows, steps=steps),
+        functools.partial(_reduce, rows=rows, cuts=cuts, steps=pl.cdiv(num_steps, cuts)),
         grid=(parts * slots, cuts, pl.cdiv(num_rows, rows)),
-        out_shape=jax.ShapeDtypeStruct((cuts, num_rows, parts * rank), jnp.float32),
+        out_shape=jax.ShapeDtypeStruct((num_rows, parts * cuts * rank), jnp.float32),
         compiler_params=triton.CompilerParams(num_warps=4, num_stages=3),
         name="low_rank_reduce",
     )(x, slot, a)
@@ -89,11 +108,11 @@ def _many(x: Any, slot: Any, a: Any) -> Any:
     parts, slots, rank, width = a.shape
     every = _contract(x, a.reshape(-1, width), 1).reshape(-1, parts, slots, rank)
     is_own = slot[:, None] == jnp.arange(slots)[None, :]
-    return jnp.where(is_own[:, None, :, None], every, 0.0).sum(axis=2).reshape(1, -1, parts * rank)
+    return jnp.where(is_own[:, None, :, None], every, 0.0).sum(axis=2).reshape(-1, parts * rank)
 
 
 def _reduce(
-    x_ref: Any, slot_ref: Any, a_ref: Any, inner_ref: Any, *, rows: int, steps: int
+    x_ref: Any, slot_ref: Any, a_ref: Any, inner_ref: Any, *, rows: int, cuts: int, steps: int
 ) -> None:
     """One slot's `a` of one part, one cut of the inputs, some rows."""
     (num_rows, width), (_, slots, rank, _) = x_ref.shape, a_ref.shape
@@ -117,54 +136,23 @@ def _reduce(
                 other=0.0,
             )
             total += _contract(x, a, 1)
-        place = inner_ref.at[cut, row[:, None], (part * rank + column)[None, :]]
+        place = inner_ref.at[row[:, None], ((part * cuts + cut) * rank + column)[None, :]]
         triton.store(place, total, mask=is_own[:, None] & (column < rank)[None, :])
 
 
 def _expand(
-    base_ref: Any,
-    slot_ref: Any,
-    inner_ref: Any,
-    *refs: Any,
-    rows: int,
-    tile: int,
-    slots: int,
+    base_ref: Any, slot_ref: Any, inner_ref: Any, *refs: Any, tile: int, rows: int, slots: int
 ) -> None:
     """Some outputs, which one part has, of some rows."""
     *b_refs, out_ref = refs
-    (cuts, num_rows, _), rank = inner_ref.shape, b_refs[0].shape[1]
     block, row = pl.program_id(0), pl.program_id(1) * rows + jnp.arange(rows)
-    slot = _loaded(slot_ref, row, num_rows, slots)  # one behind the last: no adapter
-    # Some slots beside each other are one product, of which a row has its own columns alone.
-    together = max(_LEAST, min(_TOGETHER, _power(slots * rank)), rank) // rank
 
     def add_part(part: int, first: int) -> None:
-        own, number = block * tile - first + jnp.arange(tile), jnp.arange(together * rank)
-
-        def some_of_b(start: int) -> Any:
-            column = start * rank + number
-            return triton.load(
-                b_refs[part].at[(column // rank)[:, None], (column % rank)[:, None], own[None, :]],
-                mask=jnp.broadcast_to((column < slots * rank)[:, None], (column.size, tile)),
-                other=0.0,
-            )
-
-        # What is read is asked for first: Triton keeps the order of loads.
-        b = some_of_b(0)
-        at = row[:, None], (first + own)[None, :]
-        is_row = jnp.broadcast_to((row < num_rows)[:, None], (rows, tile))
-        total = triton.load(base_ref.at[at], mask=is_row, other=0.0).astype(jnp.float32)
-        mine = jnp.zeros((rows, rank), jnp.float32)
-        for cut in range(cuts):
-            place = cut, row[:, None], (part * rank + jnp.arange(rank))[None, :]
-            has_one = jnp.broadcast_to((slot < slots)[:, None], mine.shape)
-            mine += triton.load(inner_ref.at[place], mask=has_one, other=0.0)
-        for start in range(0, slots, together):
-            b = some_of_b(start) if start else b
-            is_own = slot[:, None] == (start + jnp.arange(together))[None, :]
-            inner = jnp.where(is_own[:, :, None], mine[:, None, :], 0.0)
-            total += _contract(inner.reshape(rows, number.size).astype(b.dtype), b, 0)
-        triton.store(out_ref.at[at], total.astype(out_ref.dtype), mask=is_row)
+        own = block * tile - first + jnp.arange(tile)
+        total = _updated(base_ref, slot_ref, inner_ref, b_refs, part, first, own, row, slots)
+        is_row = jnp.broadcast_to((row < base_ref.shape[0])[:, None], total.shape)
+        place = out_ref.at[row[:, None], (first + own)[None, :]]
+        triton.store(place, total.astype(out_ref.dtype), mask=is_row)
 
     first = 0
     for part, one in enumerate(b_refs):
@@ -172,6 +160,80 @@ def _expand(
         is_part = (block >= first // tile) & (block < last // tile)
         pl.when(is_part)(functools.partial(add_part, part, first))
         first = last
+
+
+def _expand_gated(
+    base_ref: Any, slot_ref: Any, inner_ref: Any, *refs: Any, tile: int, rows: int, slots: int
+) -> None:
+    """Some numbers of gate and up, which are rounded, and what becomes of both, of some rows."""
+    *b_refs, out_ref = refs
+    row = pl.program_id(1) * rows + jnp.arange(rows)
+    own = pl.program_id(0) * tile + jnp.arange(tile)
+    gate, up = (
+        _updated(base_ref, slot_ref, inner_ref, b_refs, part, first, own, row, slots)
+        .astype(out_ref.dtype)
+        .astype(jnp.float32)
+        for part, first in enumerate((0, out_ref.shape[1]))
+    )
+    out = (jax.nn.silu(gate) * up).astype(out_ref.dtype)
+    is_row = jnp.broadcast_to((row < base_ref.shape[0])[:, None], out.shape)
+    triton.store(out_ref.at[row[:, None], own[None, :]], out, mask=is_row)
+
+
+def _updated(
+    base_ref: Any,
+    slot_ref: Any,
+    inner_ref: Any,
+    b_refs: Any,
+    part: int,
+    first: int,
+    own: Any,
+    row: Any,
+    slots: int,
+) -> Any:
+    """Numbers of a product with their updates, in float32.
+
+    Args:
+        base_ref: The product.
+        slot_ref: Of every row.
+        inner_ref: As it was reduced.
+        b_refs: Of each part.
+        part: Which has the numbers.
+        first: Output of the part.
+        own: Outputs, counted from that one.
+        row: Of the numbers.
+        slots: L.
+    """
+    (num_rows, width), rank = inner_ref.shape, b_refs[0].shape[1]
+    (rows,), (tile,), cuts = row.shape, own.shape, width // (len(b_refs) * rank)
+    slot = _loaded(slot_ref, row, num_rows, slots)  # one behind the last: no adapter
+    # Some slots beside each other are one product, of which a row has its own columns alone.
+    together = max(_LEAST, min(_TOGETHER, _power(slots * rank)), rank) // rank
+    number = jnp.arange(together * rank)
+
+    def some_of_b(start: int) -> Any:
+        column = start * rank + number
+        return triton.load(
+            b_refs[part].at[(column // rank)[:, None], (column % rank)[:, None], own[None, :]],
+            mask=jnp.broadcast_to((column < slots * rank)[:, None], (column.size, tile)),
+            other=0.0,
+        )
+
+    # What is read is asked for first: Triton keeps the order of loads.
+    b = some_of_b(0)
+    is_row = jnp.broadcast_to((row < num_rows)[:, None], (rows, tile))
+    place = base_ref.at[row[:, None], (first + own)[None, :]]
+    total = triton.load(place, mask=is_row, other=0.0).astype(jnp.float32)
+    column = part * cuts * rank + jnp.arange(cuts * rank)
+    has_one = jnp.broadcast_to((slot < slots)[:, None], (rows, column.size))
+    every = triton.load(inner_ref.at[row[:, None], column[None, :]], mask=has_one, other=0.0)
+    mine = every.reshape(rows, cuts, rank).sum(axis=1)  # one load: some are slower than all
+    for start in range(0, slots, together):
+        b = some_of_b(start) if start else b
+        is_own = slot[:, None] == (start + jnp.arange(together))[None, :]
+        inner = jnp.where(is_own[:, :, None], mine[:, None, :], 0.0)
+        total += _contract(inner.reshape(rows, number.size).astype(b.dtype), b, 0)
+    return total
 
 
 def _loaded(slot_ref: Any, row: Any, num_rows: int, slots: int) -> Any:
@@ -197,3 +259,8 @@ def _divisor(b: tuple[Any, ...]) -> int:
 def _power(number: int) -> int:
     """The least power of two that is no smaller."""
     return 1 << max(number - 1, 0).bit_length()
+
+
+def _last_power(number: int) -> int:
+    """The largest power of two that is no larger, and at least 1."""
+    return 1 << max(number, 1).bit_length() - 1

@@ -62,16 +62,16 @@ class Comparison:
     def _on_duration(self, event: str, duration_secs: float, **_: Any) -> None:
         self.num_compiled += event == _COMPILED
 
-    def change(self) -> float:
-        """An adapter is updated, another goes, a new one comes; seconds of the first."""
+    def change(self) -> tuple[float, float]:
+        """An adapter is updated, another goes, a new one comes; seconds of the first and last."""
         first, *_, last = self.trees
         start = time.perf_counter()
         self.on.update_lora(self.loras[0].lora_name, last)
-        seconds = time.perf_counter() - start
+        updated = time.perf_counter()
         self.on.remove_lora(self.loras.pop(1).lora_name)
         self.loras.append(self.on.load_lora(f"{self.num_made}", first))
         self.num_made += 1
-        return seconds
+        return updated - start, time.perf_counter() - updated
 
     def run(self, kind: str) -> tuple[float, float]:
         """Seconds of the requests of a round, by the clock and of the processors."""
@@ -111,7 +111,7 @@ def main() -> None:
     pair = Comparison(args)
     report.add(part="ready", seconds=time.perf_counter() - start)
     times = collections.defaultdict[str, list[tuple[float, float]]](list)
-    changes: list[float] = []
+    changes: list[tuple[float, float]] = []
     kinds = ["off", "none", "many"]
     for number in range(args.rounds + 1):
         before = pair.num_compiled
@@ -135,7 +135,8 @@ def main() -> None:
             highest=float(ratios.max()),
             by_cpu=float(np.median(by_cpu)),
         )
-    report.add(part="update_lora", seconds=float(np.median(changes)))
+    updated, loaded = np.median(changes, axis=0).tolist()
+    report.add(part="changes", update_lora_s=updated, load_lora_s=loaded)
     if args.json is not None:
         report.write(args.json)
 

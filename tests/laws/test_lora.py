@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from folojax import LLM, LoRARequest, RequestOutput, SamplingParams, init_lora
+from folojax.runner import adapter_slots
 from folojax.steps.executables import Executable
 from tests.conftest import CompileCounter, check_is_empty
 from tests.families import save_family
@@ -225,6 +226,22 @@ def test_nothing_is_compiled_when_adapters_come_go_and_change(
         llm.generate(PROMPTS, GREEDY, False, one)
         llm.remove_lora(one.lora_name)
     assert counter.count == before
+
+
+def test_an_adapter_is_brought_to_a_free_slot_when_it_is_loaded(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host, params = tree_of(llm, 5), SamplingParams(temperature=0, max_tokens=4)
+    from_host = llm.load_lora("host", host)
+    given = jax.device_put(host)
+    # What lies on the device in full rank goes to its slot from there.
+    monkeypatch.setattr(adapter_slots, "fetch", lambda _: pytest.fail("it went by the host"))
+    from_device = llm.load_lora("device", given)
+    jax.tree.map(lambda leaf: leaf.delete(), given)  # nobody needs it any more
+    requests = [from_host, from_device, None]
+    outputs = llm.generate([PROMPTS[0]] * 3, params, False, requests)
+    first, second, plain = (output.outputs[0].token_ids for output in outputs)
+    assert first == second != plain
 
 
 def test_steps_without_adapters_are_the_plain_programs(

@@ -1,6 +1,7 @@
 """Products of rows with adapters of their own, in C++ and in XLA, against NumPy."""
 
 import functools
+from typing import Any
 from unittest import mock
 
 import jax
@@ -58,6 +59,30 @@ def test_what_does_not_fit_is_an_error() -> None:
     slot = jnp.zeros(3, jnp.int32)
     with pytest.raises(ValueError, match="does not fit adapters of"):
         add_low_rank(jnp.zeros((3, 9)), jnp.zeros((3, 6)), stack, slot)
+
+
+@pytest.mark.parametrize("is_ordered", [False, True])
+@pytest.mark.parametrize("num_rows", [5, 300])
+def test_a_kernel_of_a_gpu_adds_and_gates(num_rows: int, is_ordered: bool) -> None:
+    rng = np.random.default_rng(0)
+
+    def draw(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
+
+    a, b = draw(2, 3, 8, 64), (draw(3, 8, 32), draw(3, 8, 32))
+    x, out = draw(num_rows, 64), draw(num_rows, 64).astype(jnp.float32)
+    slot = jnp.asarray(rng.integers(0, 4, num_rows), jnp.int32)
+    options: Any = {"dtype": jnp.bfloat16, "is_ordered": is_ordered}
+    interpreted = functools.partial(pl.pallas_call, interpret=True)
+    with mock.patch.object(pl, "pallas_call", interpreted):
+        add: Any = functools.partial(low_rank_kernels.add_by_kernels, **options)
+        both, found = (add(x, out, slot, a, *b, is_gated=gated) for gated in (False, True))
+        one = add(x[:1], out[:1], slot[:1], a, *b, is_gated=True)
+    gate, up = jnp.split(both.astype(jnp.float32), 2, axis=1)
+    expected = (jax.nn.silu(gate) * up).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(np.float32(found), np.float32(expected))
+    if is_ordered or num_rows < 256:  # else the reduction of many rows is XLA's
+        np.testing.assert_array_equal(np.float32(one[0]), np.float32(found[0]))
 
 
 @pytest.mark.parametrize(
