@@ -106,10 +106,11 @@ class KnownAdapters:
 
     def update(self, name: str, adapter: Adapter) -> None:
         """Replaces an adapter; nothing is under way with it."""
-        self[name].adapter = adapter
-        self[name].version += 1
+        known = self[name]
         for slots in self._slots():
             slots.put(name, adapter)
+        known.adapter = adapter
+        known.version += 1
 
     def remove(self, name: str) -> None:
         """Forgets an adapter that no request has."""
@@ -124,9 +125,9 @@ class KnownAdapters:
         return known
 
     def _put(self, request: LoRARequest, adapter: Adapter) -> None:
-        self._known[request.lora_name] = Known(request, adapter)
         for slots in self._slots():
             slots.put(request.lora_name, adapter)
+        self._known[request.lora_name] = Known(request, adapter)
 
     def _check_new(self, request: LoRARequest) -> None:
         self._slots()

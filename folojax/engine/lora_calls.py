@@ -18,8 +18,9 @@ class LoraCalls(RequestLoop):
     def load_lora(self, lora_name: str, tree: Any, scale: float = 1.0) -> LoRARequest:
         """Takes in an adapter that is in memory.
 
-        Its arrays are used as they are, and must be alive whenever it may be brought to the
-        device: a slot there has a copy, as long as the adapter is among the latest `max_loras`.
+        It is brought to a slot on the device at once if one is free, which has a copy then. Where
+        more than `max_loras` adapters are known, its arrays are read again whenever it comes back
+        to a slot: they have to be alive and unchanged.
 
         Args:
             lora_name: Of no other adapter.

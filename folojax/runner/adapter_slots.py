@@ -98,13 +98,16 @@ class AdapterSlots:
     def put(self, name: str, adapter: Adapter) -> None:
         """Takes in an adapter, or another one in place of one of that name.
 
-        It is brought to the device at once if there is a slot that no adapter has.
+        It is brought to the device at once if it has a slot, or there is one that no adapter has.
+        Where that fails, such as for arrays that are deleted, it has no slot and is not taken in.
         """
+        slot = self._slots.pop(name, None)
+        if slot is None and len(self._slots) < self.count:
+            slot = self._free_slot()
+        if slot is not None:
+            self._write(slot, adapter)
+            self._slots[name] = slot
         self._known[name] = adapter
-        if name not in self._slots and len(self._slots) < self.count:
-            self._slots[name] = self._free_slot()
-        if name in self._slots:
-            self._write(self._slots[name], adapter)
 
     def remove(self, name: str) -> None:
         """Forgets an adapter that no row uses."""
@@ -175,6 +178,8 @@ class AdapterSlots:
                 (0, self.rank - host.shape[axis] if place == axis else 0) for place in (0, 1)
             ]
             host = np.pad(host, missing)
+        elif isinstance(given, np.ndarray) and given.flags.writeable:
+            host = host.copy()  # it may be the caller's, who may change it while it is under way
         return host if self._devices.count > 1 else jax.device_put(host, self._devices.whole)
 
 
@@ -209,8 +214,10 @@ def _write_block(
 
 @functools.lru_cache(maxsize=64)
 def _zeros(shape: tuple[int, int]) -> np.ndarray:
-    """An update of nothing."""
-    return np.zeros(shape, np.float32)
+    """An update of nothing, which nobody writes to."""
+    zeros = np.zeros(shape, np.float32)
+    zeros.flags.writeable = False
+    return zeros
 
 
 def _is_at(given: Any, device: jax.Device) -> bool:
