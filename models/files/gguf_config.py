@@ -156,17 +156,42 @@ def _rope(read: Read, tables: Tables, head_dim: int) -> dict[str, Any]:
         if attention_factor is not None:
             stated["attention_factor"] = attention_factor
         return rope | stated | {"rope_type": "longrope"}
-    kind, factor = read("rope.scaling.type", "none"), read("rope.scaling.factor", 1.0)
+    # As llama.cpp has it, a factor alone is one of linear scaling; the oldest files call it so.
+    kind = read("rope.scaling.type", "linear")
+    factor = read("rope.scaling.factor", None) or read("rope.scale_linear", None) or 1.0
     match kind:
-        case "none":
-            return rope | {"rope_type": "default"}
-        case "linear":
+        case "linear" if factor != 1.0:
             return rope | {"rope_type": "linear", "factor": factor}
+        case "none" | "linear":
+            return rope | {"rope_type": "default"}
         case "yarn":
-            ramp = {key: read(f"rope.scaling.yarn_{key}", None) for key in _RAMP}
-            stated |= {key: value for key, value in ramp.items() if value is not None}
-            return rope | stated | {"rope_type": "yarn", "factor": factor}
-    raise ValueError(f"rope scaling {kind!r} is not supported; supported: 'none', 'linear', 'yarn'")
+            return rope | stated | _yarn(read) | {"rope_type": "yarn", "factor": factor}
+    raise ValueError(
+        f"rope scaling {kind!r} is not supported; supported: 'none', 'linear', 'yarn'. Use the "
+        "model's safetensors version"
+    )
+
+
+def _yarn(read: Read) -> dict[str, Any]:
+    """What YaRN has beside its factor, as far as it is stated.
+
+    The factor of attention is what config.json calls so: converters copy it under either name, of
+    which llama.cpp takes the second for 1 where nobody states it.
+
+    Raises:
+        ValueError: rates are mixed otherwise than YaRN does.
+    """
+    ramp = read("rope.scaling.yarn_ext_factor", 1.0)
+    if ramp not in (1.0, -1.0):  # the latter: what is usual
+        raise ValueError(
+            f"rope.scaling.yarn_ext_factor is {ramp}; only 1 is supported: use the model's "
+            "safetensors version"
+        )
+    stated = {key: read(f"rope.scaling.yarn_{key}", None) for key in _RAMP}
+    copied = read("rope.scaling.attn_factor", None)
+    other = None if copied == 1.0 else copied
+    stated["attention_factor"] = read("rope.scaling.yarn_attn_factor", other)
+    return {key: value for key, value in stated.items() if value is not None}
 
 
 def _by_table(factors: np.ndarray, theta: float) -> dict[str, Any]:

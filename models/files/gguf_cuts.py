@@ -85,6 +85,11 @@ def takes_words_whole(pre: str | None) -> bool:
     return pre in (*_LLAMA3, *_TEKKEN)
 
 
+def begins_with_bos(pre: str | None) -> bool:
+    """Whether texts begin with the token for that where a file does not say, as in llama.cpp."""
+    return pre in (*_LLAMA3, *_TEKKEN)
+
+
 def normalizer(pre: str | None) -> normalizers.Normalizer | None:
     """What is done to text before it is cut."""
     composes = (*_QWEN2, "qwen35", "command-r", "tiny_aya", "olmo")

@@ -65,7 +65,7 @@ def gemma4(read: Read) -> dict[str, Any]:
         "head_dim": read("attention.key_length_swa"),
         "rope_head_dim": read("attention.key_length"),
         "global_head_dim": read("attention.key_length"),
-        "num_key_value_heads": kv_heads.get(True, kv_heads[False]),
+        "num_key_value_heads": kv_heads.get(True, kv_heads.get(False)),
         "num_global_key_value_heads": kv_heads.get(False),
         "rope_local_base_freq": read("rope.freq_base_swa", 10_000.0),
         "final_logit_softcapping": read("final_logit_softcapping", None),

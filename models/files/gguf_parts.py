@@ -13,7 +13,7 @@ def parts_of(path: Path) -> list[Path]:
     """All files of the model that a file is or is a part of, in their order.
 
     Raises:
-        ValueError: some are not beside it.
+        ValueError: some are not beside it, or its number is none of theirs.
     """
     found = _PART.fullmatch(path.name)
     if found is None:
@@ -21,6 +21,8 @@ def parts_of(path: Path) -> list[Path]:
     prefix, _, count = found.groups()
     numbers = range(1, int(count) + 1)
     parts = [path.with_name(f"{prefix}-{number:05}-of-{count}.gguf") for number in numbers]
+    if path not in parts:
+        raise ValueError(f"{path} is none of {len(parts)} parts: name it as llama-gguf-split does")
     missing = [part.name for part in parts if not part.is_file()]
     if missing:
         raise ValueError(
@@ -28,7 +30,7 @@ def parts_of(path: Path) -> list[Path]:
             + (f", nor {len(missing) - 1} others" if len(missing) > 1 else "")
             + ": put all parts into one folder"
         )
-    return parts or [path]
+    return parts
 
 
 def read_parts(parts: Sequence[Path]) -> tuple[dict[str, Any], dict[str, Any]]:

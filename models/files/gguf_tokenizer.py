@@ -10,7 +10,12 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 
-from folojax.models.files.gguf_cuts import normalizer, pre_tokenizer, takes_words_whole
+from folojax.models.files.gguf_cuts import (
+    begins_with_bos,
+    normalizer,
+    pre_tokenizer,
+    takes_words_whole,
+)
 
 # Values of tokenizer.ggml.token_type, as llama.cpp numbers them.
 CONTROL, USER_DEFINED = 3, 4
@@ -88,7 +93,11 @@ def build_tokenizer(metadata: dict[str, Any]) -> Tokenizer:
         if token_type in (CONTROL, USER_DEFINED) and tokenizer.token_to_id(token) == index:
             is_special = token_type == CONTROL
             tokenizer.add_tokens([AddedToken(token, normalized=False, special=is_special)])
-    if metadata.get("tokenizer.ggml.add_bos_token", kind != "gpt2"):
+    has_bos = kind != "gpt2" or (
+        begins_with_bos(metadata.get("tokenizer.ggml.pre"))
+        and "tokenizer.ggml.bos_token_id" in metadata
+    )
+    if metadata.get("tokenizer.ggml.add_bos_token", has_bos):
         bos = _token(metadata, "bos")
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A",

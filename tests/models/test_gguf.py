@@ -14,6 +14,8 @@ import pytest
 
 from folojax.models.files import gguf_conversion
 from folojax.models.files.checkpoint import build_module, load_params, open_checkpoint
+from folojax.models.files.gguf_config import hf_config
+from folojax.models.files.gguf_families import GGUF_FAMILIES
 from folojax.models.files.gguf_tokenizer import build_tokenizer
 from folojax.models.files.save import params_to_hf
 from folojax.models.machine.artefacts import build_once, cache_root
@@ -320,6 +322,75 @@ def test_pre_tokenizers_differ_as_their_names_say():
 def test_a_beginning_token_is_added_if_the_file_says_so():
     ids = build_tokenizer(tiny_metadata(tokenizer__ggml__add_bos_token=True)).encode("ab").ids
     assert ids == [0, 6]
+
+
+@pytest.mark.parametrize(
+    ("pre", "changes", "begins"),
+    [
+        ("llama-bpe", {}, True),
+        ("tekken", {}, True),
+        ("llama-bpe", {"tokenizer__ggml__add_bos_token": False}, False),
+        ("llama-bpe", {"tokenizer__ggml__bos_token_id": None}, False),
+        ("smaug-bpe", {}, False),
+        ("qwen2", {}, False),
+    ],
+)
+def test_where_a_file_does_not_say_a_text_begins_as_in_llama_cpp(pre, changes, begins):
+    """Many files of Llama 3 do not."""
+    metadata = tiny_metadata(tokenizer__ggml__pre=pre, **changes)
+    assert build_tokenizer(metadata).encode("ab").ids == [0] * begins + [6]
+
+
+@pytest.mark.parametrize(
+    ("stated", "expected"),
+    [
+        ({}, {"rope_type": "default"}),
+        ({"scaling.factor": 4.0}, {"rope_type": "linear", "factor": 4.0}),
+        ({"scale_linear": 2.0}, {"rope_type": "linear", "factor": 2.0}),
+        ({"scaling.factor": 0.0}, {"rope_type": "default"}),
+        ({"scaling.factor": 4.0, "scaling.type": "none"}, {"rope_type": "default"}),
+        ({"scaling.type": "linear"}, {"rope_type": "default"}),
+        (
+            {"scaling.type": "yarn", "scaling.factor": 4.0, "scaling.attn_factor": 1.0},
+            {"rope_type": "yarn", "factor": 4.0},
+        ),
+        (
+            {"scaling.type": "yarn", "scaling.factor": 4.0, "scaling.attn_factor": 1.25},
+            {"rope_type": "yarn", "factor": 4.0, "attention_factor": 1.25},
+        ),
+        (
+            {
+                "scaling.type": "yarn",
+                "scaling.factor": 4.0,
+                "scaling.yarn_attn_factor": 1.0,
+                "scaling.yarn_ext_factor": 1.0,
+                "scaling.yarn_beta_fast": 16.0,
+            },
+            {"rope_type": "yarn", "factor": 4.0, "attention_factor": 1.0, "beta_fast": 16.0},
+        ),
+    ],
+)
+def test_rotary_scaling_is_what_llama_cpp_takes_it_for(stated, expected):
+    metadata = tiny_metadata(general__architecture="llama") | {
+        f"llama.rope.{key}": value for key, value in stated.items()
+    }
+    config = hf_config(metadata, GGUF_FAMILIES["llama"], {}, ())
+    assert config["rope_parameters"] == {"rope_theta": 10_000.0} | expected
+
+
+@pytest.mark.parametrize(
+    ("stated", "message"),
+    [
+        ({"type": "longrope"}, "'longrope' is not supported.* Use the model's safetensors"),
+        ({"type": "yarn", "yarn_ext_factor": 0.5}, "yarn_ext_factor is 0.5.*use the model's"),
+    ],
+)
+def test_rotary_scaling_of_other_kinds_is_refused(stated, message):
+    metadata = tiny_metadata(general__architecture="llama") | {
+        f"llama.rope.scaling.{key}": one for key, one in stated.items()
+    }
+    with pytest.raises(ValueError, match=message):
+        hf_config(metadata, GGUF_FAMILIES["llama"], {}, ())
 
 
 def test_an_interrupted_build_is_not_taken_for_complete(tmp_path):

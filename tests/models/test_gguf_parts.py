@@ -52,6 +52,9 @@ def test_parts_that_are_missing_or_mistaken_are_told(tmp_path: Path) -> None:
     gguf_writer.write(paths[3], "llama", {"split.no": 3, "split.count": 4}, {})
     with pytest.raises(ValueError, match="and its parts have 8 tensors of 11"):
         open_checkpoint(paths[1])
+    (tmp_path / "tiny-00005-of-00004.gguf").write_bytes(third)
+    with pytest.raises(ValueError, match=r"00005-of-00004.gguf is none of 4 parts: name it as"):
+        open_checkpoint(tmp_path / "tiny-00005-of-00004.gguf")
     paths[1].rename(tmp_path / "other.gguf")
     with pytest.raises(
         ValueError, match=r"it says that it is part 1 of 4, .* is 0 of 1: name parts"
