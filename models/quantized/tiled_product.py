@@ -52,7 +52,7 @@ def _cut(num_rows: int, outputs: int, blocks: int) -> _Cut:
     """Measured on an H200 (docs/gpu.md)."""
     if num_rows <= 64:
         rows = max(16, 1 << (num_rows - 1).bit_length())
-        cut, enough = _Cut(128 if outputs % 128 == 0 else 64, rows, 4 if rows <= 32 else 3), _ENOUGH
+        cut, enough = _Cut(128 if outputs % 128 == 0 else 64, rows, 3), _ENOUGH
     else:
         # More parts cost more in sums than they gain.
         cut, enough = _Cut(64, 128, 3), _ENOUGH // 2
