@@ -260,12 +260,9 @@ def _multiplied(name: str, array: np.ndarray, config: Any) -> np.ndarray:
 
 def _llama_cpp_layout(name: str, array: np.ndarray, architecture: str, config: Any) -> np.ndarray:
     role = re.sub(r"^blk\.\d+\.", "", name)
-    if architecture in PERMUTED and role in (
-        "attn_q.weight",
-        "attn_k.weight",
-    ):
+    if architecture in PERMUTED and re.fullmatch(r"attn_[qk]\.(weight|bias)", role):
         heads = config["num_attention_heads" if "_q" in role else "num_key_value_heads"]
-        halves = array.reshape(heads, 2, array.shape[0] // heads // 2, array.shape[1])
+        halves = array.reshape(heads, 2, array.shape[0] // heads // 2, *array.shape[1:])
         return halves.swapaxes(1, 2).reshape(array.shape)
     if architecture in ("gemma", "gemma2", "gemma3", "nemotron") and role.endswith("norm.weight"):
         return array + 1

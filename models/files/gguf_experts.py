@@ -155,7 +155,16 @@ def mistral4(read: Read) -> dict[str, Any]:
 
 
 def llama4(read: Read) -> dict[str, Any]:
-    """What never differed is not stated; queries and keys of Maverick alone are not normed."""
+    """What never differed is not stated; queries and keys of Maverick alone are not normed.
+
+    Raises:
+        ValueError: it is another family of that name.
+    """
+    if read("attention.sliding_window", None) == 0:
+        raise ValueError(
+            "llama4 with attention.sliding_window 0 (MobileLLM-R1) is not supported: use a model "
+            "of a family that docs/gguf.md lists"
+        )
     return {
         "intermediate_size": read("expert_feed_forward_length"),
         "intermediate_size_mlp": read("feed_forward_length"),

@@ -14,6 +14,8 @@ _BY_VALUE_HEAD = (
 )
 """Tensors of Qwen3.5 whose last rows, or all, are those of heads of values."""
 
+_PERMUTED = ("attn_q.weight", "attn_k.weight", "attn_q.bias", "attn_k.bias")
+
 _WITH_KEYS = _BY_VALUE_HEAD[:2]
 
 
@@ -29,8 +31,8 @@ def in_hf_layout(
     role, sizes = role_of(name), config.recurrent
     if family.norm_offset and role.endswith("norm.weight") and role != "ssm_norm.weight":
         return array - np.float32(family.norm_offset)
-    if family.is_permuted and role in ("attn_q.weight", "attn_k.weight"):
-        heads = config.num_heads if role == "attn_q.weight" else config.num_kv_heads
+    if family.is_permuted and role in _PERMUTED:
+        heads = config.num_heads if role.startswith("attn_q") else config.num_kv_heads
         array = _half_rotation_rows(array, heads)
     if role == "ssm_a":  # -exp(A_log)
         array = np.log(-array)
@@ -67,12 +69,12 @@ def _grouped_rows(array: np.ndarray, sizes: Recurrent, start: int) -> np.ndarray
 
 
 def _half_rotation_rows(array: np.ndarray, num_heads: int) -> np.ndarray:
-    """Undoes llama.cpp's order of query and key rows.
+    """Undoes llama.cpp's order of query and key rows, and of their biases.
 
     llama.cpp rotates neighbours, Hugging Face dimension d with d + D/2, so its converter
     interleaves the two halves of every head (`LlamaModel.permute` in convert_hf_to_gguf.py):
         Hugging Face   a0 a1 .. b0 b1 ..        GGUF   a0 b0 a1 b1 ..
     """
-    rows, width = array.shape
-    pairs = array.reshape(num_heads, rows // num_heads // 2, 2, width)
-    return pairs.swapaxes(1, 2).reshape(rows, width)
+    rows, *width = array.shape
+    pairs = array.reshape(num_heads, rows // num_heads // 2, 2, *width)
+    return pairs.swapaxes(1, 2).reshape(array.shape)

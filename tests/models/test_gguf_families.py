@@ -76,6 +76,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama/mistral": ("mistral", {}),
     "llama/linear": ("llama-rope-linear", {}),
     "llama/mixtral": ("mixtral", {}),
+    "llama/biases": ("llama-biases", {"mlp_bias": False}),
     "qwen2": ("qwen2", {}),
     "qwen3": ("qwen3", {}),
     "qwen3moe": ("qwen3-moe", {}),
@@ -270,6 +271,7 @@ def test_codes_of_experts_stay_codes_where_a_checkpoint_has_them_in_one(
     [
         ("deepseek2", "expert_gating_func", 1, "expert_gating_func is 1, .* has 2: use its safet"),
         ("deepseek2", "attention.temperature_scale", 0.1, "Mistral Large 3.*: use a model of"),
+        ("llama4", "attention.sliding_window", 0, "MobileLLM.* is not supported: use a model of"),
         ("glm4", "rope.dimension_sections", [2, 1, 1, 0], "GLM-4V.* is not supported: use a model"),
     ],
 )
