@@ -28,7 +28,7 @@ from folojax.models.quantized.codes import Codes
 from folojax.models.quantized.group_kernels import GROUP
 
 # Part of the artefact's name: raise it when what the conversion writes changes.
-_CONVERTER_VERSION = 12
+_CONVERTER_VERSION = 13
 
 _CODE_BITS = {"Q4_0": 4, "Q8_0": 8, "Q4_K": 4}
 """Of quantisations whose weights are codes in groups of 32 times a scale, Q4_K's plus an offset."""

@@ -6,6 +6,8 @@ from folojax.models.files.gguf_family import (
     Read,
     expert_sizes,
     experts_alone,
+    kinds_of,
+    local_layers,
     num_layers,
     shortest,
     window,
@@ -82,7 +84,8 @@ def minimax(read: Read) -> dict[str, Any]:
 def gpt_oss(read: Read) -> dict[str, Any]:
     """Of gpt-oss, whose rates have no whole steps."""
     size = read("attention.sliding_window")
-    return minimax(read) | {"sliding_window": size, "further_rope": {"truncate": False}}
+    kinds = {"sliding_window": size, "layer_types": kinds_of(local_layers(read, 2))}
+    return minimax(read) | kinds | {"further_rope": {"truncate": False}}
 
 
 def deepseek2(read: Read) -> dict[str, Any]:

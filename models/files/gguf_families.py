@@ -13,6 +13,7 @@ from folojax.models.files.gguf_family import (
     Read,
     experts_alone,
     kinds_of,
+    local_layers,
     num_layers,
     window,
 )
@@ -26,8 +27,11 @@ def _command(read: Read) -> dict[str, Any]:
 
 
 def _command2(read: Read) -> dict[str, Any]:
-    """Every fourth layer is without a window, and the file does not say so."""
-    return _command(read) | {"sliding_window": read("attention.sliding_window")}
+    """Every fourth layer is without a window, which few files say."""
+    return _command(read) | {
+        "sliding_window": read("attention.sliding_window"),
+        "layer_types": kinds_of(local_layers(read, 4)),
+    }
 
 
 def _ministral3(read: Read) -> dict[str, Any]:
@@ -42,13 +46,11 @@ def _ministral3(read: Read) -> dict[str, Any]:
 
 
 def _exaone4(read: Read) -> dict[str, Any]:
-    """Without a window all layers are alike; else every fourth has none, unless a list says so."""
-    words, is_local = window(read), read("attention.sliding_window_pattern", None)
-    if words["sliding_window"] is None:
-        words["layer_types"] = [FULL] * num_layers(read)
-    elif isinstance(is_local, list):
-        words["layer_types"] = kinds_of(is_local)
-    return words
+    """Without a window all layers are alike; else every fourth has none, unless the file says so."""
+    size = window(read)
+    has_one = size["sliding_window"] is not None
+    kinds = kinds_of(local_layers(read, 4)) if has_one else [FULL] * num_layers(read)
+    return size | {"layer_types": kinds}
 
 
 def _squared(read: Read) -> dict[str, Any]:
@@ -74,13 +76,10 @@ def _glm4(read: Read) -> dict[str, Any]:
 
 
 def _olmo3(read: Read) -> dict[str, Any]:
-    """Every fourth layer is without a window unless a list says so; only its rates are scaled."""
-    size, is_local = window(read), read("attention.sliding_window_pattern", None)
-    if not isinstance(is_local, list):
-        is_local = [(layer + 1) % 4 != 0 for layer in range(num_layers(read))]
-    base = read("rope.freq_base")
+    """Every fourth layer is without a window, or as the file says; only its rates are scaled."""
+    kinds, base = kinds_of(local_layers(read, 4)), read("rope.freq_base")
     local = read("rope.freq_base_swa", base)
-    return size | {"layer_types": kinds_of(is_local), "rope_local_base_freq": local}
+    return window(read) | {"layer_types": kinds, "rope_local_base_freq": local}
 
 
 _CONV_BIAS = {"conv_bias": "shortconv.conv.bias"}

@@ -66,6 +66,18 @@ def kinds_of(is_local: list[bool]) -> list[str]:
     return [LOCAL if one else FULL for one in is_local]
 
 
+def local_layers(read: Read, *period: int) -> list[bool]:
+    """Which layers have a window: what a list says, or all but every so many-th.
+
+    Some files have a number in the place of a list; `period` is that of files that have neither,
+    without which these are refused.
+    """
+    stated, count = read("attention.sliding_window_pattern", *period), num_layers(read)
+    if isinstance(stated, list):
+        return stated[:count]
+    return [(layer + 1) % stated != 0 for layer in range(count)]
+
+
 def experts_alone(read: Read) -> dict[str, Any]:
     """How many experts there are, and how many a token goes to."""
     return {

@@ -3,10 +3,12 @@
 import statistics
 from typing import Any
 
-from folojax.models.files.gguf_family import Read, by_layer, kinds_of, shortest
+from folojax.models.files.gguf_family import Read, by_layer, kinds_of, local_layers, shortest
 
 
-def gemma(read: Read, num_layers_of_27b: int, final_cap: float | None) -> dict[str, Any]:
+def gemma(
+    read: Read, num_layers_of_27b: int, period: int, final_cap: float | None
+) -> dict[str, Any]:
     """The file does not say by what queries are scaled: by head_dim, but for the largest model."""
     scalar = read("attention.key_length", 256)
     if read("block_count") == num_layers_of_27b:
@@ -14,6 +16,7 @@ def gemma(read: Read, num_layers_of_27b: int, final_cap: float | None) -> dict[s
     return {
         "query_pre_attn_scalar": scalar,
         "sliding_window": read("attention.sliding_window", 4096),
+        "layer_types": kinds_of(local_layers(read, period)),
         "hidden_activation": "gelu_pytorch_tanh",
         "final_logit_softcapping": read("final_logit_softcapping", final_cap),
     }
@@ -22,13 +25,13 @@ def gemma(read: Read, num_layers_of_27b: int, final_cap: float | None) -> dict[s
 def gemma2(read: Read) -> dict[str, Any]:
     """Of Gemma 2."""
     cap = {"attn_logit_softcapping": read("attn_logit_softcapping", 50.0)}
-    return cap | gemma(read, num_layers_of_27b=46, final_cap=30.0)
+    return cap | gemma(read, num_layers_of_27b=46, period=2, final_cap=30.0)
 
 
 def gemma3(read: Read) -> dict[str, Any]:
     """Of Gemma 3."""
     local = {"rope_local_base_freq": read("rope.freq_base_swa", 10_000.0)}
-    return local | gemma(read, num_layers_of_27b=62, final_cap=None)
+    return local | gemma(read, num_layers_of_27b=62, period=6, final_cap=None)
 
 
 def gemma3n(read: Read) -> dict[str, Any]:
@@ -55,7 +58,7 @@ def gemma3n(read: Read) -> dict[str, Any]:
 
 def gemma4(read: Read) -> dict[str, Any]:
     """Its `key_length` is of layers without a window; the model calls that the global one."""
-    is_local = by_layer(read, "attention.sliding_window_pattern")
+    is_local = local_layers(read)
     kv_heads = dict(zip(is_local, by_layer(read, "attention.head_count_kv"), strict=True))
     widths, shared = by_layer(read, "feed_forward_length"), read("attention.shared_kv_layers", 0)
     return {

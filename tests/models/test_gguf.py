@@ -15,7 +15,7 @@ import pytest
 from folojax.models.files import gguf_conversion
 from folojax.models.files.checkpoint import build_module, load_params, open_checkpoint
 from folojax.models.files.gguf_config import hf_config
-from folojax.models.files.gguf_families import GGUF_FAMILIES
+from folojax.models.files.gguf_families import GGUF_FAMILIES, gguf_family
 from folojax.models.files.gguf_tokenizer import build_tokenizer
 from folojax.models.files.save import params_to_hf
 from folojax.models.machine.artefacts import build_once, cache_root
@@ -376,6 +376,38 @@ def test_rotary_scaling_is_what_llama_cpp_takes_it_for(stated, expected):
     }
     config = hf_config(metadata, GGUF_FAMILIES["llama"], {}, ())
     assert config["rope_parameters"] == {"rope_theta": 10_000.0} | expected
+
+
+@pytest.mark.parametrize(
+    ("family", "period"),
+    [("cohere2", 4), ("exaone4", 4), ("gemma2", 2), ("gemma3", 6), ("gpt-oss", 2), ("olmo2", 4)],
+)
+def test_layers_with_a_window_are_told_by_a_list_or_a_number(family, period):
+    """Or, where a file has neither, by what all models of the family have."""
+    numbers = {"attention.layer_norm_epsilon": 1e-5, "attention.sliding_window": 8}
+    numbers |= {"expert_count": 4, "expert_used_count": 2, "expert_feed_forward_length": 8}
+    numbers |= {"block_count": 6, "rope.freq_base": 1e4, "logit_scale": 1.0}
+    plain = tiny_metadata(general__architecture=family)
+    metadata = {name.replace("llama.", f"{family}."): value for name, value in plain.items()}
+    metadata |= {f"{family}.{key}": value for key, value in numbers.items()}
+    pattern = f"{family}.attention.sliding_window_pattern"
+
+    def global_layers(stated):
+        config = hf_config(metadata | stated, gguf_family(metadata | stated), {}, ())
+        kinds = config["layer_types"]
+        assert len(kinds) == 6
+        return [layer for layer, kind in enumerate(kinds) if kind == "full_attention"]
+
+    assert global_layers({}) == list(range(period - 1, 6, period))
+    assert global_layers({pattern: 3}) == [2, 5]
+    assert global_layers({pattern: [False, True, True, True, False, True]}) == [0, 4]
+
+
+def test_a_gemma_4_file_without_its_kinds_of_layers_is_told_what_it_lacks():
+    plain = tiny_metadata(general__architecture="gemma4")
+    metadata = {name.replace("llama.", "gemma4."): value for name, value in plain.items()}
+    with pytest.raises(ValueError, match="lacks .*gemma4.attention.sliding_window_pattern"):
+        hf_config(metadata, GGUF_FAMILIES["gemma4"], {}, ())
 
 
 @pytest.mark.parametrize(
