@@ -332,7 +332,10 @@ class ModelConfig:
         few = self.num_groups_per_token
         is_grouped = self.num_expert_groups > 1
         if is_grouped and (
-            rest or size < self.num_best_of_group or few * size < self.num_experts_per_token
+            rest
+            or few > self.num_expert_groups
+            or size < self.num_best_of_group
+            or few * size < self.num_experts_per_token
         ):
             found.append(
                 f"{self.num_experts} experts in {self.num_expert_groups} groups, {few} for a token"

@@ -141,9 +141,15 @@ def _ends(metadata: Metadata) -> list[int]:
 
 
 def _rope(read: Read, tables: Tables, head_dim: int) -> dict[str, Any]:
-    """Rotary settings in the words of transformers 5."""
+    """Rotary settings in the words of transformers 5.
+
+    Raises:
+        ValueError: more turns than there is, or nothing, or the scaling is not supported.
+    """
     rope: dict[str, Any] = {"rope_theta": read("rope.freq_base", 10_000.0)}
     turning = read("rope.dimension_count", head_dim)
+    if not 0 < turning <= head_dim:
+        raise ValueError(f"rope.dimension_count is {turning}; heads have {head_dim} dimensions")
     if turning != head_dim:
         rope["partial_rotary_factor"] = turning / head_dim
     if "rope_freqs.weight" in tables:

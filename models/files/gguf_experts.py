@@ -163,10 +163,10 @@ def llama4(read: Read) -> dict[str, Any]:
     Raises:
         ValueError: it is another family of that name.
     """
-    if read("attention.sliding_window", None) == 0:
+    if read("attention.sliding_window", None) == 0 or read("interleave_moe_layer_step") == 0:
         raise ValueError(
-            "llama4 with attention.sliding_window 0 (MobileLLM-R1) is not supported: use a model "
-            "of a family that docs/gguf.md lists"
+            "llama4 with attention.sliding_window or interleave_moe_layer_step 0 (MobileLLM-R1) is "
+            "not supported: use a model of a family that docs/gguf.md lists"
         )
     return {
         "intermediate_size": read("expert_feed_forward_length"),

@@ -56,9 +56,20 @@ def num_layers(read: Read) -> int:
 
 
 def by_layer(read: Read, key: str) -> list[Any]:
-    """What a list says of each layer; a number says it of all."""
+    """What a list says of each layer; a number says it of all.
+
+    Raises:
+        ValueError: the list ends before the layers do.
+    """
     value, count = read(key), num_layers(read)
-    return value[:count] if isinstance(value, list) else [value] * count
+    return _listed(key, value, count) if isinstance(value, list) else [value] * count
+
+
+def _listed(key: str, value: list[Any], count: int) -> list[Any]:
+    """The entries of as many layers; those that guess further tokens may have some too."""
+    if len(value) < count:
+        raise ValueError(f"{key} has {len(value)} entries for {count} layers: it needs as many")
+    return value[:count]
 
 
 def kinds_of(is_local: list[bool]) -> list[str]:
@@ -71,10 +82,14 @@ def local_layers(read: Read, *period: int) -> list[bool]:
 
     Some files have a number in the place of a list; `period` is that of files that have neither,
     without which these are refused.
+
+    Raises:
+        ValueError: the list ends before the layers do.
     """
-    stated, count = read("attention.sliding_window_pattern", *period), num_layers(read)
+    key, count = "attention.sliding_window_pattern", num_layers(read)
+    stated = read(key, *period)
     if isinstance(stated, list):
-        return stated[:count]
+        return _listed(key, stated, count)
     return [(layer + 1) % stated != 0 for layer in range(count)]
 
 

@@ -272,19 +272,34 @@ def test_codes_of_experts_stay_codes_where_a_checkpoint_has_them_in_one(
         ("deepseek2", "expert_gating_func", 1, "expert_gating_func is 1, .* has 2: use its safet"),
         ("deepseek2", "attention.temperature_scale", 0.1, "Mistral Large 3.*: use a model of"),
         ("llama4", "attention.sliding_window", 0, "MobileLLM.* is not supported: use a model of"),
+        ("llama4", "interleave_moe_layer_step", 0, "MobileLLM.* is not supported: use a model of"),
         ("glm4", "rope.dimension_sections", [2, 1, 1, 0], "GLM-4V.* is not supported: use a model"),
     ],
 )
 def test_others_that_call_themselves_alike_are_refused(
     case: str, key: str, value: Any, message: str, tmp_path: Path
 ) -> None:
-    family, changes = CASES[case]
-    model = save_family(family, tmp_path / "hf", changes)
-    gguf_writer.convert(model, tmp_path / "hf", case, tmp_path / "tiny.gguf")
-    metadata, tensors = contents(tmp_path / "tiny.gguf")
-    gguf_writer.write(tmp_path / "other.gguf", case, metadata | {f"{case}.{key}": value}, tensors)
+    path = changed_file(case, key, value, tmp_path)
     with pytest.raises(ValueError, match=message):
-        open_checkpoint(tmp_path / "other.gguf")
+        open_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("case", "key", "value", "message"),
+    [
+        ("llama", "rope.dimension_count", 0, "dimension_count is 0; heads have 16 dimensions"),
+        ("llama", "rope.dimension_count", 32, "dimension_count is 32; heads have 16 dimensions"),
+        ("gemma4", "attention.sliding_window_pattern", [True], "pattern has 1 entries for 4 layers"),
+        ("deepseek2", "expert_group_used_count", 9, "8 experts in 2 groups, 9 for a token"),
+        ("nemotron_h", "feed_forward_length", [0, 32], "length has 2 entries for 4 layers"),
+    ],
+)
+def test_numbers_that_do_not_fit_the_layers_are_told(
+    case: str, key: str, value: Any, message: str, tmp_path: Path
+) -> None:
+    path = changed_file(case, key, value, tmp_path)
+    with pytest.raises(ValueError, match=message):
+        open_checkpoint(path)
 
 
 def test_rows_that_do_not_fit_are_told(tmp_path: Path) -> None:
@@ -295,6 +310,17 @@ def test_rows_that_do_not_fit_are_told(tmp_path: Path) -> None:
     gguf_writer.write(tmp_path / "cut.gguf", "chatglm", metadata, tensors)
     with pytest.raises(ValueError, match=r"blk.1.attn_qkv.weight has \(112, 64\), .* \(128, 64\)"):
         open_checkpoint(tmp_path / "cut.gguf")
+
+
+def changed_file(case: str, key: str, value: Any, directory: Path) -> Path:
+    """A file that says something else under a key of its architecture."""
+    family, changes = CASES[case]
+    model = save_family(family, directory / "hf", changes)
+    gguf_writer.convert(model, directory / "hf", case, directory / "tiny.gguf")
+    metadata, tensors = contents(directory / "tiny.gguf")
+    path = directory / "other.gguf"
+    gguf_writer.write(path, case, metadata | {f"{case}.{key}": value}, tensors)
+    return path
 
 
 def contents(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
