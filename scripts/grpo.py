@@ -42,6 +42,11 @@ LENGTH = 28
 MAX_TOKENS = 8
 CLIP = 0.2
 LORA_SCALE = 2.0
+FULL_RATE = 1e-5
+LORA_RATE = 4e-4
+"""Forty times that of all parameters: `b` begins at zero and is seen through the few rows of `a`, so
+that at 2e-4 the reward still lags behind full training's after 40 steps, and at 1e-3 it rises as
+fast and falls back."""
 
 
 def make_prompts(rng: np.random.Generator, count: int) -> tuple[list[str], list[int]]:
@@ -183,7 +188,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=4, help="groups of a step")
     parser.add_argument("--samples", type=int, default=8, help="completions of a prompt")
     parser.add_argument("--lora", type=int, default=0, metavar="R", help="rank of an adapter")
-    parser.add_argument("--learning-rate", type=float, help="default: 1e-5; of an adapter 2e-4")
+    parser.add_argument("--learning-rate", type=float, help="default: 1e-5; of an adapter 4e-4")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--deterministic", action="store_true", help="rollouts score to the bit")
     parser.add_argument("--plot", type=Path, default=Path("grpo.png"))
@@ -192,7 +197,7 @@ def main() -> None:
     if importlib.util.find_spec("matplotlib") is None:
         parser.error("the plot at the end needs matplotlib: pip install matplotlib")
     if args.learning_rate is None:
-        args.learning_rate = 2e-4 if args.lora else 1e-5
+        args.learning_rate = LORA_RATE if args.lora else FULL_RATE
     history = train(args)
     if args.log is not None:
         args.log.write_text("".join(json.dumps(entry) + "\n" for entry in history))
