@@ -44,9 +44,8 @@ CLIP = 0.2
 LORA_SCALE = 2.0
 FULL_RATE = 1e-5
 LORA_RATE = 4e-4
-"""Forty times that of all parameters: `b` begins at zero and is seen through the few rows of `a`, so
-that at 2e-4 the reward still lags behind full training's after 40 steps, and at 1e-3 it rises as
-fast and falls back."""
+"""Forty times that of all parameters, by trying seed 0 with rank 16: at 2e-4 the reward of 40 steps
+lags far behind full training's, at 1e-3 it rises as fast and falls back."""
 
 
 def make_prompts(rng: np.random.Generator, count: int) -> tuple[list[str], list[int]]:
