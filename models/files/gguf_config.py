@@ -148,9 +148,9 @@ def _rope(read: Read, tables: Tables, head_dim: int) -> dict[str, Any]:
     """
     rope: dict[str, Any] = {"rope_theta": read("rope.freq_base", 10_000.0)}
     turning = read("rope.dimension_count", head_dim)
-    if not 0 < turning <= head_dim:
-        raise ValueError(f"rope.dimension_count is {turning}; heads have {head_dim} dimensions")
     if turning != head_dim:
+        if not 0 < turning < head_dim:
+            raise ValueError(f"rope.dimension_count is {turning}; heads have {head_dim} dimensions")
         rope["partial_rotary_factor"] = turning / head_dim
     if "rope_freqs.weight" in tables:
         return rope | _by_table(tables["rope_freqs.weight"], rope["rope_theta"])
