@@ -136,7 +136,9 @@ LLM_ARGUMENTS = {
     "num_speculative_tokens": Name((0,), _NO_DRAFTS),
     "max_cpu_loras": Name(ANY),  # all that were named stay in memory
     "lora_dtype": Name(("auto",), "adapters have the model's dtype"),
-    "fully_sharded_loras": Name((False,), "over devices updates are cut as their kernels are: leave it out"),
+    "fully_sharded_loras": Name(
+        (False,), "over devices updates are cut as their kernels are: leave it out"
+    ),
     "default_mm_loras": Name(({},), _TEXT_ONLY),
     "structured_outputs_config": Name(
         ({}, {"backend": "auto"}, {"backend": "guidance"}), _STRUCTURED

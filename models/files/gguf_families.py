@@ -46,7 +46,7 @@ def _ministral3(read: Read) -> dict[str, Any]:
 
 
 def _exaone4(read: Read) -> dict[str, Any]:
-    """Without a window all layers are alike; else every fourth has none, unless the file says so."""
+    """Without a window all layers are alike; else every fourth has none, or those that it says."""
     size = window(read)
     has_one = size["sliding_window"] is not None
     kinds = kinds_of(local_layers(read, 4)) if has_one else [FULL] * num_layers(read)

@@ -406,7 +406,7 @@ def test_layers_with_a_window_are_told_by_a_list_or_a_number(family, period):
 def test_a_gemma_4_file_without_its_kinds_of_layers_is_told_what_it_lacks():
     plain = tiny_metadata(general__architecture="gemma4")
     metadata = {name.replace("llama.", "gemma4."): value for name, value in plain.items()}
-    with pytest.raises(ValueError, match="lacks .*gemma4.attention.sliding_window_pattern"):
+    with pytest.raises(ValueError, match=r"lacks .*gemma4\.attention\.sliding_window_pattern"):
         hf_config(metadata, GGUF_FAMILIES["gemma4"], {}, ())
 
 

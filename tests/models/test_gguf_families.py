@@ -289,7 +289,7 @@ def test_others_that_call_themselves_alike_are_refused(
     [
         ("llama", "rope.dimension_count", 0, "dimension_count is 0; heads have 16 dimensions"),
         ("llama", "rope.dimension_count", 32, "dimension_count is 32; heads have 16 dimensions"),
-        ("gemma4", "attention.sliding_window_pattern", [True], "pattern has 1 entries for 4 layers"),
+        ("gemma4", "attention.sliding_window_pattern", [True], "has 1 entries for 4 layers"),
         ("deepseek2", "expert_group_used_count", 9, "8 experts in 4 groups, 9 for a token"),
         ("nemotron_h", "feed_forward_length", [0, 32], "length has 2 entries for 4 layers"),
     ],
