@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import chex
 import gguf
@@ -14,11 +13,8 @@ import pytest
 
 from folojax.models.files import gguf_conversion
 from folojax.models.files.checkpoint import build_module, load_params, open_checkpoint
-from folojax.models.files.gguf_config import hf_config
-from folojax.models.files.gguf_families import GGUF_FAMILIES, gguf_family
 from folojax.models.files.gguf_tokenizer import build_tokenizer
 from folojax.models.files.save import params_to_hf
-from folojax.models.machine.artefacts import build_once, cache_root
 from tests import dense, reference
 
 TEXT = (
@@ -339,141 +335,3 @@ def test_where_a_file_does_not_say_a_text_begins_as_in_llama_cpp(pre, changes, b
     """Many files of Llama 3 do not."""
     metadata = tiny_metadata(tokenizer__ggml__pre=pre, **changes)
     assert build_tokenizer(metadata).encode("ab").ids == [0] * begins + [6]
-
-
-@pytest.mark.parametrize(
-    ("stated", "expected"),
-    [
-        ({}, {"rope_type": "default"}),
-        ({"scaling.factor": 4.0}, {"rope_type": "linear", "factor": 4.0}),
-        ({"scale_linear": 2.0}, {"rope_type": "linear", "factor": 2.0}),
-        ({"scaling.factor": 0.0}, {"rope_type": "default"}),
-        ({"scaling.factor": 4.0, "scaling.type": "none"}, {"rope_type": "default"}),
-        ({"scaling.type": "linear"}, {"rope_type": "default"}),
-        (
-            {"scaling.type": "yarn", "scaling.factor": 4.0, "scaling.attn_factor": 1.0},
-            {"rope_type": "yarn", "factor": 4.0},
-        ),
-        (
-            {"scaling.type": "yarn", "scaling.factor": 4.0, "scaling.attn_factor": 1.25},
-            {"rope_type": "yarn", "factor": 4.0, "attention_factor": 1.25},
-        ),
-        (
-            {
-                "scaling.type": "yarn",
-                "scaling.factor": 4.0,
-                "scaling.yarn_attn_factor": 1.0,
-                "scaling.yarn_ext_factor": 1.0,
-                "scaling.yarn_beta_fast": 16.0,
-            },
-            {"rope_type": "yarn", "factor": 4.0, "attention_factor": 1.0, "beta_fast": 16.0},
-        ),
-    ],
-)
-def test_rotary_scaling_is_what_llama_cpp_takes_it_for(stated, expected):
-    metadata = tiny_metadata(general__architecture="llama") | {
-        f"llama.rope.{key}": value for key, value in stated.items()
-    }
-    config = hf_config(metadata, GGUF_FAMILIES["llama"], {}, ())
-    assert config["rope_parameters"] == {"rope_theta": 10_000.0} | expected
-
-
-@pytest.mark.parametrize(
-    ("family", "period"),
-    [("cohere2", 4), ("exaone4", 4), ("gemma2", 2), ("gemma3", 6), ("gpt-oss", 2), ("olmo2", 4)],
-)
-def test_layers_with_a_window_are_told_by_a_list_or_a_number(family, period):
-    """Or, where a file has neither, by what all models of the family have."""
-    numbers = {"attention.layer_norm_epsilon": 1e-5, "attention.sliding_window": 8}
-    numbers |= {"expert_count": 4, "expert_used_count": 2, "expert_feed_forward_length": 8}
-    numbers |= {"block_count": 6, "rope.freq_base": 1e4, "logit_scale": 1.0}
-    plain = tiny_metadata(general__architecture=family)
-    metadata = {name.replace("llama.", f"{family}."): value for name, value in plain.items()}
-    metadata |= {f"{family}.{key}": value for key, value in numbers.items()}
-    pattern = f"{family}.attention.sliding_window_pattern"
-
-    def global_layers(stated):
-        config = hf_config(metadata | stated, gguf_family(metadata | stated), {}, ())
-        kinds = config["layer_types"]
-        assert len(kinds) == 6
-        return [layer for layer, kind in enumerate(kinds) if kind == "full_attention"]
-
-    assert global_layers({}) == list(range(period - 1, 6, period))
-    assert global_layers({pattern: 3}) == [2, 5]
-    assert global_layers({pattern: [False, True, True, True, False, True]}) == [0, 4]
-
-
-def test_a_gemma_4_file_without_its_kinds_of_layers_is_told_what_it_lacks():
-    plain = tiny_metadata(general__architecture="gemma4")
-    metadata = {name.replace("llama.", "gemma4."): value for name, value in plain.items()}
-    with pytest.raises(ValueError, match=r"lacks .*gemma4\.attention\.sliding_window_pattern"):
-        hf_config(metadata, GGUF_FAMILIES["gemma4"], {}, ())
-
-
-@pytest.mark.parametrize(
-    ("stated", "message"),
-    [
-        ({"type": "longrope"}, "'longrope' is not supported.* Use the model's safetensors"),
-        ({"type": "yarn", "yarn_ext_factor": 0.5}, "yarn_ext_factor is 0.5.*use the model's"),
-    ],
-)
-def test_rotary_scaling_of_other_kinds_is_refused(stated, message):
-    metadata = tiny_metadata(general__architecture="llama") | {
-        f"llama.rope.scaling.{key}": one for key, one in stated.items()
-    }
-    with pytest.raises(ValueError, match=message):
-        hf_config(metadata, GGUF_FAMILIES["llama"], {}, ())
-
-
-def test_an_interrupted_build_is_not_taken_for_complete(tmp_path):
-    target = tmp_path / "artefacts" / "one"
-
-    def interrupted(directory):
-        (directory / "half").write_text("")
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        build_once(target, interrupted)
-    assert not list(target.parent.iterdir())
-
-    assert build_once(target, lambda directory: (directory / "whole").touch()) == target
-    assert [path.name for path in target.iterdir()] == ["whole"]
-
-
-def test_a_killed_build_is_not_taken_for_complete_and_is_removed_in_time(tmp_path):
-    code = """
-import os, pathlib, sys
-from folojax.models.machine.artefacts import build_once
-def killed(directory):
-    (directory / "half").touch()
-    os.kill(os.getpid(), 9)
-build_once(pathlib.Path(sys.argv[1]), killed)
-"""
-    target = tmp_path / "artefacts" / "one"
-    subprocess.run([sys.executable, "-c", code, str(target)], check=False)
-    [left] = target.parent.iterdir()
-    assert left != target
-    build_once(target, lambda directory: (directory / "whole").touch())
-    assert left.exists(), "it might belong to a process that still runs"
-    os.utime(left, (0, 0))
-    build_once(target.with_name("two"), lambda directory: None)
-    assert sorted(path.name for path in target.parent.iterdir()) == ["one", "two"]
-
-
-def test_of_two_builds_at_once_the_first_to_finish_stays(tmp_path):
-    target = tmp_path / "one"
-
-    def slow(directory):
-        build_once(target, lambda other: (other / "fast").touch())
-        (directory / "slow").touch()
-
-    assert build_once(target, slow) == target
-    assert [path.name for path in target.iterdir()] == ["fast"]
-    assert [path.name for path in tmp_path.iterdir()] == ["one"]
-
-
-def test_the_cache_is_the_users_unless_the_environment_names_another(monkeypatch):
-    monkeypatch.setenv("FOLOJAX_CACHE_DIR", "/some/where")
-    assert cache_root() == Path("/some/where")
-    monkeypatch.delenv("FOLOJAX_CACHE_DIR")
-    assert cache_root().name == "folojax"

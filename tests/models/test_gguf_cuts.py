@@ -17,6 +17,7 @@ TEXT = "Hé's a 12345 ABcD!!\n\n 日本テ中文"
 
 # By hand, of the patterns that the models' tokenizer.json and tokenization_kimi.py have.
 _ALIKE = ["Hé", "'s", " a", " ", *"12345", " ABcD", "!!\n\n", " 日本テ中文"]
+_PLAIN_END = [" a", " ", *"12345", " ABcD", "!!", "\n", "\n", " ", "日本テ中文"]
 CUT = {
     "exaone4": ["Hé", "'s", " a", " 12345", " ABcD", "!!", "\n\n", " 日本テ中文"],
     "olmo": ["Hé", "'s", " a", " 12345", " ABcD", "!!", "\n\n", " 日本テ中文"],
@@ -34,35 +35,8 @@ CUT = {
     "joyai-llm": ["Hé", "'s", " a", " ", "123", "45", " ABcD", "!!\n\n", " ", "日本テ中文"],
     "hunyuan-dense": ["Hé", "'s", " a", " ", "123", "45", " ABcD", "!!\n\n", " ", "日本テ中文"],
     # Its signs are those from ":" to "~", letters among them.
-    "deepseek-llm": [
-        "H",
-        "é",
-        "'",
-        "s",
-        " a",
-        " ",
-        *"12345",
-        " ABcD",
-        "!!",
-        "\n",
-        "\n",
-        " ",
-        "日本テ中文",
-    ],
-    "deepseek-coder": [
-        "Hé",
-        "'",
-        "s",
-        " a",
-        " ",
-        *"12345",
-        " ABcD",
-        "!!",
-        "\n",
-        "\n",
-        " ",
-        "日本テ中文",
-    ],
+    "deepseek-llm": ["H", "é", "'", "s", *_PLAIN_END],
+    "deepseek-coder": ["Hé", "'", "s", *_PLAIN_END],
 }
 
 
