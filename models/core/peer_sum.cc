@@ -4,20 +4,15 @@
 // for numbers. A call puts the device's numbers into the half that is its turn, tells the others,
 // waits until they have, and adds up what all of them have put there, in one order everywhere. It
 // may fill the same half again two calls later: whoever has begun the call between has read it.
-//
-// Of the CUDA driver and its compiler (NVRTC) only what is named here is needed, and looked up when
-// the first group is opened, so this file compiles on a machine without either.
-
-#include <dlfcn.h>
 
 #include <cstdint>
 #include <cstdio>
-#include <cstring>
 #include <map>
 #include <mutex>
 #include <string>
 #include <vector>
 
+#include "cuda.h"
 #include "native.h"
 
 namespace ffi = xla::ffi;
@@ -100,31 +95,6 @@ constexpr int64_t kCallsAt = kBlocks * kMostDevices * 4, kNumbersAt = 16384;
 constexpr int64_t kBytes = kNumbersAt + 2 * kHalfBytes;
 static_assert(kCallsAt + kBlocks * 4 <= kNumbersAt);
 
-// What is used of the driver and of NVRTC, with their own types spelled out.
-struct Cuda {
-  int (*init)(unsigned);
-  int (*attribute)(int*, int, int);
-  int (*retain)(void**, int);
-  int (*push)(void*);
-  int (*pop)(void**);
-  int (*can_access)(int*, int, int);
-  int (*enable_access)(void*, unsigned);
-  int (*allocate)(uint64_t*, size_t);
-  int (*fill)(uint64_t, unsigned char, size_t);
-  int (*synchronize)();
-  int (*load)(void**, const void*);
-  int (*function)(void**, void*, const char*);
-  int (*launch)(void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void*,
-                void**, void**);
-};
-
-struct Compiler {
-  int (*create)(void**, const char*, const char*, int, const char**, const char**);
-  int (*compile)(void*, int, const char**);
-  int (*size)(void*, size_t*);
-  int (*binary)(void*, char*);
-};
-
 struct Memories {
   uint64_t of[kMostDevices];
 };
@@ -135,76 +105,22 @@ struct Group {
 };
 
 std::mutex mutex;
-Cuda cuda;
 std::map<uint32_t, Group> groups;  // by the devices, a bit each
 
-template <typename Function>
-void look_up(void* library, const char* name, Function& function) {
-  function = reinterpret_cast<Function>(dlsym(library, name));
-  if (function == nullptr) throw std::string(name) + " is missing";
-}
-
-void check(int status, const char* what) {
-  if (status != 0) throw std::string(what) + " failed with status " + std::to_string(status);
-}
-
-void* opened(const char* path) {
-  void* library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
-  if (library == nullptr) throw std::string(path) + " cannot be loaded";
-  return library;
-}
-
-void look_up_driver() {
-  void* library = opened("libcuda.so.1");
-  look_up(library, "cuInit", cuda.init);
-  look_up(library, "cuDeviceGetAttribute", cuda.attribute);
-  look_up(library, "cuDevicePrimaryCtxRetain", cuda.retain);
-  look_up(library, "cuCtxPushCurrent_v2", cuda.push);
-  look_up(library, "cuCtxPopCurrent_v2", cuda.pop);
-  look_up(library, "cuDeviceCanAccessPeer", cuda.can_access);
-  look_up(library, "cuCtxEnablePeerAccess", cuda.enable_access);
-  look_up(library, "cuMemAlloc_v2", cuda.allocate);
-  look_up(library, "cuMemsetD8_v2", cuda.fill);
-  look_up(library, "cuCtxSynchronize", cuda.synchronize);
-  look_up(library, "cuModuleLoadData", cuda.load);
-  look_up(library, "cuModuleGetFunction", cuda.function);
-  look_up(library, "cuLaunchKernel", cuda.launch);
-  check(cuda.init(0), "cuInit");
-}
-
 std::vector<char> compiled(const char* nvrtc, int device) {
-  Compiler compiler;
-  void* library = opened(nvrtc);
-  look_up(library, "nvrtcCreateProgram", compiler.create);
-  look_up(library, "nvrtcCompileProgram", compiler.compile);
-  look_up(library, "nvrtcGetCUBINSize", compiler.size);
-  look_up(library, "nvrtcGetCUBIN", compiler.binary);
-  int major = 0, minor = 0;
-  check(cuda.attribute(&major, 75, device), "cuDeviceGetAttribute");
-  check(cuda.attribute(&minor, 76, device), "cuDeviceGetAttribute");
-  const std::vector<std::string> options = {
-      "--gpu-architecture=sm_" + std::to_string(10 * major + minor),
-      "-DMOST_DEVICES=" + std::to_string(kMostDevices),
-      "-DTHREADS=" + std::to_string(kThreads),
-      "-DCALLS_AT=" + std::to_string(kCallsAt),
-      "-DNUMBERS_AT=" + std::to_string(kNumbersAt),
-      "-DHALF_BYTES=" + std::to_string(kHalfBytes),
-      "-DMOST_NANOSECONDS=60000000000ull",
-  };
-  std::vector<const char*> given;
-  for (const std::string& option : options) given.push_back(option.c_str());
-  void* program = nullptr;
-  check(compiler.create(&program, kSource, "peer_sum.cu", 0, nullptr, nullptr), "NVRTC");
-  check(compiler.compile(program, given.size(), given.data()), "compiling peer_sum");
-  size_t size = 0;
-  check(compiler.size(program, &size), "NVRTC");
-  std::vector<char> binary(size);
-  check(compiler.binary(program, binary.data()), "NVRTC");
-  return binary;
+  return cuda::compiled(nvrtc, kSource, "peer_sum.cu", device,
+                        {
+                            "-DMOST_DEVICES=" + std::to_string(kMostDevices),
+                            "-DTHREADS=" + std::to_string(kThreads),
+                            "-DCALLS_AT=" + std::to_string(kCallsAt),
+                            "-DNUMBERS_AT=" + std::to_string(kNumbersAt),
+                            "-DHALF_BYTES=" + std::to_string(kHalfBytes),
+                            "-DMOST_NANOSECONDS=60000000000ull",
+                        });
 }
 
 void open_group(uint32_t devices, const char* nvrtc) {
-  if (cuda.launch == nullptr) look_up_driver();
+  const cuda::Driver& driver = cuda::driver();
   std::vector<int> members;
   for (int device = 0; device < 32; ++device)
     if (devices >> device & 1) members.push_back(device);
@@ -212,29 +128,25 @@ void open_group(uint32_t devices, const char* nvrtc) {
   for (int one : members)
     for (int other : members) {
       int can = one == other;
-      if (!can) check(cuda.can_access(&can, one, other), "cuDeviceCanAccessPeer");
+      if (!can) cuda::check(driver.can_access(&can, one, other), "cuDeviceCanAccessPeer");
       if (!can) throw std::string("they cannot read each other's memory");
     }
   const std::vector<char> binary = compiled(nvrtc, members[0]);
   std::map<int, void*> contexts;
-  for (int one : members) check(cuda.retain(&contexts[one], one), "cuDevicePrimaryCtxRetain");
+  for (int one : members)
+    cuda::check(driver.retain(&contexts[one], one), "cuDevicePrimaryCtxRetain");
   Group group;
   for (size_t rank = 0; rank < members.size(); ++rank) {
-    check(cuda.push(contexts[members[rank]]), "cuCtxPushCurrent");
+    const cuda::Context context(members[rank]);
     for (int other : members) {
       if (other == members[rank]) continue;
-      const int status = cuda.enable_access(contexts[other], 0);
-      if (status != 704) check(status, "cuCtxEnablePeerAccess");  // 704: enabled already
+      const int status = driver.enable_access(contexts[other], 0);
+      if (status != 704) cuda::check(status, "cuCtxEnablePeerAccess");  // 704: enabled already
     }
-    check(cuda.allocate(&group.memories.of[rank], kBytes), "cuMemAlloc");
-    check(cuda.fill(group.memories.of[rank], 0, kBytes), "cuMemset");
-    void* module = nullptr;
-    check(cuda.load(&module, binary.data()), "cuModuleLoadData");
-    check(cuda.function(&group.functions[members[rank]], module, "peer_sum"),
-          "cuModuleGetFunction");
-    check(cuda.synchronize(), "cuCtxSynchronize");
-    void* last = nullptr;
-    check(cuda.pop(&last), "cuCtxPopCurrent");
+    cuda::check(driver.allocate(&group.memories.of[rank], kBytes), "cuMemAlloc");
+    cuda::check(driver.fill(group.memories.of[rank], 0, kBytes), "cuMemset");
+    group.functions[members[rank]] = cuda::kernel(binary, "peer_sum");
+    cuda::check(driver.synchronize(), "cuCtxSynchronize");
   }
   groups[devices] = group;
 }
@@ -250,8 +162,8 @@ ffi::Error peer_sum(int32_t device, void* stream, ffi::AnyBuffer x, uint32_t dev
   const void* from = x.untyped_data();
   void* to = out->untyped_data();
   void* arguments[] = {&from, &to, &group->second.memories, &rank, &count, &num};
-  const int status = cuda.launch(group->second.functions[device], kBlocks, 1, 1, kThreads, 1, 1, 0,
-                                 stream, arguments, nullptr);
+  const int status = cuda::driver().launch(group->second.functions[device], kBlocks, 1, 1, kThreads,
+                                           1, 1, 0, stream, arguments, nullptr);
   if (status == 0) return ffi::Error::Success();
   return ffi::Error::Internal("peer_sum: the launch failed with status " + std::to_string(status));
 }

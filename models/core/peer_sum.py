@@ -9,7 +9,6 @@ devices cannot read each other's memory, NCCL does it.
 
 import ctypes
 import functools
-import importlib.util
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from folojax.models.machine import compiler as native
+from folojax.models.machine import cuda
 
 _SOURCE = Path(__file__).with_name("peer_sum.cc")
 _NAME = "folojax_peer_sum"
@@ -50,21 +50,13 @@ def _opened(group: int) -> str | None:
     problem = native.register(_SOURCE, _NAME, "PeerSum", platform="CUDA")
     if problem is not None:
         return problem
-    nvrtc = _find_nvrtc()
+    nvrtc = cuda.find_nvrtc()
     if nvrtc is None:
-        return "there is no NVRTC, which comes with the package nvidia-cuda-nvrtc"
+        return cuda.WITHOUT_NVRTC
     why = ctypes.create_string_buffer(256)
     library = native.load(_SOURCE)
     is_closed = library.open_peers(ctypes.c_uint32(group), str(nvrtc).encode(), why, len(why))
     return why.value.decode() if is_closed else None
-
-
-def _find_nvrtc() -> Path | None:
-    """The library among NVIDIA's packages."""
-    spec = importlib.util.find_spec("nvidia")
-    places = [] if spec is None else list(spec.submodule_search_locations or [])
-    found = [file for place in places for file in Path(place).glob("*/lib/libnvrtc.so.*")]
-    return max(found, default=None)
 
 
 def is_taken(x: Any, group: int) -> bool:

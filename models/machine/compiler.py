@@ -19,7 +19,7 @@ import jaxlib
 
 from folojax.models.machine.artefacts import build_once, cache_root
 
-_HEADER = Path(__file__).with_name("native.h")
+_HEADERS = tuple(Path(__file__).with_name(name) for name in ("native.h", "cuda.h"))
 _FLAGS = ("-std=c++17", "-O2", "-mavx2", "-mfma", "-mf16c", "-shared", "-fPIC")
 _COMPILER_TIMEOUT_S = 120
 
@@ -67,10 +67,10 @@ def build_library(source: Path) -> Path:
     if os.name != "posix" or machine.lower() not in ("x86_64", "amd64"):
         raise OSError(f"ours is for x86-64 and POSIX, and this is {platform.system()} on {machine}")
     compiler = (os.environ.get("CXX") or "c++").split()
-    includes = ("-I", str(_HEADER.parent), "-isystem", jax.ffi.include_dir())
+    includes = ("-I", str(_HEADERS[0].parent), "-isystem", jax.ffi.include_dir())
     command = [*compiler, *_FLAGS, *includes, str(source)]
     versions = (jaxlib.__version__, *platform.libc_ver())
-    texts = [file.read_text(encoding="utf-8") for file in (source, _HEADER)]
+    texts = [file.read_text(encoding="utf-8") for file in (source, *_HEADERS)]
     parts = [*command, *versions, *texts]
     digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
     directory = cache_root() / "native" / digest

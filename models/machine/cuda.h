@@ -1,0 +1,146 @@
+// CUDA's driver and its compiler (NVRTC), for kernels of our own that no library has.
+//
+// Only what is named here is needed of them, and looked up when it is first used, so that our
+// sources compile on a machine without either. JAX's wheels for CUDA bring NVRTC.
+
+#pragma once
+
+#include <dlfcn.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace cuda {
+
+// What is used of the driver and of NVRTC, with their own types spelled out.
+struct Driver {
+  int (*init)(unsigned);
+  int (*attribute)(int*, int, int);
+  int (*retain)(void**, int);
+  int (*push)(void*);
+  int (*pop)(void**);
+  int (*can_access)(int*, int, int);
+  int (*enable_access)(void*, unsigned);
+  int (*allocate)(uint64_t*, size_t);
+  int (*allocate_host)(void**, size_t, unsigned);
+  int (*free_host)(void*);
+  int (*fill)(uint64_t, unsigned char, size_t);
+  int (*synchronize)();
+  int (*load)(void**, const void*);
+  int (*function)(void**, void*, const char*);
+  int (*launch)(void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void*,
+                void**, void**);
+};
+
+struct Compiler {
+  int (*create)(void**, const char*, const char*, int, const char**, const char**);
+  int (*compile)(void*, int, const char**);
+  int (*size)(void*, size_t*);
+  int (*binary)(void*, char*);
+  int (*log_size)(void*, size_t*);
+  int (*log)(void*, char*);
+};
+
+// All of these throw a std::string that says what is wrong.
+
+inline void check(int status, const char* what) {
+  if (status != 0) throw std::string(what) + " failed with status " + std::to_string(status);
+}
+
+inline void* opened(const char* path) {
+  void* library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
+  if (library == nullptr) throw std::string(path) + " cannot be loaded";
+  return library;
+}
+
+template <typename Function>
+void look_up(void* library, const char* name, Function& function) {
+  function = reinterpret_cast<Function>(dlsym(library, name));
+  if (function == nullptr) throw std::string(name) + " is missing";
+}
+
+// The driver, opened once.
+inline const Driver& driver() {
+  static const Driver found = [] {
+    Driver one;
+    void* library = opened("libcuda.so.1");
+    look_up(library, "cuInit", one.init);
+    look_up(library, "cuDeviceGetAttribute", one.attribute);
+    look_up(library, "cuDevicePrimaryCtxRetain", one.retain);
+    look_up(library, "cuCtxPushCurrent_v2", one.push);
+    look_up(library, "cuCtxPopCurrent_v2", one.pop);
+    look_up(library, "cuDeviceCanAccessPeer", one.can_access);
+    look_up(library, "cuCtxEnablePeerAccess", one.enable_access);
+    look_up(library, "cuMemAlloc_v2", one.allocate);
+    look_up(library, "cuMemHostAlloc", one.allocate_host);
+    look_up(library, "cuMemFreeHost", one.free_host);
+    look_up(library, "cuMemsetD8_v2", one.fill);
+    look_up(library, "cuCtxSynchronize", one.synchronize);
+    look_up(library, "cuModuleLoadData", one.load);
+    look_up(library, "cuModuleGetFunction", one.function);
+    look_up(library, "cuLaunchKernel", one.launch);
+    check(one.init(0), "cuInit");
+    return one;
+  }();
+  return found;
+}
+
+// Makes the context that JAX uses of a device the one of this thread, while it lives.
+class Context {
+ public:
+  explicit Context(int device) {
+    void* context = nullptr;
+    check(driver().retain(&context, device), "cuDevicePrimaryCtxRetain");
+    check(driver().push(context), "cuCtxPushCurrent");
+  }
+  ~Context() {
+    void* last = nullptr;
+    driver().pop(&last);
+  }
+  Context(const Context&) = delete;
+  Context& operator=(const Context&) = delete;
+};
+
+// A source in CUDA C++ compiled for a device by the NVRTC at a path. `options` are the compiler's.
+inline std::vector<char> compiled(const char* nvrtc, const char* source, const char* name,
+                                  int device, std::vector<std::string> options) {
+  Compiler compiler;
+  void* library = opened(nvrtc);
+  look_up(library, "nvrtcCreateProgram", compiler.create);
+  look_up(library, "nvrtcCompileProgram", compiler.compile);
+  look_up(library, "nvrtcGetCUBINSize", compiler.size);
+  look_up(library, "nvrtcGetCUBIN", compiler.binary);
+  look_up(library, "nvrtcGetProgramLogSize", compiler.log_size);
+  look_up(library, "nvrtcGetProgramLog", compiler.log);
+  int major = 0, minor = 0;
+  check(driver().attribute(&major, 75, device), "cuDeviceGetAttribute");
+  check(driver().attribute(&minor, 76, device), "cuDeviceGetAttribute");
+  options.push_back("--gpu-architecture=sm_" + std::to_string(10 * major + minor));
+  std::vector<const char*> given;
+  for (const std::string& option : options) given.push_back(option.c_str());
+  void* program = nullptr;
+  check(compiler.create(&program, source, name, 0, nullptr, nullptr), "NVRTC");
+  size_t size = 0;
+  if (compiler.compile(program, given.size(), given.data()) != 0) {
+    check(compiler.log_size(program, &size), "NVRTC");
+    std::string log(size, '\0');
+    check(compiler.log(program, &log[0]), "NVRTC");
+    throw std::string(name) + " cannot be compiled: " + log.c_str();
+  }
+  check(compiler.size(program, &size), "NVRTC");
+  std::vector<char> binary(size);
+  check(compiler.binary(program, binary.data()), "NVRTC");
+  return binary;
+}
+
+// A kernel of a compiled source, in the context of this thread.
+inline void* kernel(const std::vector<char>& binary, const char* name) {
+  void *module = nullptr, *found = nullptr;
+  check(driver().load(&module, binary.data()), "cuModuleLoadData");
+  check(driver().function(&found, module, name), "cuModuleGetFunction");
+  return found;
+}
+
+}  // namespace cuda
