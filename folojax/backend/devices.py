@@ -34,6 +34,7 @@ from folojax.models.core.shards import (
     specs_of,
 )
 from folojax.models.quantized.quantize import is_quantized
+from folojax.steps.mail import open_mail
 
 _T = TypeVar("_T")
 
@@ -66,6 +67,21 @@ class Devices:
     def is_local(self) -> bool:
         """Whether all are this process's."""
         return all(one.process_index == jax.process_index() for one in self.given)
+
+    @property
+    def first_gpu(self) -> int | None:
+        """The number of the first, if it is a GPU."""
+        return self.first.local_hardware_id if self.first.platform == "gpu" else None
+
+    def open_mail(self) -> str | None:
+        """Lets programs on the devices be told masks while they run; None, or why not."""
+        if not self.is_local:
+            return "several processes share the devices"
+        if self.first.platform not in ("cpu", "gpu"):
+            return f"programs on {self.first.platform} wait for nobody"
+        is_gpu = self.first.platform == "gpu"
+        given = self.given or (self.first,)
+        return open_mail(tuple(one.local_hardware_id for one in given) if is_gpu else None)
 
     def agree(self, number: int) -> int:
         """The least of what the processes of the devices have each found, in all of them."""

@@ -220,8 +220,6 @@ class Engine:
     @property
     def awaited(self) -> list[Pending]:
         """What `collect` would wait for."""
-        if len(self._in_flight) == 1:
-            self.runner.late.sample()
         return self._in_flight[0][1] if self._in_flight else []
 
     def put_back(self, outputs: Sequence[Output]) -> None:

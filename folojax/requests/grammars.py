@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
+from jaxtyping import UInt32
 
 from folojax.requests.structured_outputs import StructuredOutputsParams
 from folojax.text.token_bytes import token_bytes
@@ -161,12 +162,11 @@ def _executor() -> Any:
     return LLExecutor()
 
 
-def fill_masks(matchers: Sequence[Matcher | None], num_tokens: int) -> np.ndarray:
-    """Which tokens may come next, a bit each, [B, ceil(V / 32)]: all where there is no grammar.
+def fill_masks(matchers: Sequence[Matcher | None], masks: UInt32[np.ndarray, "B _"]) -> None:
+    """Writes which tokens may come next, a bit each: all where there is no grammar.
 
     Where a grammar takes more than its share of time or memory, none.
     """
-    masks = np.empty((len(matchers), -(-num_tokens // 32)), np.uint32)
     followed: Any = [(one, i) for i, one in enumerate(matchers) if one is not None]
     if len(followed) < len(matchers):
         masks[:] = 0xFFFFFFFF
@@ -176,4 +176,3 @@ def fill_masks(matchers: Sequence[Matcher | None], num_tokens: int) -> np.ndarra
     for matcher, i in followed:
         if matcher.is_error():
             masks[i] = 0
-    return masks

@@ -1,11 +1,10 @@
 """Executables on rows of padding: how they are compiled before there are requests."""
 
-from collections.abc import Callable
 from typing import Any
 
 from folojax.compile.programs import Compiling
-from folojax.requests.grammars import fill_masks
 from folojax.runner.batch import Batch, ints
+from folojax.runner.grammar_masks import GrammarMasks, Masks
 from folojax.runner.setup import Setup
 from folojax.steps.calls import Steps, hidden_shapes
 from folojax.steps.executables import Executable
@@ -13,14 +12,14 @@ from folojax.steps.state import CallInputs, EngineState
 
 
 def padding(
-    one: Executable, batch: Batch, place: Callable[[Any], Any], hidden: Any = None
+    one: Executable, batch: Batch, grammars: GrammarMasks, hidden: Any = None
 ) -> CallInputs:
     """What an executable is called with, in which no row is of a request.
 
     Args:
         one: Neither of copies nor of edits.
         batch: Of the engine, or an empty one.
-        place: Of what is on the device already: to there, or to a shape.
+        grammars: Likewise.
         hidden: For a sampler or scorer, see `hidden_shapes`.
     """
     rows: Any = None
@@ -29,18 +28,19 @@ def padding(
     elif one.kind in ("decode", "decode_steps", "rows"):
         rows = batch.decode_inputs(one.rows, [])
     is_steps, is_score = one.kind == "decode_steps", one.kind == "score"
-    sampling = None
+    sampling, masks = None, Masks()
     if one.spec is not None and not is_score:
         positions = ints((one.tokens, one.rows) if is_steps else one.rows)
         slot = batch.pad([], one.rows)
         sampling = batch.row_table.sample_inputs(slot, positions, one.spec)
         if one.spec.has_mask:
-            masks: Any = fill_masks(batch.matchers(slot), batch.row_table.vocab_size)
-            sampling = sampling._replace(mask=place(masks))
+            masks = grammars.on_padding(one.rows)
+            sampling = sampling._replace(mask=masks.mask)
     return CallInputs(
         rows,
         adapters=batch.adapters[batch.pad([], one.rows)] if one.is_adapted else None,
         sampling=sampling,
+        mail=masks.mail,
         num_steps=ints(one.rows) if is_steps else None,
         hidden=hidden,
         targets=ints((one.rows, one.tokens)) if is_score else None,
@@ -54,5 +54,6 @@ def compile_on_padding(
     shapes = setup.backend.devices.shapes
     hidden = shapes(hidden_shapes(one, setup.model, steps.kind))
     compiling = Compiling()
-    steps.call(one, params, state, padding(one, batch, shapes, hidden), compiling)
+    given = padding(one, batch, setup.grammar_masks(), hidden)
+    steps.call(one, params, state, given, compiling)
     return compiling.compiled

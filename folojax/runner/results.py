@@ -1,7 +1,7 @@
 """What a step gave: arrays on the device, read and sorted by request."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -54,13 +54,6 @@ class StepResult:
     """Of requests that asked for activations or experts, in the order of their tokens; likewise."""
 
 
-class Late(NamedTuple):
-    """Rows that are sampled when it is known what their grammars allow."""
-
-    matchers: Sequence[Any]  # of each row; None where there is no grammar
-    draw: Callable[[Any], PackedReport | None]  # samples them, with the masks of all
-
-
 class Pending(NamedTuple):
     """Results of a call that are still on the device."""
 
@@ -71,7 +64,6 @@ class Pending(NamedTuple):
     scores: TokenScores | None = None  # of the tokens behind theirs
     residuals: Mapping[int, Any] | None = None  # by layer, [rows * C, E] of rows of C tokens
     row_len: int = 1  # C
-    late: Late | None = None  # of rows that are yet to be sampled
 
 
 def arrays_of(pending: Sequence[Pending]) -> list[Any]:

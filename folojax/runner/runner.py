@@ -15,7 +15,6 @@ are sampled in different calls: nothing that decides a bit is shared by rows tha
 they ask. In steps of the kind "rows" all tokens are chunks of one token.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,10 +26,10 @@ from folojax.requests.user_functions import NO_FUNCTIONS, UserFunctions
 from folojax.runner.apart import rows_by_spec
 from folojax.runner.batch import Chunk, Row, ints, round_up
 from folojax.runner.compile_plan import Gate
+from folojax.runner.grammar_masks import Masks
 from folojax.runner.host_store import HostStore
 from folojax.runner.kept_states import KeptStates
-from folojax.runner.late_samples import LateSamples
-from folojax.runner.results import Late, Pending, StepResult, is_scored, read, tokens_after
+from folojax.runner.results import Pending, StepResult, is_scored, read, tokens_after
 from folojax.runner.row_params import exceptional_bans
 from folojax.runner.setup import Setup
 from folojax.runner.slot_states import SlotStates
@@ -72,7 +71,7 @@ class Runner:
         self.kept = KeptStates(setup.layout.num_slots, self.gate)
         self._slots = SlotStates(setup, functions)
         self.adapters = setup.adapter_slots(params)
-        self.late = LateSamples(self.model.config.vocab_size, self.backend.devices)
+        self.grammars = setup.grammar_masks()
         self.params = params
         self.state = self._allocate()
 
@@ -87,8 +86,6 @@ class Runner:
 
     def dispatch(self, plan: StepPlan) -> list[Pending]:
         """Has the device compute a plan, after those before; returns what `collect` takes."""
-        if self.late.pending:
-            self.late.sample()
         self._update(plan)
         if plan.state_loads:
             self.state = self.kept.load(self.state, plan.state_loads, self.batch.rows)
@@ -110,14 +107,10 @@ class Runner:
         if plan.state_saves:
             self.state = self.kept.save(self.state, plan.state_saves, self.batch.rows)
         self.batch.advance(slots, 1 if is_single else num_tokens)
-        if any(one.late is not None for one in pending):
-            self.late.pending = pending
         return pending
 
     def collect(self, pending: list[Pending]) -> StepResult:
         """Waits until a plan is computed, and returns what it gave; may be asked again."""
-        if pending is self.late.pending:
-            self.late.sample()
         return read(pending)
 
     def call(self, one: Executable, inputs: CallInputs) -> CallResults:
@@ -144,7 +137,7 @@ class Runner:
 
     def reset(self) -> None:
         """Forgets every row; replaces the state if an interrupted step has consumed it."""
-        self.late.clear()
+        self.grammars.clear()
         self.batch.clear()
         self._slots.clear()
         self.host.clear()
@@ -296,9 +289,7 @@ class Runner:
             drawing = [row if row.request_id in sampled else None for row in rows]
         table, spec, sizes = self.batch.row_table, None, self.shapes.decode_rows
         most_steps = 1 if num_tokens is None else self.setup.max_decode_steps
-        # Rows that follow grammars are sampled later, when the host has made their masks.
-        is_joint = self.steps.kind in ("whole", "ordered") and not table.has_grammar(slots)
-        if is_joint or num_tokens is not None:
+        if self.steps.kind in ("whole", "ordered") or num_tokens is not None:
             drawn = slots if sampled is None else self._slots_of(drawing, len(rows))
             positions = self.batch.num_computed[slots][None] + 1
             if num_tokens is not None:
@@ -325,13 +316,16 @@ class Runner:
                 steps = np.arange(most_steps, dtype=np.int32)[:, None]
                 # A row that is done stands still.
                 position = position + np.minimum(steps, np.maximum(num_steps - 1, 0))
-            sampling = table.sample_inputs(slot, position, spec)
+            masks = self._ask_masks(slot, spec)
+            sampling = table.sample_inputs(slot, position, spec)._replace(mask=masks.mask)
             kind = "decode" if num_tokens is None else "decode_steps"
             bans = exceptional_bans(sampling)
             one = Executable(kind, num_rows, most_steps, spec, extras, bans, is_adapted=is_adapted)
             given = CallInputs(inputs, is_edited, adapters, None, sampling, num_steps)
-            results = self.call(one, given)
+            results = self.call(one, given._replace(mail=masks.mail))
             pending = [Pending(drawing, results.report, num_tokens, row_len=most_steps)]
+            if spec.has_mask:
+                self.grammars.note(pending[0])
         self.stats.num_decode_calls += 1
         self.stats.num_computed_tokens += num_rows * most_steps
         if results.residuals:
@@ -345,9 +339,9 @@ class Runner:
         pending = []
         for spec, rows in self._by_spec(drawing, position).items():
             slots = self._slots_of(rows, len(position))
-            draw = functools.partial(self._sample, hidden, slots, position, spec)
-            late = Late(self.batch.matchers(slots.tolist()), draw) if spec.has_mask else None
-            pending.append(Pending(rows, None if late else draw(), late=late))
+            pending.append(Pending(rows, self._sample(hidden, slots, position, spec)))
+            if spec.has_mask:
+                self.grammars.note(pending[-1])
         return pending
 
     def _by_spec(self, drawing: list[Row | None], position: Any) -> dict[SamplingSpec, list[Any]]:
@@ -373,12 +367,18 @@ class Runner:
             table.has_grammar(slot),
         )
 
-    def _sample(
-        self, hidden: Any, slot: Any, position: Any, spec: SamplingSpec, mask: Any = None
-    ) -> Any:
-        sampling = self.batch.row_table.sample_inputs(slot, position, spec)._replace(mask=mask)
+    def _sample(self, hidden: Any, slot: Any, position: Any, spec: SamplingSpec) -> Any:
+        masks = self._ask_masks(slot, spec)
+        sampling = self.batch.row_table.sample_inputs(slot, position, spec)
+        sampling = sampling._replace(mask=masks.mask)
         one = Executable("sample", len(slot), spec=spec, bans=exceptional_bans(sampling))
-        return self.call(one, CallInputs(sampling=sampling, hidden=hidden)).report
+        return self.call(one, CallInputs(sampling=sampling, hidden=hidden, mail=masks.mail)).report
+
+    def _ask_masks(self, slot: Any, spec: SamplingSpec) -> Masks:
+        """What the grammars of slots allow, if there are any."""
+        if not spec.has_mask:
+            return Masks()
+        return self.grammars.ask(self.batch.matchers(slot.tolist()))
 
     def _score(self, every: Any, chunks: Sequence[Chunk], num_rows: int) -> TokenScores | None:
         scored = [chunk for chunk in chunks if is_scored(chunk.row, chunk.start)]

@@ -13,6 +13,7 @@ from folojax.models.core.decoder import Llama
 from folojax.requests.user_functions import NO_FUNCTIONS, UserFunctions
 from folojax.runner.adapter_slots import AdapterSlots, stack_bytes, stack_shapes
 from folojax.runner.batch import Batch
+from folojax.runner.grammar_masks import GrammarMasks
 from folojax.sampling.logits_processors import LogitsProcessor
 from folojax.sampling.sampler import SamplingClass, SamplingSpec
 from folojax.steps.executables import Executable, list_executables
@@ -49,6 +50,12 @@ class Setup:
             functions,
             self.max_loras,
         )
+
+    def grammar_masks(self) -> GrammarMasks:
+        """Those of rows that follow grammars; nothing is allocated for them yet."""
+        sizes = (*self.shapes.prefill_rows, *self.shapes.decode_rows, *self.shapes.sampled_rows)
+        vocab_size = self.model.config.vocab_size
+        return GrammarMasks(vocab_size, max(sizes), self.backend.devices)
 
     def adapter_slots(self, params: Any) -> AdapterSlots | None:
         """Room for adapters of a model with these parameters; None where there are none."""

@@ -132,6 +132,6 @@ def _run_on_padding(runner: Runner, one: Executable) -> None:
     shapes = hidden_shapes(one, runner.model, runner.steps.kind)
     hidden = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     place = runner.backend.devices.place
-    results = runner.call(one, padding(one, runner.batch, place, place(hidden)))
+    results = runner.call(one, padding(one, runner.batch, runner.grammars, place(hidden)))
     report = None if results.report is None else results.report.array
     jax.block_until_ready((results.hidden, report, results.scores))

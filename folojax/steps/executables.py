@@ -123,23 +123,16 @@ def _list_plain(
         if not all(map(is_plain_greedy, specs)):
             for rows in shapes.sampled_rows:
                 yield Executable("decode", rows)
-    masked = [spec for spec in specs if spec.has_mask]
     if kind == "whole":
         for spec in specs:
-            if not spec.has_mask:
-                for rows in shapes.decode_rows if is_plain_greedy(spec) else shapes.sampled_rows:
-                    yield Executable("decode", rows, spec=spec)
-        if masked:  # whose masks are made while the model computes
-            for rows in shapes.sampled_rows:
-                yield Executable("decode", rows)
+            for rows in shapes.decode_rows if is_plain_greedy(spec) else shapes.sampled_rows:
+                yield Executable("decode", rows, spec=spec)
     if most_steps > 1:
         for spec, rows in itertools.product(specs, shapes.decode_rows):
             if not spec.has_mask:  # the next mask follows from the token
                 yield Executable("decode_steps", rows, most_steps, spec)
-    for spec in specs:
-        more = shapes.sampled_rows if spec.has_mask and kind == "whole" else ()
-        for rows in sorted({*sampled, *more}):
-            yield Executable("sample", rows, spec=spec)
+    for spec, rows in itertools.product(specs, sampled):
+        yield Executable("sample", rows, spec=spec)
     for spec, rows in itertools.product(scores, shapes.prefill_rows):
         yield Executable("score", rows, shapes.prefill_columns, spec)
     yield COPIES

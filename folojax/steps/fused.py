@@ -22,6 +22,7 @@ from folojax.sampling.sampler import SamplingClass, report_shapes
 from folojax.steps import step
 from folojax.steps.executables import WITH_CACHE, Executable, StepKind
 from folojax.steps.layers import head_params
+from folojax.steps.mail import receive, send
 from folojax.steps.packing import PackedReport, Packing, pack_report, report_packing
 from folojax.steps.placements import last_and_all
 from folojax.steps.state import CallInputs, CallResults, DecodeInputs, EngineState
@@ -155,7 +156,9 @@ def run_model(
         return cache, slots, CallResults(last, every, residuals=residuals)
     if one.spec is None:
         return cache, slots, CallResults(hidden, residuals=residuals)
-    slots, out = sample_hidden(params, slots, hidden, inputs.sampling, model=model, spec=one.spec)
+    sampling = receive(inputs.sampling, inputs.mail, hidden, model.config.vocab_size)
+    slots, out = sample_hidden(params, slots, hidden, sampling, model=model, spec=one.spec)
+    out = send(out, inputs.mail)
     return cache, slots, CallResults(report=pack_report(out), residuals=residuals)
 
 
@@ -221,10 +224,11 @@ def run_sampler(
     sample_hidden: Callable[..., Any] = _sample_hidden,
 ) -> Any:
     """A token of each row from its hidden state, by `step.sample_tokens` or in its place."""
+    sampling = receive(inputs.sampling, inputs.mail, inputs.hidden, model.config.vocab_size)
     slots, out = sample_hidden(
-        params, slots, inputs.hidden, inputs.sampling, model=model, spec=one.sampler
+        params, slots, inputs.hidden, sampling, model=model, spec=one.sampler
     )
-    return cache, slots, CallResults(report=pack_report(out))
+    return cache, slots, CallResults(report=pack_report(send(out, inputs.mail)))
 
 
 def _score(

@@ -27,6 +27,7 @@ from folojax.steps import step
 from folojax.steps.executables import Executable, StepKind
 from folojax.steps.fused import WholeSteps, packed, run_model
 from folojax.steps.layers import head_params
+from folojax.steps.mail import receive, send
 from folojax.steps.packing import pack_report
 from folojax.steps.state import CallInputs, CallResults, EngineState
 
@@ -70,8 +71,9 @@ def _sample(
     params: Any, cache: None, slots: SlotState, inputs: CallInputs, one: Executable, model: Any
 ) -> Any:
     logits, log_mass = inputs.hidden
-    slots, out = step.draw_and_note(slots, logits, inputs.sampling, one.sampler, log_mass)
-    return cache, slots, CallResults(report=pack_report(out))
+    sampling = receive(inputs.sampling, inputs.mail, logits, model.config.vocab_size)
+    slots, out = step.draw_and_note(slots, logits, sampling, one.sampler, log_mass)
+    return cache, slots, CallResults(report=pack_report(send(out, inputs.mail)))
 
 
 def _score(

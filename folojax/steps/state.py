@@ -69,6 +69,7 @@ class CallInputs(NamedTuple):
     num_steps: Any = None  # [B], how many each row takes of several decode steps
     hidden: Any = None  # what the model's call gave, for a sampler or a scorer
     targets: Any = None  # [R, C], the tokens to be scored
+    mail: Any = None  # [B, 3], whence masks come while it runs; None: `sampling` has what there is
 
 
 class CallResults(NamedTuple):

@@ -31,6 +31,7 @@ from folojax.models.core.decoder import Llama, init_params
 from folojax.models.quantized.quantize import quantize_params
 from folojax.runner.adapter_slots import stack_shapes
 from folojax.runner.batch import Batch
+from folojax.runner.grammar_masks import GrammarMasks
 from folojax.runner.padding import padding
 from folojax.sampling.sampler import SamplingSpec
 from folojax.steps.executables import Executable
@@ -156,9 +157,8 @@ class Steps:
         make = functools.partial(init_state, self._layout, num_slots)
         state = self._devices.shapes(jax.eval_shape(make))
         with _pretend_cudnn():
-            self._steps.call(
-                one, self._called, state, padding(one, batch, self._devices.shapes), lower
-            )
+            given = padding(one, batch, GrammarMasks(self._vocab_size, one.rows, self._devices))
+            self._steps.call(one, self._called, state, given, lower)
         with tempfile.TemporaryDirectory() as dump:
             options: Any = {"xla_dump_to": dump, "xla_dump_hlo_as_text": True}
             compiled = lowered[0].compile(compiler_options=options)

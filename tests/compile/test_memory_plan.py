@@ -249,7 +249,6 @@ def test_the_compiled_steps_of_an_engine_keep_to_its_plan(tiny_model: tuple, mea
     runner = LLM((module, params), **OPTIONS, num_pages=NUM_PAGES).engine.runner
     shapes = runner.shapes
     most, rows = shapes.prefill_rows[-1], shapes.decode_rows[-1]
-    place = runner.backend.devices.place
     spec = runner.setup.spec(SamplingClass.TRUNCATED, 20)
     for one in (
         Executable("prefill", most, shapes.prefill_columns),
@@ -257,7 +256,10 @@ def test_the_compiled_steps_of_an_engine_keep_to_its_plan(tiny_model: tuple, mea
         Executable("sample", rows, spec=spec),
     ):
         # What a program is given is part of the plan but for its inputs and hidden states.
-        given = nbytes(padding(one, runner.batch, place)) + 4 * rows * module.config.hidden_size
+        given = (
+            nbytes(padding(one, runner.batch, runner.grammars))
+            + 4 * rows * module.config.hidden_size
+        )
         compiled = compile_on_padding(
             one, runner.setup, runner.steps, runner.batch, runner.params, runner.state
         )
