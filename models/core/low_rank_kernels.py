@@ -7,13 +7,14 @@ XLA makes four to six kernels of it for each product, which take much longer tha
 A program of the first reads of the adapters only those that its rows have. Inputs are cut by their
 number alone and cuts are added in one order, which no number of rows changes, so what a row gets
 depends on no other row. Of many rows `inner` is one large product with all adapters, which XLA does
-well.
+well; and rows beside each other are mostly of one prompt, so that the second kernel multiplies once
+for each slot that some of its rows have, and not with all of them side by side.
 
 Axes: N rows, I and O a kernel's sides, P parts, L slots, R rank, C cuts.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,18 +33,9 @@ _LEAST_STEPS, _MOST_CUTS = 2, 16
 _MOST_INNER = 256  # numbers that a program which expands reads of a row
 _TOGETHER = 128  # numbers of `inner` that are multiplied at once
 _ENOUGH = 64  # programs that expand the same rows, if these are few
-
-
-class _Cut(NamedTuple):
-    """What a program that expands has of the result, and by how many warps."""
-
-    outputs: int  # at most
-    rows: int
-    warps: int
-
-
-# Measured on an H200; of few rows nothing depends on their number, so that no bit does.
-_CUT_OF_FEW, _CUT_OF_MANY = _Cut(128, 32, 4), _Cut(128, 64, 4)
+# What a program that expands has of the result, at most, and by how many warps: measured on an H200.
+# Of few rows nothing depends on their number, so that no bit does.
+_OUTPUTS, _ROWS, _WARPS = 128, 32, 4
 
 
 def is_taken(a: Any, b: tuple[Any, ...]) -> bool:
@@ -71,18 +63,17 @@ def add_by_kernels(
     slot = slot.astype(jnp.int32)
     is_few = is_ordered or num_rows <= _FEW_ROWS
     inner = (_few if is_few else _many)(x.astype(a.dtype), slot, a)
-    cut = _CUT_OF_FEW if is_few else _CUT_OF_MANY
-    tile = min(cut.outputs, _divisor(b))
+    tile = min(_OUTPUTS, _divisor(b))
     while is_few and tile > _LEAST and outputs // tile < _ENOUGH:
         tile //= 2
     kernel = _expand_gated if is_gated else _expand
     shape = jax.ShapeDtypeStruct((num_rows, outputs), dtype)
     return pl.pallas_call(
-        functools.partial(kernel, tile=tile, rows=cut.rows, slots=slots),
-        grid=(outputs // tile, pl.cdiv(num_rows, cut.rows)),
+        functools.partial(kernel, tile=tile, rows=_ROWS, slots=slots, is_mixed=is_few),
+        grid=(outputs // tile, pl.cdiv(num_rows, _ROWS)),
         out_shape=shape,
         input_output_aliases={0: 0} if out.dtype == dtype and not is_gated else {},
-        compiler_params=triton.CompilerParams(num_warps=cut.warps, num_stages=2),
+        compiler_params=triton.CompilerParams(num_warps=_WARPS, num_stages=2),
         name="low_rank_gated" if is_gated else "low_rank_expand",
     )(out, slot, inner, *b)
 
@@ -141,15 +132,23 @@ def _reduce(
 
 
 def _expand(
-    base_ref: Any, slot_ref: Any, inner_ref: Any, *refs: Any, tile: int, rows: int, slots: int
+    base_ref: Any,
+    slot_ref: Any,
+    inner_ref: Any,
+    *refs: Any,
+    tile: int,
+    rows: int,
+    slots: int,
+    is_mixed: bool,
 ) -> None:
     """Some outputs, which one part has, of some rows."""
     *b_refs, out_ref = refs
+    updated = functools.partial(_updated, slots=slots, is_mixed=is_mixed)
     block, row = pl.program_id(0), pl.program_id(1) * rows + jnp.arange(rows)
 
     def add_part(part: int, first: int) -> None:
         own = block * tile - first + jnp.arange(tile)
-        total = _updated(base_ref, slot_ref, inner_ref, b_refs, part, first, own, row, slots)
+        total = updated(base_ref, slot_ref, inner_ref, b_refs, part, first, own, row)
         is_row = jnp.broadcast_to((row < base_ref.shape[0])[:, None], total.shape)
         place = out_ref.at[row[:, None], (first + own)[None, :]]
         triton.store(place, total.astype(out_ref.dtype), mask=is_row)
@@ -163,14 +162,22 @@ def _expand(
 
 
 def _expand_gated(
-    base_ref: Any, slot_ref: Any, inner_ref: Any, *refs: Any, tile: int, rows: int, slots: int
+    base_ref: Any,
+    slot_ref: Any,
+    inner_ref: Any,
+    *refs: Any,
+    tile: int,
+    rows: int,
+    slots: int,
+    is_mixed: bool,
 ) -> None:
     """Some numbers of gate and up, which are rounded, and what becomes of both, of some rows."""
     *b_refs, out_ref = refs
+    updated = functools.partial(_updated, slots=slots, is_mixed=is_mixed)
     row = pl.program_id(1) * rows + jnp.arange(rows)
     own = pl.program_id(0) * tile + jnp.arange(tile)
     gate, up = (
-        _updated(base_ref, slot_ref, inner_ref, b_refs, part, first, own, row, slots)
+        updated(base_ref, slot_ref, inner_ref, b_refs, part, first, own, row)
         .astype(out_ref.dtype)
         .astype(jnp.float32)
         for part, first in enumerate((0, out_ref.shape[1]))
@@ -190,6 +197,7 @@ def _updated(
     own: Any,
     row: Any,
     slots: int,
+    is_mixed: bool,
 ) -> Any:
     """Numbers of a product with their updates, in float32.
 
@@ -203,10 +211,15 @@ def _updated(
         own: Outputs, counted from that one.
         row: Of the numbers.
         slots: L.
+        is_mixed: Whether each row may have another slot than the one before; else few do.
     """
     (num_rows, width), rank = inner_ref.shape, b_refs[0].shape[1]
     (rows,), (tile,), cuts = row.shape, own.shape, width // (len(b_refs) * rank)
     slot = _loaded(slot_ref, row, num_rows, slots)  # one behind the last: no adapter
+    if not is_mixed:
+        return _updated_in_turn(
+            base_ref, inner_ref, b_refs[part], part * rank, first + own, own, row, slot, slots
+        )
     # Some slots beside each other are one product, of which a row has its own columns alone.
     together = max(_LEAST, min(_TOGETHER, _power(slots * rank)), rank) // rank
     number = jnp.arange(together * rank)
@@ -234,6 +247,45 @@ def _updated(
         inner = jnp.where(is_own[:, :, None], mine[:, None, :], 0.0)
         total += _contract(inner.reshape(rows, number.size).astype(b.dtype), b, 0)
     return total
+
+
+def _updated_in_turn(
+    base_ref: Any,
+    inner_ref: Any,
+    b_ref: Any,
+    start: int,
+    output: Any,
+    own: Any,
+    row: Any,
+    slot: Any,
+    slots: int,
+) -> Any:
+    """The same of rows of which many have the same slot: a product for each that there is."""
+    (_, rank, _), (rows,), (tile,) = b_ref.shape, row.shape, own.shape
+    column = jnp.arange(max(rank, _LEAST))
+    is_row = (row < base_ref.shape[0])[:, None]
+    base = triton.load(
+        base_ref.at[row[:, None], output[None, :]],
+        mask=jnp.broadcast_to(is_row, (rows, tile)),
+        other=0.0,
+    )
+    mine = triton.load(
+        inner_ref.at[row[:, None], (start + column)[None, :]],
+        mask=(slot < slots)[:, None] & (column < rank)[None, :],
+        other=0.0,
+    )
+
+    def add(one: Any, total: Any) -> Any:
+        b = triton.load(
+            b_ref.at[one, column[:, None], own[None, :]],
+            mask=jnp.broadcast_to((column < rank)[:, None], (column.size, tile)),
+            other=0.0,
+        )
+        inner = jnp.where((slot == one)[:, None], mine, 0.0).astype(b.dtype)
+        return total + _contract(inner, b, 0)
+
+    last = jnp.max(jnp.where(slot < slots, slot, -1))
+    return jax.lax.fori_loop(jnp.min(slot), last + 1, add, base.astype(jnp.float32))
 
 
 def _loaded(slot_ref: Any, row: Any, num_rows: int, slots: int) -> Any:
