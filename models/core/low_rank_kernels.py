@@ -33,8 +33,8 @@ _LEAST_STEPS, _MOST_CUTS = 2, 16
 _MOST_INNER = 256  # numbers that a program which expands reads of a row
 _TOGETHER = 128  # numbers of `inner` that are multiplied at once
 _ENOUGH = 64  # programs that expand the same rows, if these are few
-# What a program that expands has of the result, at most, and by how many warps: measured on an H200.
-# Of few rows nothing depends on their number, so that no bit does.
+# What a program that expands has of the result, at most, and by how many warps, as measured on an
+# H200. Of few rows nothing depends on their number, so that no bit does.
 _OUTPUTS, _ROWS, _WARPS = 128, 32, 4
 
 
