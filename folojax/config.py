@@ -48,8 +48,8 @@ class EngineConfig:
         SchedulerConfig,
         "max_num_batched_tokens",
         None,
-        """None is 512 on CPU and 4,096 elsewhere; more, if `max_num_seqs` or prompts that are not
-        cut in chunks need it.""",
+        """None is 512 on CPU, 8,192 on a card of which JAX may have 32 GiB, and 4,096 on others;
+        more, if `max_num_seqs` or prompts that are not cut in chunks need it.""",
     )
     page_size: int | None = option_like(SchedulerConfig, "page_size", None, "None is 64.")
     num_pages: int | None = option_like(

@@ -197,7 +197,7 @@ class Backend:
             sampled_rows = up_to((8, 32, *most_power), most)
             # Half as many again as the budget fills: the last row of a prompt is rarely full, and
             # what does not fit is a second pass over the weights.
-            prefill_rows = up_to((1, 8), most_rows + most_rows // 2)
+            prefill_rows = up_to((1, 8, 32), most_rows + most_rows // 2)
         return Shapes(
             decode_rows=decode_rows,
             sampled_rows=sampled_rows,
@@ -265,6 +265,12 @@ GPU = Backend(
 )
 
 
+# Prompts take half as many steps, each of which reads the weights for the rows that go on, too
+# (docs/gpu.md). Of 8B temporaries are two GiB more, which smaller cards need for pages.
+_LARGE_BYTES = 32 * 2**30
+_OF_LARGE = {"max_num_batched_tokens": 8192}
+
+
 def choose_backend(devices: Devices = DEFAULT_DEVICE) -> Backend:
     """The backend of devices of a kind; one that nobody has measured is as a GPU."""
     device = devices.first
@@ -272,4 +278,11 @@ def choose_backend(devices: Devices = DEFAULT_DEVICE) -> Backend:
         return dataclasses.replace(CPU, devices=devices)
     stated = str(getattr(device, "compute_capability", ""))  # AMD's are names
     capability = float(stated) if re.fullmatch(r"\d+\.\d+", stated) else 0.0
-    return dataclasses.replace(GPU, name=device.platform, capability=capability, devices=devices)
+    is_large = devices.least_memory >= _LARGE_BYTES
+    return dataclasses.replace(
+        GPU,
+        name=device.platform,
+        capability=capability,
+        devices=devices,
+        defaults=GPU.defaults | _OF_LARGE if is_large else GPU.defaults,
+    )

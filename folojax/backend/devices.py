@@ -69,6 +69,14 @@ class Devices:
         return all(one.process_index == jax.process_index() for one in self.given)
 
     @property
+    def least_memory(self) -> int:
+        """Bytes that JAX may have of each, as far as this process is told; 0: of none."""
+        every, index = self.given or (self.first,), jax.process_index()
+        own = [one for one in every if one.process_index == index]
+        limits = ((one.memory_stats() or {}).get("bytes_limit", 0) for one in own)
+        return self.agree(min(limits, default=0))
+
+    @property
     def first_gpu(self) -> int | None:
         """The number of the first, if it is a GPU."""
         return self.first.local_hardware_id if self.first.platform == "gpu" else None

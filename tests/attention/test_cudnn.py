@@ -17,6 +17,7 @@ from folojax.attention import KERNELS, AttentionSpec, choose_kernel, cudnn
 from folojax.backend import choose_backend
 from folojax.backend.backend import GPU
 from folojax.backend.devices import Devices
+from folojax.config import EngineConfig
 from folojax.kv import PageFormat
 from folojax.models.core.interface import PLAIN, Scoring
 from tests.paged_sequences import (
@@ -315,12 +316,23 @@ def test_what_it_is_not_for(spec: AttentionSpec, reason: str | None, with_cudnn:
 def test_the_backend_knows_the_card(
     platform: str, fields: dict[str, str], capability: float
 ) -> None:
-    device: Any = types.SimpleNamespace(platform=platform, **fields)
+    tell: Any = {"process_index": 0, "memory_stats": lambda: None}
+    device: Any = types.SimpleNamespace(platform=platform, **tell, **fields)
     devices = Devices((device,))
     backend = choose_backend(devices)
     assert (backend.name, backend.capability) == (platform, capability)
     known: dict[str, Any] = {"name": platform, "capability": capability, "devices": devices}
     assert backend == dataclasses.replace(GPU, **known)
+
+
+@pytest.mark.parametrize(("gigabytes", "budget"), [(18, 4096), (60, 8192), (None, 4096)])
+def test_a_large_card_computes_more_tokens_in_a_step(gigabytes: int | None, budget: int) -> None:
+    stats = None if gigabytes is None else {"bytes_limit": gigabytes * 2**30}
+    tell: Any = {"process_index": 0, "memory_stats": lambda: stats}
+    device: Any = types.SimpleNamespace(platform="gpu", compute_capability="9.0", **tell)
+    backend = choose_backend(Devices((device,)))
+    assert EngineConfig().resolve(4096, backend).max_num_batched_tokens == budget
+    assert EngineConfig(max_num_batched_tokens=512).resolve(4096, backend).prefill_row_len == 128
 
 
 def test_it_needs_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:

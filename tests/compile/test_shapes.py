@@ -134,7 +134,7 @@ def test_a_gpu_has_fewer_and_larger_sizes() -> None:
     assert shapes == Shapes(
         decode_rows=(1, 8, 32, 64, 96, 128, 160, 192, 224, 256),
         sampled_rows=(8, 32, 64, 128, 256),
-        prefill_rows=(1, 8, 48),
+        prefill_rows=(1, 8, 32, 48),
         prefill_columns=128,
         table_pages=1563,
         is_coarse=True,
