@@ -30,6 +30,8 @@ struct Driver {
   int (*synchronize)();
   int (*load)(void**, const void*);
   int (*function)(void**, void*, const char*);
+  int (*set_attribute)(void*, int, int);
+  int (*recording)(int*);
   int (*launch)(void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void*,
                 void**, void**);
 };
@@ -80,6 +82,8 @@ inline const Driver& driver() {
     look_up(library, "cuCtxSynchronize", one.synchronize);
     look_up(library, "cuModuleLoadData", one.load);
     look_up(library, "cuModuleGetFunction", one.function);
+    look_up(library, "cuFuncSetAttribute", one.set_attribute);
+    look_up(library, "cuThreadExchangeStreamCaptureMode", one.recording);
     look_up(library, "cuLaunchKernel", one.launch);
     check(one.init(0), "cuInit");
     return one;
@@ -101,6 +105,18 @@ class Context {
   }
   Context(const Context&) = delete;
   Context& operator=(const Context&) = delete;
+};
+
+// Lets this thread load kernels while it records a graph, while it lives.
+class WhileRecording {
+ public:
+  WhileRecording() { driver().recording(&mode_); }
+  ~WhileRecording() { driver().recording(&mode_); }
+  WhileRecording(const WhileRecording&) = delete;
+  WhileRecording& operator=(const WhileRecording&) = delete;
+
+ private:
+  int mode_ = 2;  // relaxed, and then what it was
 };
 
 // A source in CUDA C++ compiled for a device by the NVRTC at a path. `options` are the compiler's.

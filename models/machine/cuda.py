@@ -3,6 +3,7 @@
 import importlib.util
 from pathlib import Path
 
+DRIVER = "libcuda.so.1"
 WITHOUT_NVRTC = "there is no NVRTC, which comes with the package nvidia-cuda-nvrtc"
 
 

@@ -3,8 +3,8 @@
 A weight is `(code - 8) * scale + offset`, scale and offset in bfloat16 for each group of inputs of
 one output; so are weights of GPTQ, AWQ and compressed-tensors, and their groups are kept. Inputs
 are bfloat16 and are not rounded further. Up to `_MOST_TILED` rows one kernel unpacks codes in
-registers and multiplies (`tiled_product`); for more rows weights are widened to a temporary, which
-XLA multiplies with.
+registers and multiplies (`tiled_product`), for few of them another (`few_rows_product`), where the
+machine can compile it; for more rows weights are widened to a temporary, which XLA multiplies with.
 """
 
 import functools
@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, BFloat16, Float, Int, Int16, Int32, UInt8
 
 from folojax.models.machine.triton import triton
+from folojax.models.quantized import few_rows_product
 from folojax.models.quantized.group_kernels import GROUP, GroupKernel, unpack_groups
 from folojax.models.quantized.tiled_product import BLOCK, multiply_tiles, widen_tiles, words_of
 
@@ -134,6 +135,8 @@ def project_tiles(
 @functools.partial(jax.jit, static_argnames="dtype")
 def _multiply(x: Array, kernel: TiledKernel, dtype: DTypeLike) -> Array:
     x = x.astype(jnp.bfloat16)
+    if x.shape[0] <= few_rows_product.MOST_ROWS and few_rows_product.has_product():
+        return few_rows_product.multiply_few_rows(x, kernel.words, kernel.pairs, dtype)
     if x.shape[0] <= _MOST_TILED:
         return multiply_tiles(x, kernel.words, kernel.pairs, dtype)
     return _contract(x, widen_tiles(kernel.words, kernel.pairs), dtype)
