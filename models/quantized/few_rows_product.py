@@ -1,8 +1,9 @@
 """The product of few rows with a kernel in four bits, on NVIDIA GPUs, in CUDA C++.
 
 Where a program has few rows, what it does for each word of codes decides how fast it is, and
-`few_rows_product.cc` does least. It is compiled at first use by the compiler of the machine and by
-NVRTC, which JAX's wheels for CUDA bring; where there is neither, `tiled_product` multiplies.
+`few_rows_product.cu` does least. It is compiled at first use by NVRTC, which JAX's wheels for CUDA
+bring, and the call of it (`few_rows_product.cc`) by the compiler of the machine; where one is
+missing, `tiled_product` multiplies.
 """
 
 import ctypes
@@ -24,7 +25,7 @@ _NAME = "folojax_few_rows_product"
 _LOG = logging.getLogger("folojax")
 
 MOST_ROWS = 8
-"""Rows up to which it is faster than `tiled_product`, measured on an H200 (docs/gpu.md)."""
+"""Rows that it is compiled for: of a decode step's sizes the next has 32 (docs/gpu.md)."""
 
 
 @functools.cache
@@ -49,7 +50,8 @@ def _opened() -> str | None:
     if problem is not None:
         return problem
     why = ctypes.create_string_buffer(256)
-    is_closed = native.load(_SOURCE).open_product(str(nvrtc).encode(), why, len(why))
+    text = _SOURCE.with_suffix(".cu").read_bytes()
+    is_closed = native.load(_SOURCE).open_product(str(nvrtc).encode(), text, why, len(why))
     return why.value.decode() if is_closed else None
 
 
