@@ -97,12 +97,18 @@ def build_tokenizer(metadata: dict[str, Any]) -> Tokenizer:
         begins_with_bos(metadata.get("tokenizer.ggml.pre"))
         and "tokenizer.ggml.bos_token_id" in metadata
     )
-    if metadata.get("tokenizer.ggml.add_bos_token", has_bos):
-        bos = _token(metadata, "bos")
+    added = [
+        (_token(metadata, key), metadata[f"tokenizer.ggml.{key}_token_id"])
+        for key, is_default in (("bos", has_bos), ("eos", False))
+        if metadata.get(f"tokenizer.ggml.add_{key}_token", is_default)
+    ]
+    if added:
+        begins = metadata.get("tokenizer.ggml.add_bos_token", has_bos)
+        before, after = ([name for name, _ in some] for some in (added[:begins], added[begins:]))
+        single = [*before, "$A", *after]
+        pair = [*(f"{one}:1" for one in before), "$B:1", *(f"{one}:1" for one in after)]
         tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A",
-            pair=f"{bos} $A {bos}:1 $B:1",
-            special_tokens=[(bos, metadata["tokenizer.ggml.bos_token_id"])],
+            single=single, pair=[*single, *pair], special_tokens=list(dict.fromkeys(added))
         )
     return tokenizer
 

@@ -60,6 +60,7 @@ def told() -> dict[tuple[str, str], tuple[int, str]]:
         stdout=subprocess.PIPE,
         text=True,
         check=True,
+        timeout=300,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
     results = [json.loads(line) for line in done.stdout.splitlines()]

@@ -320,6 +320,15 @@ def test_a_beginning_token_is_added_if_the_file_says_so():
     assert ids == [0, 6]
 
 
+@pytest.mark.parametrize(("begins", "ends"), [(True, True), (False, True), (False, False)])
+def test_an_end_token_is_added_if_the_file_says_so(begins, ends):
+    said = {"tokenizer__ggml__add_bos_token": begins, "tokenizer__ggml__add_eos_token": ends}
+    tokenizer = build_tokenizer(tiny_metadata(**said, tokenizer__ggml__eos_token_id=1))
+    expected = [0] * begins + [6] + [1] * ends
+    assert tokenizer.encode("ab").ids == expected
+    assert tokenizer.encode("ab", "ab").ids == 2 * expected
+
+
 @pytest.mark.parametrize(
     ("pre", "changes", "begins"),
     [
