@@ -132,18 +132,11 @@ def _reduce(
 
 
 def _expand(
-    base_ref: Any,
-    slot_ref: Any,
-    inner_ref: Any,
-    *refs: Any,
-    tile: int,
-    rows: int,
-    slots: int,
-    is_mixed: bool,
+    base_ref: Any, slot_ref: Any, inner_ref: Any, *refs: Any, tile: int, rows: int, **how: Any
 ) -> None:
     """Some outputs, which one part has, of some rows."""
     *b_refs, out_ref = refs
-    updated = functools.partial(_updated, slots=slots, is_mixed=is_mixed)
+    updated: Any = functools.partial(_updated, **how)
     block, row = pl.program_id(0), pl.program_id(1) * rows + jnp.arange(rows)
 
     def add_part(part: int, first: int) -> None:
@@ -162,18 +155,11 @@ def _expand(
 
 
 def _expand_gated(
-    base_ref: Any,
-    slot_ref: Any,
-    inner_ref: Any,
-    *refs: Any,
-    tile: int,
-    rows: int,
-    slots: int,
-    is_mixed: bool,
+    base_ref: Any, slot_ref: Any, inner_ref: Any, *refs: Any, tile: int, rows: int, **how: Any
 ) -> None:
     """Some numbers of gate and up, which are rounded, and what becomes of both, of some rows."""
     *b_refs, out_ref = refs
-    updated = functools.partial(_updated, slots=slots, is_mixed=is_mixed)
+    updated: Any = functools.partial(_updated, **how)
     row = pl.program_id(1) * rows + jnp.arange(rows)
     own = pl.program_id(0) * tile + jnp.arange(tile)
     gate, up = (
