@@ -20,7 +20,7 @@ import collections
 import dataclasses
 import time
 from collections.abc import Collection, Hashable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, NamedTuple
 
 from folojax.compile.programs import own_settings
@@ -179,12 +179,14 @@ class Replicas:
             with own_settings():  # they are a thread's
                 engine.step(is_read=False)
 
-        others = [self._pool.submit(plan, engine) for engine in engines[1:]]
+        others: list[Future[None]] = []
         try:
+            for engine in engines[1:]:
+                others.append(self._pool.submit(plan, engine))
             for engine in engines[:1]:
                 engine.step(is_read=False)
         finally:
-            wait(others)
+            _wait_out(others)
         for other in others:
             other.result()
 
@@ -232,3 +234,18 @@ class Replicas:
                 self._groups[placed.group][placed.number] -= 1
                 if not any(self._groups[placed.group]):
                     del self._groups[placed.group]
+
+
+def _wait_out(plans: Sequence[Future[None]]) -> None:
+    """Waits for all, and raises what has interrupted it only then.
+
+    No engine may be touched while a thread plans for it, not even to be reset.
+    """
+    interruption = None
+    while not all(plan.done() for plan in plans):
+        try:
+            wait(plans)
+        except BaseException as error:  # Ctrl-C
+            interruption = error
+    if interruption is not None:
+        raise interruption
