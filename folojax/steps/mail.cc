@@ -153,7 +153,13 @@ bool await(uint32_t* flag, uint32_t turn, double most_seconds, bool is_of_gpu) {
   return true;
 }
 
-void wake(uint32_t* flag) {
+// Says that a turn is there, unless a later one has been said.
+void say(uint32_t* flag, uint32_t turn) {
+  uint32_t before = __atomic_load_n(flag, __ATOMIC_RELAXED);
+  while (static_cast<int32_t>(turn - before) > 0 &&
+         !__atomic_compare_exchange_n(flag, &before, turn, false, __ATOMIC_RELEASE,
+                                      __ATOMIC_RELAXED)) {
+  }
   syscall(SYS_futex, flag, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
 }
 
@@ -185,8 +191,7 @@ ffi::Error send_tokens(ffi::AnyBuffer mail, ffi::AnyBuffer tokens, ffi::AnyBuffe
     Head* head = reinterpret_cast<Head*>(box);
     auto* told = reinterpret_cast<int32_t*>(box + head->tokens_at);
     for (size_t i = 0; i < tokens.element_count(); ++i) told[i] = valid[i] ? given[i] : -1;
-    __atomic_store_n(&head->tokens_turn, line[0], __ATOMIC_RELEASE);
-    wake(&head->tokens_turn);
+    say(&head->tokens_turn, line[0]);
   }
   return ffi::Error::Success();
 }
@@ -281,13 +286,7 @@ extern "C" int make_box(int64_t rows, int64_t words, int device, uint64_t* place
 
 // Says that the masks of a turn are there, unless a later turn has been said.
 extern "C" void tell_masks(uint64_t box, uint32_t turn) {
-  uint32_t* flag = &reinterpret_cast<Head*>(box)->masks_turn;
-  uint32_t before = __atomic_load_n(flag, __ATOMIC_RELAXED);
-  while (static_cast<int32_t>(turn - before) > 0 &&
-         !__atomic_compare_exchange_n(flag, &before, turn, false, __ATOMIC_RELEASE,
-                                      __ATOMIC_RELAXED)) {
-  }
-  wake(flag);
+  say(&reinterpret_cast<Head*>(box)->masks_turn, turn);
 }
 
 // Waits for the tokens of a turn; returns whether they came within so many seconds.

@@ -14,7 +14,6 @@ The memory is a box (`mail.cc`); which one, and whose turn it is, are inputs of 
 
 import ctypes
 import functools
-import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,6 @@ from folojax.sampling.rows import SampleInputs, StepOutput
 
 _SOURCE = Path(__file__).with_suffix(".cc")
 _RECEIVE, _SEND = "folojax_receive_masks", "folojax_send_tokens"
-_TURNS = itertools.count(1)  # of all boxes, so that one which is used again has an earlier turn
 
 
 class Box:
@@ -57,20 +55,26 @@ class Box:
         if _library().make_box(*sizes, device, places, why, ctypes.c_size_t(len(why))):
             raise MemoryError(f"no memory to tell programs masks: {why.value.decode()}")
         self._address, tokens_at, masks_at = places
+        self._turn = 0  # the latest; one that has been is never begun again
         self._tokens = _array(tokens_at, (num_rows,), ctypes.c_int32)
         self.masks: UInt32[np.ndarray, "B _"] = _array(
             masks_at, (num_rows, num_words), ctypes.c_uint32
         )
 
     def next_turn(self, num_rows: int) -> tuple[int, Int32[np.ndarray, "N 3"]]:
-        """A number, and the `CallInputs.mail` of a program of N rows whose turn it is."""
-        turn = next(_TURNS) % 2**32
+        """The next number, and the `CallInputs.mail` of a program of N rows whose turn it is."""
+        self._turn = turn = (self._turn + 1) % 2**32
         line = np.array([turn, self._address % 2**32, self._address >> 32], np.uint32)
         return turn, np.tile(line.view(np.int32), (num_rows, 1))
 
     def tell(self, turn: int) -> None:
         """Says that the masks of a turn are there; all turns before may go on, too."""
         _library().tell_masks(ctypes.c_uint64(self._address), ctypes.c_uint32(turn))
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether the program of the latest turn has told its tokens: it reads nothing any more."""
+        return self.await_tokens(self._turn, 0.0) is not None
 
     def await_tokens(self, turn: int, most_seconds: float) -> Int32[np.ndarray, " B"] | None:
         """The tokens of a turn, -1 for a row without one; None if they take longer."""

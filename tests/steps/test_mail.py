@@ -66,6 +66,28 @@ def test_who_waits_goes_on_with_any_later_turn() -> None:
     assert box.await_tokens(second, 0.0) is None
 
 
+def test_who_tells_tokens_late_takes_none_back() -> None:
+    """A program of a state that was given up may run beside those of the next."""
+    box = Box(ROWS, -(-VOCAB // 32), None)
+    (_, early), (second, lines) = box.next_turn(ROWS), box.next_turn(ROWS)
+    box.tell(second)
+    assert not box.is_idle
+    program(lines, np.zeros(ROWS, np.float32))
+    program(early, np.zeros(ROWS, np.float32))
+    assert box.await_tokens(second, 10.0) is not None
+    assert box.is_idle
+
+
+def test_turns_of_a_box_follow_each_other_whatever_others_do() -> None:
+    """They are compared as if the later one were less than half of them away."""
+    box, other = (Box(ROWS, -(-VOCAB // 32), None) for _ in range(2))
+    turns = [box.next_turn(ROWS)[0]]
+    for _ in range(5):
+        other.next_turn(ROWS)
+    turns.append(box.next_turn(ROWS)[0])
+    assert turns == [1, 2]
+
+
 def test_without_a_box_everything_is_allowed() -> None:
     masks, _ = program(no_mail(ROWS), np.zeros(ROWS, np.float32))
     assert (np.asarray(masks) == 0xFFFFFFFF).all()
