@@ -111,7 +111,9 @@ class Runner:
 
     def collect(self, pending: list[Pending]) -> StepResult:
         """Waits until a plan is computed, and returns what it gave; may be asked again."""
-        return read(pending)
+        result = read(pending)
+        self.grammars.check()
+        return result
 
     def call(self, one: Executable, inputs: CallInputs) -> CallResults:
         """Has the device run an executable on the state; its report is on the way to the host.

@@ -55,7 +55,10 @@ class Setup:
         """Those of rows that follow grammars; nothing is allocated for them yet."""
         sizes = (*self.shapes.prefill_rows, *self.shapes.decode_rows, *self.shapes.sampled_rows)
         vocab_size = self.model.config.vocab_size
-        return GrammarMasks(vocab_size, max(sizes), self.backend.devices)
+        # In rows of one shape, samplers take logits that every device has, and wait for no other.
+        devices = self.backend.devices
+        are_apart = self.backend.steps == "rows" and devices.count > 1
+        return GrammarMasks(vocab_size, max(sizes), devices, are_apart)
 
     def adapter_slots(self, params: Any) -> AdapterSlots | None:
         """Room for adapters of a model with these parameters; None where there are none."""

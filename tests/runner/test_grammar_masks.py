@@ -1,19 +1,26 @@
 """Rows that follow grammars: who makes their masks, and what goes on meanwhile."""
 
+import dataclasses
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from folojax import LLM, SamplingParams, StructuredOutputsParams
-from folojax.backend.devices import DEFAULT_DEVICE
+from folojax.backend.devices import DEFAULT_DEVICE, Devices
 from folojax.runner import grammar_masks
 from folojax.runner import runner as runner_module
 from folojax.runner.grammar_masks import GrammarMasks
-from tests.laws.test_structured_outputs import asked
+from folojax.sampling.rows import SampleInputs, StepOutput, greedy_rows
+from folojax.steps.executables import StepKind
+from folojax.steps.mail import receive, send
+from tests.laws.test_structured_outputs import SCHEMA, asked
+from tests.structured_cases import is_json_of
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +32,8 @@ def skip_if_untold(letters_llm: LLM) -> None:
 
 def settle(llm: LLM) -> None:
     """Waits for masks that a test before has asked for and not needed any more."""
-    for job in llm.engine.runner.grammars._jobs:
+    service = llm.engine.runner.grammars._service
+    for job in () if service is None else tuple(service._jobs):
         job.result()
 
 
@@ -117,17 +125,114 @@ def test_nobody_waits_for_tokens_of_a_call_that_failed(letters_llm: LLM) -> None
         patch.setattr(runner, "call", fail)
         with pytest.raises(KeyboardInterrupt):
             letters_llm.generate("a", asked(seed=1), use_tqdm=False)
-    assert not runner.grammars._jobs
     (output,) = letters_llm.generate("a", asked(seed=1), use_tqdm=False)
-    assert output.outputs[0].token_ids
+    assert is_json_of(SCHEMA, output.outputs[0].text)
 
 
-def test_boxes_are_used_again() -> None:
+def test_a_job_that_is_handed_over_and_not_noted_down_holds_nobody_up(letters_llm: LLM) -> None:
+    submit = ThreadPoolExecutor.submit
+
+    def interrupted(*args: Any) -> Any:
+        submit(*args)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ThreadPoolExecutor, "submit", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            letters_llm.generate("a", asked(seed=1), use_tqdm=False)
+    (output,) = letters_llm.generate("a", asked(seed=1), use_tqdm=False)
+    assert is_json_of(SCHEMA, output.outputs[0].text)
+
+
+def test_grammars_are_followed_after_one_interruption_in_another(letters_llm: LLM) -> None:
+    runner, call = letters_llm.engine.runner, letters_llm.engine.runner.call
+
+    def interrupted(*args: Any) -> Any:
+        raise KeyboardInterrupt
+
+    def called(one: Any, inputs: Any) -> Any:
+        return call(one, inputs) if inputs.mail is None else interrupted()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "call", called)
+        for name in ("result", "exception"):  # whoever waits for a job
+            patch.setattr(Future, name, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            letters_llm.generate("a", asked(seed=1), use_tqdm=False)
+    (output,) = letters_llm.generate("a", asked(seed=1), use_tqdm=False)
+    assert is_json_of(SCHEMA, output.outputs[0].text)
+
+
+def test_the_thread_waits_for_no_call_that_is_not_made() -> None:
+    """Not even where nobody can say so any more: else the process would never end."""
     grammars = GrammarMasks(64, 3, DEFAULT_DEVICE)
-    first = {id(box) for box in grammars._boxes}
-    assert len(first) == 2
-    del grammars
-    assert {id(box) for box in GrammarMasks(64, 3, DEFAULT_DEVICE)._boxes} == first
+    grammars.ask([None])
+    assert grammars._service is not None
+    assert grammars._service._pool.submit(int).result(30) == 0
+    grammars.clear()
+
+
+def test_what_goes_wrong_is_told_in_the_step_of_its_tokens(
+    letters_llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not in a later one, to somebody else."""
+    runner = letters_llm.engine.runner
+
+    def fail(matchers: Any, masks: Any) -> None:
+        raise RuntimeError("out of masks")
+
+    monkeypatch.setattr(grammar_masks, "fill_masks", fail)
+    runner.grammars.ask([None])
+    assert runner.grammars._service is not None
+    wait(runner.grammars._service._jobs)
+    with pytest.raises(RuntimeError, match="out of masks"):
+        runner.collect([])
+    runner.grammars.clear()
+
+
+def test_boxes_are_used_again_when_nobody_reads_them() -> None:
+    made = GrammarMasks(64, 3, DEFAULT_DEVICE)
+
+    def ask() -> tuple[tuple[int, ...], Any]:
+        mail = made.ask([None] * 3).mail
+        assert made._service is not None
+        return tuple(box._address for box in made._service._boxes), mail
+
+    first, mail = ask()
+    made.clear()
+    second, _ = ask()
+    # The program of that mail may begin at any time; it is told masks, and has told no tokens.
+    assert first[1] not in second
+    compute(mail, np.zeros(3, np.int32), np.ones(3, bool))
+    made.clear()
+    third, _ = ask()
+    assert first[1] in third
+    made.clear()
+
+
+@jax.jit
+def compute(mail: Any, tokens: Any, is_valid: Any) -> Any:
+    rows = jnp.arange(3)
+    nothing = jnp.zeros((3, 0))
+    out = StepOutput(tokens, nothing, rows, is_valid, nothing.astype(jnp.int32), nothing)
+    given = receive(SampleInputs(rows, rows, greedy_rows(3)), mail, tokens, 64)
+    return given.mask, send(out, mail).tokens
+
+
+def test_devices_that_sample_apart_are_given_masks(letters_llm: LLM) -> None:
+    """One may be so far ahead that another would read the masks of a later sampler."""
+    setup = letters_llm.engine.runner.setup
+    two = Devices((setup.backend.devices.first,) * 2)
+    told = []
+    kinds: list[tuple[StepKind, Devices]] = [
+        ("rows", two),
+        ("rows", DEFAULT_DEVICE),
+        ("layers", two),
+    ]
+    for steps, devices in kinds:
+        backend = dataclasses.replace(setup.backend, steps=steps, devices=devices)
+        told.append(dataclasses.replace(setup, backend=backend).grammar_masks().is_told)
+    assert told == [False, True, True]
 
 
 def test_padding_waits_for_nobody(letters_llm: LLM) -> None:
