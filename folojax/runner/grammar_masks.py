@@ -3,11 +3,11 @@
 A program that samples such rows is called like any other, and waits for its masks by itself
 (`folojax.steps.mail`). They are made by a thread, in the order of the calls: it fills in those of a
 call, waits for the tokens that are sampled with them once it is made, and has the grammars follow
-these. Meanwhile
-the caller's thread calls the next program, hands out tokens and schedules.
+these. Meanwhile the caller's thread calls the next program, hands out tokens and schedules.
 
 Where programs cannot be told anything while they run, masks are inputs: the call is made when the
-tokens before it have come.
+tokens before it have come. A thread makes them here, too: llguidance asks our tokenizer at times,
+and an interruption that reached the main thread there would end as the error of a grammar.
 """
 
 import functools
@@ -77,10 +77,8 @@ class GrammarMasks:
         """Has masks made for a call, one for each of its rows; the call is made next."""
         if not self.is_told:
             unfollowed, self._unfollowed = self._unfollowed, []
-            for item in unfollowed:
-                follow(item)
             masks = np.empty((len(matchers), self._sizes[1]), np.uint32)
-            fill_masks(matchers, masks)
+            self._pool.submit(_catch_up, unfollowed, matchers, masks).result()
             return Masks(mask=masks)
         if self._service is None:
             given = self._devices.given or (self._devices.first,)
@@ -111,6 +109,10 @@ class GrammarMasks:
         service, self._service = self._service, None
         if service is not None:
             service.is_given_up.set()
+
+    @functools.cached_property
+    def _pool(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(1, "folojax-grammars")
 
 
 class _Service:
@@ -164,6 +166,13 @@ def _take_box(key: _Key, gpu: int | None) -> Box:
 def _leave(is_given_up: threading.Event, key: _Key, boxes: deque[Box]) -> None:
     is_given_up.set()
     _LEFT[key].extend(boxes)
+
+
+def _catch_up(calls: Sequence[Pending], matchers: _Matchers, masks: Any) -> None:
+    """Has grammars follow the tokens of calls, and makes the masks behind these."""
+    for call in calls:
+        follow(call)
+    fill_masks(matchers, masks)
 
 
 def _fill(box: Box, turn: int, matchers: _Matchers) -> None:

@@ -98,6 +98,28 @@ def test_the_same_tokens_when_calls_wait_for_each_other(
         assert one.outputs[0].token_ids == other.outputs[0].token_ids
 
 
+@pytest.mark.parametrize("is_told", [True, False])
+def test_masks_are_never_made_where_interruptions_arrive(
+    letters_llm: LLM, monkeypatch: pytest.MonkeyPatch, is_told: bool
+) -> None:
+    """A grammar that calls Python there would take one for an error of its own."""
+    made, threads = grammar_masks.fill_masks, set[Any]()
+
+    def noted(matchers: Any, masks: Any) -> None:
+        threads.add(threading.current_thread())
+        made(matchers, masks)
+
+    runner = letters_llm.engine.runner
+    settle(letters_llm)
+    monkeypatch.setattr(GrammarMasks, "is_told", is_told)
+    monkeypatch.setattr(runner, "steps", runner.backend.make_steps(runner.model))
+    monkeypatch.setattr(grammar_masks, "fill_masks", noted)
+    letters_llm.generate("a", asked(seed=1, max_tokens=3), use_tqdm=False)
+    settle(letters_llm)
+    assert len(threads) == 1
+    assert threading.main_thread() not in threads
+
+
 def test_rows_fail_whose_masks_cannot_be_made(
     letters_llm: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
