@@ -69,17 +69,17 @@ class Engine:
         self.runner = runner
         self.validator = validator
         self.adapters = KnownAdapters([runner])
-        self.num_steps = 0
+        self.num_steps = self._num_preemptions = 0
         self.is_asleep = False
         self.weights_version = 0
         self.live: dict[str, Live] = {}
-        self._num_preemptions = 0
         self._is_checked = is_checked
         self._fingerprint: str | None = None
         # Plans under way, the earliest first: those that the scheduler knows of.
         self._in_flight: deque[tuple[StepPlan, list[Pending]]] = deque()
         # Outputs that no step has returned yet.
         self._untold: list[Output] = []
+        self._is_half_done = False  # a step, of which even the end by `reset` may be interrupted
         self._seeds = np.random.default_rng(seed)
 
     @property
@@ -147,6 +147,7 @@ class Engine:
         Raises:
             ValueError: the id of one is in use; none was queued.
         """
+        self._mend()
         self.check_ids(requests)
         for live in requests:
             live.arrival_time_s = time.perf_counter()
@@ -228,11 +229,18 @@ class Engine:
 
     @contextlib.contextmanager
     def _or_reset(self) -> Iterator[None]:
+        self._mend()
+        self._is_half_done = True
         try:
             yield
         except BaseException:
             self._untold = self.reset()
             raise
+        self._is_half_done = False
+
+    def _mend(self) -> None:
+        if self._is_half_done:
+            self._untold = self.reset()
 
     def check_integrity(self) -> None:
         """Raises AssertionError unless queues, pages, slots and tables agree; O(everything)."""
@@ -251,11 +259,9 @@ class Engine:
         """Ends requests where they stand and returns them; unknown ids are passed over."""
         ids = [request_ids] if isinstance(request_ids, str) else list(request_ids)
         outputs = []
-        for request_id in ids:
-            live = self.live.get(request_id)
-            if live is not None:
-                self.scheduler.abort_requests(part.request_id for part in live.parts)
-                outputs.append(self._close(live))
+        for live in [self.live[one] for one in dict.fromkeys(ids) if one in self.live]:
+            self.scheduler.abort_requests(part.request_id for part in live.parts)
+            outputs.append(self._close(live))
         # What no step has told of them yet is out of date.
         told = {output.request_id for output in outputs}
         self._untold = [one for one in self._untold if one.finished or one.request_id not in told]
@@ -276,6 +282,7 @@ class Engine:
         self.runner.batch.clear()
         if not self.is_asleep:
             self.runner.reset()
+        self._is_half_done = False
         return outputs
 
     def sleep(self) -> None:
@@ -339,8 +346,7 @@ class Engine:
         now = time.perf_counter()
         self._num_preemptions += len(plan.preempted_request_ids)
         self.num_steps += not plan.is_empty
-        for new in plan.new_requests:
-            live = owner_of(new)
+        for live in map(owner_of, plan.new_requests):
             if live.first_scheduled_time_s is None:
                 live.first_scheduled_time_s = now
 
@@ -367,8 +373,7 @@ class Engine:
         told: dict[str, Live] = {}  # and perhaps finished
         for request, new_token_ids in updates:
             live: Live = request.owner
-            if new_token_ids:
-                num_new = len(new_token_ids)
+            if num_new := len(new_token_ids):
                 if live.first_token_time_s is None:
                     live.first_token_time_s = now
                     live.compiled_at_first_token_s = SPENT.seconds

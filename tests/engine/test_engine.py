@@ -324,6 +324,30 @@ def test_an_interrupted_step_leaves_the_engine_usable_and_empty(
     assert token_ids(llm, prompt(6), GREEDY) == expected
 
 
+@pytest.mark.parametrize("is_queued", [True, False])
+def test_an_interruption_of_what_an_interruption_does_is_made_up_for(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, is_queued: bool
+) -> None:
+    """By whatever is done next: a step, or a request that is not aborted with the others."""
+    expected = token_ids(llm, prompt(6), GREEDY)
+    llm.add_request("mine", prompt(9), GREEDY)
+
+    def interrupted(*args: Any) -> Any:
+        jax.tree.map(lambda leaf: leaf.delete(), llm.engine.runner.state)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(llm.engine.runner, "dispatch", interrupted)
+    monkeypatch.setattr(llm.engine, "reset", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        llm.step()
+    monkeypatch.undo()
+    if is_queued:
+        assert token_ids(llm, prompt(6), GREEDY) == expected
+    (mine,) = llm.step()
+    assert (mine.request_id, mine.outputs[0].finish_reason) == ("mine", "abort")
+    assert token_ids(llm, prompt(6), GREEDY) == expected
+
+
 def test_metrics_of_a_request_are_in_order(llm: LLM) -> None:
     outputs = llm.generate([prompt(6), prompt(50)], GREEDY, use_tqdm=False)
     for output in outputs:
