@@ -91,7 +91,7 @@ def test_bad_words(real_llm: LLM, free: tuple) -> None:
     encoded = [tokenizer.encode(text) for word in words for text in (word, " " + word)]
     assert any(len(ids) > 1 for ids in encoded)
     expected, _ = transformers_generate(bad_words_ids=encoded)
-    assert sum(a != b for a, b in zip(expected, free[0], strict=True)) >= 6
+    assert sum(a != b for a, b in zip(expected, free[0], strict=True)) >= NUM_PROMPTS - 1
     assert ours(real_llm, greedy(bad_words=words)) == expected
 
 
