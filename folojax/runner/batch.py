@@ -51,7 +51,6 @@ class Batch:
         num_computed: By slot, tokens whose K/V are in the cache before the next step.
         num_row_pages: By slot, how many pages it has.
         num_scored_rows: Rows that report log-probabilities of their prompts.
-        num_grammars: Rows that follow a grammar.
         adapters: By slot, where its adapter lies; L for none.
         num_adapted: Rows that have an adapter.
     """
@@ -88,7 +87,7 @@ class Batch:
         self.adapters = ints(size, num_adapters)
         self._row_at: list[Row | None] = [None] * size
         self._page_table = np.full((size, max_pages), num_pages, np.int32)
-        self.num_scored_rows = self.num_grammars = self.num_adapted = 0
+        self.num_scored_rows = self.num_adapted = 0
 
     def update(self, plan: StepPlan) -> list[Row]:
         """Takes in what changed; returns the rows that have joined."""
@@ -208,7 +207,6 @@ class Batch:
         )
         self.row_table.put(row.slot, new)
         self.num_scored_rows += new.num_prompt_logprobs is not None
-        self.num_grammars += new.grammar is not None
         self.rows[new.request_id] = self._row_at[row.slot] = row
         self.num_computed[row.slot] = new.num_computed_tokens
         self._num_known[row.slot] = len(row.token_ids)
@@ -223,7 +221,6 @@ class Batch:
     def _leave(self, request_id: str) -> None:
         row = self.rows.pop(request_id)
         self.num_scored_rows -= row.request.num_prompt_logprobs is not None
-        self.num_grammars -= row.request.grammar is not None
         self._page_table[row.slot] = self.num_pages
         if self.adapters[row.slot] < self._no_adapter:
             self.adapters[row.slot] = self._no_adapter

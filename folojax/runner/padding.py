@@ -19,7 +19,7 @@ def padding(
     Args:
         one: Neither of copies nor of edits.
         batch: Of the engine, or an empty one.
-        grammars: Likewise.
+        grammars: Whose masks wait for nobody.
         hidden: For a sampler or scorer, see `hidden_shapes`.
     """
     rows: Any = None

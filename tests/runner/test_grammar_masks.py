@@ -37,6 +37,32 @@ def settle(llm: LLM) -> None:
         job.result()
 
 
+def give_masks(llm: LLM, patch: pytest.MonkeyPatch) -> list[bool]:
+    """Has calls wait for their masks; returns whether each call that samples by them has mail."""
+    runner, mails = llm.engine.runner, list[bool]()
+    call = runner.call
+
+    def noted(one: Any, inputs: Any) -> Any:
+        if one.spec is not None and one.spec.has_mask:
+            mails.append(inputs.mail is not None)
+        return call(one, inputs)
+
+    patch.setattr(runner, "call", noted)
+    # Of the instance, which has looked already; its programs take mail.
+    patch.setattr(runner.grammars, "is_told", False)
+    patch.setattr(runner, "steps", runner.backend.make_steps(runner.model))
+    return mails
+
+
+def check_goes_on(llm: LLM, patch: pytest.MonkeyPatch) -> None:
+    """An interruption by what is patched; what comes after it is not held up."""
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate("a", asked(seed=1), use_tqdm=False)
+    patch.undo()
+    (output,) = llm.generate("a", asked(seed=1), use_tqdm=False)
+    assert is_json_of(SCHEMA, output.outputs[0].text)
+
+
 def test_rows_without_a_grammar_pay_nothing(
     letters_llm: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -90,10 +116,10 @@ def test_the_same_tokens_when_calls_wait_for_each_other(
     params = [asked(seed=seed, temperature=1) for seed in range(4)] + [SamplingParams(seed=9)]
     prompts = ["The", "sea", "is", "a", "b"]
     told = letters_llm.generate(prompts, params, use_tqdm=False)
-    monkeypatch.setattr(GrammarMasks, "is_told", False)
-    runner = letters_llm.engine.runner
-    monkeypatch.setattr(runner, "steps", runner.backend.make_steps(runner.model))
+    mails = give_masks(letters_llm, monkeypatch)
     untold = letters_llm.generate(prompts, params, use_tqdm=False)
+    assert mails
+    assert not any(mails)
     for one, other in zip(told, untold, strict=True):
         assert one.outputs[0].token_ids == other.outputs[0].token_ids
 
@@ -109,10 +135,9 @@ def test_masks_are_never_made_where_interruptions_arrive(
         threads.add(threading.current_thread())
         made(matchers, masks)
 
-    runner = letters_llm.engine.runner
     settle(letters_llm)
-    monkeypatch.setattr(GrammarMasks, "is_told", is_told)
-    monkeypatch.setattr(runner, "steps", runner.backend.make_steps(runner.model))
+    if not is_told:
+        give_masks(letters_llm, monkeypatch)
     monkeypatch.setattr(grammar_masks, "fill_masks", noted)
     letters_llm.generate("a", asked(seed=1, max_tokens=3), use_tqdm=False)
     settle(letters_llm)
@@ -134,8 +159,10 @@ def test_rows_fail_whose_masks_cannot_be_made(
     assert output.outputs[0].token_ids
 
 
-def test_nobody_waits_for_tokens_of_a_call_that_failed(letters_llm: LLM) -> None:
-    """The call is never made; what comes after it is not held up."""
+def test_nobody_waits_for_tokens_of_a_call_that_failed(
+    letters_llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The call is never made."""
     runner, call = letters_llm.engine.runner, letters_llm.engine.runner.call
 
     def fail(one: Any, inputs: Any) -> Any:
@@ -143,30 +170,26 @@ def test_nobody_waits_for_tokens_of_a_call_that_failed(letters_llm: LLM) -> None
             raise KeyboardInterrupt
         return call(one, inputs)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner, "call", fail)
-        with pytest.raises(KeyboardInterrupt):
-            letters_llm.generate("a", asked(seed=1), use_tqdm=False)
-    (output,) = letters_llm.generate("a", asked(seed=1), use_tqdm=False)
-    assert is_json_of(SCHEMA, output.outputs[0].text)
+    monkeypatch.setattr(runner, "call", fail)
+    check_goes_on(letters_llm, monkeypatch)
 
 
-def test_a_job_that_is_handed_over_and_not_noted_down_holds_nobody_up(letters_llm: LLM) -> None:
+def test_a_job_that_is_handed_over_and_not_noted_down_holds_nobody_up(
+    letters_llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
     submit = ThreadPoolExecutor.submit
 
     def interrupted(*args: Any) -> Any:
         submit(*args)
         raise KeyboardInterrupt
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ThreadPoolExecutor, "submit", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            letters_llm.generate("a", asked(seed=1), use_tqdm=False)
-    (output,) = letters_llm.generate("a", asked(seed=1), use_tqdm=False)
-    assert is_json_of(SCHEMA, output.outputs[0].text)
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", interrupted)
+    check_goes_on(letters_llm, monkeypatch)
 
 
-def test_grammars_are_followed_after_one_interruption_in_another(letters_llm: LLM) -> None:
+def test_grammars_are_followed_after_one_interruption_in_another(
+    letters_llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
     runner, call = letters_llm.engine.runner, letters_llm.engine.runner.call
 
     def interrupted(*args: Any) -> Any:
@@ -175,14 +198,10 @@ def test_grammars_are_followed_after_one_interruption_in_another(letters_llm: LL
     def called(one: Any, inputs: Any) -> Any:
         return call(one, inputs) if inputs.mail is None else interrupted()
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner, "call", called)
-        for name in ("result", "exception"):  # whoever waits for a job
-            patch.setattr(Future, name, interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            letters_llm.generate("a", asked(seed=1), use_tqdm=False)
-    (output,) = letters_llm.generate("a", asked(seed=1), use_tqdm=False)
-    assert is_json_of(SCHEMA, output.outputs[0].text)
+    monkeypatch.setattr(runner, "call", called)
+    for name in ("result", "exception"):  # whoever waits for a job
+        monkeypatch.setattr(Future, name, interrupted)
+    check_goes_on(letters_llm, monkeypatch)
 
 
 def test_the_thread_waits_for_no_call_that_is_not_made() -> None:
