@@ -14,7 +14,6 @@
 #include <chrono>
 #include <climits>
 #include <cstdint>
-#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <ctime>
@@ -232,23 +231,12 @@ ffi::Error send_tokens_cuda(int32_t device, void* stream, ffi::AnyBuffer mail,
   return launch(device, stream, &Kernels::send, 1, arguments);
 }
 
-template <typename Function>
-int told(char* why, size_t size, Function function) {
-  const std::lock_guard<std::mutex> lock(mutex);
-  try {
-    function();
-    return 0;
-  } catch (const std::string& problem) {
-    std::snprintf(why, size, "%s", problem.c_str());
-    return 1;
-  }
-}
-
 }  // namespace
 
 // Compiles and loads the kernels of a GPU. Returns 0, or 1 and why not.
 extern "C" int open_device(int device, const char* nvrtc, char* why, size_t size) {
-  return told(why, size, [&] {
+  const std::lock_guard<std::mutex> lock(mutex);
+  return cuda::told(why, size, [&] {
     if (kernels.count(device) > 0) return;
     const auto limit = "-DMOST_NANOSECONDS=" + std::to_string(kMostSeconds) + "000000000ull";
     const cuda::Context context(device);
@@ -262,7 +250,7 @@ extern "C" int open_device(int device, const char* nvrtc, char* why, size_t size
 // go to `places`. Nobody frees it: a program may read it as long as there are any.
 extern "C" int make_box(int64_t rows, int64_t words, int device, uint64_t* places, char* why,
                         size_t size) {
-  return told(why, size, [&] {
+  return cuda::told(why, size, [&] {
     const uint64_t tokens = (rows * 4 + kAlignment - 1) / kAlignment * kAlignment;
     const uint64_t bytes = kAlignment + tokens + rows * words * 4;
     void* box = nullptr;

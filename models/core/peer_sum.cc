@@ -6,7 +6,6 @@
 // may fill the same half again two calls later: whoever has begun the call between has read it.
 
 #include <cstdint>
-#include <cstdio>
 #include <map>
 #include <mutex>
 #include <string>
@@ -174,13 +173,7 @@ ffi::Error peer_sum(int32_t device, void* stream, ffi::AnyBuffer x, uint32_t dev
 extern "C" int open_peers(uint32_t devices, const char* nvrtc, char* why, size_t size) {
   const std::lock_guard<std::mutex> lock(mutex);
   if (groups.count(devices) > 0) return 0;
-  try {
-    open_group(devices, nvrtc);
-    return 0;
-  } catch (const std::string& problem) {
-    std::snprintf(why, size, "%s", problem.c_str());
-    return 1;
-  }
+  return cuda::told(why, size, [&] { open_group(devices, nvrtc); });
 }
 
 extern "C" int64_t most_bytes() { return kHalfBytes; }

@@ -9,6 +9,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstdio>
 #include <string>
 #include <vector>
 
@@ -45,7 +46,18 @@ struct Compiler {
   int (*log)(void*, char*);
 };
 
-// All of these throw a std::string that says what is wrong.
+// All of these throw a std::string that says what is wrong, but for this one, which writes what
+// has been thrown. Returns 0, or 1 if something was.
+template <typename Function>
+int told(char* why, size_t size, Function function) {
+  try {
+    function();
+    return 0;
+  } catch (const std::string& problem) {
+    std::snprintf(why, size, "%s", problem.c_str());
+    return 1;
+  }
+}
 
 inline void check(int status, const char* what) {
   if (status != 0) throw std::string(what) + " failed with status " + std::to_string(status);

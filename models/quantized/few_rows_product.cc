@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstdio>
 #include <iterator>
 #include <map>
 #include <mutex>
@@ -142,14 +141,10 @@ ffi::Error few_rows_product(int32_t device, void* stream, ffi::AnyBuffer x, ffi:
 // Sees whether kernels can be compiled for the first device. Returns 0, or 1 and why not.
 extern "C" int open_product(const char* nvrtc, const char* text, char* why, size_t size) {
   const std::lock_guard<std::mutex> lock(mutex);
-  try {
+  return cuda::told(why, size, [&] {
     compiler = nvrtc, source = text;
     compiled(0, kRows[0], form_for(card_of(0), kRows[0], 4096));
-    return 0;
-  } catch (const std::string& problem) {
-    std::snprintf(why, size, "%s", problem.c_str());
-    return 1;
-  }
+  });
 }
 
 extern "C" int most_rows() { return *std::max_element(std::begin(kRows), std::end(kRows)); }
