@@ -74,7 +74,8 @@ class Devices:
         every, index = self.given or (self.first,), jax.process_index()
         own = [one for one in every if one.process_index == index]
         limits = ((one.memory_stats() or {}).get("bytes_limit", 0) for one in own)
-        return self.agree(min(limits, default=0))
+        # In MiB: what processes tell each other has 32 bits.
+        return self.agree(min(limits, default=0) >> 20) << 20
 
     @property
     def first_gpu(self) -> int | None:
