@@ -13,18 +13,14 @@ from folojax.models.core.interface import Attend
 from folojax.models.core.latent import heads_of_latents, out_of_latents
 from folojax.models.core.layer_embed import embedded_update
 from folojax.models.core.layers import (
-    CURVE,
-    activate,
     cut_gates,
-    gated,
     norm,
     norm_and_rotate,
-    project,
-    project_gated,
     rotate,
     scaled,
     scaled_parts,
 )
+from folojax.models.core.linear import CURVE, activate, gated, project, project_gated
 from folojax.models.core.mixers import MIXERS
 from folojax.models.core.moe import Experts, mix_experts
 from folojax.models.core.shards import sum_parts

@@ -13,7 +13,8 @@ from folojax.models.core.declared import kernel_of, norm_init
 from folojax.models.core.dense_attend import dense_attend
 from folojax.models.core.interface import Attend
 from folojax.models.core.layer_embed import layer_embeddings
-from folojax.models.core.layers import embed_rows, project, rotary_tables, softcap
+from folojax.models.core.layers import embed_rows, rotary_tables, softcap
+from folojax.models.core.linear import project
 from folojax.models.core.shards import join_scores, vocab_rows
 from folojax.models.core.side_streams import narrow, widen
 from folojax.models.core.stream import Unsummed, normed

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from folojax.models.core.layers import activate, embed_rows, norm, project
+from folojax.models.core.layers import embed_rows, norm
+from folojax.models.core.linear import activate, project
 
 if TYPE_CHECKING:
     from folojax.models.core.block import Block

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from folojax.models.core.config import ModelConfig
 from folojax.models.core.expert_product import by_expert
-from folojax.models.core.layers import activate, gated, project
+from folojax.models.core.linear import activate, gated, project
 
 
 class RoutedKernel(NamedTuple):

@@ -16,7 +16,8 @@ from jaxtyping import Array, Float
 
 from folojax.models.core.config import ModelConfig
 from folojax.models.core.declared import kernel_of, norm_init
-from folojax.models.core.layers import norm, project
+from folojax.models.core.layers import norm
+from folojax.models.core.linear import project
 from folojax.models.core.stream import Unsummed, summed
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from folojax.models.core.config import ModelConfig
-from folojax.models.core.layers import CURVE
+from folojax.models.core.linear import CURVE
 from folojax.models.families.families import family_of
 from folojax.models.families.family import Family, Names
 

@@ -15,6 +15,19 @@
 
 namespace cuda {
 
+// An attribute of a launch, and a launch with some, as the driver's header has them.
+struct Attribute {
+  int which, unused;
+  unsigned value[16];
+};
+
+struct Launch {
+  unsigned blocks[3], threads[3], shared_bytes;
+  void* stream;
+  const Attribute* attributes;
+  unsigned num_attributes;
+};
+
 // What is used of the driver and of NVRTC, with their own types spelled out.
 struct Driver {
   int (*init)(unsigned);
@@ -35,6 +48,9 @@ struct Driver {
   int (*recording)(int*);
   int (*launch)(void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void*,
                 void**, void**);
+  int (*launch_as)(const Launch*, void*, void**, void**);
+  int (*encode_map)(void*, int, unsigned, void*, const uint64_t*, const uint64_t*, const unsigned*,
+                    const unsigned*, int, int, int, int);
 };
 
 struct Compiler {
@@ -97,6 +113,8 @@ inline const Driver& driver() {
     look_up(library, "cuFuncSetAttribute", one.set_attribute);
     look_up(library, "cuThreadExchangeStreamCaptureMode", one.recording);
     look_up(library, "cuLaunchKernel", one.launch);
+    look_up(library, "cuLaunchKernelEx", one.launch_as);
+    look_up(library, "cuTensorMapEncodeTiled", one.encode_map);
     check(one.init(0), "cuInit");
     return one;
   }();
@@ -131,9 +149,11 @@ class WhileRecording {
   int mode_ = 2;  // relaxed, and then what it was
 };
 
-// A source in CUDA C++ compiled for a device by the NVRTC at a path. `options` are the compiler's.
+// A source in CUDA C++ compiled for an architecture by the NVRTC at a path. `options` are the
+// compiler's.
 inline std::vector<char> compiled(const char* nvrtc, const char* source, const char* name,
-                                  int device, std::vector<std::string> options) {
+                                  const std::string& architecture,
+                                  std::vector<std::string> options) {
   Compiler compiler;
   void* library = opened(nvrtc);
   look_up(library, "nvrtcCreateProgram", compiler.create);
@@ -142,10 +162,7 @@ inline std::vector<char> compiled(const char* nvrtc, const char* source, const c
   look_up(library, "nvrtcGetCUBIN", compiler.binary);
   look_up(library, "nvrtcGetProgramLogSize", compiler.log_size);
   look_up(library, "nvrtcGetProgramLog", compiler.log);
-  int major = 0, minor = 0;
-  check(driver().attribute(&major, 75, device), "cuDeviceGetAttribute");
-  check(driver().attribute(&minor, 76, device), "cuDeviceGetAttribute");
-  options.push_back("--gpu-architecture=sm_" + std::to_string(10 * major + minor));
+  options.push_back("--gpu-architecture=" + architecture);
   std::vector<const char*> given;
   for (const std::string& option : options) given.push_back(option.c_str());
   void* program = nullptr;
@@ -161,6 +178,23 @@ inline std::vector<char> compiled(const char* nvrtc, const char* source, const c
   std::vector<char> binary(size);
   check(compiler.binary(program, binary.data()), "NVRTC");
   return binary;
+}
+
+// The same for a device.
+inline std::vector<char> compiled(const char* nvrtc, const char* source, const char* name,
+                                  int device, const std::vector<std::string>& options) {
+  int major = 0, minor = 0;
+  check(driver().attribute(&major, 75, device), "cuDeviceGetAttribute");
+  check(driver().attribute(&minor, 76, device), "cuDeviceGetAttribute");
+  return compiled(nvrtc, source, name, "sm_" + std::to_string(10 * major + minor), options);
+}
+
+// Launches blocks in clusters of so many, which may read each other's shared memory.
+inline void launch_clusters(void* function, unsigned blocks, unsigned of_cluster, unsigned threads,
+                            unsigned shared_bytes, void* stream, void** arguments) {
+  const Attribute cluster = {4, 0, {of_cluster, 1, 1}};
+  const Launch how = {{blocks, 1, 1}, {threads, 1, 1}, shared_bytes, stream, &cluster, 1};
+  check(driver().launch_as(&how, function, arguments, nullptr), "cuLaunchKernelEx");
 }
 
 // A kernel of a compiled source, in the context of this thread.

@@ -28,7 +28,7 @@ from bench_workloads import Workload
 
 from folojax import LLM, SamplingParams
 from folojax.models.core.config import ModelConfig
-from folojax.models.core.layers import project
+from folojax.models.core.linear import project
 from folojax.models.quantized.quantize import quantize
 
 CEILINGS = "ceilings"

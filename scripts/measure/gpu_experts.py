@@ -29,7 +29,7 @@ from folojax.compile.programs import IN_GRAPH
 from folojax.models.core import peer_sum
 from folojax.models.core.config import ModelConfig
 from folojax.models.core.expert_product import by_expert
-from folojax.models.core.layers import gated, project
+from folojax.models.core.linear import gated, project
 from folojax.models.core.moe import Experts, choose_experts, mix_experts
 from folojax.models.core.shards import AXIS, cut, part_of, sum_parts
 

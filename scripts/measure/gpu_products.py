@@ -1,13 +1,15 @@
-"""Products alone, of a model's shapes: bfloat16 against kernels of eight and four bits.
+"""Products alone, of a model's shapes: bfloat16, XLA's and ours, and kernels of fewer bits.
 
     python scripts/measure/gpu_products.py                     Qwen3-8B, 1 to 2,048 rows
     python scripts/measure/gpu_products.py --rows 8 --group 128 --kinds bfloat16 int4
 
-Microseconds a product, scales and rounding of inputs included, and bfloat16's time over it. A
+Microseconds a product, scales and rounding of inputs included, and the first kind's time over it. A
 program multiplies with sixteen kernels one after the other, many times over, so that no kernel is
 found in a cache and the host has no part in it. Before it is timed each product is compared with
 one in float32 of what its codes mean: `error` is the mean difference over the mean size, of
 rounding to bfloat16 0.0014, of inputs in float8 some 0.03. Columns of `layer` add up the others'.
+Kinds are `xla` (bfloat16 by XLA alone), `bfloat16` (as a layer multiplies), `gated` (the same, and
+the gate behind it), `int4` and `fp8`.
 
 Exit code: 0; 1 if a product in four bits is wrong.
 """
@@ -22,9 +24,9 @@ import jax
 import jax.numpy as jnp
 from gpu_common import SHAPES, Report
 
+from folojax.models.core.linear import gated, project, project_gated
 from folojax.models.quantized.codes import dequantize
 from folojax.models.quantized.float8_kernels import quantize_float8
-from folojax.models.quantized.quantize import project_quantized
 from folojax.models.quantized.tiled_kernels import quantize_tiles
 
 _KERNELS, _SECONDS, _MOST_ERROR = 16, 0.01, 0.004
@@ -61,29 +63,33 @@ def make_kernels(kind: str, outputs: int, inputs: int, group: int) -> list[Any]:
     ]
 
 
-def multiply(x: Any, kernel: Any) -> Any:
-    """As a layer does it."""
-    if isinstance(kernel, jax.Array):
+def multiply(x: Any, kernel: Any, kind: str) -> Any:
+    """As a layer does it, or XLA."""
+    if kind == "xla":
         return jax.lax.dot_general(x, kernel, _DIMS, preferred_element_type=x.dtype)
-    return project_quantized(x, kernel, x.dtype)
+    if kind == "gated":
+        return project_gated(x, kernel, "silu", x.dtype, is_ordered=False)
+    return project(x, kernel, is_rounded=True)
 
 
-def measure(x: Any, kernels: list[Any], times: int) -> tuple[float, float]:
+def measure(x: Any, kernels: list[Any], times: int, kind: str) -> tuple[float, float]:
     """Microseconds of a product, and its error."""
 
     def many(x: Any, kernels: list[Any]) -> Any:
         def once(_: Any, x: Any) -> Any:
             # What is multiplied next depends on all of these, so none can be left out.
-            found = [jax.lax.optimization_barrier(multiply(x, one)) for one in kernels]
+            found = [jax.lax.optimization_barrier(multiply(x, one, kind)) for one in kernels]
             return x + 1e-30 * sum(one[0, 0] for one in found)
 
-        return jax.lax.fori_loop(0, times, once, x), multiply(x, kernels[0])
+        return jax.lax.fori_loop(0, times, once, x), multiply(x, kernels[0], kind)
 
     compiled = jax.jit(many).lower(x, kernels).compile()
     wide = kernels[0] if isinstance(kernels[0], jax.Array) else dequantize(kernels[0])
     meant = jax.lax.dot_general(
         x, wide.astype(jnp.bfloat16), _DIMS, preferred_element_type=jnp.float32
     )
+    if kind == "gated":
+        meant = gated(meant.astype(x.dtype), dtype=jnp.float32)
     found = compiled(x, kernels)[1].astype(jnp.float32)
     error = jnp.abs(found - meant).mean() / jnp.abs(meant).mean()
     best = float("inf")
@@ -101,7 +107,7 @@ def main() -> int:
     )
     parser.add_argument("model", nargs="?", choices=sorted(SHAPES), default="qwen3-8b")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 64, 128, 256, 512, 2048])
-    parser.add_argument("--kinds", nargs="+", default=["bfloat16", "int4", "fp8"])
+    parser.add_argument("--kinds", nargs="+", default=["xla", "bfloat16", "int4", "fp8"])
     parser.add_argument("--group", type=int, default=32, help="inputs that share a scale, of int4")
     parser.add_argument("--small", action="store_true", help="tiny shapes, for a CPU")
     parser.add_argument("--out", type=Path, help="a file for the lines")
@@ -112,12 +118,14 @@ def main() -> int:
     for product, (outputs, inputs) in products(args.model, args.small).items():
         times: dict[int, float] = {}
         for kind in args.kinds:
+            if kind == "gated" and product != "gate_up":
+                continue
             kernels = make_kernels(kind, outputs, inputs, args.group)
             for rows in args.rows:
                 x = jax.random.normal(jax.random.key(rows), (rows, inputs)).astype(jnp.bfloat16)
                 expected = 5e-6 + max(2 * rows / 6e14, 1 / 2e12) * outputs * inputs
                 count = 1 if args.small else max(2, int(_SECONDS / _KERNELS / expected))
-                taken, error = measure(x, kernels, count)
+                taken, error = measure(x, kernels, count, kind)
                 times.setdefault(rows, taken)
                 layers[rows, kind] = layers.get((rows, kind), 0.0) + taken
                 ratio = times[rows] / taken

@@ -12,7 +12,7 @@ from folojax.models.core.config import ModelConfig
 from folojax.models.core.decoder import init_params
 from folojax.models.core.dense_attend import dense_attend
 from folojax.models.core.interface import Attend, Scoring
-from folojax.models.core.layers import project
+from folojax.models.core.linear import project
 from folojax.models.files.checkpoint import build_module, load_params, open_checkpoint
 from tests import reference
 

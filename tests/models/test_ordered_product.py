@@ -10,7 +10,7 @@ import pytest
 from jax.experimental import pallas as pl
 
 from folojax.models.core import ordered_product
-from folojax.models.core.layers import project
+from folojax.models.core.linear import project
 from tests.random_numbers import normal
 
 

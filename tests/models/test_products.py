@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from folojax.models.core.layers import project
+from folojax.models.core.linear import project
 
 KERNEL = jnp.asarray(np.random.default_rng(0).normal(size=(6, 8)), jnp.float32)
 

@@ -11,7 +11,7 @@ import pytest
 from jax.experimental import pallas as pl
 
 from folojax.attention import paged_decode
-from folojax.models.core import layers, row_kernels
+from folojax.models.core import layers, linear, row_kernels
 from folojax.models.core.config import ModelConfig
 from folojax.models.core.decoder import Llama, init_params
 from folojax.models.core.dense_attend import dense_attend
@@ -80,7 +80,7 @@ def test_a_gate(rows: int, width: int) -> None:
     both = 3 * _draw(0, rows, 2 * width)
     with mock.patch.object(row_kernels, "_MOST_GATED", 32):
         found = row_kernels.gated_silu(both)
-    expected = layers.gated(both.astype(jnp.float32))
+    expected = linear.gated(both.astype(jnp.float32))
     np.testing.assert_allclose(_wide(found), _wide(expected), rtol=0.01, atol=1e-6)
 
 
