@@ -21,7 +21,7 @@ namespace {
 constexpr unsigned kInputs = 64;        // of a stage
 constexpr int kMostStages = 8;          // of a ring
 constexpr int kMostBytes = 220 * 1024;  // of shared memory that a ring takes
-constexpr int kStepRows = 32;           // kernels are for multiples of so many rows
+constexpr int kFewRows = 8, kStepRows = 32;  // kernels are for so many rows, and for multiples
 constexpr int kFloat16 = 6, kBfloat16 = 9, kSwizzle128 = 3, kPromote128 = 2;  // the driver's
 
 struct Kernel {
@@ -40,7 +40,9 @@ std::map<std::tuple<int, std::string>, Kernel> kernels;  // by device and name
 
 const char* type_of(bool is_bfloat16) { return is_bfloat16 ? "bf16" : "f16"; }
 
-int rounded_up(int rows) { return (rows + kStepRows - 1) / kStepRows * kStepRows; }
+int rounded_up(int rows) {
+  return rows <= kFewRows ? kFewRows : (rows + kStepRows - 1) / kStepRows * kStepRows;
+}
 
 int stage_bytes(int rows, int groups) { return (64 * groups + rows) * kInputs * 2; }
 

@@ -32,8 +32,8 @@ _SOURCE = Path(__file__).with_name("decode_product.cc")
 _NAME = "folojax_decode_product"
 _LOG = logging.getLogger("folojax")
 
-_LEAST_ROWS, _MOST_ROWS = 9, 256  # with fewer, XLA's products are as fast
-_STEP_ROWS = 32  # kernels are for multiples of so many rows
+_LEAST_ROWS, _MOST_ROWS = 2, 256  # of a single row XLA's product is faster
+_FEW_ROWS, _STEP_ROWS = 8, 32  # kernels are for as few rows, and for multiples of so many
 _LEAST_WEIGHTS = 1 << 20  # of a kernel
 _DTYPES = ("bfloat16", "float16")
 _GROUPS = (1, 2, 3, 4)
@@ -101,7 +101,8 @@ def compile_kernels(nvrtc: Path, dtype: str) -> Path:
     library, text = native.load(_SOURCE), _SOURCE.with_suffix(".cu").read_bytes()
     parts = (text, file_digest(_SOURCE).encode(), str(nvrtc.resolve()).encode(), dtype.encode())
     digest = hashlib.sha256(b"\n".join(parts)).hexdigest()[:16]
-    sizes = itertools.product(range(_STEP_ROWS, _MOST_ROWS + 1, _STEP_ROWS), _GROUPS)
+    rows = _FEW_ROWS, *range(_STEP_ROWS, _MOST_ROWS + 1, _STEP_ROWS)
+    sizes = itertools.product(rows, _GROUPS)
 
     def build(target: Path) -> None:
         def compile_one(rows: int, groups: int) -> None:
@@ -158,7 +159,7 @@ def cut_of(num_rows: int, inputs: int, outputs: int) -> Cut | None:
     is_size = _LEAST_ROWS <= num_rows <= _MOST_ROWS and inputs * outputs >= _LEAST_WEIGHTS
     if not is_size or inputs % 8 or outputs % 16:
         return None
-    rows = math.ceil(num_rows / _STEP_ROWS) * _STEP_ROWS
+    rows = _FEW_ROWS if num_rows <= _FEW_ROWS else math.ceil(num_rows / _STEP_ROWS) * _STEP_ROWS
     cuts = [Cut(*one) for one in itertools.product(_GROUPS, _SLOTS) if _fits(rows, one[0])]
     best = min(cuts, key=lambda cut: _time(rows, inputs, outputs, cut))
     return best if _turns(outputs, best) <= _together(rows, best.groups) else None
