@@ -15,6 +15,7 @@ from folojax.models.core import decode_product, ordered_product, row_kernels
 from folojax.models.core.adapted import AdaptedKernel, add_low_rank
 from folojax.models.core.config import Activation
 from folojax.models.quantized.quantize import QuantizedKernel, project_quantized
+from folojax.models.quantized.tiled_kernels import TiledKernel, can_gate
 
 _FAST_ROWS = (4, 8, 16, 20, 24, 32)
 """Rows of float32 whose products take XLA on CPU no longer than those of one row less."""
@@ -157,7 +158,8 @@ def project_gated(
     """What is `gated` of a linear layer without a bias, rounded as `project` rounds it.
 
     Arguments are those of both. Where rows have adapters, one kernel adds what these change and
-    gates.
+    gates. Rows of a decode step are multiplied and gated in one kernel: on Hopper in half
+    precision (`decode_product`), and few of them with four bits (`few_rows_product`).
     """
     make = functools.partial(gated, kind=kind, dtype=dtype)
     is_taken = kind == "silu" and x.dtype == dtype and row_kernels.is_taken(dtype)
@@ -165,6 +167,8 @@ def project_gated(
         cut = decode_product.cut_for(x, kernel)
         if cut is not None:
             return _in_one(x, kernel, dtype=jnp.dtype(dtype), cut=cut, is_gated=True)
+    if is_taken and isinstance(kernel, TiledKernel) and not is_ordered and can_gate(x):
+        return project_quantized(x, kernel, x.dtype, is_gated=True)
     if not isinstance(kernel, AdaptedKernel) or not is_taken:
         return make(project(x, kernel, is_rounded=True, is_ordered=is_ordered))
     out = project(x, kernel.kernel, is_ordered=is_ordered)

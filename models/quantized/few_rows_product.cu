@@ -16,13 +16,17 @@
 // in a ring in shared memory that nobody else touches, so it waits for nobody before the end, where
 // the warps' sums are added in their order.
 //
+// Where outputs are gates and as many ups, it can gate: then half of a block's groups of warps have
+// gates and the others the ups that belong to them, and what is written is silu(gate) * up.
+//
 // It is compiled by NVRTC with TILES of 16 outputs a warp, GROUPS_OF_WARPS with outputs of their
-// own, SHARES of the inputs, STAGES places for blocks of 128 inputs in the ring of a warp, and at
-// most ROWS rows.
+// own, SHARES of the inputs, STAGES places for blocks of 128 inputs in the ring of a warp, at most
+// ROWS rows, and IS_GATED, for which groups are even in number.
 
 constexpr int kEights = (ROWS + 7) / 8;  // of rows
 constexpr int kWords = TILES * 1024, kPairs = TILES * 256, kStage = kWords + kPairs + ROWS * 256;
 constexpr int kOwn = 16 * TILES, kOutputs = kOwn * GROUPS_OF_WARPS;
+constexpr int kWritten = IS_GATED ? kOutputs / 2 : kOutputs;  // of a row
 constexpr int kThreads = 32 * GROUPS_OF_WARPS * SHARES;
 constexpr unsigned kOnes = 0x3f803f80, kLess = 0xc308c308;  // 1 and -136, twice
 
@@ -78,6 +82,12 @@ __device__ __forceinline__ unsigned rest(float low, float high, unsigned pair) {
   return rounded(low - lower(pair), high - upper(pair));
 }
 
+// silu(gate) * up, of both as they are rounded.
+__device__ __forceinline__ float gated(float gate, float up) {
+  const float wide = lower(rounded(gate, 0));
+  return wide / (1 + __expf(-wide)) * lower(rounded(up, 0));
+}
+
 // Has a number computed once, where the compiler would do so again for every block.
 __device__ __forceinline__ void keep(int& number) { asm("" : "+r"(number)); }
 
@@ -87,9 +97,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) few_rows_product(
   extern __shared__ __align__(128) unsigned char memory[];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
   const int share = warp / GROUPS_OF_WARPS;
+  const int width = IS_GATED ? outputs / 2 : outputs;
   // The last ones compute what others do as well rather than less.
-  const int first = min(static_cast<int>(blockIdx.x) * kOutputs, outputs - kOutputs);
-  const int own = first + warp % GROUPS_OF_WARPS * kOwn;
+  const int first = min(static_cast<int>(blockIdx.x) * kWritten, width - kWritten);
+  const int within = warp % GROUPS_OF_WARPS * kOwn;
+  const int own = first + within + (IS_GATED && within >= kWritten ? width - kWritten : 0);
   unsigned char* const ring = memory + warp * (STAGES * kStage);
   const unsigned ring_at = static_cast<unsigned>(__cvta_generic_to_shared(ring));
 
@@ -265,15 +277,25 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) few_rows_product(
     for (int n = 0; n < kEights; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int row = 8 * n + 2 * t + (i & 1), output = own - first + 16 * m + 2 * g + (i >> 1);
+        const int row = 8 * n + 2 * t + (i & 1), output = within + 16 * m + 2 * g + (i >> 1);
         if (row < num_rows) shares[(share * ROWS + row) * kOutputs + output] = total[m][n][i];
       }
   __syncthreads();
-  for (int i = threadIdx.x; i < num_rows * kOutputs; i += kThreads) {
-    float sum = shares[i];
+  auto added = [&](int at) {
+    float sum = shares[at];
 #pragma unroll
-    for (int k = 1; k < SHARES; ++k) sum += shares[k * ROWS * kOutputs + i];
-    const long long place = static_cast<long long>(i / kOutputs) * outputs + first + i % kOutputs;
+    for (int k = 1; k < SHARES; ++k) sum += shares[k * ROWS * kOutputs + at];
+    return sum;
+  };
+  for (int i = threadIdx.x; i < num_rows * kWritten; i += kThreads) {
+    const int row = i / kWritten, output = i % kWritten;
+#if IS_GATED
+    const int at = row * kOutputs + output;
+    const float sum = gated(added(at), added(at + kWritten));
+#else
+    const float sum = added(i);
+#endif
+    const long long place = static_cast<long long>(row) * width + first + output;
     if (is_wide)
       static_cast<float*>(out)[place] = sum;
     else

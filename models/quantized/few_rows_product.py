@@ -1,9 +1,9 @@
 """The product of few rows with a kernel in four bits, on NVIDIA GPUs, in CUDA C++.
 
 Where a program has few rows, what it does for each word of codes decides how fast it is, and
-`few_rows_product.cu` does least. It is compiled at first use by NVRTC, which JAX's wheels for CUDA
-bring, and the call of it (`few_rows_product.cc`) by the compiler of the machine; where one is
-missing, `tiled_product` multiplies.
+`few_rows_product.cu` does least; it can gate its results as well. It is compiled at first use by
+NVRTC, which JAX's wheels for CUDA bring, and the call of it (`few_rows_product.cc`) by the compiler
+of the machine; where one is missing, `tiled_product` multiplies.
 """
 
 import ctypes
@@ -60,12 +60,23 @@ def multiply_few_rows(
     words: Int16[Array, "B O 32"],
     pairs: Int32[Array, "G O"],
     dtype: DTypeLike,
-) -> Float[Array, "N O"]:
+    is_gated: bool = False,
+) -> Float[Array, "N W"]:
     """The product, summed in float32, in `dtype`; N is at most `MOST_ROWS`.
 
     Weights are not rounded to bfloat16, as those of `tiled_product` are.
+
+    Args:
+        x: The rows.
+        words: Of a `TiledKernel`.
+        pairs: Of it, too.
+        dtype: Of the result.
+        is_gated: Whether outputs are gates and ups, side by side, and the result is silu(gate) * up
+            of both as they are rounded to bfloat16: W is then O / 2.
     """
     written = jnp.bfloat16 if jnp.dtype(dtype) == jnp.bfloat16 else jnp.float32
-    result: Any = jax.ShapeDtypeStruct((x.shape[0], words.shape[1]), written)
-    product: Array = jax.ffi.ffi_call(_NAME, result, vmap_method="sequential")(x, words, pairs)
+    width = words.shape[1] // 2 if is_gated else words.shape[1]
+    result: Any = jax.ShapeDtypeStruct((x.shape[0], width), written)
+    call = jax.ffi.ffi_call(_NAME, result, vmap_method="sequential")
+    product: Array = call(x, words, pairs, is_gated=is_gated)
     return product.astype(dtype)

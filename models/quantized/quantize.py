@@ -167,26 +167,36 @@ def quantization_of(params: Any) -> str | None:
     return "int8" if any(map(is_quantized, leaves)) else None
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 def project_quantized(
-    x: Float[Array, "N I"], kernel: QuantizedKernel, dtype: DTypeLike = jnp.float32
-) -> Float[Array, "N O"]:
+    x: Float[Array, "N I"],
+    kernel: QuantizedKernel,
+    dtype: DTypeLike = jnp.float32,
+    is_gated: bool = False,
+) -> Float[Array, "N W"]:
     """A linear layer, in `dtype`: `x`, rounded as the kernel's kind has it, times the kernel.
 
     It has no derivative: to ask for one is a TypeError.
+
+    Args:
+        x: The inputs.
+        kernel: Of the layer.
+        dtype: Of the result.
+        is_gated: Whether the result is gated, as `project_tiles` has it; of tiles alone.
     """
+    assert not is_gated or isinstance(kernel, TiledKernel)
     match kernel:
         case Int8Kernel():
             return project_int8(x, kernel, dtype)
         case TiledKernel():
-            return project_tiles(x, kernel, dtype)
+            return project_tiles(x, kernel, dtype, is_gated)
         case Float8Kernel():
             return project_float8(x, kernel, dtype)
     return project_groups(x, kernel).astype(dtype)
 
 
 @project_quantized.defjvp
-def _has_no_derivative(dtype: Any, primals: Any, tangents: Any) -> Any:
+def _has_no_derivative(dtype: Any, is_gated: bool, primals: Any, tangents: Any) -> Any:
     # Without this rule there would be one, of the scales alone: finite and wrong.
     raise TypeError(
         "quantised kernels cannot be differentiated through: take the float parameters that they "

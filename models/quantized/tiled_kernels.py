@@ -4,7 +4,8 @@ A weight is `(code - 8) * scale + offset`, scale and offset in bfloat16 for each
 one output; so are weights of GPTQ, AWQ and compressed-tensors, and their groups are kept. Inputs
 are bfloat16 and are not rounded further. Up to `_MOST_TILED` rows one kernel unpacks codes in
 registers and multiplies (`tiled_product`), for few of them another (`few_rows_product`), where the
-machine can compile it; for more rows weights are widened to a temporary, which XLA multiplies with.
+machine can compile it, which gates as well; for more rows weights are widened to a temporary, which
+XLA multiplies with.
 """
 
 import functools
@@ -120,32 +121,57 @@ def unpack_tiles(
 
 
 def project_tiles(
-    x: Float[Array, "N I"], kernel: TiledKernel, dtype: DTypeLike
-) -> Float[Array, "N O"]:
-    """A linear layer: `x`, rounded to bfloat16, times the kernel, in `dtype`."""
-    plain = functools.partial(_multiply_plain, dtype=dtype)
+    x: Float[Array, "N I"], kernel: TiledKernel, dtype: DTypeLike, is_gated: bool = False
+) -> Float[Array, "N W"]:
+    """A linear layer: `x`, rounded to bfloat16, times the kernel, in `dtype`.
+
+    Args:
+        x: The inputs.
+        kernel: Of the layer.
+        dtype: Of the result.
+        is_gated: Whether outputs are gates and ups, side by side, and the result is silu(gate) * up
+            of both as they are rounded to the dtype of `x`, computed in float32: W is then O / 2.
+    """
+    plain = functools.partial(_multiply_plain, dtype=dtype, is_gated=is_gated)
     if triton is None:
         return plain(x, kernel)
-    return jax.lax.platform_dependent(
-        x, kernel, cuda=functools.partial(_multiply, dtype=dtype), default=plain
-    )
+    own = functools.partial(_multiply, dtype=dtype, is_gated=is_gated)
+    return jax.lax.platform_dependent(x, kernel, cuda=own, default=plain)
+
+
+def can_gate(x: Float[Array, "N I"]) -> bool:
+    """Whether the kernel that multiplies such rows on NVIDIA GPUs gates them as well."""
+    return triton is not None and x.dtype == jnp.bfloat16 and _are_few(x)
+
+
+def _are_few(x: Array) -> bool:
+    return x.shape[0] <= few_rows_product.MOST_ROWS and few_rows_product.has_product()
 
 
 # Jitted, so that a model's layers trace and lower their kernels once.
-@functools.partial(jax.jit, static_argnames="dtype")
-def _multiply(x: Array, kernel: TiledKernel, dtype: DTypeLike) -> Array:
+@functools.partial(jax.jit, static_argnames=("dtype", "is_gated"))
+def _multiply(x: Array, kernel: TiledKernel, dtype: DTypeLike, is_gated: bool) -> Array:
+    if is_gated and not can_gate(x):
+        return _gate(_multiply(x, kernel, x.dtype, is_gated=False), dtype)
     x = x.astype(jnp.bfloat16)
-    if x.shape[0] <= few_rows_product.MOST_ROWS and few_rows_product.has_product():
-        return few_rows_product.multiply_few_rows(x, kernel.words, kernel.pairs, dtype)
+    if _are_few(x):
+        given = x, kernel.words, kernel.pairs
+        return few_rows_product.multiply_few_rows(*given, dtype, is_gated)
     if x.shape[0] <= _MOST_TILED:
         return multiply_tiles(x, kernel.words, kernel.pairs, dtype)
     return _contract(x, widen_tiles(kernel.words, kernel.pairs), dtype)
 
 
-def _multiply_plain(x: Array, kernel: TiledKernel, dtype: DTypeLike) -> Array:
+def _multiply_plain(x: Array, kernel: TiledKernel, dtype: DTypeLike, is_gated: bool) -> Array:
     """What the kernels compute: weights are rounded to bfloat16 before they are multiplied with."""
     wide = widened(kernel).astype(jnp.bfloat16).astype(jnp.float32)
-    return _contract(x.astype(jnp.bfloat16).astype(jnp.float32), wide, jnp.float32).astype(dtype)
+    out = _contract(x.astype(jnp.bfloat16).astype(jnp.float32), wide, jnp.float32)
+    return _gate(out.astype(x.dtype), dtype) if is_gated else out.astype(dtype)
+
+
+def _gate(both: Array, dtype: DTypeLike) -> Array:
+    gate, up = jnp.split(both.astype(jnp.float32), 2, axis=-1)
+    return (jax.nn.silu(gate) * up).astype(dtype)
 
 
 def _contract(left: Array, right: Array, dtype: DTypeLike) -> Array:
