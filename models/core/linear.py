@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from folojax.models.core import decode_product, ordered_product, row_kernels
+from folojax.models.core import ordered_product, row_kernels
 from folojax.models.core.adapted import AdaptedKernel, add_low_rank
 from folojax.models.core.config import Activation
+from folojax.models.machine import decode_product
 from folojax.models.quantized.quantize import QuantizedKernel, project_quantized
 from folojax.models.quantized.tiled_kernels import TiledKernel, can_gate
 
@@ -49,10 +50,15 @@ def project(
     if is_ordered:
         ways = _branches(x, dtype) | {"cuda": functools.partial(_ordered, dtype=dtype)}
         return jax.lax.platform_dependent(x, kernel, **ways)
-    cut = decode_product.cut_for(x, kernel)
+    cut = _cut(x, kernel)
     if cut is not None:
         return _in_one(x, kernel, dtype=dtype, cut=cut)
     return _multiply(x, kernel, dtype)
+
+
+def _cut(x: Float[Array, "N I"], kernel: Float[Array, "O I"]) -> decode_product.Cut | None:
+    """How a kernel of our own deals the product out; None: it does not."""
+    return decode_product.cut_for(x, kernel.shape[0]) if x.dtype == kernel.dtype else None
 
 
 def _multiply(x: Float[Array, "N I"], kernel: Float[Array, "O I"], dtype: DTypeLike) -> Any:
@@ -71,7 +77,9 @@ _ordered = jax.jit(ordered_product.product, static_argnames="dtype")
 @functools.partial(jax.jit, static_argnames=("dtype", "cut", "is_gated"))
 def _in_one(x: Array, kernel: Array, *, dtype: Any, cut: Any, is_gated: bool = False) -> Any:
     """A kernel of our own multiplies, and gates."""
-    own = functools.partial(decode_product.product, dtype=dtype, cut=cut, is_gated=is_gated)
+
+    def own(x: Array, kernel: Array) -> Any:
+        return decode_product.product(x, (kernel,), dtype, cut, is_gated)
 
     def plain(x: Array, kernel: Array) -> Any:
         out = _multiply(x, kernel, dtype)
@@ -164,7 +172,7 @@ def project_gated(
     make = functools.partial(gated, kind=kind, dtype=dtype)
     is_taken = kind == "silu" and x.dtype == dtype and row_kernels.is_taken(dtype)
     if is_taken and isinstance(kernel, jax.Array) and not is_ordered:
-        cut = decode_product.cut_for(x, kernel)
+        cut = _cut(x, kernel)
         if cut is not None:
             return _in_one(x, kernel, dtype=jnp.dtype(dtype), cut=cut, is_gated=True)
     if is_taken and isinstance(kernel, TiledKernel) and not is_ordered and can_gate(x):

@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 
 from folojax.backend import choose_backend
-from folojax.models.core import decode_product
-from folojax.models.core.decode_product import Cut, cut_of
 from folojax.models.core.linear import gated, project, project_gated
-from folojax.models.machine import compiler
+from folojax.models.machine import compiler, decode_product
+from folojax.models.machine.decode_product import Cut, cut_of
 from tests.random_numbers import normal
 
 _WIDTH, _INNER = 1024, 2048
@@ -74,7 +73,7 @@ def test_without_the_driver_xla_multiplies(caplog: pytest.LogCaptureFixture) -> 
 def test_what_does_not_compile_is_told() -> None:
     library = compiler.load(decode_product._SOURCE)
     why = ctypes.create_string_buffer(256)
-    assert library.compile_product(b"libnone.so", b"", 32, 1, 1, b".", why, len(why)) == 1
+    assert library.compile_product(b"libnone.so", b"", 16, 32, 1, 1, b".", why, len(why)) == 1
     assert b"cannot be loaded" in why.value
 
 
@@ -112,13 +111,14 @@ def test_how_products_are_cut(rows: int, inputs: int, outputs: int, cut: Cut | N
 
 
 @pytest.mark.parametrize("rows", range(2, 257, 13))
-def test_a_cut_can_run(rows: int) -> None:
-    for inputs in range(512, 16384, 1000):
+@pytest.mark.parametrize("bits", [4, 8, 16])
+def test_a_cut_can_run(rows: int, bits: decode_product.Bits) -> None:
+    for inputs in range(512, 16384, 1024):
         for outputs in range(512, 30000, 2032):
-            cut = cut_of(rows, inputs, outputs)
+            cut = cut_of(rows, inputs, outputs, bits)
             if cut is not None:
                 padded = 8 if rows <= 8 else -(-rows // 32) * 32
-                assert decode_product._fits(padded, cut.groups)
+                assert decode_product._fits(padded, cut.groups, bits)
                 assert cut.parts in (1, 2, 4, 8)  # the sizes of clusters that every card has
 
 
@@ -164,7 +164,7 @@ def test_every_cut_computes_the_same(cut: Cut, is_gated: bool) -> None:
     rounded = jnp.asarray(both, jnp.bfloat16)
     expected = gated(rounded, dtype=jnp.float32) if is_gated else both
     found = jax.jit(
-        lambda x, k: decode_product.product(x, k, jnp.bfloat16, cut, is_gated=is_gated)
+        lambda x, k: decode_product.product(x, (k,), jnp.bfloat16, cut, is_gated=is_gated)
     )(x, kernel)
     differences = np.abs(np.asarray(found, np.float64) - np.asarray(expected, np.float64))
     assert differences.max() < 0.05 * np.abs(np.asarray(expected)).mean()

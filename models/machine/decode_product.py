@@ -1,0 +1,237 @@
+"""The product of a decode step's rows with a kernel, on Hopper, in CUDA C++.
+
+XLA's products of few rows take 1.2 to 1.9 times as long as their bytes, and where outputs are few,
+sum parts of the inputs in a kernel of their own (docs/gpu.md). `decode_product.cu` is one kernel,
+for weights in half precision, in float8, and in four bits, and can gate its results. It is compiled
+at first use by NVRTC, which JAX's wheels for CUDA bring, and kept in the user's cache; the call of
+it (`decode_product.cc`) is compiled by the compiler of the machine. Where one is missing, products
+are those of other accelerators.
+
+Axes: N rows, I inputs, O outputs.
+"""
+
+import ctypes
+import functools
+import hashlib
+import itertools
+import logging
+import math
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from folojax.models.machine import compiler as native
+from folojax.models.machine import cuda
+from folojax.models.machine.artefacts import build_once, cache_root, file_digest
+
+_SOURCE = Path(__file__).with_name("decode_product.cc")
+_NAME = "folojax_decode_product"
+_LOG = logging.getLogger("folojax")
+
+Bits = Literal[4, 8, 16]
+"""Of a weight: codes of a `TiledKernel`, float8_e4m3fn, or the half precision of the rows."""
+
+_MOST_ROWS = 256
+_FEW_ROWS, _STEP_ROWS = 8, 32  # kernels are for as few rows, and for multiples of so many
+_LEAST_WEIGHTS = 1 << 20  # of a kernel
+_GROUPS = (1, 2, 3, 4)
+
+
+class _Kind(NamedTuple):
+    """What weights of so many bits are, and how fast on an H200."""
+
+    dtypes: tuple[str, ...]  # of the rows
+    least_rows: int  # of fewer another product is faster
+    inputs: int  # of a step
+    line: int  # bytes of a step of an output
+    registers: int  # of a thread, beside its sums
+    is_whole: bool
+    """Whether another product is faster where processors have not all outputs at a time."""
+    memory_bytes: float  # microseconds' worth of a processor's reads of weights
+    products: float  # likewise
+    step: float  # microseconds that a step takes at least
+
+
+# Found by all cuts of four or eight shapes and six numbers of rows: what these say is the fastest
+# cut took at most 5 % longer than the fastest.
+_KINDS: dict[Bits, _Kind] = {
+    16: _Kind(("bfloat16", "float16"), 2, 64, 128, 26, True, 36e3, 1.5e6, 0.2),
+    8: _Kind(("bfloat16",), 9, 128, 128, 64, True, 30e3, 2e6, 0.4),
+    4: _Kind(("bfloat16",), 9, 128, 80, 64, False, 36e3, 2e6, 0.5),
+}
+_CACHE_BYTES = 60e3  # as memory_bytes, of what is read at all
+_SLOTS = {1: 132, 2: 132, 4: 96, 8: 64}  # blocks at a time, by parts: clusters lie in one region
+_STARTS = {1: 3.0, 2: 4.0, 4: 5.0, 8: 6.0}  # microseconds
+_SHARED_BYTES, _REGISTERS = 232448, 65536  # of a processor
+
+
+class Cut(NamedTuple):
+    """How a product is dealt out to blocks."""
+
+    groups: int  # of 64 outputs that a block has
+    parts: int  # of the inputs, each a block's
+
+
+@functools.cache
+def has_product(dtype: str, bits: Bits = 16) -> bool:
+    """Whether programs on this machine's GPUs may call it with rows of a dtype.
+
+    On a GPU of the generation that may not, a warning is logged.
+    """
+    try:
+        ctypes.CDLL(cuda.DRIVER)
+        library = native.load(_SOURCE)
+    except OSError:
+        return False
+    is_hopper, why = ctypes.c_int(), ctypes.create_string_buffer(256)
+    if library.is_hopper(ctypes.byref(is_hopper), why, len(why)) or not is_hopper.value:
+        return False
+    problem = _opened(library, dtype, bits)
+    if problem is not None:
+        _LOG.warning("rows of decode steps are multiplied by slower kernels: %s", problem)
+    return problem is None
+
+
+def _opened(library: Any, dtype: str, bits: Bits) -> str | None:
+    """Compiles the kernels, unless that was done before; None, or why they cannot be called."""
+    nvrtc = cuda.find_nvrtc()
+    if nvrtc is None:
+        return cuda.WITHOUT_NVRTC
+    problem = native.register(_SOURCE, _NAME, "DecodeProduct", platform="CUDA")
+    if problem is not None:
+        return problem
+    try:
+        directory = compile_kernels(nvrtc, dtype, bits)
+    except OSError as error:
+        return str(error)
+    library.open_products(str(directory).encode(), bits, dtype == "bfloat16")
+    return None
+
+
+def compile_kernels(nvrtc: Path, dtype: str, bits: Bits) -> Path:
+    """The directory of a kind's kernels, compiled by the NVRTC at a path unless they are there.
+
+    Raises:
+        OSError: the source does not compile, or the user's cache cannot be written to.
+    """
+    library, text = native.load(_SOURCE), _SOURCE.with_suffix(".cu").read_bytes()
+    parts = (text, *(str(of).encode() for of in (file_digest(_SOURCE), nvrtc, dtype, bits)))
+    digest = hashlib.sha256(b"\n".join(parts)).hexdigest()[:16]
+    rows = _FEW_ROWS, *range(_STEP_ROWS, _MOST_ROWS + 1, _STEP_ROWS)
+    sizes = itertools.product(rows, _GROUPS)
+
+    def build(target: Path) -> None:
+        def compile_one(rows: int, groups: int) -> None:
+            why = ctypes.create_string_buffer(4096)
+            given = (str(nvrtc).encode(), text, bits, rows, groups, dtype == "bfloat16")
+            if library.compile_product(*given, str(target).encode(), why, len(why)):
+                raise OSError(why.value.decode(errors="replace"))
+
+        with ThreadPoolExecutor() as pool:
+            for done in [pool.submit(compile_one, *size) for size in sizes if _fits(*size, bits)]:
+                done.result()
+
+    return build_once(cache_root() / "kernels" / digest, build)
+
+
+def product(
+    x: Float[Array, "N I"],
+    kernel: tuple[Array, ...],
+    dtype: DTypeLike,
+    cut: Cut,
+    is_gated: bool = False,
+) -> Float[Array, "N W"]:
+    """`x` times the transposed kernel, summed in float32.
+
+    Args:
+        x: The rows, up to 256.
+        kernel: One array [O, I] in the half precision of `x`, values in float8 [O, I] and scales
+            [O] in float32, or words and pairs of a `TiledKernel`. O is a multiple of 16.
+        dtype: Of the result: that of `x`, or float32.
+        cut: As `cut_of` has it.
+        is_gated: Whether the kernel's outputs are gates and ups, side by side, and the result is
+            silu(gate) * up of both as they are rounded to the dtype of `x`: W is then O / 2.
+    """
+    outputs = kernel[0].shape[1 if len(kernel[0].shape) == 3 else 0]
+    width = outputs // 2 if is_gated else outputs
+    result: Any = jax.ShapeDtypeStruct((x.shape[0], width), dtype)
+    call = jax.ffi.ffi_call(_NAME, result, vmap_method="sequential")
+    groups, parts = (np.int32(number) for number in cut)
+    return call(x, *kernel, groups=groups, parts=parts, is_gated=is_gated)
+
+
+def cut_for(x: Float[Array, "N I"], outputs: int, bits: Bits = 16) -> Cut | None:
+    """The `cut_of` a product; None also where rows or the machine are not for it."""
+    if str(x.dtype) not in _KINDS[bits].dtypes:
+        return None
+    cut = cut_of(x.shape[0], x.shape[1], outputs, bits)
+    return cut if cut is not None and has_product(str(x.dtype), bits) else None
+
+
+def cut_of(num_rows: int, inputs: int, outputs: int, bits: Bits = 16) -> Cut | None:
+    """The fastest way to deal a product out; None where another product is as fast.
+
+    XLA's is as fast where all processors together have not all outputs at a time, for then its
+    larger blocks read less.
+    """
+    kind = _KINDS[bits]
+    is_size = kind.least_rows <= num_rows <= _MOST_ROWS and inputs * outputs >= _LEAST_WEIGHTS
+    if not is_size or inputs * bits % 128 or outputs % 16:
+        return None
+    rows = _FEW_ROWS if num_rows <= _FEW_ROWS else math.ceil(num_rows / _STEP_ROWS) * _STEP_ROWS
+    of_rows = [g for g in _GROUPS if _fits(rows, g, bits)]
+    cuts = [Cut(*one) for one in itertools.product(of_rows, _SLOTS)]
+    best = min(cuts, key=lambda cut: _time(rows, inputs, outputs, cut, kind))
+    is_whole = _turns(outputs, best) <= _together(rows, best.groups, kind)
+    return best if is_whole or not kind.is_whole else None
+
+
+def _fits(rows: int, groups: int, bits: Bits) -> bool:
+    """Whether there are registers, which NVRTC allots in eights."""
+    of_thread = _REGISTERS // _threads(groups) // 8 * 8
+    return _registers(rows, _KINDS[bits]) <= min(of_thread, 255)
+
+
+def _threads(groups: int) -> int:
+    return 128 * (groups + 1)
+
+
+def _registers(rows: int, kind: _Kind) -> int:
+    """Of a thread."""
+    return max(40, rows // 2 + kind.registers)
+
+
+def _turns(outputs: int, cut: Cut) -> float:
+    """How many blocks each processor has."""
+    return math.ceil(outputs / (64 * cut.groups)) * cut.parts / _SLOTS[cut.parts]
+
+
+def _together(rows: int, groups: int, kind: _Kind) -> int:
+    """Blocks that a processor has at a time."""
+    stage = 64 * groups * kind.line + 2 * kind.inputs * rows
+    shared = max(min(8, 220 * 1024 // stage) * stage, rows * (64 * groups + 4) * 4) + 2048
+    by_registers = _REGISTERS // (_threads(groups) * _registers(rows, kind))
+    return max(1, min(2, _SHARED_BYTES // shared, by_registers))
+
+
+def _time(rows: int, inputs: int, outputs: int, cut: Cut, kind: _Kind) -> float:
+    """Microseconds, roughly."""
+    lines = 64 * cut.groups
+    read = lines * kind.line
+    step = max(
+        read / kind.memory_bytes,
+        (read + 2 * kind.inputs * rows) / _CACHE_BYTES,
+        lines * rows * kind.inputs / kind.products,
+    )
+    steps = math.ceil(math.ceil(inputs / kind.inputs) / cut.parts)
+    turns, together = _turns(outputs, cut), _together(rows, cut.groups, kind)
+    # What a processor has side by side shares its speed, and hides how long a step takes at least.
+    side_by_side, waves = min(max(1.0, turns), together), max(1, math.ceil(turns / together))
+    if waves > 1:
+        side_by_side = together
+    return _STARTS[cut.parts] + waves * steps * max(side_by_side * step, kind.step)
