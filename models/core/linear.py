@@ -15,8 +15,7 @@ from folojax.models.core import ordered_product, row_kernels
 from folojax.models.core.adapted import AdaptedKernel, add_low_rank
 from folojax.models.core.config import Activation
 from folojax.models.machine import decode_product
-from folojax.models.quantized.quantize import QuantizedKernel, project_quantized
-from folojax.models.quantized.tiled_kernels import TiledKernel, can_gate
+from folojax.models.quantized.quantize import QuantizedKernel, can_gate, project_quantized
 
 _FAST_ROWS = (4, 8, 16, 20, 24, 32)
 """Rows of float32 whose products take XLA on CPU no longer than those of one row less."""
@@ -175,7 +174,7 @@ def project_gated(
         cut = _cut(x, kernel)
         if cut is not None:
             return _in_one(x, kernel, dtype=jnp.dtype(dtype), cut=cut, is_gated=True)
-    if is_taken and isinstance(kernel, TiledKernel) and not is_ordered and can_gate(x):
+    if is_taken and not is_ordered and can_gate(x, kernel):
         return project_quantized(x, kernel, x.dtype, is_gated=True)
     if not isinstance(kernel, AdaptedKernel) or not is_taken:
         return make(project(x, kernel, is_rounded=True, is_ordered=is_ordered))

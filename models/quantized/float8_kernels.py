@@ -3,8 +3,9 @@
 A kernel [O, I] becomes values of float8_e4m3fn and one float32 scale for each output. Of few rows
 the inputs stay as they are and the product is as fast as its bytes are read; of more rows each is
 rounded to float8 with a scale of its own, summed in float32, and both scales are applied to the
-sum. XLA multiplies: on NVIDIA GPUs from Ada and Hopper on with cuBLASLt's call for float8. On CPU
-the values are widened for any number of rows.
+sum. XLA multiplies: on NVIDIA GPUs from Ada and Hopper on with cuBLASLt's call for float8; but on
+Hopper the rows of decode steps are not rounded and go through `decode_product`. On CPU the values
+are widened for any number of rows.
 """
 
 from typing import NamedTuple
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int
 
+from folojax.models.machine import decode_product
 from folojax.models.quantized.row_rounding import round_rows
 
 _LARGEST = 448.0
@@ -51,18 +53,32 @@ def quantize_float8(kernel: Float[Array, "O I"]) -> Float8Kernel:
 
 
 def project_float8(
-    x: Float[Array, "N I"], kernel: Float8Kernel, dtype: DTypeLike
-) -> Float[Array, "N O"]:
-    """A linear layer, in `dtype`."""
+    x: Float[Array, "N I"], kernel: Float8Kernel, dtype: DTypeLike, is_gated: bool = False
+) -> Float[Array, "N W"]:
+    """A linear layer, in `dtype`; gated, if `can_gate_float8`, as `project_tiles` has it."""
 
     def wide(x: Array, kernel: Float8Kernel) -> Array:
-        return multiply_wide(x, *kernel).astype(dtype)
+        both = multiply_wide(x, *kernel)
+        return decode_product.gate(both.astype(x.dtype), dtype) if is_gated else both.astype(dtype)
 
     def best(x: Array, kernel: Float8Kernel) -> Array:
-        is_wide = x.shape[0] <= MOST_WIDE_ROWS
+        is_wide = x.shape[0] <= MOST_WIDE_ROWS or is_gated
         return wide(x, kernel) if is_wide else multiply_narrow(x, kernel, dtype)
 
-    return jax.lax.platform_dependent(x, kernel, cpu=wide, default=best)
+    cut = decode_product.cut_for(x, kernel.shape[0], bits=8)
+
+    def own(x: Array, kernel: Float8Kernel) -> Array:
+        if cut is None:
+            return best(x, kernel)
+        written = jnp.bfloat16 if jnp.dtype(dtype) == jnp.bfloat16 else jnp.float32
+        return decode_product.product(x, tuple(kernel), written, cut, is_gated).astype(dtype)
+
+    return jax.lax.platform_dependent(x, kernel, cpu=wide, cuda=own, default=best)
+
+
+def can_gate_float8(x: Float[Array, "N I"], kernel: Float8Kernel) -> bool:
+    """Whether the kernel that multiplies such rows on NVIDIA GPUs gates them as well."""
+    return decode_product.cut_for(x, kernel.shape[0], bits=8) is not None
 
 
 def multiply_wide(

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from folojax.models.quantized.float8_kernels import (
     Float8Kernel,
+    can_gate_float8,
     fits_float8,
     project_float8,
     quantize_float8,
@@ -28,6 +29,7 @@ from folojax.models.quantized.int8_kernels import Int8Kernel, project_int8, quan
 from folojax.models.quantized.names import QUANTIZATIONS, TILED
 from folojax.models.quantized.tiled_kernels import (
     TiledKernel,
+    can_gate_tiles,
     fits_tiles,
     project_tiles,
     quantize_tiles,
@@ -182,17 +184,24 @@ def project_quantized(
         x: The inputs.
         kernel: Of the layer.
         dtype: Of the result.
-        is_gated: Whether the result is gated, as `project_tiles` has it; of tiles alone.
+        is_gated: Whether the result is gated, as `project_tiles` has it; if it `can_gate`.
     """
-    assert not is_gated or isinstance(kernel, TiledKernel)
+    assert not is_gated or isinstance(kernel, TiledKernel | Float8Kernel)
     match kernel:
         case Int8Kernel():
             return project_int8(x, kernel, dtype)
         case TiledKernel():
             return project_tiles(x, kernel, dtype, is_gated)
         case Float8Kernel():
-            return project_float8(x, kernel, dtype)
+            return project_float8(x, kernel, dtype, is_gated)
     return project_groups(x, kernel).astype(dtype)
+
+
+def can_gate(x: Float[Array, "N I"], kernel: Any) -> bool:
+    """Whether the kernel that multiplies such rows on NVIDIA GPUs gates them as well."""
+    if isinstance(kernel, TiledKernel):
+        return can_gate_tiles(x, kernel)
+    return isinstance(kernel, Float8Kernel) and can_gate_float8(x, kernel)
 
 
 @project_quantized.defjvp

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, BFloat16, Float, Int, Int16, Int32, UInt8
 
+from folojax.models.machine import decode_product
 from folojax.models.machine.triton import triton
 from folojax.models.quantized import few_rows_product
 from folojax.models.quantized.group_kernels import GROUP, GroupKernel, unpack_groups
@@ -139,9 +140,14 @@ def project_tiles(
     return jax.lax.platform_dependent(x, kernel, cuda=own, default=plain)
 
 
-def can_gate(x: Float[Array, "N I"]) -> bool:
+def can_gate_tiles(x: Float[Array, "N I"], kernel: TiledKernel) -> bool:
     """Whether the kernel that multiplies such rows on NVIDIA GPUs gates them as well."""
-    return triton is not None and x.dtype == jnp.bfloat16 and _are_few(x)
+    is_size = triton is not None and x.dtype == jnp.bfloat16
+    return is_size and (_are_few(x) or _cut(x, kernel) is not None)
+
+
+def _cut(x: Array, kernel: TiledKernel) -> decode_product.Cut | None:
+    return decode_product.cut_for(x, kernel.shape[0], bits=4)
 
 
 def _are_few(x: Array) -> bool:
@@ -151,12 +157,16 @@ def _are_few(x: Array) -> bool:
 # Jitted, so that a model's layers trace and lower their kernels once.
 @functools.partial(jax.jit, static_argnames=("dtype", "is_gated"))
 def _multiply(x: Array, kernel: TiledKernel, dtype: DTypeLike, is_gated: bool) -> Array:
-    if is_gated and not can_gate(x):
-        return _gate(_multiply(x, kernel, x.dtype, is_gated=False), dtype)
+    if is_gated and not can_gate_tiles(x, kernel):
+        return decode_product.gate(_multiply(x, kernel, x.dtype, is_gated=False), dtype)
     x = x.astype(jnp.bfloat16)
     if _are_few(x):
         given = x, kernel.words, kernel.pairs
         return few_rows_product.multiply_few_rows(*given, dtype, is_gated)
+    cut = _cut(x, kernel)
+    if cut is not None:
+        written = jnp.bfloat16 if jnp.dtype(dtype) == jnp.bfloat16 else jnp.float32
+        return decode_product.product(x, tuple(kernel), written, cut, is_gated).astype(dtype)
     if x.shape[0] <= _MOST_TILED:
         return multiply_tiles(x, kernel.words, kernel.pairs, dtype)
     return _contract(x, widen_tiles(kernel.words, kernel.pairs), dtype)
@@ -166,12 +176,7 @@ def _multiply_plain(x: Array, kernel: TiledKernel, dtype: DTypeLike, is_gated: b
     """What the kernels compute: weights are rounded to bfloat16 before they are multiplied with."""
     wide = widened(kernel).astype(jnp.bfloat16).astype(jnp.float32)
     out = _contract(x.astype(jnp.bfloat16).astype(jnp.float32), wide, jnp.float32)
-    return _gate(out.astype(x.dtype), dtype) if is_gated else out.astype(dtype)
-
-
-def _gate(both: Array, dtype: DTypeLike) -> Array:
-    gate, up = jnp.split(both.astype(jnp.float32), 2, axis=-1)
-    return (jax.nn.silu(gate) * up).astype(dtype)
+    return decode_product.gate(out.astype(x.dtype), dtype) if is_gated else out.astype(dtype)
 
 
 def _contract(left: Array, right: Array, dtype: DTypeLike) -> Array:

@@ -8,8 +8,8 @@ program multiplies with sixteen kernels one after the other, many times over, so
 found in a cache and the host has no part in it. Before it is timed each product is compared with
 one in float32 of what its codes mean: `error` is the mean difference over the mean size, of
 rounding to bfloat16 0.0014, of inputs in float8 some 0.03. Columns of `layer` add up the others'.
-Kinds are `xla` (bfloat16 by XLA alone), `bfloat16` (as a layer multiplies), `gated` (the same, and
-the gate behind it), `int4` and `fp8`.
+Kinds are `xla` (bfloat16 by XLA alone), and as a layer multiplies `bfloat16`, `int4` and `fp8`;
+with `+gate`, the first product of an MLP and its gate.
 
 Exit code: 0; 1 if a product in four bits is wrong.
 """
@@ -31,6 +31,7 @@ from folojax.models.quantized.tiled_kernels import quantize_tiles
 
 _KERNELS, _SECONDS, _MOST_ERROR = 16, 0.01, 0.004
 _DIMS = (((1,), (1,)), ((), ()))
+_GATE = "+gate"
 
 
 def products(name: str, small: bool) -> dict[str, tuple[int, int]]:
@@ -67,7 +68,7 @@ def multiply(x: Any, kernel: Any, kind: str) -> Any:
     """As a layer does it, or XLA."""
     if kind == "xla":
         return jax.lax.dot_general(x, kernel, _DIMS, preferred_element_type=x.dtype)
-    if kind == "gated":
+    if kind.endswith(_GATE):
         return project_gated(x, kernel, "silu", x.dtype, is_ordered=False)
     return project(x, kernel, is_rounded=True)
 
@@ -88,7 +89,7 @@ def measure(x: Any, kernels: list[Any], times: int, kind: str) -> tuple[float, f
     meant = jax.lax.dot_general(
         x, wide.astype(jnp.bfloat16), _DIMS, preferred_element_type=jnp.float32
     )
-    if kind == "gated":
+    if kind.endswith(_GATE):
         meant = gated(meant.astype(x.dtype), dtype=jnp.float32)
     found = compiled(x, kernels)[1].astype(jnp.float32)
     error = jnp.abs(found - meant).mean() / jnp.abs(meant).mean()
@@ -118,9 +119,9 @@ def main() -> int:
     for product, (outputs, inputs) in products(args.model, args.small).items():
         times: dict[int, float] = {}
         for kind in args.kinds:
-            if kind == "gated" and product != "gate_up":
+            if kind.endswith(_GATE) and product != "gate_up":
                 continue
-            kernels = make_kernels(kind, outputs, inputs, args.group)
+            kernels = make_kernels(kind.removesuffix(_GATE), outputs, inputs, args.group)
             for rows in args.rows:
                 x = jax.random.normal(jax.random.key(rows), (rows, inputs)).astype(jnp.bfloat16)
                 expected = 5e-6 + max(2 * rows / 6e14, 1 / 2e12) * outputs * inputs

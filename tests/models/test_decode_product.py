@@ -14,6 +14,9 @@ from folojax.backend import choose_backend
 from folojax.models.core.linear import gated, project, project_gated
 from folojax.models.machine import compiler, decode_product
 from folojax.models.machine.decode_product import Cut, cut_of
+from folojax.models.quantized.float8_kernels import quantize_float8
+from folojax.models.quantized.quantize import project_quantized
+from folojax.models.quantized.tiled_kernels import pack_tiles, widened
 from tests.random_numbers import normal
 
 _WIDTH, _INNER = 1024, 2048
@@ -48,6 +51,20 @@ def test_rows_of_a_decode_step_are_its_own() -> None:
     assert "decode_product" not in _lowered(project, 64, 512)
     ordered = _lowered(lambda x, k: project(x, k, is_ordered=True), 64, _INNER)
     assert "decode_product" not in ordered
+
+
+@pytest.mark.usefixtures("taken")
+@pytest.mark.parametrize("bits", [4, 8])
+def test_so_are_those_of_few_bits(bits: int) -> None:
+    kernel, _ = _tiles(32, 1216, 1152) if bits == 4 else _float8(1216, 1152)
+    for call in (project, _gate):
+        for rows, is_own in ((8, False), (9, True), (256, True), (257, False)):
+            x = jax.ShapeDtypeStruct((rows, 1152), jnp.bfloat16)
+            traced = jax.jit(call).trace(x, kernel)
+            text = str(traced.lower(lowering_platforms=("cuda",)).as_text())
+            assert ("decode_product" in text) == is_own
+            assert ("is_gated = true" in text) == (is_own and call is _gate)
+            assert ("gated_silu" in text) == (not is_own and call is _gate)
 
 
 @pytest.mark.usefixtures("taken")
@@ -155,16 +172,70 @@ def test_a_product_is_the_sum_in_float64(rows: int, inputs: int, outputs: int) -
         np.testing.assert_array_equal(found, product(x, kernel, is_rounded=written == dtype))
 
 
+def _tiles(group: int, outputs: int, inputs: int) -> tuple[Any, Any]:
+    """A kernel of four bits and what it means."""
+    rng = np.random.default_rng(group)
+    codes = rng.integers(0, 16, (outputs, inputs), np.uint8)
+    scale, offset = (
+        jnp.asarray(rng.normal(0, 0.05, (outputs, inputs // group)), jnp.bfloat16) for _ in "so"
+    )
+    kernel = pack_tiles(codes, scale, offset)
+    return kernel, widened(kernel).astype(jnp.bfloat16)
+
+
+def _float8(outputs: int, inputs: int) -> tuple[Any, Any]:
+    kernel = quantize_float8(0.05 * normal(7, outputs, inputs))
+    return kernel, kernel.values.astype(jnp.float32) * kernel.scale[:, None]
+
+
+@pytest.mark.usefixtures("on_card")
+@pytest.mark.parametrize("rows", [9, 40, 64, 128, 250])
+@pytest.mark.parametrize(
+    ("kind", "inputs", "outputs"),
+    [
+        (32, 4096, 1088),
+        (64, 640, 6208),
+        (128, 1024, 24576),
+        (384, 12288, 1024),
+        (2048, 2048, 1984),
+        (8, 4096, 1088),
+        (8, 2064, 6160),
+        (8, 1024, 20480),
+    ],
+)
+def test_weights_of_few_bits_are_multiplied_as_they_mean(
+    kind: int, rows: int, inputs: int, outputs: int
+) -> None:
+    kernel, meant = _float8(outputs, inputs) if kind == 8 else _tiles(kind, outputs, inputs)
+    x = (normal(rows, rows, inputs) + 0.2).astype(jnp.bfloat16)
+    both = np.asarray(x, np.float64) @ np.asarray(meant, np.float64).T
+    for dtype, error in ((jnp.bfloat16, 2e-2), (jnp.float32, 1e-3)):
+        found = jax.jit(project_quantized, static_argnums=2)(x, kernel, dtype)
+        differences = np.abs(np.asarray(found, np.float64) - both)
+        assert differences.max() < error * np.abs(both).mean()
+    expected = np.asarray(gated(jnp.asarray(both, jnp.bfloat16), dtype=jnp.float32), np.float64)
+    differences = np.abs(np.asarray(jax.jit(_gate)(x, kernel), np.float64) - expected)
+    assert differences.max() < 0.05 * np.abs(expected).mean()
+
+
 @pytest.mark.usefixtures("on_card")
 @pytest.mark.parametrize("cut", [Cut(g, p) for g in (1, 2, 3, 4) for p in (1, 2, 4, 8)])
 @pytest.mark.parametrize("is_gated", [False, True])
-def test_every_cut_computes_the_same(cut: Cut, is_gated: bool) -> None:
-    x, kernel = _drawn(0, 70, 1088, 1184, jnp.bfloat16)
-    both = np.asarray(x, np.float64) @ np.asarray(kernel, np.float64).T
+@pytest.mark.parametrize("bits", [4, 8, 16])
+def test_every_cut_computes_the_same(cut: Cut, is_gated: bool, bits: decode_product.Bits) -> None:
+    assert decode_product.has_product("bfloat16", bits)
+    rows = 70 if cut.groups < 4 else 50
+    x, kernel = _drawn(0, rows, 1152, 1216, jnp.bfloat16)
+    arrays, meant = (kernel,), kernel
+    if bits == 4:
+        arrays, meant = _tiles(32, 1216, 1152)
+    elif bits == 8:
+        arrays, meant = _float8(1216, 1152)
+    both = np.asarray(x, np.float64) @ np.asarray(meant, np.float64).T
     rounded = jnp.asarray(both, jnp.bfloat16)
-    expected = gated(rounded, dtype=jnp.float32) if is_gated else both
+    expected = np.asarray(gated(rounded, dtype=jnp.float32) if is_gated else both, np.float64)
     found = jax.jit(
-        lambda x, k: decode_product.product(x, (k,), jnp.bfloat16, cut, is_gated=is_gated)
-    )(x, kernel)
-    differences = np.abs(np.asarray(found, np.float64) - np.asarray(expected, np.float64))
-    assert differences.max() < 0.05 * np.abs(np.asarray(expected)).mean()
+        lambda x, k: decode_product.product(x, k, jnp.bfloat16, cut, is_gated=is_gated)
+    )(x, tuple(arrays))
+    differences = np.abs(np.asarray(found, np.float64) - expected)
+    assert differences.max() < 0.05 * np.abs(expected).mean()
