@@ -1,6 +1,7 @@
 """Rows of decode steps on Hopper in CUDA C++: what decides for it, and, on a card, its results."""
 
 import ctypes
+import functools
 import logging
 from typing import Any
 from unittest import mock
@@ -58,7 +59,7 @@ def test_rows_of_a_decode_step_are_its_own() -> None:
 def test_so_are_those_of_few_bits(bits: int) -> None:
     kernel, _ = _tiles(32, 1216, 1152) if bits == 4 else _float8(1216, 1152)
     for call in (project, _gate):
-        for rows, is_own in ((8, False), (9, True), (256, True), (257, False)):
+        for rows, is_own in ((9, True), (256, True), (257, False)):
             x = jax.ShapeDtypeStruct((rows, 1152), jnp.bfloat16)
             traced = jax.jit(call).trace(x, kernel)
             text = str(traced.lower(lowering_platforms=("cuda",)).as_text())
@@ -105,7 +106,10 @@ def test_gradients_are_those_of_the_plain_way() -> None:
     def plain(x: Any, kernel: Any) -> Any:
         return gated((x @ kernel.T).astype(x.dtype), dtype=x.dtype)
 
-    for one, other in zip(loss(_gate)(*given), loss(plain)(*given), strict=True):
+    # A card rounds sums in other places.
+    with jax.default_device(jax.devices("cpu")[0]):
+        found, expected = loss(_gate)(*given), loss(plain)(*given)
+    for one, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(
             np.asarray(one, np.float32), np.asarray(other, np.float32), rtol=0.05, atol=0.5
         )
@@ -146,29 +150,57 @@ def on_card() -> None:
         pytest.skip("runs on an NVIDIA GPU of the Hopper generation")
 
 
-def _drawn(seed: int, rows: int, inputs: int, outputs: int, dtype: Any) -> tuple[Any, Any]:
-    kernel = (0.05 * normal(seed, outputs, inputs)).astype(dtype)
-    return (normal(seed + 1, rows, inputs) + 0.2).astype(dtype), kernel
+@functools.lru_cache(2)
+def _drawn(inputs: int, outputs: int, dtype: Any) -> Any:
+    return (0.05 * normal(0, outputs, inputs)).astype(dtype)
+
+
+def _rows(rows: int, inputs: int, dtype: Any) -> Any:
+    return (normal(1, rows, inputs) + 0.2).astype(dtype)
+
+
+def _multiplied(x: Any, kernel: Any) -> Any:
+    return np.asarray(x, np.float64) @ np.asarray(kernel, np.float64).T
+
+
+def _check_gated(found: Any, both: Any) -> None:
+    """A gate and an up may be rounded to a neighbour, as their sums have another order."""
+    assert found.dtype == jnp.bfloat16
+    expected = np.asarray(gated(jnp.asarray(both, jnp.bfloat16), dtype=jnp.float32), np.float64)
+    atol = 0.02 * np.abs(expected).mean()
+    np.testing.assert_allclose(np.asarray(found, np.float64), expected, rtol=0.03, atol=atol)
+
+
+def _check(found: Any, expected: Any) -> None:
+    """Rounded once, of sums in float32."""
+    rounding = {jnp.bfloat16: 2.0**-8, jnp.float16: 2.0**-11, jnp.float32: 2.0**-24}
+    rtol = 1.01 * rounding[found.dtype.type]
+    atol = 1e-3 * np.abs(expected).mean()
+    np.testing.assert_allclose(np.asarray(found, np.float64), expected, rtol=rtol, atol=atol)
 
 
 @pytest.mark.usefixtures("on_card")
-@pytest.mark.parametrize("rows", [2, 8, 9, 32, 50, 64, 100, 128, 192, 255, 256])
 @pytest.mark.parametrize(
-    ("inputs", "outputs"), [(4096, 4096), (1000, 6160), (1024, 24576), (12288, 1024), (2056, 1040)]
+    ("dtype", "written"),
+    [
+        (jnp.bfloat16, jnp.bfloat16),
+        (jnp.bfloat16, jnp.float32),
+        (jnp.float16, jnp.float16),
+    ],
 )
-def test_a_product_is_the_sum_in_float64(rows: int, inputs: int, outputs: int) -> None:
-    for dtype, written, error in (
-        (jnp.bfloat16, jnp.bfloat16, 2e-2),
-        (jnp.bfloat16, jnp.float32, 1e-3),
-        (jnp.float16, jnp.float16, 4e-3),
-    ):
-        x, kernel = _drawn(rows, rows, inputs, outputs, dtype)
-        expected = np.asarray(x, np.float64) @ np.asarray(kernel, np.float64).T
-        product = jax.jit(project, static_argnames="is_rounded")
+@pytest.mark.parametrize(
+    ("inputs", "outputs"), [(4096, 4096), (1000, 6160), (1024, 12288), (12288, 1024), (2056, 1040)]
+)
+def test_a_product_is_the_sum_in_float64(
+    inputs: int, outputs: int, dtype: Any, written: Any
+) -> None:
+    kernel = _drawn(inputs, outputs, dtype)
+    product = jax.jit(project, static_argnames="is_rounded")
+    for rows in (2, 8, 9, 32, 50, 64, 100, 128, 192, 255, 256):
+        x = _rows(rows, inputs, dtype)
         found = product(x, kernel, is_rounded=written == dtype)
         assert found.dtype == written
-        differences = np.abs(np.asarray(found, np.float64) - expected)
-        assert differences.max() < error * np.abs(expected).mean()
+        _check(found, _multiplied(x, kernel))
         np.testing.assert_array_equal(found, product(x, kernel, is_rounded=written == dtype))
 
 
@@ -189,53 +221,46 @@ def _float8(outputs: int, inputs: int) -> tuple[Any, Any]:
 
 
 @pytest.mark.usefixtures("on_card")
-@pytest.mark.parametrize("rows", [9, 40, 64, 128, 250])
 @pytest.mark.parametrize(
     ("kind", "inputs", "outputs"),
     [
         (32, 4096, 1088),
         (64, 640, 6208),
-        (128, 1024, 24576),
+        (128, 1024, 12288),
         (384, 12288, 1024),
         (2048, 2048, 1984),
         (8, 4096, 1088),
         (8, 2064, 6160),
-        (8, 1024, 20480),
+        (8, 1024, 12288),
     ],
 )
 def test_weights_of_few_bits_are_multiplied_as_they_mean(
-    kind: int, rows: int, inputs: int, outputs: int
+    kind: int, inputs: int, outputs: int
 ) -> None:
     kernel, meant = _float8(outputs, inputs) if kind == 8 else _tiles(kind, outputs, inputs)
-    x = (normal(rows, rows, inputs) + 0.2).astype(jnp.bfloat16)
-    both = np.asarray(x, np.float64) @ np.asarray(meant, np.float64).T
-    for dtype, error in ((jnp.bfloat16, 2e-2), (jnp.float32, 1e-3)):
-        found = jax.jit(project_quantized, static_argnums=2)(x, kernel, dtype)
-        differences = np.abs(np.asarray(found, np.float64) - both)
-        assert differences.max() < error * np.abs(both).mean()
-    expected = np.asarray(gated(jnp.asarray(both, jnp.bfloat16), dtype=jnp.float32), np.float64)
-    differences = np.abs(np.asarray(jax.jit(_gate)(x, kernel), np.float64) - expected)
-    assert differences.max() < 0.05 * np.abs(expected).mean()
+    for rows in (9, 40, 64, 128, 250):
+        x = _rows(rows, inputs, jnp.bfloat16)
+        both = _multiplied(x, meant)
+        for dtype in (jnp.bfloat16, jnp.float32):
+            _check(jax.jit(project_quantized, static_argnums=2)(x, kernel, dtype), both)
+        _check_gated(jax.jit(_gate)(x, kernel), both)
 
 
 @pytest.mark.usefixtures("on_card")
-@pytest.mark.parametrize("cut", [Cut(g, p) for g in (1, 2, 3, 4) for p in (1, 2, 4, 8)])
 @pytest.mark.parametrize("is_gated", [False, True])
 @pytest.mark.parametrize("bits", [4, 8, 16])
-def test_every_cut_computes_the_same(cut: Cut, is_gated: bool, bits: decode_product.Bits) -> None:
+def test_every_cut_computes_the_same(is_gated: bool, bits: decode_product.Bits) -> None:
     assert decode_product.has_product("bfloat16", bits)
-    rows = 70 if cut.groups < 4 else 50
-    x, kernel = _drawn(0, rows, 1152, 1216, jnp.bfloat16)
-    arrays, meant = (kernel,), kernel
-    if bits == 4:
-        arrays, meant = _tiles(32, 1216, 1152)
-    elif bits == 8:
-        arrays, meant = _float8(1216, 1152)
-    both = np.asarray(x, np.float64) @ np.asarray(meant, np.float64).T
-    rounded = jnp.asarray(both, jnp.bfloat16)
-    expected = np.asarray(gated(rounded, dtype=jnp.float32) if is_gated else both, np.float64)
-    found = jax.jit(
-        lambda x, k: decode_product.product(x, k, jnp.bfloat16, cut, is_gated=is_gated)
-    )(x, tuple(arrays))
-    differences = np.abs(np.asarray(found, np.float64) - expected)
-    assert differences.max() < 0.05 * np.abs(expected).mean()
+    arrays: tuple[Any, ...] = (_drawn(1152, 1216, jnp.bfloat16),)
+    meant = arrays[0]
+    if bits < 16:
+        arrays, meant = _tiles(32, 1216, 1152) if bits == 4 else _float8(1216, 1152)
+    for groups in (1, 2, 3, 4):
+        x = _rows(70 if groups < 4 else 50, 1152, jnp.bfloat16)
+        both = _multiplied(x, meant)
+        for parts in (1, 2, 4, 8):
+            how = jnp.bfloat16, Cut(groups, parts), is_gated
+            found = jax.jit(lambda x, arrays, how=how: decode_product.product(x, arrays, *how))(
+                x, tuple(arrays)
+            )
+            (_check_gated if is_gated else _check)(found, both)
