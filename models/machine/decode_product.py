@@ -103,7 +103,7 @@ def _opened(library: Any, dtype: str, bits: Bits) -> str | None:
     nvrtc = cuda.find_nvrtc()
     if nvrtc is None:
         return cuda.WITHOUT_NVRTC
-    problem = native.register(_SOURCE, _NAME, "DecodeProduct", platform="CUDA")
+    problem = register()
     if problem is not None:
         return problem
     try:
@@ -112,6 +112,11 @@ def _opened(library: Any, dtype: str, bits: Bits) -> str | None:
         return str(error)
     library.open_products(str(directory).encode(), bits, dtype == "bfloat16")
     return None
+
+
+def register() -> str | None:
+    """Makes the call of it known to XLA; None, or why it cannot be."""
+    return native.register(_SOURCE, _NAME, "DecodeProduct", platform="CUDA")
 
 
 def compile_kernels(nvrtc: Path, dtype: str, bits: Bits) -> Path:

@@ -6,7 +6,7 @@ card is like by a description (data/h200_target.textproto). Without a card nothi
 tile sizes are guesses; what kernels there are, their order, and what they copy is as on the card.
 
 cuDNN is a library call to XLA, which need not be installed either; those who ask for its version
-and for the card's generation are told what `_pretend_cudnn` says.
+and for the card's generation are told what `_pretend_card` says.
 """
 
 import contextlib
@@ -28,6 +28,7 @@ from folojax.backend.devices import Devices, device_bytes
 from folojax.compile.shapes import slots_for
 from folojax.models.core.adapted import adapt
 from folojax.models.core.decoder import Llama, init_params
+from folojax.models.machine import decode_product
 from folojax.models.quantized.quantize import quantize_params
 from folojax.runner.adapter_slots import stack_shapes
 from folojax.runner.batch import Batch
@@ -97,6 +98,7 @@ class Steps:
         quantization: str | None = None,
         is_deterministic: bool = False,
         loras: tuple[int, int] | None = None,
+        is_hopper: bool = True,
     ) -> None:
         """Takes shapes.
 
@@ -109,8 +111,10 @@ class Steps:
             quantization: Of the kernels.
             is_deterministic: Whether they are those of deterministic mode.
             loras: Slots of adapters and their rank, of rows that have one each; None: none has.
+            is_hopper: Whether cards have the kernel of decode steps.
         """
         backend = dataclasses.replace(GPU, capability=_HOPPER, devices=devices)
+        self._is_hopper = is_hopper
         if is_deterministic:
             backend = backend.deterministic(module.config, module.dtype)
         self._devices, self._steps = devices, backend.make_steps(module)
@@ -156,7 +160,7 @@ class Steps:
         batch = Batch(*sizes, num_adapters=self._num_loras)
         make = functools.partial(init_state, self._layout, num_slots)
         state = self._devices.shapes(jax.eval_shape(make))
-        with _pretend_cudnn():
+        with _pretend_card(self._is_hopper):
             given = padding(one, batch, GrammarMasks(self._vocab_size, one.rows, self._devices))
             self._steps.call(one, self._called, state, given, lower)
         with tempfile.TemporaryDirectory() as dump:
@@ -180,13 +184,18 @@ class Steps:
 
 
 @contextlib.contextmanager
-def _pretend_cudnn() -> Iterator[None]:
-    """Answers what is asked while cuDNN's call is traced: a Hopper card, and a cuDNN."""
+def _pretend_card(is_hopper: bool) -> Iterator[None]:
+    """Answers what is asked while a step is traced: a card, and a cuDNN.
+
+    On Hopper there is the kernel of decode steps, too, if this machine can compile the call of it.
+    """
     from jax._src.cudnn import fused_attention_stablehlo as fused
 
+    has_product = is_hopper and decode_product.register() is None
     with contextlib.ExitStack() as stack:
         for owner, name, answer in (
             (cudnn, "problem", lambda: None),
+            (decode_product, "has_product", lambda dtype, bits: has_product),
             (fused, "check_cudnn_version", lambda: _CUDNN_VERSION),
             (fused, "check_compute_capability", lambda capability: True),
             (fused, "is_cuda_compute_capability_equal", lambda capability: False),

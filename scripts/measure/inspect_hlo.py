@@ -131,7 +131,9 @@ def inspect(args: argparse.Namespace, devices: Devices) -> Iterator[dict[str, An
     table_pages = pages_for(args.longest, args.page_size)
     sizes = num_pages, args.page_size, table_pages
     loras = None if args.loras is None else tuple(args.loras)
-    steps = Steps(module, *sizes, devices, args.quantization, args.deterministic, loras)
+    is_hopper = "major: 9 feature_extension" in args.target.read_text()
+    how = args.quantization, args.deterministic, loras, is_hopper
+    steps = Steps(module, *sizes, devices, *how)
     for call in args.calls:
         for rows in [args.prefill_rows] if call == "prefill" else args.rows:
             if call == "prefill":

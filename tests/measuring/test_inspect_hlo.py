@@ -366,7 +366,9 @@ def test_decode_on_an_h200_keeps_the_rules(
     ]
     for one in decode:
         assert one["command_buffers"] == 1
-        assert one["layer_kernels"] >= 8
+        # Four products, with the gate; two sums and norms; norm and rotation of heads. Of a single
+        # row XLA multiplies, and of 256 rows of 8B the widest product, whose gate is a kernel.
+        assert one["layer_kernels"] in {1: range(8, 13), 64: [7], 256: [7, 8]}[one["rows"]]
         assert 1 <= one["moved_to_weights"] < (1.1 if one["rows"] == 1 else 4.5)
     assert prefill["host_calls"] == []
     assert prefill["moves"] == []
