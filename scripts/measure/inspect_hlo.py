@@ -132,8 +132,8 @@ def inspect(args: argparse.Namespace, devices: Devices) -> Iterator[dict[str, An
     sizes = num_pages, args.page_size, table_pages
     loras = None if args.loras is None else tuple(args.loras)
     is_hopper = "major: 9 feature_extension" in args.target.read_text()
-    how = args.quantization, args.deterministic, loras, is_hopper
-    steps = Steps(module, *sizes, devices, *how)
+    how = args.quantization, args.deterministic, loras
+    steps = Steps(module, *sizes, devices, *how, is_hopper=is_hopper)
     for call in args.calls:
         for rows in [args.prefill_rows] if call == "prefill" else args.rows:
             if call == "prefill":
