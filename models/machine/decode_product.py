@@ -82,34 +82,38 @@ class Cut(NamedTuple):
 def has_product(dtype: str, bits: Bits = 16) -> bool:
     """Whether programs on this machine's GPUs may call it with rows of a dtype.
 
-    On a GPU of the generation that may not, a warning is logged.
+    Where there is a driver, but no way to compile, a warning is logged.
     """
     try:
         ctypes.CDLL(cuda.DRIVER)
-        library = native.load(_SOURCE)
     except OSError:
         return False
-    is_hopper, why = ctypes.c_int(), ctypes.create_string_buffer(256)
-    if library.is_hopper(ctypes.byref(is_hopper), why, len(why)) or not is_hopper.value:
-        return False
-    problem = _opened(library, dtype, bits)
+    try:
+        library = native.load(_SOURCE)
+        is_hopper, why = ctypes.c_int(), ctypes.create_string_buffer(256)
+        if library.is_hopper(ctypes.byref(is_hopper), why, len(why)) or not is_hopper.value:
+            return False
+        problem = _opened(library, dtype, bits)
+    except OSError as error:
+        problem = str(error)
     if problem is not None:
         _LOG.warning("rows of decode steps are multiplied by slower kernels: %s", problem)
     return problem is None
 
 
 def _opened(library: Any, dtype: str, bits: Bits) -> str | None:
-    """Compiles the kernels, unless that was done before; None, or why they cannot be called."""
+    """Compiles the kernels, unless that was done before; None, or why they cannot be called.
+
+    Raises:
+        OSError: as `compile_kernels` has it.
+    """
     nvrtc = cuda.find_nvrtc()
     if nvrtc is None:
         return cuda.WITHOUT_NVRTC
     problem = register()
     if problem is not None:
         return problem
-    try:
-        directory = compile_kernels(nvrtc, dtype, bits)
-    except OSError as error:
-        return str(error)
+    directory = compile_kernels(nvrtc, dtype, bits)
     library.open_products(str(directory).encode(), bits, dtype == "bfloat16")
     return None
 

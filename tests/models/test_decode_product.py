@@ -88,6 +88,18 @@ def test_without_the_driver_xla_multiplies(caplog: pytest.LogCaptureFixture) -> 
     decode_product.has_product.cache_clear()
 
 
+def test_without_a_compiler_a_warning_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    decode_product.has_product.cache_clear()
+    with (
+        mock.patch.object(decode_product.ctypes, "CDLL"),
+        mock.patch.object(compiler, "load", side_effect=OSError("no c++ here")),
+        caplog.at_level(logging.WARNING),
+    ):
+        assert not decode_product.has_product("bfloat16")
+    assert "slower kernels: no c++ here" in caplog.text
+    decode_product.has_product.cache_clear()
+
+
 def test_what_does_not_compile_is_told() -> None:
     library = compiler.load(decode_product._SOURCE)
     why = ctypes.create_string_buffer(256)
