@@ -37,7 +37,6 @@ _LOG = logging.getLogger("folojax")
 Bits = Literal[4, 8, 16]
 """Of a weight: codes of a `TiledKernel`, float8_e4m3fn, or the half precision of the rows."""
 
-_MOST_ROWS = 256
 _FEW_ROWS, _STEP_ROWS = 8, 32  # kernels are for as few rows, and for multiples of so many
 _LEAST_WEIGHTS = 1 << 20  # of a kernel
 _GROUPS = (1, 2, 3, 4)
@@ -47,7 +46,8 @@ class _Kind(NamedTuple):
     """What weights of so many bits are, and how fast on an H200."""
 
     dtypes: tuple[str, ...]  # of the rows
-    least_rows: int  # of fewer another product is faster
+    least_rows: int  # of fewer another product is faster,
+    most_rows: int  # and of more
     inputs: int  # of a step
     line: int  # bytes of a step of an output
     registers: int  # of a thread, beside its sums
@@ -61,9 +61,9 @@ class _Kind(NamedTuple):
 # Found by all cuts of four or eight shapes and six numbers of rows: what these say is the fastest
 # cut took at most 5 % longer than the fastest.
 _KINDS: dict[Bits, _Kind] = {
-    16: _Kind(("bfloat16", "float16"), 2, 64, 128, 26, True, 36e3, 1.5e6, 0.2),
-    8: _Kind(("bfloat16",), 9, 128, 128, 64, True, 30e3, 2e6, 0.4),
-    4: _Kind(("bfloat16",), 9, 128, 80, 64, False, 36e3, 2e6, 0.5),
+    16: _Kind(("bfloat16", "float16"), 2, 256, 64, 128, 26, True, 36e3, 1.5e6, 0.2),
+    8: _Kind(("bfloat16",), 9, 128, 128, 128, 64, True, 30e3, 2e6, 0.4),
+    4: _Kind(("bfloat16",), 9, 256, 128, 80, 64, False, 36e3, 2e6, 0.5),
 }
 _CACHE_BYTES = 60e3  # as memory_bytes, of what is read at all
 _SLOTS = {1: 132, 2: 132, 4: 96, 8: 64}  # blocks at a time, by parts: clusters lie in one region
@@ -132,7 +132,7 @@ def compile_kernels(nvrtc: Path, dtype: str, bits: Bits) -> Path:
     library, text = native.load(_SOURCE), _SOURCE.with_suffix(".cu").read_bytes()
     parts = (text, *(str(of).encode() for of in (file_digest(_SOURCE), nvrtc, dtype, bits)))
     digest = hashlib.sha256(b"\n".join(parts)).hexdigest()[:16]
-    rows = _FEW_ROWS, *range(_STEP_ROWS, _MOST_ROWS + 1, _STEP_ROWS)
+    rows = _FEW_ROWS, *range(_STEP_ROWS, _KINDS[bits].most_rows + 1, _STEP_ROWS)
     sizes = itertools.product(rows, _GROUPS)
 
     def build(target: Path) -> None:
@@ -196,7 +196,7 @@ def cut_of(num_rows: int, inputs: int, outputs: int, bits: Bits = 16) -> Cut | N
     larger blocks read less.
     """
     kind = _KINDS[bits]
-    is_size = kind.least_rows <= num_rows <= _MOST_ROWS and inputs * outputs >= _LEAST_WEIGHTS
+    is_size = kind.least_rows <= num_rows <= kind.most_rows and inputs * outputs >= _LEAST_WEIGHTS
     if not is_size or inputs * bits % 128 or outputs % 16:
         return None
     rows = _FEW_ROWS if num_rows <= _FEW_ROWS else math.ceil(num_rows / _STEP_ROWS) * _STEP_ROWS

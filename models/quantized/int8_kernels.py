@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int, Int8
 
 from folojax.models.machine.row_sums import sum_products
-from folojax.models.quantized.float8_kernels import MOST_WIDE_ROWS, multiply_wide
+from folojax.models.quantized.float8_kernels import MOST_WIDE_ROWS, multiply_few
 from folojax.models.quantized.row_rounding import round_rows
 
 # XLA makes of a division by a constant what this says.
@@ -57,7 +57,7 @@ def project_int8(
 
     def best(x: Array, kernel: Int8Kernel) -> Array:
         if x.shape[0] <= MOST_WIDE_ROWS:
-            return multiply_wide(x, *kernel).astype(dtype)
+            return multiply_few(x, *kernel).astype(dtype)
         values, scale = round_rows(x, jnp.int8, 127.0)
         sums = _multiply(values, kernel.values).astype(jnp.float32)
         return (sums * scale * kernel.scale[None, :]).astype(dtype)

@@ -19,12 +19,14 @@ from folojax.models.quantized import row_rounding
 from folojax.models.quantized.codes import dequantize
 from folojax.models.quantized.float8_kernels import (
     Float8Kernel,
+    multiply_few,
     multiply_narrow,
+    multiply_wide,
     project_float8,
     quantize_float8,
     take_float8,
 )
-from folojax.models.quantized.int8_kernels import Int8Kernel
+from folojax.models.quantized.int8_kernels import Int8Kernel, project_int8, quantize_int8
 from folojax.models.quantized.quantize import quantization_of, quantize_params
 
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
@@ -80,6 +82,16 @@ def test_what_a_gpu_multiplies(rows: int, is_narrow: bool) -> None:
     (product,) = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
     assert (product.count("f8E4M3FN") == 2) == is_narrow
     assert ("round_rows" in text) == is_narrow
+
+
+def test_a_single_row_is_multiplied_as_eight_where_that_is_faster() -> None:
+    kernel, x = quantize_float8(_draw(1, 32, 64)), jnp.asarray(_draw(2, 1, 64), jnp.bfloat16)
+    found = multiply_few(x, *kernel)
+    np.testing.assert_array_equal(found, multiply_wide(x, *kernel))
+    for call in (project_float8, project_int8):
+        given = kernel if call is project_float8 else quantize_int8(_draw(1, 32, 64))
+        traced = jax.jit(functools.partial(call, dtype=jnp.bfloat16)).trace(x, given)
+        assert "tensor<8x32x" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
 @pytest.mark.parametrize(("dtype", "largest"), [(jnp.float8_e4m3fn, 448.0), (jnp.int8, 127.0)])
