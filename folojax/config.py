@@ -121,10 +121,10 @@ class EngineConfig:
         build the product for x86-64 (else XLA computes it, slowly, and a RuntimeWarning says so).
         On an NVIDIA GPU inputs of "int4" are bfloat16, and few rows are faster. "fp8" is for these,
         from Ada and Hopper on: linear layers in float8 (e4m3), a scale for each output, and inputs
-        of more than 32 rows rounded to it row by row; on CPU it saves memory alone. docs/models.md
-        and docs/gpu.md have by how much, how far log-probabilities move, and which files' own codes
-        are kept. Experts and the rest stay as they are. On one device, and without gradients. None
-        computes in the dtype.""",
+        of more than 32 rows (on Hopper 128) rounded to it row by row; on CPU it saves memory alone.
+        docs/models.md and docs/gpu.md have by how much, how far log-probabilities move, and which
+        files' own codes are kept. Experts and the rest stay as they are. On one device, and without
+        gradients. None computes in the dtype.""",
         choices=QUANTIZATIONS,
     )
     enable_lora: bool = option(
