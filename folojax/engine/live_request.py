@@ -388,11 +388,9 @@ def make_generation(
 def as_logprobs(entry: TokenLogprob, tokenizer: Tokenizer | None) -> dict[int, Logprob]:
     """The token itself, then the likeliest ones by rank."""
     # Spelled out: it goes through every alternative of every row in every step.
-    found = {entry.token: (entry.logprob, entry.rank)}
+    text = tokenizer.token_text if tokenizer is not None else lambda token: None
+    found = {entry.token: Logprob(entry.logprob, entry.rank, text(entry.token))}
     for rank, token in enumerate(entry.top_tokens, start=1):
         if token not in found:
-            found[token] = (entry.top_logprobs[rank - 1], rank)
-    if tokenizer is None:
-        return {token: Logprob(*pair) for token, pair in found.items()}
-    text = tokenizer.token_text
-    return {token: Logprob(*pair, text(token)) for token, pair in found.items()}
+            found[token] = Logprob(entry.top_logprobs[rank - 1], rank, text(token))
+    return found

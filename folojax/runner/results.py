@@ -151,26 +151,23 @@ def _read_step(rows: Sequence[Row | None], out: StepOutput, result: StepResult) 
             result.tokens.setdefault(request_id, []).extend(token)
             result.logprobs.setdefault(request_id, []).extend(logprob)
     if out.record is not None or out.ranks.any():
-        for i, row in zip(np.arange(count)[places].tolist(), drawing, strict=True):
-            if row.request.is_reported:
-                entry = _entry(i, row, out)
-                result.reports.setdefault(row.request_id, []).append(entry)
+        _read_reports(drawing, jax.tree.map(lambda column: column[places].tolist(), out), result)
 
 
-def _entry(i: int, row: Row, out: StepOutput) -> TokenLogprob:
-    """All that a row asks for."""
-    count = row.request.num_logprobs or 0
-    record = None
-    if out.record is not None and row.request.sampling_params.record:
-        record = tuple(field[i].item() for field in out.record)
-    return TokenLogprob(
-        out.tokens[i].item(),
-        out.logprobs[i].item(),
-        out.ranks[i].item(),
-        tuple(out.top_tokens[i, :count].tolist()),
-        tuple(out.top_logprobs[i, :count].tolist()),
-        record,
-    )
+def _read_reports(rows: Sequence[Row], out: Any, result: StepResult) -> None:
+    """All that rows ask for, of columns that are lists by now: of arrays each number is slow."""
+    records = None if out.record is None else list(zip(*out.record, strict=True))
+    likeliest = zip(out.ranks, out.top_tokens, out.top_logprobs, strict=True)
+    columns = zip(rows, out.tokens, out.logprobs, likeliest, strict=True)
+    for i, (row, token, logprob, (rank, top_tokens, top_logprobs)) in enumerate(columns):
+        if not row.request.is_reported:
+            continue
+        count = row.request.num_logprobs or 0
+        tops = tuple(top_tokens[:count]), tuple(top_logprobs[:count])
+        is_recorded = records is not None and row.request.sampling_params.record
+        record = records[i] if is_recorded and records is not None else None
+        entry = TokenLogprob(token, logprob, rank, *tops, record)
+        result.reports.setdefault(row.request_id, []).append(entry)
 
 
 def _read_scores(chunks: Sequence[Chunk], scores: TokenScores, result: StepResult) -> None:
