@@ -55,9 +55,16 @@ struct alignas(64) Map {
   char bytes[128];
 };
 
-std::mutex mutex;
-std::map<std::pair<int, int>, std::string> directories;         // by bits, and whether bfloat16
-std::map<std::tuple<int, int, int, std::string>, Kernel> kernels;  // the same of a device, and name
+// The kernels that a device has loaded, each with a lock of its own: who loads may have to wait for
+// what runs there, which may wait for another device.
+struct Loaded {
+  std::mutex mutex;
+  std::map<std::tuple<int, int, std::string>, Kernel> kernels;  // by bits, whether bfloat16, name
+};
+
+std::mutex mutex;                                        // of these two
+std::map<std::pair<int, int>, std::string> directories;  // by bits, and whether bfloat16
+std::map<int, Loaded> devices;
 
 int rounded_up(int rows) {
   return rows <= kFewRows ? kFewRows : (rows + kStepRows - 1) / kStepRows * kStepRows;
@@ -89,11 +96,18 @@ std::string multiply(const Form& form) {
          ", \"l\"(right));\n}\n";
 }
 
-const Kernel& kernel_for(int device, const Form& form) {
-  const auto key = std::make_tuple(device, form.bits, form.is_bfloat16, form.name());
-  const auto found = kernels.find(key);
-  if (found != kernels.end()) return found->second;
-  const std::string path = directories[{form.bits, form.is_bfloat16}] + "/" + form.name();
+Kernel kernel_for(int device, const Form& form) {
+  std::string path;
+  Loaded* loaded;
+  {
+    const std::lock_guard<std::mutex> lock(mutex);
+    path = directories[{form.bits, form.is_bfloat16}] + "/" + form.name();
+    loaded = &devices[device];
+  }
+  const std::lock_guard<std::mutex> lock(loaded->mutex);
+  const auto key = std::make_tuple(form.bits, form.is_bfloat16, form.name());
+  const auto found = loaded->kernels.find(key);
+  if (found != loaded->kernels.end()) return found->second;
   std::ifstream file(path, std::ios::binary);
   const std::vector<char> binary(std::istreambuf_iterator<char>(file), {});
   if (binary.empty()) throw path + " is missing";
@@ -101,7 +115,7 @@ const Kernel& kernel_for(int device, const Form& form) {
   const cuda::WhileRecording relaxed;
   const Kernel kernel = {cuda::kernel(binary, "decode_product"), form.shared_bytes()};
   cuda::check(cuda::driver().set_attribute(kernel.function, 8, kernel.bytes), "cuFuncSetAttribute");
-  return kernels[key] = kernel;
+  return loaded->kernels[key] = kernel;
 }
 
 // Of an array of lines, which is copied in boxes of so many of them.
@@ -123,7 +137,6 @@ Map map_of(void* array, Type type, int bytes, int64_t width, int64_t lines, int 
 ffi::Error decode_product(int32_t device, void* stream, ffi::AnyBuffer x, ffi::AnyBuffer kernel,
                           ffi::RemainingArgs more, ffi::Result<ffi::AnyBuffer> out, int32_t groups,
                           int32_t parts, bool is_gated) {
-  const std::lock_guard<std::mutex> lock(mutex);
   int num_rows = x.dimensions()[0], inputs = x.dimensions()[1];
   int is_wide = out->element_type() == ffi::DataType::F32, gates = is_gated, group_inputs = 0;
   int outputs = kernel.dimensions()[0];
@@ -148,7 +161,7 @@ ffi::Error decode_product(int32_t device, void* stream, ffi::AnyBuffer x, ffi::A
       form.bits = 8, scales = (*more.get<ffi::AnyBuffer>(0)).untyped_data();
       kernel_map = map_of(weights, kBytes, 1, inputs, outputs, 128, half, kOf128);
     }
-    const Kernel& compiled = kernel_for(device, form);
+    const Kernel compiled = kernel_for(device, form);
     void* arguments[] = {&kernel_map, &pairs_map, &x_map,        &scales,  &to,   &num_rows,
                          &inputs,     &outputs,   &group_inputs, &is_wide, &gates};
     const unsigned blocks = (outputs + 2 * half - 1) / (2 * half) * parts;
@@ -161,15 +174,6 @@ ffi::Error decode_product(int32_t device, void* stream, ffi::AnyBuffer x, ffi::A
 }
 
 }  // namespace
-
-// Whether the first device is of the generation. Returns 0, or 1 and why it is not known.
-extern "C" int is_hopper(int* is, char* why, size_t size) {
-  return cuda::told(why, size, [&] {
-    int major = 0;
-    cuda::check(cuda::driver().attribute(&major, 75, 0), "cuDeviceGetAttribute");
-    *is = major == 9;
-  });
-}
 
 // Compiles a kernel into a file of a directory. Returns 0, or 1 and why it cannot be compiled.
 extern "C" int compile_product(const char* nvrtc, const char* source, int bits, int rows,

@@ -15,7 +15,8 @@
 // the registers that the left side is taken from, so rows are not rounded:
 //
 //     four bits   (code - 8) * scale + offset, rounded once; words and pairs of `TiledKernel`
-//     eight bits  float8_e4m3fn, with a scale for each output, which the sums are multiplied by
+//     eight bits  float8_e4m3fn, with a scale for each output, which the sums are multiplied by;
+//                 not for NaN, which is in scales and not among the values
 //
 // It is compiled by NVRTC with BITS of a weight, ROWS (a multiple of 8, at most 256), GROUPS that
 // multiply, STAGES of the ring, IS_BFLOAT16 (rows, else float16; of 16 bits the weights, too), and

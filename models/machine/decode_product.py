@@ -16,6 +16,7 @@ import hashlib
 import itertools
 import logging
 import math
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -33,6 +34,8 @@ from folojax.models.machine.artefacts import build_once, cache_root, file_digest
 _SOURCE = Path(__file__).with_name("decode_product.cc")
 _NAME = "folojax_decode_product"
 _LOG = logging.getLogger("folojax")
+_LOCK = threading.Lock()
+_HOPPER, _MAJOR = 9, 75  # the generation, and what the driver calls it
 
 Bits = Literal[4, 8, 16]
 """Of a weight: codes of a `TiledKernel`, float8_e4m3fn, or the half precision of the rows."""
@@ -82,18 +85,18 @@ class Cut(NamedTuple):
 def has_product(dtype: str, bits: Bits = 16) -> bool:
     """Whether programs on this machine's GPUs may call it with rows of a dtype.
 
-    Where there is a driver, but no way to compile, a warning is logged.
+    If they are all of the generation, and it cannot be compiled, a warning is logged.
     """
-    try:
-        ctypes.CDLL(cuda.DRIVER)
-    except OSError:
+    with _LOCK:  # programs are traced by several threads
+        return _is_opened(dtype, bits)
+
+
+@functools.cache
+def _is_opened(dtype: str, bits: Bits) -> bool:
+    if not _is_hopper():
         return False
     try:
-        library = native.load(_SOURCE)
-        is_hopper, why = ctypes.c_int(), ctypes.create_string_buffer(256)
-        if library.is_hopper(ctypes.byref(is_hopper), why, len(why)) or not is_hopper.value:
-            return False
-        problem = _opened(library, dtype, bits)
+        problem = _opened(dtype, bits)
     except OSError as error:
         problem = str(error)
     if problem is not None:
@@ -101,7 +104,24 @@ def has_product(dtype: str, bits: Bits = 16) -> bool:
     return problem is None
 
 
-def _opened(library: Any, dtype: str, bits: Bits) -> str | None:
+def _is_hopper() -> bool:
+    """Whether there are GPUs, all of them of that generation, as the driver tells."""
+    try:
+        driver = ctypes.CDLL(cuda.DRIVER)
+    except OSError:
+        return False
+    count, major = ctypes.c_int(), ctypes.c_int()
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
+        return False
+    of_each = []
+    for device in range(count.value):
+        if driver.cuDeviceGetAttribute(ctypes.byref(major), _MAJOR, device):
+            return False
+        of_each.append(major.value)
+    return set(of_each) == {_HOPPER}
+
+
+def _opened(dtype: str, bits: Bits) -> str | None:
     """Compiles the kernels, unless that was done before; None, or why they cannot be called.
 
     Raises:
@@ -114,7 +134,7 @@ def _opened(library: Any, dtype: str, bits: Bits) -> str | None:
     if problem is not None:
         return problem
     directory = compile_kernels(nvrtc, dtype, bits)
-    library.open_products(str(directory).encode(), bits, dtype == "bfloat16")
+    native.load(_SOURCE).open_products(str(directory).encode(), bits, dtype == "bfloat16")
     return None
 
 
@@ -130,23 +150,24 @@ def compile_kernels(nvrtc: Path, dtype: str, bits: Bits) -> Path:
         OSError: the source does not compile, or the user's cache cannot be written to.
     """
     library, text = native.load(_SOURCE), _SOURCE.with_suffix(".cu").read_bytes()
-    parts = (text, *(str(of).encode() for of in (file_digest(_SOURCE), nvrtc, dtype, bits)))
-    digest = hashlib.sha256(b"\n".join(parts)).hexdigest()[:16]
     rows = _FEW_ROWS, *range(_STEP_ROWS, _KINDS[bits].most_rows + 1, _STEP_ROWS)
-    sizes = itertools.product(rows, _GROUPS)
+    sizes = [size for size in itertools.product(rows, _GROUPS) if _fits(*size, bits)]
+    sources = [file_digest(file) for file in (_SOURCE, Path(cuda.__file__).with_suffix(".h"))]
+    parts = (*sources, nvrtc.resolve(), nvrtc.stat().st_size, dtype, bits, sizes)
+    digest = hashlib.sha256(b"\n".join([text, *(str(part).encode() for part in parts)]))
 
     def build(target: Path) -> None:
         def compile_one(rows: int, groups: int) -> None:
             why = ctypes.create_string_buffer(4096)
             given = (str(nvrtc).encode(), text, bits, rows, groups, dtype == "bfloat16")
-            if library.compile_product(*given, str(target).encode(), why, len(why)):
+            if library.compile_product(*given, str(target).encode(), why, ctypes.c_size_t(4096)):
                 raise OSError(why.value.decode(errors="replace"))
 
         with ThreadPoolExecutor() as pool:
-            for done in [pool.submit(compile_one, *size) for size in sizes if _fits(*size, bits)]:
+            for done in [pool.submit(compile_one, *size) for size in sizes]:
                 done.result()
 
-    return build_once(cache_root() / "kernels" / digest, build)
+    return build_once(cache_root() / "kernels" / digest.hexdigest()[:16], build)
 
 
 def product(

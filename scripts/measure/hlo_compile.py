@@ -115,6 +115,7 @@ class Steps:
         """
         backend = dataclasses.replace(GPU, capability=_HOPPER, devices=devices)
         self._is_hopper = is_hopper
+        jax.clear_caches()  # of traces for another card
         if is_deterministic:
             backend = backend.deterministic(module.config, module.dtype)
         self._devices, self._steps = devices, backend.make_steps(module)

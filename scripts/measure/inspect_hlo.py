@@ -26,6 +26,7 @@ Exit code: 0; 1 with --check if a rule is broken; 2 after a mistake in the optio
 import argparse
 import dataclasses
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -131,9 +132,9 @@ def inspect(args: argparse.Namespace, devices: Devices) -> Iterator[dict[str, An
     table_pages = pages_for(args.longest, args.page_size)
     sizes = num_pages, args.page_size, table_pages
     loras = None if args.loras is None else tuple(args.loras)
-    is_hopper = "major: 9 feature_extension" in args.target.read_text()
+    is_hopper = re.search(r"cuda_compute_capability \{\s*major: 9\b", args.target.read_text())
     how = args.quantization, args.deterministic, loras
-    steps = Steps(module, *sizes, devices, *how, is_hopper=is_hopper)
+    steps = Steps(module, *sizes, devices, *how, is_hopper=is_hopper is not None)
     for call in args.calls:
         for rows in [args.prefill_rows] if call == "prefill" else args.rows:
             if call == "prefill":

@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import logging
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -77,34 +78,69 @@ def test_it_gates_what_it_multiplies() -> None:
     assert "gated_silu" in _lowered(_gate, 1, 2 * _INNER)
 
 
-def test_without_the_driver_xla_multiplies(caplog: pytest.LogCaptureFixture) -> None:
-    decode_product.has_product.cache_clear()
+@pytest.fixture
+def asked_anew() -> Any:
+    """What the machine has is found out again, and forgotten."""
+    for cached in (decode_product.has_product, decode_product._is_opened):
+        cached.cache_clear()
     jax.clear_caches()
+    yield
+    for cached in (decode_product.has_product, decode_product._is_opened):
+        cached.cache_clear()
+    jax.clear_caches()
+
+
+@pytest.mark.usefixtures("asked_anew")
+def test_without_the_driver_xla_multiplies(caplog: pytest.LogCaptureFixture) -> None:
     with (
         mock.patch.object(decode_product.cuda, "DRIVER", "libnone.so"),
         caplog.at_level(logging.WARNING),
     ):
         assert "decode_product" not in _lowered(project, 64, _INNER)
     assert not caplog.text  # most machines are of no use to it
-    decode_product.has_product.cache_clear()
 
 
-def test_without_a_compiler_a_warning_says_so(caplog: pytest.LogCaptureFixture) -> None:
-    decode_product.has_product.cache_clear()
+class _Driver:
+    """CUDA's, of a machine with GPUs of these generations."""
+
+    def __init__(self, *generations: int) -> None:
+        self._generations = generations
+
+    def cuInit(self, flags: int) -> int:  # noqa: N802
+        return flags
+
+    def cuDeviceGetCount(self, count: Any) -> int:  # noqa: N802
+        count._obj.value = len(self._generations)
+        return 0
+
+    def cuDeviceGetAttribute(self, value: Any, which: int, device: int) -> int:  # noqa: N802
+        assert which == 75
+        value._obj.value = self._generations[device]
+        return 0
+
+
+@pytest.mark.usefixtures("asked_anew")
+@pytest.mark.parametrize(
+    ("generations", "is_told"), [((), False), ((8,), False), ((9, 8), False), ((9, 9), True)]
+)
+def test_only_where_it_could_be_used_a_missing_compiler_is_told(
+    generations: tuple[int, ...], is_told: bool, caplog: pytest.LogCaptureFixture
+) -> None:
     with (
-        mock.patch.object(decode_product.ctypes, "CDLL"),
-        mock.patch.object(compiler, "load", side_effect=OSError("no c++ here")),
+        mock.patch.object(decode_product.ctypes, "CDLL", return_value=_Driver(*generations)),
+        mock.patch.object(decode_product.cuda, "find_nvrtc", return_value=Path("none")),
+        mock.patch.object(compiler, "register", return_value="no c++ here"),
         caplog.at_level(logging.WARNING),
     ):
         assert not decode_product.has_product("bfloat16")
-    assert "slower kernels: no c++ here" in caplog.text
-    decode_product.has_product.cache_clear()
+    assert ("slower kernels: no c++ here" in caplog.text) == is_told
 
 
 def test_what_does_not_compile_is_told() -> None:
     library = compiler.load(decode_product._SOURCE)
     why = ctypes.create_string_buffer(256)
-    assert library.compile_product(b"libnone.so", b"", 16, 32, 1, 1, b".", why, len(why)) == 1
+    size = ctypes.c_size_t(len(why))
+    assert library.compile_product(b"libnone.so", b"", 16, 32, 1, 1, b".", why, size) == 1
     assert b"cannot be loaded" in why.value
 
 
