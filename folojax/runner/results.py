@@ -164,8 +164,8 @@ def _read_reports(rows: Sequence[Row], out: Any, result: StepResult) -> None:
             continue
         count = row.request.num_logprobs or 0
         tops = tuple(top_tokens[:count]), tuple(top_logprobs[:count])
-        is_recorded = records is not None and row.request.sampling_params.record
-        record = records[i] if is_recorded and records is not None else None
+        wants_record = row.request.sampling_params.record
+        record = records[i] if records is not None and wants_record else None
         entry = TokenLogprob(token, logprob, rank, *tops, record)
         result.reports.setdefault(row.request_id, []).append(entry)
 

@@ -1,7 +1,6 @@
 """Pure functions that decoder families share; every one works on a flat token axis.
 
-Axes: N tokens, D head dimension, R rotated pairs (D/2 mostly), F mlp width, I and O a product's
-sides.
+Axes: N tokens, W width, D head dimension, R rotated pairs (D/2 mostly), F mlp width.
 """
 
 import functools

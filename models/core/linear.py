@@ -165,8 +165,8 @@ def project_gated(
     """What is `gated` of a linear layer without a bias, rounded as `project` rounds it.
 
     Arguments are those of both. Where rows have adapters, one kernel adds what these change and
-    gates. Rows of a decode step are multiplied and gated in one kernel: on Hopper in half
-    precision (`decode_product`), and few of them with four bits (`few_rows_product`).
+    gates. Rows of a decode step are multiplied and gated in one kernel on Hopper
+    (`decode_product`), and few of them with four bits on other cards, too (`few_rows_product`).
     """
     make = functools.partial(gated, kind=kind, dtype=dtype)
     is_taken = kind == "silu" and x.dtype == dtype and row_kernels.is_taken(dtype)

@@ -46,7 +46,7 @@ _GROUPS = (1, 2, 3, 4)
 
 
 class _Kind(NamedTuple):
-    """What weights of so many bits are, and how fast on an H200."""
+    """What weights of so many bits are, and how fast a processor of an H200 is with them."""
 
     dtypes: tuple[str, ...]  # of the rows
     least_rows: int  # of fewer another product is faster,
@@ -56,17 +56,50 @@ class _Kind(NamedTuple):
     registers: int  # of a thread, beside its sums
     is_whole: bool
     """Whether another product is faster where processors have not all outputs at a time."""
-    memory_bytes: float  # microseconds' worth of a processor's reads of weights
-    products: float  # likewise
+    memory_bytes: float  # of weights that it reads in a microsecond
+    products: float  # that it adds up in a microsecond
     step: float  # microseconds that a step takes at least
 
 
 # Found by all cuts of four or eight shapes and six numbers of rows: what these say is the fastest
 # cut took at most 5 % longer than the fastest.
 _KINDS: dict[Bits, _Kind] = {
-    16: _Kind(("bfloat16", "float16"), 2, 256, 64, 128, 26, True, 36e3, 1.5e6, 0.2),
-    8: _Kind(("bfloat16",), 9, 128, 128, 128, 64, True, 30e3, 2e6, 0.4),
-    4: _Kind(("bfloat16",), 9, 256, 128, 80, 64, False, 36e3, 2e6, 0.5),
+    16: _Kind(
+        dtypes=("bfloat16", "float16"),
+        least_rows=2,
+        most_rows=256,
+        inputs=64,
+        line=128,
+        registers=26,
+        is_whole=True,
+        memory_bytes=36e3,
+        products=1.5e6,
+        step=0.2,
+    ),
+    8: _Kind(
+        dtypes=("bfloat16",),
+        least_rows=9,
+        most_rows=128,
+        inputs=128,
+        line=128,
+        registers=64,
+        is_whole=True,
+        memory_bytes=30e3,
+        products=2e6,
+        step=0.4,
+    ),
+    4: _Kind(
+        dtypes=("bfloat16",),
+        least_rows=9,
+        most_rows=256,
+        inputs=128,
+        line=80,
+        registers=64,
+        is_whole=False,
+        memory_bytes=36e3,
+        products=2e6,
+        step=0.5,
+    ),
 }
 _CACHE_BYTES = 60e3  # as memory_bytes, of what is read at all
 _SLOTS = {1: 132, 2: 132, 4: 96, 8: 64}  # blocks at a time, by parts: clusters lie in one region
@@ -81,7 +114,6 @@ class Cut(NamedTuple):
     parts: int  # of the inputs, each a block's
 
 
-@functools.cache
 def has_product(dtype: str, bits: Bits = 16) -> bool:
     """Whether programs on this machine's GPUs may call it with rows of a dtype.
 

@@ -18,8 +18,9 @@ from folojax.models.machine import compiler, decode_product
 from folojax.models.machine.decode_product import Cut, cut_of
 from folojax.models.quantized.float8_kernels import quantize_float8
 from folojax.models.quantized.quantize import project_quantized
-from folojax.models.quantized.tiled_kernels import pack_tiles, widened
+from folojax.models.quantized.tiled_kernels import widened
 from tests.random_numbers import normal
+from tests.random_tiles import random_tiles
 
 _WIDTH, _INNER = 1024, 2048
 
@@ -81,12 +82,10 @@ def test_it_gates_what_it_multiplies() -> None:
 @pytest.fixture
 def asked_anew() -> Any:
     """What the machine has is found out again, and forgotten."""
-    for cached in (decode_product.has_product, decode_product._is_opened):
-        cached.cache_clear()
+    decode_product._is_opened.cache_clear()
     jax.clear_caches()
     yield
-    for cached in (decode_product.has_product, decode_product._is_opened):
-        cached.cache_clear()
+    decode_product._is_opened.cache_clear()
     jax.clear_caches()
 
 
@@ -255,12 +254,7 @@ def test_a_product_is_the_sum_in_float64(
 
 def _tiles(group: int, outputs: int, inputs: int) -> tuple[Any, Any]:
     """A kernel of four bits and what it means."""
-    rng = np.random.default_rng(group)
-    codes = rng.integers(0, 16, (outputs, inputs), np.uint8)
-    scale, offset = (
-        jnp.asarray(rng.normal(0, 0.05, (outputs, inputs // group)), jnp.bfloat16) for _ in "so"
-    )
-    kernel = pack_tiles(codes, scale, offset)
+    kernel = random_tiles(group, outputs, inputs)
     return kernel, widened(kernel).astype(jnp.bfloat16)
 
 

@@ -15,17 +15,9 @@ from folojax.models.core.linear import gated, project_gated
 from folojax.models.machine import compiler
 from folojax.models.quantized import few_rows_product
 from folojax.models.quantized.quantize import project_quantized
-from folojax.models.quantized.tiled_kernels import pack_tiles, project_tiles, widened
+from folojax.models.quantized.tiled_kernels import project_tiles, widened
 from tests.random_numbers import normal
-
-
-def _kernel(group: int, outputs: int, inputs: int) -> Any:
-    rng = np.random.default_rng(group)
-    codes = rng.integers(0, 16, (outputs, inputs), np.uint8)
-    scale, offset = (
-        jnp.asarray(rng.normal(0, 0.05, (outputs, inputs // group)), jnp.bfloat16) for _ in "so"
-    )
-    return pack_tiles(codes, scale, offset)
+from tests.random_tiles import random_tiles
 
 
 def _project(x: Any, kernel: Any) -> Any:
@@ -38,7 +30,7 @@ def _gate(x: Any, kernel: Any, is_ordered: bool = False) -> Any:
 
 def _lowered(rows: int, function: Any = _project, dtype: Any = jnp.bfloat16) -> str:
     """A program for CUDA, which is not compiled here."""
-    kernel = _kernel(32, 64, 256)
+    kernel = random_tiles(32, 64, 256)
     x = jax.ShapeDtypeStruct((rows, 256), dtype)
     jax.clear_caches()  # programs of either way are traced here
     traced = jax.jit(lambda x: function(x, kernel)).trace(x)
@@ -90,7 +82,7 @@ def test_it_gates_few_rows_of_bfloat16() -> None:
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
 def test_tiles_that_gate_are_the_gate_of_the_product(dtype: Any) -> None:
-    kernel, x = _kernel(32, 192, 256), normal(0, 3, 256).astype(dtype)
+    kernel, x = random_tiles(32, 192, 256), normal(0, 3, 256).astype(dtype)
     found = project_quantized(x, kernel, dtype, is_gated=True)
     assert found.dtype == dtype
     expected = gated(project_quantized(x, kernel, dtype), dtype=dtype)
@@ -123,7 +115,7 @@ def on_card() -> None:
 def test_the_kernel_is_the_product_with_what_codes_mean(
     rows: int, group: int, outputs: int, inputs: int
 ) -> None:
-    kernel = _kernel(group, outputs, inputs)
+    kernel = random_tiles(group, outputs, inputs)
     x = (normal(rows, rows, inputs) + 0.2).astype(jnp.bfloat16)
     expected = np.asarray(x, np.float64) @ np.asarray(widened(kernel), np.float64).T
     for dtype, error in ((jnp.float32, 3e-3), (jnp.bfloat16, 4e-2), (jnp.float16, 6e-3)):
@@ -154,7 +146,7 @@ def test_the_kernel_is_the_product_with_what_codes_mean(
 def test_what_the_kernel_gates_is_the_gate_of_its_product(
     rows: int, group: int, outputs: int, inputs: int
 ) -> None:
-    kernel = _kernel(group, outputs, inputs)
+    kernel = random_tiles(group, outputs, inputs)
     x = (normal(rows, rows, inputs) + 0.2).astype(jnp.bfloat16)
     gate = jax.jit(_gate)
     found = gate(x, kernel)
